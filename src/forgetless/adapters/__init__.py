@@ -1,0 +1,20 @@
+"""Adapters on an untouched base: the only package that knows PEFT's insides.
+
+`layer` is the anchored layer, `attachment` puts a method's start on a model, `folders` writes and
+reads adapters.
+"""
+
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.folders import ExportReport, export, load, save
+from forgetless.adapters.layer import adapted_layers, delta_weights, plain_factors
+
+__all__ = [
+    "ExportReport",
+    "adapted_layers",
+    "attach",
+    "delta_weights",
+    "export",
+    "load",
+    "plain_factors",
+    "save",
+]

@@ -1,0 +1,319 @@
+"""Calibration text: what the base should keep, as batches of tokens for `collect`.
+
+Importing this module imports no torch, so that a recipe can ask for the fingerprint of its source.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from forgetless.data import PLAIN_CHAT_TEMPLATE, Examples, from_rows, read_rows
+from forgetless.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SELF = "self"
+POCKET_KNOWLEDGE = "pocket:knowledge"
+POCKET_SOURCES = (POCKET_KNOWLEDGE, "pocket:problems", "pocket:problems:test")
+
+# What the keys and values of sequences sampled together may take; more at a time is faster.
+_CACHE_BYTES = 4 * 2**30
+_SAMPLED_TOGETHER = range(8, 257)
+# A window needs fewer characters than this a token in nearly every language.
+_CHARACTERS_PER_TOKEN = 8
+
+_PROMPTS = ("prompt", "instruction", "question", "query", "problem")
+_ANSWERS = ("completion", "response", "output", "answer", "solution")
+
+
+def batches(
+    source: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 256,
+    max_length: int = 256,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Batches of tokens of the knowledge to keep.
+
+    Raw text, and prompts without answers, are joined end to end, each text closed by the
+    end-of-text token, and cut into windows of `max_length` tokens. Prompts with completions and
+    conversations are one sequence each, cut off at `max_length`.
+
+    Args:
+        source: "self" for text sampled from the base, "pocket:knowledge" for the facts of the
+            pocket world, or what `forgetless.data` reads: .txt, .jsonl, .json, .csv, .parquet or
+            a datasets folder, whose rows may also be prompts without an answer.
+        model: a causal language model; only "self" runs it.
+        tokenizer: the model's.
+        samples: how many sequences, drawn at random from a larger source; a smaller one gives
+            what it has.
+        max_length: tokens of the longest sequence; at most what the model has positions for.
+        batch_size: sequences a batch; sequences of similar length go together.
+        seed: decides which sequences are drawn, and what "self" says.
+
+    Returns:
+        `input_ids` and `attention_mask`, (batch, tokens), on the CPU, padded on the right.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: an empty or unreadable source, a count below 1, a model that is no causal
+            language model, or a tokenizer of another model.
+    """
+    for name, value in {
+        "samples": samples,
+        "max_length": max_length,
+        "batch_size": batch_size,
+    }.items():
+        if value < 1:
+            raise UserError(f"{name} must be 1 or more, got {value}")
+    config = model.config.get_text_config()
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"calibration text is for causal language models, got {type(model).__name__}; give "
+            "forgetless.collect batches of your own"
+        )
+    max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+    if source == SELF:
+        windows = self_text(model, tokenizer, samples, max_length, seed)
+    else:
+        draw = random.Random(seed)
+        windows = _windows(read_examples(source), tokenizer, samples, max_length, draw)
+        _check_vocabulary(windows, model)
+    return _padded(windows, tokenizer.pad_token_id or 0, batch_size)
+
+
+def fingerprint(source: str) -> str:
+    """SHA-256 of what a source holds: the same for the same content, wherever it lies.
+
+    "self" is its own fingerprint, since the base and the seed decide the rest.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: an unknown source of the pocket world, or a broken or empty file.
+    """
+    return SELF if source == SELF else read_examples(source).fingerprint
+
+
+def read_examples(source: str) -> Examples:
+    """The examples of a source other than "self"; a prompt without an answer is raw text.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: an unknown source of the pocket world, or a broken or empty file.
+    """
+    if source == POCKET_KNOWLEDGE:
+        from forgetless.pocket.knowledge import knowledge_text
+
+        return Examples("text", [{"text": text} for text in knowledge_text()], source)
+    if source.startswith("pocket:") and source not in POCKET_SOURCES:
+        raise unknown("calibration source", source, (SELF, *POCKET_SOURCES))
+    rows = ((place, _as_example(row)) for place, row in read_rows(source))
+    return from_rows(rows, source=source)
+
+
+def _as_example(row: Any) -> Any:
+    """A row as training data has it: one answer of several, and a bare prompt as text."""
+    if not isinstance(row, Mapping) or "text" in row or "messages" in row:
+        return row
+    answers = [name for name in _ANSWERS if name in row]
+    prompts = [name for name in _PROMPTS if name in row]
+    if prompts and not answers:
+        return {"text": row[prompts[0]]}
+    several = {n: row[n][0] for n in answers if isinstance(row[n], list) and row[n]}
+    return {**row, **several}
+
+
+def _windows(
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    max_length: int,
+    draw: random.Random,
+) -> list[list[int]]:
+    if examples.kind == "text":
+        texts = [record["text"] for record in examples]
+        windows = _joined(texts, tokenizer, samples, max_length, draw)
+    else:
+        chosen = draw.sample(list(examples), min(samples, len(examples)))
+        windows = [_sequence(record, tokenizer)[:max_length] for record in chosen]
+    windows = [window for window in windows if window]
+    if not windows:
+        raise UserError(f"{examples.source} holds no text to calibrate on")
+    return windows
+
+
+def _joined(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    max_length: int,
+    draw: random.Random,
+) -> list[list[int]]:
+    """Windows of texts in random order, of which no more than needed are tokenised."""
+    sections = [part for text in texts for part in _sections(text, max_length)]
+    draw.shuffle(sections)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    for text, is_last in sections:
+        if len(stream) >= samples * max_length:
+            break
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        stream += ids + (end if is_last and ids[-1:] != end else [])
+    starts = range(0, min(len(stream), samples * max_length), max_length)
+    return [stream[start : start + max_length] for start in starts]
+
+
+def _sections(text: str, max_length: int) -> Iterator[tuple[str, bool]]:
+    """A long text in parts that end at white space, each with whether it is the text's last.
+
+    A part fills a few windows, so that the windows drawn are spread over the whole of it.
+    """
+    length = 4 * _CHARACTERS_PER_TOKEN * max_length
+    start = 0
+    while start < len(text):
+        space = re.compile(r"\s|$").search(text, start + length)
+        stop = space.end() if space else len(text)
+        yield text[start:stop], stop == len(text)
+        start = stop
+
+
+def _sequence(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a prompt with its completion, or of a conversation."""
+    if "messages" not in record:
+        text, add_special_tokens = record["prompt"] + record["completion"], True
+    else:
+        template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+        text = tokenizer.apply_chat_template(
+            record["messages"], chat_template=template, tokenize=False
+        )
+        add_special_tokens = not tokenizer.chat_template  # a template writes them itself
+    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)[
+        "input_ids"
+    ]
+    return ids
+
+
+def _check_vocabulary(windows: Iterable[Sequence[int]], model: PreTrainedModel) -> None:
+    largest = max(max(window) for window in windows)
+    size = model.get_input_embeddings().weight.shape[0]
+    if largest >= size:
+        raise UserError(
+            f"the text has token {largest}, but the model knows only 0..{size - 1}: the tokenizer "
+            "belongs to another model"
+        )
+
+
+def _padded(windows: Iterable[list[int]], pad: int, batch_size: int) -> list[dict[str, Tensor]]:
+    import torch
+
+    longest_first = sorted(windows, key=len, reverse=True)
+    made = []
+    for start in range(0, len(longest_first), batch_size):
+        rows = longest_first[start : start + batch_size]
+        width = len(rows[0])
+        ids = [row + [pad] * (width - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        made.append({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+    return made
+
+
+def self_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    max_length: int,
+    seed: int,
+) -> list[list[int]]:
+    """Sequences sampled from the base itself, at temperature 1 and from the whole vocabulary.
+
+    Each begins with the beginning-of-text token or, where the model has none, with a random token
+    of its vocabulary that is not special, and ends with the end-of-text token or at `max_length`.
+    Of a PeftModel the base speaks, adapters off. The global random state is left as it was.
+
+    Returns:
+        `samples` lists of token ids, the same for the same seed.
+
+    Raises:
+        UserError: the model gives NaN or infinite probabilities.
+    """
+    import torch
+
+    from forgetless.models import as_base
+
+    firsts = _first_tokens(model, tokenizer, samples, random.Random(seed))
+    together = _sampled_together(model, max_length)
+    sampled: list[list[int]] = []
+    with as_base(model) as base:
+        device = next(base.parameters()).device
+        cuda = [device] if device.type == "cuda" else []
+        for start in range(0, samples, together):
+            begin = torch.tensor(firsts[start : start + together], device=device)[:, None]
+            if start == 0 and not base(input_ids=begin).logits.isfinite().all():
+                raise UserError("the base gives NaN or infinity instead of text; check its weights")
+            with torch.random.fork_rng(devices=cuda):
+                torch.manual_seed(seed * 1_000_003 + start)
+                sampled += _generate(base, begin, max_length, tokenizer.eos_token_id)
+    return sampled
+
+
+def _first_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    draw: random.Random,
+) -> list[int]:
+    config = model.config.get_text_config()
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        bos = config.bos_token_id
+    if bos is not None:
+        return [bos] * samples
+    special = set(tokenizer.all_special_ids)
+    usual = [i for i in range(min(len(tokenizer), config.vocab_size)) if i not in special]
+    return draw.choices(usual, k=samples)
+
+
+def _sampled_together(model: PreTrainedModel, max_length: int) -> int:
+    config = model.config.get_text_config()
+    row_bytes = 2 * 4 * config.num_hidden_layers * config.hidden_size * max_length
+    return max(_SAMPLED_TOGETHER[0], min(_CACHE_BYTES // row_bytes, _SAMPLED_TOGETHER[-1]))
+
+
+def _generate(base: nn.Module, begin: Tensor, max_length: int, eos: int | None) -> list[list[int]]:
+    """Continuations of `begin` (batch, 1), each cut after its first end-of-text token."""
+    import torch
+    from transformers import GenerationConfig
+
+    if max_length <= 1:
+        return [[token] for token in begin[:, 0].tolist()]
+    plain = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_length=max_length,
+        eos_token_id=eos,
+        pad_token_id=0 if eos is None else eos,
+    )
+    model: Any = base
+    usual, model.generation_config = model.generation_config, plain  # its values fill in for unset
+    try:
+        ids = model.generate(
+            input_ids=begin, attention_mask=torch.ones_like(begin), generation_config=plain
+        )
+    finally:
+        model.generation_config = usual
+    return [_until(row, eos) for row in ids.tolist()]
+
+
+def _until(ids: list[int], eos: int | None) -> list[int]:
+    """The ids up to the first `eos` after the first token, which may be the same."""
+    return ids[: ids.index(eos, 1) + 1] if eos in ids[1:] else ids

@@ -1,0 +1,42 @@
+"""What a user did wrong, in words that say what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the command line shows it as one line and exits with 2."""
+
+
+class RecipeError(UserError):
+    """Every problem of one recipe or study, gathered.
+
+    Attributes:
+        problems: one sentence each, in the order in which they were found; never empty.
+    """
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n  - ".join([f"{source}: {count}", *self.problems]))
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
+    """The error for a name that does not exist, with the nearest name that does.
+
+    >>> str(unknown("method", "lora_nul", ["lora", "lora_null_v1"]))
+    "unknown method 'lora_nul'; did you mean 'lora_null_v1'? Known: lora, lora_null_v1"
+    """
+    names = list(known)
+    near = difflib.get_close_matches(given, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return UserError(f"unknown {kind} {given!r}{hint} Known: {', '.join(names)}")
+
+
+def first_few(problems: Sequence[str], shown: int = 3) -> str:
+    """The first problems in one line, repeated ones once, and how many more there are."""
+    distinct = list(dict.fromkeys(problems))
+    more = f"; and {len(distinct) - shown} more" if len(distinct) > shown else ""
+    return "; ".join(distinct[:shown]) + more

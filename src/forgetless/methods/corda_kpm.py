@@ -1,0 +1,69 @@
+"""CorDA, knowledge-preserved mode: the smallest components of W seen through the activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from forgetless.core import Factors, Method, check_number
+from forgetless.linalg import Triples, spectrum, symmetric
+
+
+def corda_kpm(
+    W: Tensor, rank: int, scaling: float, *, second_moment: Tensor, damping: float = 0.01
+) -> Factors:
+    """B = U √(S / scaling) and A = √(S / scaling) Vh C̃⁻¹ over the last components of W C̃.
+
+    C̃ is the second moment plus damping · (its mean diagonal) · I. What the adapter takes away from
+    W hardly shows on the activations that C̃ describes.
+
+    The authors' code and PEFT start from a damping of 0.01, invert C̃ in float32 and double the
+    damping until the inverse passes a test; we solve for A with a Cholesky factor in float64, which
+    a damped matrix always has, and never double. They call the second moment a covariance.
+
+    Args:
+        W: weight, (out, in).
+        rank: 1..min(out, in).
+        scaling: what will multiply B A.
+        second_moment: mean of x xᵀ over the text whose knowledge is to be kept, (in, in).
+        damping: at least 0; 0 only for a second moment that is safely positive definite.
+
+    Returns:
+        A (rank, in) and B (out, rank).
+
+    Raises:
+        ValueError: damping below 0, or C̃ not positive definite.
+
+    Reference:
+        Yang et al. 2024, "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models
+        for Task-Aware Parameter-Efficient Fine-tuning", arXiv:2406.05223.
+    """
+    start = min(W.shape) - rank
+    return Factors.balanced(*context_slice(W, second_moment, start, rank, damping), scaling)
+
+
+def context_slice(W: Tensor, C: Tensor, start: int, rank: int, damping: float) -> Triples:
+    """U, S and Vh C̃⁻¹ (not orthonormal) for components start..start + rank - 1 of W C̃."""
+    C = symmetric(C).double()
+    added = check_number("damping", damping, 0) * C.diagonal().mean()
+    if not C.any():
+        added = C.new_ones(())  # no activation at all: any multiple of I gives the same factors
+    damped = C + added * torch.eye(len(C)).to(C)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise ValueError(
+            f"the second moment with damping {damping:g} is not positive definite; "
+            "raise damping or collect more tokens"
+        )
+    U, S, Vh = spectrum(W @ damped).components(slice(start, start + rank))
+    return Triples(U, S, torch.cholesky_solve(Vh.mT, factor).mT)
+
+
+METHOD = Method(
+    name="corda_kpm",
+    summary="the smallest components of W seen through the kept activations",
+    paper="Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation of Large Language "
+    "Models for Task-Aware Parameter-Efficient Fine-tuning, arXiv:2406.05223",
+    trains=("A", "B"),
+    factors=corda_kpm,
+)

@@ -1,0 +1,323 @@
+"""Base models: find, load, and name the layers that an adapter may sit on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from forgetless.errors import UserError, unknown
+
+POCKET = "pocket"
+"""The name of the base model that is shipped with the package."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+
+def resolve_base(base: str) -> str:
+    """The folder or hub id that `base` stands for, without loading or downloading anything.
+
+    Args:
+        base: "pocket" for the shipped model, a folder with config.json and weights, or the id of
+            a model on the Hugging Face hub.
+
+    Raises:
+        UserError: a folder that is no model, a path that does not exist, a name that cannot be a
+            hub id, or, when offline, a hub id that is not in the local cache.
+    """
+    if base == POCKET:
+        from forgetless.pocket import base_path
+
+        return str(base_path())
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        _check_model_folder(folder)
+        return str(folder)
+    hint = f"Give {POCKET!r}, a folder with config.json and *.safetensors, or a hub id."
+    if folder.is_file():
+        raise UserError(f"base {base!r} is a file, not a model folder. {hint}")
+    if not _HUB_ID.fullmatch(base):
+        raise UserError(f"base {base!r} does not exist. {hint}")
+    if constants.HF_HUB_OFFLINE and not _is_cached(base):
+        raise UserError(
+            f"base {base!r} is no folder, and no model of that name is in the local Hugging Face "
+            f"cache (HF_HUB_OFFLINE is set, so nothing is downloaded). {hint}"
+        )
+    return base
+
+
+def _check_model_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        holds = f"; it holds {_some_names(folder)}"
+        raise UserError(f"folder {str(folder)!r} is no model: it has no config.json{holds}")
+    if not any((folder / name).is_file() for name in _WEIGHTS):
+        raise UserError(
+            f"folder {str(folder)!r} has a config.json but no weights ({' or '.join(_WEIGHTS[:2])})"
+        )
+
+
+def _some_names(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return shown or "nothing"
+
+
+def _is_cached(hub_id: str) -> bool:
+    return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
+
+
+def load_model(base: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """The base as a causal language model in evaluation mode.
+
+    Args:
+        base: see `resolve_base`.
+        dtype: "auto" keeps the number format of the stored weights; or float32, bfloat16,
+            float16, float64.
+        device: "auto" is the first accelerator, or the CPU where there is none; or a torch device.
+
+    Raises:
+        UserError: `base` is no causal language model, its files cannot be read, or weights that
+            the architecture needs are missing from them.
+    """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    source = resolve_base(base)
+    _load_config(base, source)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True
+        )
+    except _LOADING_ERRORS as problem:
+        raise UserError(f"cannot load base {base!r}: {_first_line(problem)}") from problem
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError(
+            f"the weights of base {base!r} are incomplete: {len(missing)} missing, "
+            f"{missing[0]!r} among them"
+        )
+    return model.to(_device(device)).eval()
+
+
+def _device(device: str) -> torch.device:
+    if device != "auto":
+        return torch.device(device)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def _load_config(base: str, source: str) -> PretrainedConfig:
+    """The config of a causal language model; anything else is refused by name."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except _LOADING_ERRORS as problem:
+        raise UserError(
+            f"cannot read the config of base {base!r}: {_first_line(problem)}"
+        ) from None
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    stored = getattr(config, "architectures", None) or []
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        stored and not any(name in known for name in stored)
+    ):
+        raise UserError(
+            f"base {base!r} is a {stored[0] if stored else config.model_type}, not a causal "
+            "language model; load such a model yourself and use forgetless.attach on it"
+        )
+    return config
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__
+
+
+def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, always with a padding token.
+
+    Where the base has none, its end-of-text token pads (padding is masked, so it is never
+    learned); then its unknown or its beginning-of-text token.
+
+    Raises:
+        UserError: the base comes without a tokenizer, or the tokenizer has no special token.
+    """
+    source = resolve_base(base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (*_LOADING_ERRORS, ImportError) as problem:
+        raise UserError(
+            f"base {base!r} has no tokenizer that can be loaded ({_first_line(problem)}); "
+            "save one into the folder with tokenizer.save_pretrained"
+        ) from problem
+    if tokenizer.pad_token is None:
+        pad = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+        if pad is None:
+            raise UserError(
+                f"the tokenizer of base {base!r} has neither a padding nor any other special "
+                "token; set tokenizer.pad_token and save it again"
+            )
+        tokenizer.pad_token = pad
+    return tokenizer
+
+
+def meta_model(base: str) -> PreTrainedModel:
+    """The base's architecture on the meta device: every shape, not one weight.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    source = resolve_base(base)
+    config = _load_config(base, source)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """W (out, in) of a linear layer: a view of the parameter itself, also for GPT-2's Conv1D.
+
+    A layer that carries PEFT adapters gives the weight of its base layer.
+
+    Raises:
+        TypeError: the module is not a linear layer, or its weight is packed (quantised).
+    """
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise TypeError(f"need a Linear or Conv1D layer, got {type(module).__name__}")
+    weight: Tensor = module.weight
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"the weight of this {type(module).__name__} is quantised ({weight.dtype}); load the "
+            "base in float32, bfloat16 or float16"
+        )
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def target_layers(
+    model: nn.Module, target_modules: str | Sequence[str] = "all-linear"
+) -> dict[str, nn.Module]:
+    """The linear layers that an adapter goes on, by name, in the model's own order.
+
+    PEFT's own matching decides: "all-linear" is every Linear and Conv1D but the output head; a
+    list holds whole names or their endings ("q_proj"); any other string is a regular expression
+    for the whole name.
+
+    Args:
+        model: a plain model or a PeftModel; both give the same names, those of the plain model.
+        target_modules: "all-linear", a list, or one regular expression.
+
+    Returns:
+        name -> layer, for instance "model.layers.0.self_attn.q_proj". For a PeftModel the layer
+        is the one below the adapters.
+
+    Raises:
+        UserError: nothing matches, or something matches that is not a linear layer.
+    """
+    base = base_of(model)
+    wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = _maybe_include_all_linear_layers(LoraConfig(target_modules=wanted), base)
+    modules = dict(_named_base_modules(base))
+    try:
+        found = {n: m for n, m in modules.items() if check_target_module_exists(config, n)}
+    except re.error as problem:
+        raise UserError(f"target_modules {wanted!r} is no regular expression: {problem}") from None
+    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    if not found:
+        raise UserError(f"target_modules {wanted!r} match no layer. {_what_there_is(linear)}")
+    for name, module in found.items():
+        if name not in linear:
+            raise UserError(
+                f"target_modules {wanted!r} match {name!r}, which is a {type(module).__name__}; "
+                f"only linear layers can be adapted. {_what_there_is(linear)}"
+            )
+    return found
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model below PEFT's wrapper; a plain model is returned as it is."""
+    if not isinstance(model, PeftModel):
+        return model
+    base: nn.Module = model.get_base_model()
+    return base
+
+
+@contextmanager
+def as_base(model: nn.Module) -> Iterator[nn.Module]:
+    """The base in evaluation mode, without gradients and adapters; everything is restored."""
+    modules = list(model.modules())
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in modules):
+        raise UserError("adapters are merged into this model; call model.unmerge_adapter() first")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("the model has weights on the meta device; load it first")
+    training = [module.training for module in modules]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if isinstance(model, PeftModel):
+                stack.enter_context(model.disable_adapter())
+            model.eval()
+            yield base_of(model)
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def _named_base_modules(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module below the model once, under the name it has without adapters."""
+    seen: set[nn.Module] = set()
+
+    def walk(module: Any, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        if module in seen:
+            return
+        seen.add(module)
+        if name:
+            yield name, module
+        for child_name, child in module.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    return walk(base, "")
+
+
+def _what_there_is(linear: set[str]) -> str:
+    endings = sorted({name.rpartition(".")[2] for name in linear})
+    if not endings:
+        return "The model has no linear layers."
+    return f"Linear layers of this model end in: {', '.join(endings[:20])}"

@@ -1,0 +1,82 @@
+"""The report of a study: one page, two tables and a few figures, made from its files alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from forgetless import store
+from forgetless.report import evidence as _evidence
+from forgetless.report import figures, terminal
+from forgetless.report.arms import gather
+from forgetless.report.flips import find
+from forgetless.report.page import page
+from forgetless.report.words import answer, standing
+
+__all__ = ["report", "summary"]
+
+_log = logging.getLogger(__name__)
+
+
+def report(study_folder: str | Path) -> Path:
+    """Write `report/` into a study's folder: the page, results.csv and .parquet, figures.
+
+    Nothing but the files of the study is read, so a report can be made anywhere and again. What
+    needs a package that is not installed is left out, with a note at the foot of the page.
+
+    Args:
+        study_folder: the folder of a study, finished or not.
+
+    Returns:
+        The path of index.html.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no run.
+    """
+    evidence = _evidence.read(study_folder)
+    arms = gather(evidence)
+    place = standing(evidence, arms)
+    words = answer(evidence, arms, place)
+    folder = evidence.folder / "report"
+    store.write_csv(folder / "results.csv", evidence.rows)
+    notes = [note for note in (_write_parquet(folder / "results.parquet", evidence.rows),) if note]
+    drawings: dict[str, str] = {}
+    try:
+        drawings = figures.draw(evidence, arms, place, folder / "figures")
+    except ImportError:
+        notes.append("No figures: matplotlib is not installed (pip install 'forgetless[report]').")
+    index = folder / "index.html"
+    store.write_text(
+        index, page(evidence, arms, place, words, find(evidence, arms), drawings, notes)
+    )
+    for note in notes:
+        _log.info(note)
+    return index
+
+
+def summary(study_folder: str | Path) -> RenderableType:
+    """The report for a terminal, to be printed by rich; raises as `report` does."""
+    evidence = _evidence.read(study_folder)
+    arms = gather(evidence)
+    place = standing(evidence, arms)
+    words = answer(evidence, arms, place)
+    return terminal.render(evidence, arms, place, words, find(evidence, arms))
+
+
+def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write the rows as Parquet; gives a note, and writes nothing, when a package is missing."""
+    try:
+        import pandas as pd
+
+        content = pd.DataFrame(list(rows), columns=list(store.COLUMNS)).to_parquet(index=False)
+    except ImportError:
+        path.unlink(missing_ok=True)
+        return "No results.parquet: it needs pandas and pyarrow (pip install 'forgetless[report]')."
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+    return ""

@@ -1,0 +1,110 @@
+// Axes, scales, labels that keep out of each other's way, and the card with the numbers of a mark.
+
+function niceTicks(from, to, count) {
+  const [low, high] = from < to ? [from, to] : [to, from];
+  const raw = (high - low) / Math.max(count, 1) || 1;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
+  const ticks = [];
+  for (let t = Math.ceil(low / step - 1e-9) * step; t <= high + step * 1e-9; t += step) ticks.push(Math.abs(t) < step * 1e-9 ? 0 : t);
+  return ticks;
+}
+
+function logTicks(low, high) {
+  const ticks = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+    for (const m of [1, 2, 5]) {
+      const t = m * 10 ** power;
+      if (t >= low * 0.999 && t <= high * 1.001) ticks.push(t);
+    }
+  }
+  return ticks;
+}
+
+function scale([low, high], [from, to], isLog = false) {
+  const f = isLog ? Math.log10 : (v) => v;
+  return (value) => from + ((f(value) - f(low)) / (f(high) - f(low) || 1)) * (to - from);
+}
+
+function tickLabel(value, ticks, isShare) {
+  const unit = isShare ? 100 : 1;
+  const step = unit * (ticks.length > 1 ? Math.abs(ticks[1] - ticks[0]) : Math.abs(value) || 1);
+  let digits = 0;
+  while (digits < 6 && Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) > 1e-6) digits++;
+  return (value * unit).toFixed(digits) + (isShare ? "\u00a0%" : "");
+}
+
+// The room for what is drawn, with grid and ticks; `x` and `y` are {range, isShare, isLog, title}.
+function axes(figure, width, height, x, y) {
+  figure.querySelector(":scope > svg")?.remove();
+  const svg = make(figure, "svg", { viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": `${y.title} against ${x.title}` });
+  const xTicks = niceTicks(...x.range, Math.max(4.2, width / 110)).filter((t) => t <= (x.last ?? Infinity));
+  const yTicks = y.isLog ? logTicks(...y.range) : niceTicks(...y.range, height / 75);
+  const yLabels = yTicks.map((t) => (y.isLog ? String(Number(t.toPrecision(2))) : tickLabel(t, yTicks, y.isShare)));
+  const left = 26 + 7.2 * Math.max(...yLabels.map((l) => l.length), 2);
+  const box = { left, right: width - (width < 520 ? 16 : 28), top: 46, bottom: height - 54 };
+  const px = scale(x.range, [box.left, box.right]);
+  const py = scale(y.range, [box.bottom, box.top], y.isLog);
+  yTicks.forEach((t, i) => {
+    make(svg, "line", { class: "grid", x1: box.left, x2: box.right, y1: py(t), y2: py(t) });
+    make(svg, "text", { x: box.left - 10, y: py(t) + 4, "text-anchor": "end" }, yLabels[i]);
+  });
+  xTicks.forEach((t) => {
+    make(svg, "line", { class: "grid", x1: px(t), x2: px(t), y1: box.top, y2: box.bottom });
+    make(svg, "text", { x: px(t), y: box.bottom + 20, "text-anchor": "middle" }, tickLabel(t, xTicks, x.isShare));
+  });
+  make(svg, "line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom });
+  make(svg, "text", { class: "title", x: 20, y: 27 }, y.title);
+  make(svg, "text", { class: "title", x: box.right, y: height - 14, "text-anchor": "end" }, x.title);
+  return { svg, box, px, py };
+}
+
+const overlap = (a, b) => Math.max(0, Math.min(a.x + a.w, b.x + b.w) - Math.max(a.x, b.x)) * Math.max(0, Math.min(a.y + a.h, b.y + b.h) - Math.max(a.y, b.y));
+
+// Put a name beside each {x, y, name}; `taken` are boxes to keep free. Far ones get a thin line.
+function placeNames(svg, box, points, taken) {
+  const canvas = placeNames.canvas ||= document.createElement("canvas").getContext("2d");
+  canvas.font = `560 13px ${getComputedStyle(document.body).fontFamily}`;
+  for (const point of points) {
+    const w = canvas.measureText(point.name).width + 4;
+    let best = null;
+    for (const [ring, distance] of [11, 22, 36, 52].entries()) {
+      for (let turn = 0; turn < 12; turn++) {
+        const angle = (turn * Math.PI) / 6;
+        const cx = point.x + Math.cos(angle) * distance, cy = point.y + Math.sin(angle) * distance;
+        const label = { x: cx + (Math.cos(angle) - 1) * w / 2, y: cy - 8 + Math.sin(angle) * 5, w, h: 16 };
+        const outside = Math.max(0, box.left - label.x) + Math.max(0, label.x + w - box.right) + Math.max(0, box.top - label.y) + Math.max(0, label.y + 16 - box.bottom);
+        const cost = outside * 1000 + taken.reduce((sum, other) => sum + overlap(label, other), 0) + ring * 14 + (Math.cos(angle) < 0 ? 3 : 0) + Math.abs(Math.sin(angle)) * 2;
+        if (!best || cost < best.cost) best = { ...label, cost, ring };
+      }
+    }
+    taken.push(best);
+    if (best.ring > 1) make(svg, "line", { class: "leader", x1: point.x, y1: point.y, x2: Math.min(Math.max(point.x, best.x), best.x + w), y2: best.y + (best.y > point.y ? 2 : 14) });
+    make(svg, "text", { class: "name", x: best.x + 2, y: best.y + 12.5 }, point.name);
+  }
+}
+
+// A card of numbers that follows the mark in hand.
+function tipFor(figure) {
+  const tip = make(figure, "div", { class: "tip", role: "status", hidden: "" });
+  return {
+    show(x, y, fill) {
+      tip.replaceChildren();
+      fill(tip);
+      tip.hidden = false;
+      const { offsetWidth: w, offsetHeight: h } = tip, room = figure.clientWidth;
+      tip.style.left = `${Math.max(8, Math.min(x + 16 + w > room ? x - w - 16 : x + 16, room - w - 8))}px`;
+      tip.style.top = `${Math.max(8, Math.min(y - h / 2, figure.clientHeight - h - 8))}px`;
+    },
+    hide: () => (tip.hidden = true),
+  };
+}
+
+function tipRows(tip, rows) {
+  const list = make(tip, "dl");
+  for (const [term, value] of rows) {
+    if (value === null || value === "") continue;
+    make(list, "dt", {}, term);
+    make(list, "dd", {}, value);
+  }
+}

@@ -1,0 +1,178 @@
+"""What a study folder holds, read as it lies there: runs, score rows, training logs, answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from forgetless import store
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One measure of the study.
+
+    Attributes:
+        kind: learning or forgetting.
+        is_share: every score seen lies in 0..1 and higher is better, so it reads as a percentage.
+    """
+
+    name: str
+    kind: str
+    metric: str
+    higher_is_better: bool
+    is_share: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: its recipe, its `run.json`, and its score rows by task name."""
+
+    folder: store.RunFolder
+    recipe: Mapping[str, Any]
+    record: Mapping[str, Any]
+    rows: Mapping[str, Row]
+
+    @property
+    def run_id(self) -> str:
+        """The name of the folder, which is the run's id."""
+        return self.folder.path.name
+
+    @property
+    def status(self) -> str:
+        """How the run was left: pending, running, done or failed."""
+        return str(self.record.get("status", "pending"))
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The recipe with dotted keys."""
+        return dict(flatten(self.recipe))
+
+    def column(self, name: str) -> Any:
+        """What every row of the run repeats in this column; None when the run has no row."""
+        return next((row.get(name) for row in self.rows.values()), None)
+
+    def log(self) -> list[tuple[int, float]]:
+        """The training loss by step, in the order of the steps."""
+        losses = {}
+        for line in _read_jsonl(self.folder.log):
+            step, loss = number(line.get("step")), number(line.get("loss"))
+            if step is not None and loss is not None:
+                losses[int(step)] = loss
+        return sorted(losses.items())
+
+    def score(self, phase: store.Phase, task: str) -> dict[str, Any]:
+        """The score file of one phase and task; empty when there is none."""
+        return store.read_json(self.folder.scores(phase, task))
+
+    def items(self, phase: store.Phase, task: str) -> list[dict[str, Any]]:
+        """The answers given to a task in one phase; empty when they were not kept."""
+        return list(_read_jsonl(self.folder.items(phase, task)))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything the report is made from."""
+
+    folder: Path
+    name: str
+    rows: Sequence[Row]
+    runs: Sequence[Run]
+    tasks: Sequence[Task]
+    study_text: str
+
+    def first(self, kind: str) -> Task | None:
+        """The first learning or forgetting task of the recipe: the one the words are about."""
+        return next((task for task in self.tasks if task.kind == kind), None)
+
+    def with_status(self, *statuses: str) -> list[Run]:
+        """The runs left in one of these states."""
+        return [run for run in self.runs if run.status in statuses]
+
+
+def read(study_folder: str | Path) -> Evidence:
+    """The evidence in a study folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, it is one run's, or it holds no run.
+    """
+    folder = Path(study_folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no study folder {str(folder)!r}; give the folder of a study")
+    if (folder / "run.json").is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} is one run; give the study that holds it: {str(folder.parent)!r}"
+        )
+    folders = store.run_folders(folder)
+    if not folders:
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no run; start one with 'forgetless run' or 'forgetless study'"
+        )
+    rows = store.results(folder)
+    runs = [_read_run(run_folder, rows) for run_folder in folders]
+    study_file = folder / "study.yaml"
+    text = study_file.read_text("utf-8") if study_file.is_file() else ""
+    return Evidence(folder, folder.resolve().name, rows, runs, _tasks(rows), text)
+
+
+def number(value: object) -> float | None:
+    """The value as a float; None for what was not measured: None, NaN, infinity, text."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a mapping of mappings, with dotted keys."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read_run(folder: store.RunFolder, rows: Sequence[Row]) -> Run:
+    recipe = yaml.safe_load(folder.recipe.read_text("utf-8"))
+    own = {row["task"]: row for row in rows if row["run_id"] == folder.path.name and row["task"]}
+    return Run(folder, recipe, store.read_json(folder.record), own)
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; a line cut off by a kill is left out."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _tasks(rows: Sequence[Row]) -> list[Task]:
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["task"]:
+            by_name.setdefault(row["task"], []).append(row)
+    return [_task(name, of_task) for name, of_task in by_name.items()]
+
+
+def _task(name: str, rows: Sequence[Row]) -> Task:
+    metric = next((str(row["metric"]) for row in rows if row["metric"]), "score")
+    told = [row["higher_is_better"] for row in rows if row["higher_is_better"] is not None]
+    higher = bool(told[0]) if told else True
+    columns = ("base_score", "step0_score", "score")
+    seen = [value for row in rows for c in columns if (value := number(row[c])) is not None]
+    is_share = higher and all(0.0 <= value <= 1.0 for value in seen)
+    return Task(name, str(rows[0]["kind"]), metric, higher, is_share)

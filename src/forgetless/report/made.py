@@ -1,0 +1,192 @@
+"""How the study was made: settings, versions, machines, times, what failed, how to do it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import forgetless
+from forgetless.report.arms import Arm
+from forgetless.report.evidence import Evidence, Run, flatten, number
+from forgetless.report.markup import arm_name, header, pairs, plain_cell, text
+from forgetless.report.words import NOT_MEASURED
+
+# What a run's record holds about its stages, in the order of the table.
+RECORDED = ("seconds", "statistics", "training", "export")
+
+
+def how_it_was_made(evidence: Evidence, arms: Sequence[Arm]) -> str:
+    """The last section of the page, without its heading."""
+    same, varied = _split_settings(evidence.runs)
+    parts = [
+        _again(evidence),
+        "<h3>Settings that every run shares</h3>" + pairs((k, _shown(v)) for k, v in same.items()),
+        _varied_table(evidence, arms, varied),
+        _failed_table(evidence),
+        "<h3>Versions and machine</h3>" + pairs(_machine(evidence.runs)),
+        _details("What every run recorded", _recorded_table(evidence.runs)),
+    ]
+    if evidence.study_text:
+        parts.append(_details("study.yaml", f"<pre>{text(evidence.study_text)}</pre>"))
+    return "".join(parts)
+
+
+def when(evidence: Evidence) -> str:
+    """The day on which the first run was started."""
+    days = sorted(str(run.record["started"])[:10] for run in evidence.runs if run.record.get("started"))
+    return days[0] if days else ""
+
+
+def seeds_of(runs: Iterable[Run]) -> list[str]:
+    """The seeds used, in order."""
+    seeds = {run.settings.get("seed") for run in runs}
+    return [str(seed) for seed in sorted(seeds, key=lambda seed: (number(seed) or 0.0, str(seed)))]
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 41 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _again(evidence: Evidence) -> str:
+    command = "forgetless study study.yaml" if evidence.study_text else "forgetless run recipe.yaml"
+    version = _one(evidence.runs, "versions", "forgetless") or forgetless.__version__
+    bases = ", ".join(sorted({str(run.settings.get("base")) for run in evidence.runs}))
+    seeds = seeds_of(evidence.runs)
+    cite = (
+        f"Forgetless {version}, study “{evidence.name}”, base {bases}, "
+        f"seed{'' if len(seeds) == 1 else 's'} {', '.join(seeds)}, {when(evidence)}."
+    )
+    return (
+        '<div class="again"><div><h3>Do it again</h3>'
+        f"<pre><code>{text(command)}</code></pre>"
+        "<p class=note>with the definition at the end of this page; what is finished is not done "
+        "twice.</p></div>"
+        f"<div><h3>Cite it</h3><p class=cite>{text(cite)}</p></div></div>"
+    )
+
+
+def _split_settings(runs: Sequence[Run]) -> tuple[dict[str, Any], list[str]]:
+    """The settings that are the same in all runs, and the keys of those that are not."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    same, varied = {}, []
+    for key in keys:
+        values = {_shown(run.settings.get(key)) for run in runs}
+        if len(values) == 1:
+            same[key] = runs[0].settings.get(key)
+        elif key not in ("name", "seed"):
+            varied.append(key)
+    return {key: value for key, value in same.items() if value is not None}, varied
+
+
+def _varied_table(evidence: Evidence, arms: Sequence[Arm], varied: Sequence[str]) -> str:
+    if not set(varied) - {"adapter.method"} or not arms:
+        return ""
+    rows = ""
+    for i, arm in enumerate(arms):
+        runs = [run for setting in arm.settings for run in setting.runs]
+        cells = ""
+        for key in varied:
+            values = dict.fromkeys(_shown(run.settings.get(key)) for run in runs)
+            cells += f"<td>{text(', '.join(values))}</td>"
+        cells += f"<td>{text(', '.join(seeds_of(runs)))}</td>"
+        rows += f'<tr><th scope="row">{arm_name(arm.label, i)}</th>{cells}</tr>'
+    heads = "".join(header(key, is_number=False) for key in ("arm", *varied, "seeds"))
+    return f"<h3>Settings that differ</h3>{_scrolled(heads, rows)}"
+
+
+def _failed_table(evidence: Evidence) -> str:
+    lost = [run for run in evidence.runs if run.status != "done"]
+    if not lost:
+        return ""
+    rows = ""
+    for run in lost:
+        reason = run.record.get("reason") or "not finished yet"
+        shown = (
+            run.run_id,
+            run.settings.get("adapter.method"),
+            _shown(run.settings.get("training.learning_rate")),
+            run.settings.get("seed"),
+            run.status,
+            reason,
+        )
+        rows += f"<tr>{''.join(f'<td>{text(value)}</td>' for value in shown)}</tr>"
+    labels = ("run", "method", "rate", "seed", "status", "reason")
+    heads = "".join(header(label, is_number=False) for label in labels)
+    return f"<h3>Runs without a result</h3>{_scrolled(heads, rows, 'reasons')}"
+
+
+def _machine(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    found: dict[str, set[str]] = {}
+    for part in ("versions", "hardware"):
+        for run in runs:
+            for key, value in flatten(_mapping(run.record.get(part))):
+                if value is not None:
+                    found.setdefault(key, set()).add(_shown(value))
+    rows = [(key, ", ".join(sorted(values))) for key, values in found.items()]
+    seconds = [s for run in runs if (s := _total_seconds(run)) is not None]
+    if seconds:
+        rows.append(("time of all runs together", duration(sum(seconds))))
+    return rows
+
+
+def _total_seconds(run: Run) -> float | None:
+    values = [number(value) for _, value in flatten(_mapping(run.record.get("seconds")))]
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _recorded_table(runs: Sequence[Run]) -> str:
+    recorded = [
+        {
+            f"{part} {key}": value
+            for part in RECORDED
+            for key, value in flatten(_mapping(run.record.get(part)))
+            if not isinstance(value, list)
+        }
+        for run in runs
+    ]
+    keys = list(dict.fromkeys(key for record in recorded for key in record))
+    heads = header("run", is_number=False, column=0)
+    heads += "".join(
+        header(key.replace("_", " "), column=i, is_number=any(number(r.get(key)) is not None
+                                                              for r in recorded))
+        for i, key in enumerate(keys, start=1)
+    )  # fmt: skip
+    rows = "".join(
+        f"<tr><th scope=row>{text(run.run_id)}</th>"
+        f"{''.join(plain_cell(record.get(key)) for key in keys)}</tr>"
+        for run, record in zip(runs, recorded, strict=True)
+    )
+    return _scrolled(heads, rows, "sortable dense")
+
+
+def _one(runs: Sequence[Run], part: str, key: str) -> Any:
+    return next((v for run in runs if (v := _mapping(run.record.get(part)).get(key))), None)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_shown(part) for part in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_shown(part)}" for key, part in value.items())
+    if isinstance(value, float):
+        return f"{value:g}"
+    return NOT_MEASURED if value is None else str(value)
+
+
+def _scrolled(heads: str, rows: str, kind: str = "") -> str:
+    return (
+        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _details(label: str, content: str) -> str:
+    return f"<details><summary>{text(label)}</summary>{content}</details>"

@@ -1,0 +1,550 @@
+"""One run: a recipe taken through seven stages, each of which leaves one artefact.
+
+    base scores   scores/base/     what the untouched base can do; measured once a study
+    statistics    (shared)         activations of the knowledge to keep; collected once a study
+    start         start/           the adapter before its first step, and scores/step0/
+    train         native/, model/  the trained adapter, lossless; the model for full fine-tuning
+    export        adapter/         the same as a plain PEFT LoRA for the untouched base
+    evaluate      scores/final/    what the trained model can do
+    analyse       analysis.json    how far the weights moved
+
+A stage is skipped when its artefact is there and was made from the same settings. Every stage
+reads what it needs from the disk, so a run that was killed and continued computes the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+import forgetless
+from forgetless import store
+from forgetless.adapters import attach, delta_weights, export, load, save
+from forgetless.calibration import batches
+from forgetless.data import load_examples, tokenize
+from forgetless.errors import RecipeError
+from forgetless.models import linear_weight, load_model, load_tokenizer, meta_model, target_layers
+from forgetless.recipe import Recipe, base_hash, calibration_key, check, needs_statistics
+from forgetless.statistics import Statistics, collect
+from forgetless.store import Phase, RunFolder
+from forgetless.tasks import Task, TaskResult, make_task
+from forgetless.training import train
+
+SMALL_MODEL = 50_000_000
+"""Weights below which one thread is faster than several."""
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run, for whoever watches.
+
+    Attributes:
+        run_id, name: which run.
+        stage: one of the seven, or "done", "failed".
+        message: what happened, in words; empty for a mere step.
+        step, steps: how far training is; 0 outside training.
+    """
+
+    run_id: str
+    name: str
+    stage: str
+    message: str = ""
+    step: int = 0
+    steps: int = 0
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it lies in its folder."""
+
+    folder: Path
+
+    @property
+    def run_id(self) -> str:
+        """The method's name and the hash of what decided the weights."""
+        return self.folder.name
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What run.json says: status, versions, seconds a stage, training, export."""
+        return store.read_json(RunFolder(self.folder).record)
+
+    @property
+    def status(self) -> str:
+        """``pending``, ``running``, ``done`` or ``failed``."""
+        return str(self.record.get("status", "pending"))
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        """One row a task, with the columns of results.csv."""
+        return store.run_rows(RunFolder(self.folder))
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: str | Path = "runs",
+    study: str | None = None,
+    *,
+    evaluate: bool = True,
+    threads: int | None = None,
+    listen: Listener | None = None,
+) -> Run:
+    """Do whatever of a recipe's seven stages is not done yet.
+
+    Args:
+        recipe: a `Recipe`, the mapping that one is written as, or the path of a YAML file.
+        out: the folder that holds studies.
+        study: the study's folder in it; the recipe's name when not given.
+        evaluate: whether to measure; without, the run trains and exports only.
+        threads: torch threads; None for one on a small model, else torch's own choice.
+        listen: called with an `Event` after each stage and each step of training.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        RecipeError: everything that is wrong with the recipe, before any weight is loaded.
+        Exception: what went wrong in a stage; it is kept in run.json, and a new call goes on from
+            the last finished stage.
+    """
+    recipe = as_recipe(recipe)
+    problems = check(recipe)
+    if problems:
+        raise RecipeError(recipe.name or "recipe", problems)
+    folder = RunFolder(
+        Path(out) / store.folder_name(study or recipe.name or "single") / recipe.run_id
+    )
+    with store.lock(folder.lock):
+        prepare(folder, recipe)
+        execute(folder, evaluate=evaluate, threads=threads, listen=listen)
+    return Run(folder.path)
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe from whatever may stand for one."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.parse(recipe) if isinstance(recipe, Mapping) else Recipe.load(recipe)
+
+
+def prepare(folder: RunFolder, recipe: Recipe) -> None:
+    """Write the recipe into its run's folder and mark it as waiting; for the holder of the lock."""
+    store.write_text(folder.recipe, recipe.to_yaml())
+    folder.update(run_id=folder.path.name, name=recipe.name, status="pending", reason=None)
+
+
+def execute(
+    folder: RunFolder,
+    *,
+    evaluate: bool = True,
+    threads: int | None = None,
+    session: str | None = None,
+    listen: Listener | None = None,
+) -> None:
+    """Take a prepared run through its stages; for the holder of its lock.
+
+    Whatever goes wrong is written into run.json and raised again.
+    """
+    recipe = Recipe.load(folder.recipe)
+    store.remove_temporaries(folder.path)
+    stages = _Stages(folder, recipe, listen or (lambda event: None))
+    folder.update(
+        status="running",
+        reason=None,
+        seed=recipe.seed,
+        session=session,
+        started=_now(),
+        versions=_versions(),
+        hardware=_hardware(),
+    )
+    try:
+        with _torch_threads(threads, recipe.base):
+            stages.run(evaluate=evaluate)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        folder.update(status="failed", reason=reason, traceback=traceback.format_exc())
+        stages.tell("failed", reason)
+        raise
+    folder.update(status="done", finished=_now(), traceback=None)
+    stages.tell("done", "done")
+
+
+# --------------------------------------------------------------------------------------- stages
+
+
+@dataclass
+class _Stages:
+    """The stages of one run; one model is held at a time."""
+
+    folder: RunFolder
+    recipe: Recipe
+    listen: Listener
+    _held: tuple[str, Any] | None = None
+
+    def run(self, *, evaluate: bool) -> None:
+        """All stages in order; the measuring ones only when asked."""
+        if evaluate:
+            self.folder.update(tasks=None)
+            self.folder.update(tasks={task.name: kind for task, kind in self.tasks})
+            self._timed("base scores", self.base_scores)
+        self._timed("statistics", self.collect_statistics)
+        self._timed("start", self.start)
+        if evaluate:
+            self._timed("step 0", self.step0)
+        self._timed("train", self.train)
+        self._timed("export", self.export)
+        if evaluate:
+            self._timed("evaluate", self.evaluate)
+        self._timed("analyse", self.analyse)
+
+    def _timed(self, stage: str, work: Callable[[], str | None]) -> None:
+        """Do a stage; its time is kept only where it had something to do."""
+        started = time.perf_counter()
+        message = work()
+        if message is not None:
+            seconds = round(time.perf_counter() - started, 3)
+            self.folder.update(seconds={stage: seconds})
+            self.tell(stage, f"{message} ({seconds:.1f} s)")
+
+    def tell(self, stage: str, message: str = "", step: int = 0, steps: int = 0) -> None:
+        """Pass an event on to the listener."""
+        name = self.recipe.name or self.recipe.adapter.method
+        self.listen(Event(self.folder.path.name, name, stage, message, step, steps))
+
+    # ------------------------------------------------------------------ what the stages stand on
+
+    @cached_property
+    def tasks(self) -> list[tuple[Task, str]]:
+        """Every task with its kind, in the recipe's order."""
+        specs = self.recipe.tasks
+        return [
+            (make_task(spec), kind)
+            for kind, given in (("learning", specs.learning), ("forgetting", specs.forgetting))
+            for spec in given
+        ]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's own tokenizer."""
+        return load_tokenizer(self.recipe.base)
+
+    @property
+    def full(self) -> bool:
+        """Whether the weights themselves are trained."""
+        return self.recipe.adapter.method == "full"
+
+    @property
+    def trained(self) -> Path:
+        """Where the trained weights lie."""
+        path: Path = self.folder.model if self.full else self.folder.native
+        return path
+
+    @property
+    def shared(self) -> Path:
+        """What the runs of a study have in common."""
+        return self.folder.path.parent / "shared"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """run.json as it is now."""
+        return store.read_json(self.folder.record)
+
+    def _load_base(self) -> Any:
+        return load_model(self.recipe.base, dtype=self.recipe.dtype)
+
+    def _load_trained(self) -> Any:
+        if self.full:
+            return load_model(str(self.folder.model), dtype=self.recipe.dtype)
+        return load(self._load_base(), self.folder.native)
+
+    def _model(self, which: str, load: Callable[[], Any]) -> Any:
+        """The model called ``which``; the one held before is let go first."""
+        if self._held is None or self._held[0] != which:
+            self._held = None
+            self._held = which, load()
+        return self._held[1]
+
+    def _base(self) -> Any:
+        return self._model("base", self._load_base)
+
+    # ------------------------------------------------------------------------------- measuring
+
+    def _measured(self, phase: Phase, task: Task) -> bool:
+        """Whether this very task was scored; a task that has changed has another fingerprint."""
+        score = store.read_json(self.folder.scores(phase, task.name))
+        return score.get("fingerprint") == task.fingerprint
+
+    def _keep(self, phase: Phase, kind: str, result: TaskResult) -> None:
+        """Write a result; the score comes last, for it says that the items are there."""
+        items = [item.to_json() for item in result.items]
+        store.write_jsonl(self.folder.items(phase, result.task), items)
+        score = {**result.to_json(), "kind": kind}
+        store.write_json(self.folder.scores(phase, result.task), score)
+
+    def _copy(self, task: Task, kind: str, source: tuple[Path, Path], phase: Phase) -> None:
+        """Take over a score that was measured elsewhere."""
+        score, items = source
+        store.write_jsonl(self.folder.items(phase, task.name), store.read_jsonl(items))
+        store.write_json(
+            self.folder.scores(phase, task.name), {**store.read_json(score), "kind": kind}
+        )
+
+    def base_scores(self) -> str | None:
+        """Score the untouched base, or take the scores that another run of the study measured."""
+        missing = [(task, kind) for task, kind in self.tasks if not self._measured("base", task)]
+        for task, kind in missing:
+            self._copy(task, kind, self._shared_base_score(task), "base")
+        return _counted(missing, "task") if missing else None
+
+    def _shared_base_score(self, task: Task) -> tuple[Path, Path]:
+        """The files with the base's score and items, measured here when nobody has."""
+        key = _digest(base_hash(self.recipe.base), self.recipe.dtype, task.fingerprint)
+        score = self.shared / "scores" / f"{task.name}-{key}.json"
+        items = score.with_suffix(".jsonl")
+        with store.lock(score.with_suffix(".lock")):
+            if not score.exists():
+                model = self._base()
+                result = task.evaluate(model, self.tokenizer, reference=model)
+                store.write_jsonl(items, [item.to_json() for item in result.items])
+                store.write_json(score, result.to_json())
+        return score, items
+
+    def step0(self) -> str | None:
+        """Score the adapter before its first step.
+
+        Where its logits were seen to equal the base's bit for bit (see `start`), and for full
+        fine-tuning, the base's scores are its scores and nothing is computed twice.
+        """
+        missing = [(task, kind) for task, kind in self.tasks if not self._measured("step0", task)]
+        if not missing:
+            return None
+        is_base = self.full or self.record["start"]["equals_base"]
+        for task, kind in missing:
+            if is_base:
+                base = self.folder.scores("base", task.name), self.folder.items("base", task.name)
+                self._copy(task, kind, base, "step0")
+            else:
+                model = self._model("start", lambda: load(self._load_base(), self.folder.start))
+                self._keep("step0", kind, task.evaluate(model, self.tokenizer))
+        return "the base's own scores" if is_base else _counted(missing, "task")
+
+    def evaluate(self) -> str | None:
+        """Score the trained model, as it was read back from the disk."""
+        missing = [(task, kind) for task, kind in self.tasks if not self._measured("final", task)]
+        for task, kind in missing:
+            model = self._model("trained", self._load_trained)
+            # For an adapter the reference is the same model with the adapter off.
+            reference = self._load_base() if self.full and task.needs_reference else None
+            self._keep("final", kind, task.evaluate(model, self.tokenizer, reference=reference))
+        return _counted(missing, "task") if missing else None
+
+    # -------------------------------------------------------------------------------- training
+
+    @cached_property
+    def _statistics(self) -> Path:
+        key = json.dumps(calibration_key(self.recipe), sort_keys=True)
+        return self.shared / "statistics" / _digest(key)
+
+    def collect_statistics(self) -> str | None:
+        """Collect the activations of the knowledge to keep, if the method needs them."""
+        if not needs_statistics(self.recipe) or self.trained.exists():
+            return None
+        with store.lock(self._statistics.with_suffix(".lock")):
+            if self._statistics.exists():
+                return None
+            model, settings = self._base(), self.recipe.calibration
+            text = batches(
+                settings.source,
+                model,
+                self.tokenizer,
+                samples=settings.samples,
+                max_length=settings.max_length,
+                batch_size=settings.batch_size,
+                seed=self.recipe.seed,
+            )
+            statistics = collect(model, text, self.recipe.adapter.target_modules)
+            with store.new_folder(self._statistics) as folder:
+                statistics.save(folder)
+        return f"{len(statistics)} layers"
+
+    def start(self) -> str | None:
+        """Attach the adapter and write it down as it is before the first step."""
+        if self.full or self.trained.exists() or self.folder.start.exists():
+            return None
+        settings = self.recipe.adapter
+        statistics = Statistics.load(self._statistics) if needs_statistics(self.recipe) else None
+        model = self._base()
+        tokens = _probe(model)
+        before = _logits(model, tokens)
+        model = attach(
+            model,
+            settings.method,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            target_modules=settings.target_modules,
+            stats=statistics,
+            dropout=settings.dropout,
+            seed=self.recipe.seed,
+            **settings.options,
+        )
+        self._held = None  # it is no longer the base
+        same = torch.equal(_logits(model.eval(), tokens), before)
+        self.folder.update(
+            start={"equals_base": same, "probe_tokens": tokens.numel()},
+            statistics=None if statistics is None else dict(statistics.metadata),
+        )
+        with store.new_folder(self.folder.start) as folder:
+            save(model, folder)
+        return "equals the base bit for bit" if same else "differs from the base"
+
+    def train(self) -> str | None:
+        """Train, from the newest checkpoint if there is one, and write the result down."""
+        record = self.record
+        if self.trained.exists() and "training" in record:
+            return None
+        self._held = None
+        recipe, model = self.recipe, self._load_base()
+        if not self.full:
+            model = load(model, self.folder.start, trainable=True)
+        result = train(
+            model,
+            self.tokenizer,
+            self._tokens(),
+            recipe.training,
+            self.folder.path,
+            seed=recipe.seed,
+            on_step=lambda step, steps: self.tell("train", step=step, steps=steps),
+        )
+        with store.new_folder(self.trained) as folder:
+            if self.full:
+                model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+            else:
+                save(model, folder)
+        self.folder.update(training=asdict(result))
+        store.remove(self.folder.checkpoints)
+        if not self.full and record["start"]["equals_base"]:
+            store.remove(self.folder.start)
+        return f"{result.steps} steps, loss {result.final_loss:.4g}"
+
+    def _tokens(self) -> Any:
+        data = self.recipe.data
+        examples = load_examples(data.train, limit=data.limit)
+        return tokenize(examples, self.tokenizer, max_length=data.max_length, pack=data.pack)
+
+    def export(self) -> str | None:
+        """Write the adapter as a plain PEFT LoRA for the untouched base."""
+        rank = self.recipe.export.rank
+        done = self.record.get("export", {}).get("requested") == rank
+        if self.full or (done and self.folder.adapter.exists()):
+            return None
+        with store.new_folder(self.folder.adapter) as folder:
+            report = export(self._model("trained", self._load_trained), folder, rank)
+        entry = {"requested": rank, "rank": report.rank, "relative_error": report.relative_error}
+        self.folder.update(export=entry)
+        return f"rank {report.rank}, relative error {report.relative_error:.2g}"
+
+    def analyse(self) -> str | None:
+        """Measure how far the weights moved, sqrt(sum ||dW||^2) / sqrt(sum ||W||^2)."""
+        if self.folder.analysis.exists():
+            return None
+        moved, size, layers = 0.0, 0.0, {}
+        for name, weight, delta in self._deltas():
+            squares = float(delta.double().square().sum()), float(weight.double().square().sum())
+            moved, size = moved + squares[0], size + squares[1]
+            layers[name] = (squares[0] / squares[1]) ** 0.5 if squares[1] else None
+        update = (moved / size) ** 0.5
+        store.write_json(self.folder.analysis, {"relative_update": update, "layers": layers})
+        return f"weights moved by {update:.2%}"
+
+    def _deltas(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(layer, W, delta W) of every target layer."""
+        model = self._model("trained", self._load_trained)
+        if not self.full:
+            yield from delta_weights(model)
+            return
+        targets = self.recipe.adapter.target_modules
+        before = target_layers(self._load_base(), targets)
+        for name, layer in target_layers(model, targets).items():
+            weight = linear_weight(before[name]).detach().float()
+            yield name, weight, linear_weight(layer).detach().float() - weight
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens).logits
+    return logits
+
+
+def _probe(model: Any) -> Tensor:
+    """Random tokens, (4, 32), always the same for a vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (4, 32), generator=generator)
+    return tokens.to(next(model.parameters()).device)
+
+
+# ------------------------------------------------------------------------- what is written down
+
+
+@contextmanager
+def _torch_threads(threads: int | None, base: str) -> Iterator[None]:
+    """Run with so many threads: one on a small model, where more are slower."""
+    before = torch.get_num_threads()
+    if threads is None and meta_model(base).num_parameters() < SMALL_MODEL:
+        threads = 1
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
+
+
+def _counted(things: Sized, noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "forgetless": forgetless.__version__}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+    }

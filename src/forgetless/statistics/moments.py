@@ -1,0 +1,249 @@
+"""Statistics: the second moments of many layers' inputs, in memory or on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from forgetless.errors import UserError
+
+FILE_NAME = "statistics.safetensors"
+_FORMAT = "forgetless-statistics"
+_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """The inputs of one layer.
+
+    Attributes:
+        second_moment: mean of x x^T over tokens, (in, in), float64, symmetric; not centred.
+        tokens: how many tokens the mean is over.
+    """
+
+    second_moment: Tensor
+    tokens: int
+
+    def tail_energy(self, rank: int) -> float:
+        """Share of the inputs' energy that lies in their `rank` weakest directions.
+
+            (sum of the rank smallest eigenvalues of second_moment) / trace
+
+        Returns:
+            A number in 0..rank / in; 0 where the inputs do not span the space.
+
+        Raises:
+            ValueError: rank is not in 1..in.
+        """
+        size = self.second_moment.shape[0]
+        if not 1 <= rank <= size:
+            raise ValueError(f"rank must be in 1..{size} for inputs of size {size}, got {rank}")
+        trace = float(self.second_moment.trace())
+        tail = float(torch.linalg.eigvalsh(self.second_moment)[:rank].clamp(min=0).sum())
+        return tail / trace if trace > 0 else 0.0
+
+
+class Statistics(Mapping[str, LayerStatistics]):
+    """Layer name -> `LayerStatistics`; layers with the same input share one matrix.
+
+    `collect` makes one, `save` and `load` keep it, and `a + b` is the statistics of both texts,
+    weighted by their tokens. What was loaded, or collected under a memory budget, stays on disk
+    until a layer is asked for.
+
+    Attributes:
+        metadata: `dtype` of the model that was measured, `tokens` (the largest count of any
+            layer), and the versions of `torch` and `transformers`.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerStatistics],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        names: dict[int, str] = {}
+        self._matrix_of = {n: names.setdefault(id(s.second_moment), n) for n, s in layers.items()}
+        self._tokens = {name: layer.tokens for name, layer in layers.items()}
+        self._matrices: Mapping[str, Tensor] = {
+            name: layers[name].second_moment for name in names.values()
+        }
+        self.metadata = dict(metadata or {})
+
+    @classmethod
+    def of(
+        cls,
+        matrices: Mapping[str, Tensor],
+        matrix_of: Mapping[str, str],
+        tokens: Mapping[str, int],
+        metadata: Mapping[str, Any],
+    ) -> Statistics:
+        statistics = cls({}, metadata)
+        statistics._matrices = matrices
+        statistics._matrix_of = dict(matrix_of)
+        statistics._tokens = dict(tokens)
+        return statistics
+
+    def __getitem__(self, layer: str) -> LayerStatistics:
+        return LayerStatistics(self._matrices[self._matrix_of[layer]], self._tokens[layer])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._matrix_of)
+
+    def __len__(self) -> int:
+        return len(self._matrix_of)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._matrix_of
+
+    def __repr__(self) -> str:
+        tokens = max(self._tokens.values(), default=0)
+        return (
+            f"<Statistics of {len(self)} layers, {len(self._matrices)} matrices, {tokens} tokens>"
+        )
+
+    @property
+    def shared_inputs(self) -> list[tuple[str, ...]]:
+        """The layers of each matrix, for instance q_proj, k_proj and v_proj of one block."""
+        groups: dict[str, list[str]] = {}
+        for layer, matrix in self._matrix_of.items():
+            groups.setdefault(matrix, []).append(layer)
+        return [tuple(group) for group in groups.values()]
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """The statistics of both texts together: every token counts the same.
+
+        Raises:
+            ValueError: the two are not of the same layers, with the same sizes.
+        """
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        _check_same_layers(self, other)
+        made: dict[tuple[str, str], LayerStatistics] = {}
+        for name in self:
+            key = (self._matrix_of[name], other._matrix_of[name])
+            if key not in made:
+                made[key] = _merged(name, self[name], other[name])
+        layers = {n: made[self._matrix_of[n], other._matrix_of[n]] for n in self}
+        return Statistics(layers, _merged_metadata(self, other, layers))
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file: every matrix once, the rest as JSON in its header.
+
+        Args:
+            path: a file that ends in .safetensors, or a folder, which is made if need be and gets
+                `statistics.safetensors`. An older file is replaced in one step.
+
+        Returns:
+            The file.
+        """
+        file = _statistics_file(Path(path))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        layers = {n: {"matrix": self._matrix_of[n], "tokens": self._tokens[n]} for n in self}
+        header = {
+            "format": _FORMAT,
+            "version": str(_VERSION),
+            "statistics": json.dumps({"metadata": self.metadata, "layers": layers}),
+        }
+        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            save_file(dict(self._matrices), unfinished, metadata=header)
+            os.replace(unfinished, file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return file
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """What `save` wrote. Matrices are read when a layer is asked for.
+
+        Raises:
+            UserError: there is no such file, or it does not hold statistics.
+        """
+        file = _statistics_file(Path(path))
+        if not file.is_file():
+            raise UserError(f"no statistics at {file}; make them with 'forgetless stats'")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                header = opened.metadata() or {}
+        except SafetensorError as problem:
+            raise UserError(f"{file} is damaged or no safetensors file: {problem}") from None
+        if header.get("format") != _FORMAT or header.get("version") != str(_VERSION):
+            raise UserError(f"{file} does not hold statistics of version {_VERSION}")
+        saved = json.loads(header["statistics"])
+        layers = saved["layers"]
+        matrix_of = {name: layer["matrix"] for name, layer in layers.items()}
+        return cls.of(
+            OnDisk(dict.fromkeys(matrix_of.values(), file)),
+            matrix_of,
+            {name: layer["tokens"] for name, layer in layers.items()},
+            saved["metadata"],
+        )
+
+
+class OnDisk(Mapping[str, Tensor]):
+    """Matrices in safetensors files, mapped into memory one at a time when asked for."""
+
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        folder: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
+        self._files = files
+        self._folder = folder  # deleted together with this object
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _statistics_file(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path / FILE_NAME
+
+
+def _check_same_layers(a: Statistics, b: Statistics) -> None:
+    differing = sorted(set(a) ^ set(b))
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            "only statistics of the same layers can be added; in one of the two only: "
+            f"{', '.join(differing[:3])}{more}"
+        )
+    for name in a:
+        size, other = a[name].second_moment.shape[0], b[name].second_moment.shape[0]
+        if size != other:
+            raise ValueError(f"layer {name!r} has {size} inputs in one and {other} in the other")
+
+
+def _merged(name: str, a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
+    tokens = a.tokens + b.tokens
+    if tokens == 0:
+        raise ValueError(f"layer {name!r} has no tokens in either of the two")
+    moment = a.second_moment * (a.tokens / tokens) + b.second_moment * (b.tokens / tokens)
+    return LayerStatistics(moment, tokens)
+
+
+def _merged_metadata(
+    a: Statistics, b: Statistics, layers: Mapping[str, LayerStatistics]
+) -> dict[str, Any]:
+    """Values that agree are kept; those that differ are listed, so that nothing is hidden."""
+    merged: dict[str, Any] = {}
+    for key in [*a.metadata, *(key for key in b.metadata if key not in a.metadata)]:
+        values = sorted({str(s.metadata[key]) for s in (a, b) if key in s.metadata})
+        merged[key] = values[0] if len(values) == 1 else ", ".join(values)
+    return merged | {"tokens": max((layer.tokens for layer in layers.values()), default=0)}

@@ -1,0 +1,134 @@
+"""Which rows of a layer's input are tokens, and batches whose padding is on the right."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, arange, nn
+
+from forgetless.errors import UserError
+
+
+class TokenRows:
+    """Which rows of a layer's input are tokens and not padding, for one batch."""
+
+    def __init__(self, encoder: Tensor | None = None, decoder: Tensor | None = None) -> None:
+        self._encoder = _Mask(encoder)
+        self._decoder = _Mask(decoder)
+        self._in_decoder = False
+        self._encoder_states: Tensor | None = None
+
+    def enter_decoder(self, encoder_states: Tensor | None) -> None:
+        self._in_decoder, self._encoder_states = True, encoder_states
+
+    def of(self, name: str, x: Tensor) -> Tensor:
+        """The rows that count, (tokens, in)."""
+        states = self._encoder_states
+        is_cross = states is not None and states.data_ptr() == x.data_ptr()
+        mask = self._decoder if self._in_decoder and not is_cross else self._encoder
+        return mask.select(name, x)
+
+
+class _Mask:
+    """A (batch, tokens) mask, reduced to what selecting rows needs."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        self._shape = None if mask is None else tuple(mask.shape)
+        self._kept = None  # indices of real tokens; None when every token is real
+        if mask is not None and not bool(mask.all()):
+            self._kept = mask.flatten().nonzero().squeeze(1)
+
+    def select(self, name: str, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self._shape is None or self._kept is None:
+            return rows
+        batch, tokens = self._shape
+        leading = tuple(x.shape[:-1])
+        if leading in ((batch, tokens), (batch * tokens,)):
+            return rows[self._kept.to(rows.device)]
+        if leading == (batch,):
+            return rows
+        raise UserError(
+            f"layer {name!r} gets inputs of shape {tuple(x.shape)}, which cannot be matched to the "
+            f"{batch} x {tokens} attention mask; pass batches without padding"
+        )
+
+
+def prepare(
+    batch: Mapping[str, Tensor], base: nn.Module, targets: set[nn.Module]
+) -> tuple[dict[str, Any], TokenRows]:
+    """The forward's arguments on the model's device, padding on the right, and the masks."""
+    if not isinstance(batch, Mapping) or not any(isinstance(v, Tensor) for v in batch.values()):
+        raise TypeError(
+            "a batch must be a mapping of tensors such as {'input_ids': ..., 'attention_mask': "
+            f"...}}, got {type(batch).__name__}"
+        )
+    weight = next(base.parameters())
+    accepted = inspect.signature(base.forward).parameters
+    anything = not any(p.kind == p.POSITIONAL_OR_KEYWORD for p in accepted.values())
+    given = {n: _moved(n, v, weight) for n, v in batch.items() if anything or n in accepted}
+    is_pair = is_encoder_decoder(base)
+    if not is_pair:
+        given.pop("labels", None)
+    rows = _pad_right(given, is_pair)
+    if "use_cache" in accepted:
+        given["use_cache"] = False
+    if "logits_to_keep" in accepted and _output_head(base) not in targets:
+        given["logits_to_keep"] = 1
+    return given, rows
+
+
+def _moved(name: str, value: Any, weight: Tensor) -> Any:
+    """A value on the model's device; real-valued inputs, not masks, in the model's dtype."""
+    if not isinstance(value, Tensor):
+        return value
+    cast = value.is_floating_point() and not name.endswith("mask")
+    return value.to(weight.device, weight.dtype if cast else value.dtype)
+
+
+def is_encoder_decoder(base: nn.Module) -> bool:
+    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+
+
+def _output_head(base: nn.Module) -> nn.Module | None:
+    getter = getattr(base, "get_output_embeddings", None)
+    head: nn.Module | None = getter() if getter else None
+    return head
+
+
+def _pad_right(given: dict[str, Any], is_pair: bool) -> TokenRows:
+    """Move leading padding to the end of its row, in place, and give the masks that result."""
+    names = [name for name, value in given.items() if isinstance(value, Tensor)]
+    decoder_names = [n for n in names if is_pair and (n.startswith("decoder_") or n == "labels")]
+    encoder = _checked_mask(given.get("attention_mask"), "attention_mask")
+    decoder = _checked_mask(given.get("decoder_attention_mask"), "decoder_attention_mask")
+    if is_pair and decoder is None and "labels" in given:
+        decoder = given["labels"] != -100
+    return TokenRows(
+        _shift(given, [n for n in names if n not in decoder_names], encoder),
+        _shift(given, decoder_names, decoder),
+    )
+
+
+def _checked_mask(mask: Any, name: str) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UserError(f"{name} must be (batch, tokens) with 1 for real tokens, got {shape}")
+    return mask != 0
+
+
+def _shift(given: dict[str, Any], names: Iterable[str], mask: Tensor | None) -> Tensor | None:
+    if mask is None or bool(mask[:, 0].all()):
+        return mask
+    length = mask.shape[1]
+    first = mask.int().argmax(dim=1, keepdim=True)
+    order = (arange(length, device=mask.device) + first) % length
+    rows = arange(len(mask), device=mask.device)[:, None]
+    for name in names:
+        if given[name].shape[:2] == mask.shape:
+            given[name] = given[name][rows, order]
+    return mask[rows, order]

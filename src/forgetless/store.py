@@ -1,0 +1,345 @@
+"""Folders of runs: where everything lies, written so that a kill at any moment loses nothing.
+
+    <out>/<study>/study.yaml  runs.json            the definition, and its runs in order
+    <out>/<study>/shared/                          base scores and statistics, used by every run
+    <out>/<study>/<run id>/                        one run, see `RunFolder`
+    <out>/<study>/report/                          the page, results.csv, results.parquet, figures
+
+Every file is written under a temporary name, flushed to the disk and renamed; a folder likewise.
+Whatever bears its final name is complete. Locks belong to the operating system and die with the
+process that holds them.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from forgetless import metrics
+
+Phase = Literal["base", "step0", "final"]
+PHASES: tuple[Phase, ...] = ("base", "step0", "final")
+
+COLUMNS = (
+    "study",
+    "run_id",
+    "base",
+    "method",
+    "rank",
+    "learning_rate",
+    "seed",
+    "steps",
+    "task",
+    "kind",
+    "metric",
+    "base_score",
+    "step0_score",
+    "score",
+    "stderr",
+    "n",
+    "retention",
+    "relative_update",
+    "train_seconds",
+    "status",
+    "arm",
+    "alpha",
+    "weight_decay",
+    "target_modules",
+    "higher_is_better",
+)
+"""The columns of results.csv, one row a run and task."""
+
+_TEMPORARY = ".tmp-"
+
+
+# ------------------------------------------------------------------------------- atomic writing
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}")
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to bring a file or the names in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _flush(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all; a number that is not finite becomes null."""
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, the whole file or nothing."""
+    lines = [json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) for row in rows]
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return content
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; empty when there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name ``path`` when the block ends well.
+
+    A folder that had the name is replaced. When the block raises, nothing is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _flush(file)
+        if path.exists():
+            path.rename(_temporary(path))
+        temporary.rename(path)
+        _flush(path.parent)
+    finally:
+        for left in path.parent.glob(f"{_TEMPORARY}*-{path.name}"):
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed writers left in ``folder``; only for the holder of its lock."""
+    for left in folder.rglob(f"{_TEMPORARY}*"):
+        remove(left)
+
+
+# ---------------------------------------------------------------------------------------- locks
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file ``path``; gives False when another process has it and ``wait`` is off.
+
+    The lock is the operating system's, so a process that is killed lets go of it. The empty file
+    stays: deleting it would let two processes hold two files of one name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+# -------------------------------------------------------------------------------- one run's folder
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places in one run's folder.
+
+    recipe.yaml     the recipe, defaults included
+    run.json        status, versions, hardware, seconds a stage, and what the stages reported
+    log.jsonl       one line every few steps
+    checkpoints/    while training
+    start/          the adapter before its first step, until training is done
+    native/         the trained adapter, lossless (`model/` for full fine-tuning)
+    adapter/        the trained adapter as a plain PEFT LoRA
+    scores/ items/  {base,step0,final}/<task>.json and .jsonl
+    analysis.json   how far the weights moved
+    """
+
+    path: Path
+
+    recipe = property(lambda self: self.path / "recipe.yaml")
+    record = property(lambda self: self.path / "run.json")
+    log = property(lambda self: self.path / "log.jsonl")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    start = property(lambda self: self.path / "start")
+    native = property(lambda self: self.path / "native")
+    model = property(lambda self: self.path / "model")
+    adapter = property(lambda self: self.path / "adapter")
+    analysis = property(lambda self: self.path / "analysis.json")
+    lock = property(lambda self: self.path / ".lock")
+
+    def scores(self, phase: Phase, task: str) -> Path:
+        """The score of one task: value, standard error, n, fingerprint."""
+        return self.path / "scores" / phase / f"{task}.json"
+
+    def items(self, phase: Phase, task: str) -> Path:
+        """What was asked, expected and answered, one line an item."""
+        return self.path / "items" / phase / f"{task}.jsonl"
+
+    def update(self, **changes: Any) -> dict[str, Any]:
+        """Change entries of run.json and give it back; a mapping is merged into the one there."""
+        record = read_json(self.record)
+        for key, value in changes.items():
+            old = record.get(key)
+            if isinstance(value, Mapping) and isinstance(old, dict):
+                value = {**old, **value}
+            record[key] = value
+        write_json(self.record, record)
+        return record
+
+
+def folder_name(name: str) -> str:
+    """The name as that of a folder: letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "unnamed"
+
+
+def run_folders(study_folder: str | Path) -> list[RunFolder]:
+    """The runs of a study: first those of its definition, in order, then any others by name."""
+    study_folder = Path(study_folder)
+    planned = [entry["run_id"] for entry in read_json(study_folder / "runs.json").get("runs", [])]
+    found = {path.parent.name for path in study_folder.glob("*/recipe.yaml")}
+    order = [name for name in planned if name in found] + sorted(found - set(planned))
+    return [RunFolder(study_folder / name) for name in order]
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+def results(study_folder: str | Path) -> list[dict[str, Any]]:
+    """One row per run and task with the columns of `COLUMNS`; None where nothing was measured.
+
+    A task that a run has not been measured on yet has its row too, without a score.
+    """
+    study_folder = Path(study_folder)
+    if not study_folder.is_dir():
+        raise FileNotFoundError(f"no study folder {study_folder}")
+    return [row for folder in run_folders(study_folder) for row in run_rows(folder)]
+
+
+def run_rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """The rows of one run, see `results`."""
+    recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+    record = read_json(folder.record)
+    common = _run_columns(folder, recipe, record)
+    rows = []
+    for task, kind in record.get("tasks", {}).items():
+        scores = {phase: read_json(folder.scores(phase, task)) for phase in PHASES}
+        rows.append(dict.fromkeys(COLUMNS) | common | _task_columns(task, kind, scores))
+    return rows
+
+
+def _run_columns(
+    folder: RunFolder, recipe: Mapping[str, Any], record: Mapping[str, Any]
+) -> dict[str, Any]:
+    adapter, training = recipe["adapter"], recipe["training"]
+    trained = record.get("training", {})
+    full = adapter["method"] == "full"
+    return {
+        "study": folder.path.parent.name,
+        "run_id": folder.path.name,
+        "base": recipe["base"],
+        "method": adapter["method"],
+        "rank": None if full else adapter["rank"],
+        "learning_rate": training["learning_rate"],
+        "seed": recipe["seed"],
+        "steps": trained.get("steps", training["steps"]),
+        "relative_update": read_json(folder.analysis).get("relative_update"),
+        "train_seconds": trained.get("train_seconds"),
+        "status": record.get("status", "pending"),
+        "arm": recipe["name"] or adapter["method"],
+        "alpha": None if full else adapter["alpha"],
+        "weight_decay": training["weight_decay"],
+        "target_modules": None if full else _words(adapter["target_modules"]),
+    }
+
+
+def _task_columns(
+    task: str, kind: str, scores: Mapping[Phase, Mapping[str, Any]]
+) -> dict[str, Any]:
+    base, final = scores["base"], scores["final"]
+    known = final or base
+    return {
+        "task": task,
+        "kind": kind,
+        "metric": known.get("metric"),
+        "base_score": base.get("value"),
+        "step0_score": scores["step0"].get("value"),
+        "score": final.get("value"),
+        "stderr": final.get("stderr"),
+        "n": final.get("n"),
+        "retention": _retention(base, final),
+        "higher_is_better": known.get("higher_is_better"),
+    }
+
+
+def _retention(base: Mapping[str, Any], final: Mapping[str, Any]) -> float | None:
+    """The share that is left; None where it is not measured or means nothing."""
+    if base.get("value") is None or final.get("value") is None:
+        return None
+    share = metrics.retention(final["value"], base["value"], final["higher_is_better"])
+    return None if math.isnan(share) else share
+
+
+def _words(names: str | Sequence[str]) -> str:
+    return names if isinstance(names, str) else " ".join(names)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, atomically; an unmeasured value is an empty field."""
+    import io
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

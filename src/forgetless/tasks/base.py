@@ -1,0 +1,224 @@
+"""What every task is and gives back: `Task`, `TaskResult`, `Item`. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from forgetless.errors import UserError
+from forgetless.metrics import mean_stderr
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Item", "Task", "TaskResult", "check_settings", "fingerprint_of", "whole_number"]
+
+_NAME = re.compile(r"[\w][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question, prompt or document of a task, under one model.
+
+    Attributes:
+        id: the same for every model, unique within the task.
+        prompt: what the model was given (long texts: their beginning).
+        expected: the right answer; empty where there is none.
+        answer: what the model gave; empty where nothing was generated.
+        score: 1 or 0 for right or wrong, or the item's own value of the metric.
+        weight: the item's share in the task's mean, such as its number of tokens.
+    """
+
+    id: str
+    prompt: str
+    expected: str
+    answer: str
+    score: float
+    weight: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of an items file; the weight only where it is not 1."""
+        line: dict[str, Any] = {
+            "id": self.id,
+            "prompt": self.prompt,
+            "expected": self.expected,
+            "answer": self.answer,
+            "score": self.score,
+        }
+        return line if self.weight == 1.0 else line | {"weight": self.weight}
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> Self:
+        """The item that `to_json` wrote."""
+        texts = {key: str(line[key]) for key in ("id", "prompt", "expected", "answer")}
+        return cls(**texts, score=float(line["score"]), weight=float(line.get("weight", 1.0)))
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The score of one model on one task.
+
+    Attributes:
+        task: the task's name.
+        metric: what `value` is: "accuracy" (0..1), "loss" or "kl" (nats per token).
+        value: mean over items, weighted by their weights.
+        stderr: its standard error over items; nan for a single item.
+        n: number of items.
+        higher_is_better: the direction of `value`.
+        fingerprint: of the task; scores with different ones must not be compared.
+        seconds: wall time.
+        items: every item, in the task's order; empty when they were not kept.
+        extra: further numbers, such as the number of tokens or the perplexity.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    higher_is_better: bool
+    fingerprint: str
+    seconds: float
+    items: tuple[Item, ...] = ()
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_items(
+        cls,
+        task: Task,
+        items: Sequence[Item],
+        *,
+        metric: str,
+        higher_is_better: bool,
+        seconds: float,
+    ) -> Self:
+        """The mean of `items` as the score of `task`.
+
+        Raises:
+            UserError: an item has no finite score, as after a training run that diverged.
+        """
+        broken = [item.id for item in items if not math.isfinite(item.score)]
+        if broken:
+            raise UserError(
+                f"task {task.name!r}: the model's {metric} is not a finite number on "
+                f"{len(broken)} of {len(items)} items (first: {broken[0]!r}); its weights or "
+                "logits hold nan or infinity: look for a training run that diverged"
+            )
+        mean = mean_stderr([i.score for i in items], [i.weight for i in items])
+        return cls(
+            task=task.name,
+            metric=metric,
+            value=mean.value,
+            stderr=mean.stderr,
+            n=mean.n,
+            higher_is_better=higher_is_better,
+            fingerprint=task.fingerprint,
+            seconds=seconds,
+            items=tuple(items),
+        )
+
+    @property
+    def right_or_wrong(self) -> bool:
+        """Whether items are kept and each is plainly right (1) or wrong (0)."""
+        return (
+            self.higher_is_better
+            and bool(self.items)
+            and all(item.score in (0.0, 1.0) for item in self.items)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the items, as plain JSON values; an unknown standard error is null."""
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "value": self.value,
+            "stderr": None if math.isnan(self.stderr) else self.stderr,
+            "n": self.n,
+            "higher_is_better": self.higher_is_better,
+            "fingerprint": self.fingerprint,
+            "seconds": round(self.seconds, 3),
+            "extra": dict(self.extra),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], items: Sequence[Item] = ()) -> Self:
+        """The result that `to_json` wrote, with its items if they were kept."""
+        return cls(
+            task=str(data["task"]),
+            metric=str(data["metric"]),
+            value=float(data["value"]),
+            stderr=math.nan if data["stderr"] is None else float(data["stderr"]),
+            n=int(data["n"]),
+            higher_is_better=bool(data["higher_is_better"]),
+            fingerprint=str(data["fingerprint"]),
+            seconds=float(data["seconds"]),
+            items=tuple(items),
+            extra=dict(data.get("extra", {})),
+        )
+
+
+class Task(Protocol):
+    """Something that a model can be scored on.
+
+    `evaluate` leaves the model as it was: its weights, which modules train, which parameters
+    need gradients and the state of every random generator. Padding and `batch_size` change the
+    time and the memory, not the score.
+    """
+
+    @property
+    def name(self) -> str:
+        """How scores and files call the task."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of content, settings and the version of the task's own code."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the score is a distance to another model, the base."""
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reference: nn.Module | None = None,
+        batch_size: int | None = None,
+    ) -> TaskResult:
+        """Score `model`; `batch_size` None picks one for the size of the model."""
+
+
+def fingerprint_of(kind: str, version: int, *content: object) -> str:
+    """16 hex digits of the SHA-256 of a task's kind, version and JSON-ready content."""
+    text = json.dumps([kind, version, *content], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_settings(kind: str, name: str, problems: Iterable[str | None]) -> None:
+    """Refuse a task for all that is wrong with its settings, in one message.
+
+    Raises:
+        UserError: at least one problem is not None, or `name` cannot be a file's name.
+    """
+    found = [problem for problem in problems if problem is not None]
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        found.append(
+            f"name must be letters, digits, '_', '-' and '.' (it names files), got {name!r}"
+        )
+    if found:
+        raise UserError(f"task {kind!r}: {'; '.join(found)}")
+
+
+def whole_number(
+    setting: str, value: object, least: int = 1, *, optional: bool = False
+) -> str | None:
+    """What is wrong with a setting that must be a whole number of at least `least`, or None."""
+    if (optional and value is None) or (type(value) is int and value >= least):
+        return None
+    return f"{setting} must be a whole number of at least {least}, got {value!r}"

@@ -1,0 +1,194 @@
+"""Greedy generation in batches: what every task that reads an answer shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from forgetless.errors import UserError
+from forgetless.tasks.inference import (
+    Ids,
+    accepts,
+    by_length,
+    context_of,
+    device_of,
+    encode,
+    evaluating,
+    pad,
+    require_causal,
+)
+
+__all__ = ["generate"]
+
+_SMALL_MODEL = 50_000_000
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    stop: str = "\n",
+    batch_size: int | None = None,
+) -> list[str]:
+    """The most probable continuation of each prompt, token by token, in the order of the prompts.
+
+    A continuation ends before `stop`, at the model's or tokenizer's end of text, or after
+    `max_new_tokens`. Prompts of similar length share a batch, padded on the left; rows that have
+    ended leave it, so a batch costs what its unfinished rows cost. Sampling settings that a model
+    carries with it are not used.
+
+    Args:
+        model: a causal language model, or a PeftModel of one.
+        tokenizer: of the model.
+        prompts: given as they are, with the tokenizer's own beginning of text.
+        max_new_tokens: 1 or more.
+        stop: one character, usually the newline.
+        batch_size: prompts at once; None for 256 on a model below 50 M parameters, else 32.
+
+    Raises:
+        UserError: not a causal language model; a prompt that does not fit with its answer; or
+            logits that are nan.
+    """
+    require_causal(model)
+    rows = encode(tokenizer, prompts)
+    _check_room(model, rows, max_new_tokens)
+    ends = _end_ids(model, tokenizer)
+    decoder = _Decoder(
+        model=model,
+        fill=tokenizer.pad_token_id or 0,
+        ends=ends | _ids_with(stop, tokenizer, len(tokenizer)),
+        steps=max_new_tokens,
+    )
+    size = batch_size or _default_batch_size(model)
+    answers = [""] * len(rows)
+    with evaluating(model):
+        for places in by_length(rows, size):
+            found = decoder.continuations([rows[i] for i in places])
+            # A token with the stop in it may hold the end of the answer, an end of text does not.
+            found = [ids[:-1] if ids[-1] in ends else ids for ids in found]
+            texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+            for place, text in zip(places, texts, strict=True):
+                answers[place] = text.split(stop, 1)[0]
+    return answers
+
+
+class _Decoder:
+    """Greedy decoding of one batch after the other by the same model, with the same ends."""
+
+    def __init__(self, model: nn.Module, fill: int, ends: Set[int], steps: int) -> None:
+        self.model, self.fill, self.ends, self.steps = model, fill, ends, steps
+        self.device = device_of(model)
+        self.end_ids = torch.tensor(sorted(ends), device=self.device)
+
+    def continuations(self, rows: Sequence[Ids]) -> list[list[int]]:
+        """New tokens of each row, up to and with the one that ends it."""
+        state = _State(self.model, pad(rows, self.fill, self.device, left=True))
+        output = torch.full((len(rows), self.steps), self.fill, device=self.device)
+        alive = torch.arange(len(rows), device=self.device)
+        running = torch.ones_like(alive, dtype=torch.bool)
+        for step in range(self.steps):
+            token = state.next_token()
+            output[alive, step] = token
+            running &= ~torch.isin(token, self.end_ids)
+            left = int(running.sum())
+            if left == 0 or step + 1 == self.steps:
+                break
+            # Taking rows out copies the cache, so it waits until a quarter of them have ended.
+            if left <= 0.75 * len(running):
+                keep = running.nonzero().squeeze(1)
+                alive, token, running = alive[keep], token[keep], running[keep]
+                state.keep_rows(keep)
+            state.append(token)
+        return [self._until_end(ids) for ids in output.tolist()]
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        length = next((i + 1 for i, token in enumerate(ids) if token in self.ends), len(ids))
+        return ids[:length]
+
+
+class _State:
+    """One batch on its way: all tokens so far, those not yet seen by the model, and its cache."""
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self.ids, self.mask = batch["input_ids"], batch["attention_mask"]
+        self.cache: Any = None
+        self.cached = accepts(model, "past_key_values")
+        self.positions = accepts(model, "position_ids")
+        self.options: dict[str, Any] = {"use_cache": True} if self.cached else {}
+        if accepts(model, "logits_to_keep"):
+            self.options["logits_to_keep"] = 1
+
+    def next_token(self) -> Tensor:
+        """The most probable next token of each row, (rows,)."""
+        seen = 0 if self.cache is None else self.length - 1
+        inputs: dict[str, Any] = {"input_ids": self.ids[:, seen:], "attention_mask": self.mask}
+        if self.positions:
+            inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, seen:]
+        if self.cached:
+            inputs["past_key_values"] = self.cache
+        output = self.model(**inputs, **self.options)
+        self.cache = output.past_key_values if self.cached else None
+        logits: Tensor = output.logits[:, -1]
+        if logits.isnan().any():
+            raise UserError(
+                "the model's logits are nan: its weights may come from a training run that "
+                "diverged (try a lower learning rate), or its dtype may be too narrow"
+            )
+        return logits.argmax(-1)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each row so far, padding included."""
+        return self.ids.shape[1]
+
+    def append(self, token: Tensor) -> None:
+        """Put one more token, (rows,), at the end of each row."""
+        self.ids = torch.cat([self.ids, token[:, None]], 1)
+        self.mask = torch.cat([self.mask, torch.ones_like(token)[:, None]], 1)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+
+
+def _default_batch_size(model: nn.Module) -> int:
+    return 256 if sum(w.numel() for w in model.parameters()) < _SMALL_MODEL else 32
+
+
+def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends a text for the tokenizer or for the model's own generation."""
+    ends = {tokenizer.eos_token_id}
+    settings = getattr(model, "generation_config", None)
+    own = getattr(settings, "eos_token_id", None)
+    ends.update(own if isinstance(own, list) else [own])
+    return ends - {None}
+
+
+@lru_cache(maxsize=8)
+def _ids_with(character: str, tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
+    """Every token of the first `size` whose text holds the character."""
+    texts = tokenizer.batch_decode([[token] for token in range(size)])
+    return frozenset(token for token, text in enumerate(texts) if character in text)
+
+
+def _check_room(model: nn.Module, rows: Sequence[Ids], new: int) -> None:
+    """Refuse prompts that leave no room for their answer, and empty ones."""
+    room = context_of(model)
+    longest = max((len(row) for row in rows), default=0)
+    if room is not None and longest + new > room:
+        raise UserError(
+            f"a prompt of {longest} tokens with up to {new} new ones does not fit into the "
+            f"model's {room} positions; shorten the prompts"
+        )
+    if any(len(row) == 0 for row in rows):
+        raise UserError("a prompt is empty and the tokenizer adds no beginning; nothing to go on")

@@ -1,0 +1,291 @@
+"""Token losses of texts and token divergences between two models, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from forgetless.data import IGNORED
+from forgetless.errors import UserError
+from forgetless.tasks.base import Item
+from forgetless.tasks.inference import (
+    Ids,
+    adapter_off,
+    by_length,
+    device_of,
+    evaluating,
+    pad,
+    require_causal,
+)
+from forgetless.tasks.texts import beginning
+
+__all__ = ["Piece", "divergences", "items_of", "losses"]
+
+# Logits (tokens x vocabulary) that one batch may have, and that are looked at in one go.
+_BATCH_LOGITS = 1 << 26
+_CHUNK_LOGITS = 1 << 21
+_MOST_ROWS = 32
+
+# Tokens of a text that are enough for its beginning.
+_HEAD = 48
+
+
+class Piece(NamedTuple):
+    """A quantity summed over the tokens of one piece of a text.
+
+    Attributes:
+        text: position of the text.
+        start: position of the piece's first token in the text.
+        total: the sum over its tokens, in nats.
+        tokens: how many tokens that are, 1 or more.
+    """
+
+    text: int
+    start: int
+    total: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What the model sees at once of a text, with the targets that are new in it."""
+
+    text: int
+    start: int
+    ids: Ids
+    labels: Ids
+
+
+def losses(
+    model: nn.Module,
+    rows: Sequence[Ids],
+    labels: Sequence[Ids] | None = None,
+    *,
+    max_length: int,
+    stride: int,
+    batch_size: int | None = None,
+) -> list[Piece]:
+    """Summed -log p(token | tokens before it) of each window of each text.
+
+    Windows hold up to `max_length` tokens and start `stride` tokens apart. A token is a target
+    once: in the first window that reaches it. So the targets of later windows have at least
+    `max_length - stride` tokens before them, and the sums of a text's windows are its own. The
+    first token of a text has nothing before it and is never a target.
+
+    Args:
+        model: a causal language model.
+        rows: token ids of each text.
+        labels: of the same lengths, `IGNORED` where a token is context only; None for `rows`.
+        max_length: 2 or more.
+        stride: in 1..max_length - 1.
+        batch_size: windows at once; None for 32. Batches are smaller where their logits, tokens
+            times vocabulary, would be more than 64 M numbers.
+
+    Returns:
+        One piece a window that has targets, in the order of the texts.
+
+    Raises:
+        UserError: not a causal language model.
+    """
+    require_causal(model)
+    windows = [
+        window
+        for text, ids in enumerate(rows)
+        for window in _windows(text, ids, labels[text] if labels else ids, max_length, stride)
+    ]
+    totals = [0.0] * len(windows)
+    device = device_of(model)
+    with evaluating(model):
+        for places in _batches(model, [window.ids for window in windows], batch_size):
+            group = [windows[i] for i in places]
+            batch = pad([window.ids for window in group], 0, device)
+            # Position t predicts token t + 1, so labels move one to the left.
+            targets = pad([[*w.labels[1:], IGNORED] for w in group], IGNORED, device)["input_ids"]
+            for place, total in zip(
+                places, _row_losses(_logits(model, batch), targets), strict=True
+            ):
+                totals[place] = total
+    return [
+        Piece(w.text, w.start, total, sum(label != IGNORED for label in w.labels))
+        for w, total in zip(windows, totals, strict=True)
+    ]
+
+
+def divergences(
+    model: nn.Module,
+    rows: Sequence[Ids],
+    *,
+    max_length: int,
+    reference: nn.Module | None = None,
+    batch_size: int | None = None,
+) -> list[Piece]:
+    """Summed KL(base || model) over the next-token distributions after every token of each text.
+
+        KL_t = sum_v p_base(v | x_1..t) * [ log p_base(v | x_1..t) - log p_model(v | x_1..t) ]
+
+    Texts longer than `max_length` tokens are cut into pieces that are read apart. Both models see
+    the same batch one after the other and only the logits of that batch are held, so the memory
+    does not grow with the texts, and a model that equals the base bit for bit has exactly 0.
+
+    Args:
+        model: the tuned model.
+        rows: token ids of each text.
+        max_length: tokens of a piece, 1 or more.
+        reference: the base; None for a PeftModel, whose base is itself with the adapter off.
+        batch_size: pieces at once; as in `losses`.
+
+    Returns:
+        One piece after the other, in the order of the texts.
+
+    Raises:
+        UserError: no reference and no adapter to switch off, two vocabularies, or not a causal
+            language model.
+    """
+    require_causal(model)
+    reference_logits = _reference_logits(model, reference)
+    cuts = [(text, i) for text, ids in enumerate(rows) for i in range(0, len(ids), max_length)]
+    pieces = [rows[text][start : start + max_length] for text, start in cuts]
+    totals = [0.0] * len(pieces)
+    with evaluating(model), evaluating(reference or model):
+        for places in _batches(model, pieces, batch_size):
+            batch = pad([pieces[i] for i in places], 0, device_of(model))
+            tuned, base = _logits(model, batch), reference_logits(batch)
+            _check_same_vocabulary(base, tuned)
+            sums = _row_divergences(base, tuned, batch["attention_mask"])
+            for place, total in zip(places, sums, strict=True):
+                totals[place] = total
+    return [
+        Piece(text, start, total, len(piece))
+        for (text, start), piece, total in zip(cuts, pieces, totals, strict=True)
+    ]
+
+
+def items_of(
+    pieces: Sequence[Piece], rows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase
+) -> list[Item]:
+    """One item a text: the mean over its tokens, weighted by their number.
+
+    The pieces of a single text are items of their own, for an error cannot be told from one item.
+    Neighbours resemble each other, so that error is rather too small than too large.
+    """
+    alone = len({piece.text for piece in pieces}) == 1
+    groups: dict[tuple[int, int], list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault((piece.text, piece.start if alone else 0), []).append(piece)
+    items = []
+    for (text, start), parts in groups.items():
+        tokens = sum(part.tokens for part in parts)
+        head = tokenizer.decode(rows[text][start : start + _HEAD], skip_special_tokens=True)
+        score = sum(part.total for part in parts) / tokens
+        identity = f"{text}:{start}" if alone else str(text)
+        items.append(Item(identity, beginning(head), "", "", score, float(tokens)))
+    return items
+
+
+def _windows(text: int, ids: Ids, labels: Ids, max_length: int, stride: int) -> Iterator[_Window]:
+    """Windows of one text; a label counts in the first window in which it has a token before it."""
+    known = 1
+    for start in range(0, max(len(ids) - 1, 0), stride):
+        end = min(start + max_length, len(ids))
+        context = [IGNORED] * (known - start)
+        new = [*context, *labels[known:end]]
+        if any(label != IGNORED for label in new):
+            yield _Window(text, start, ids[start:end], new)
+        known = end
+        if end == len(ids):
+            return
+
+
+def _batches(model: nn.Module, rows: Sequence[Ids], batch_size: int | None) -> Iterator[list[int]]:
+    """Positions of rows in batches whose logits fit; the longest row decides how many that are."""
+    longest = max((len(row) for row in rows), default=1)
+    fitting = max(1, _BATCH_LOGITS // (longest * _vocabulary(model)))
+    return by_length(rows, min(batch_size or _MOST_ROWS, fitting))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    return int(getattr(config, "vocab_size", None) or 1 << 17)
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    device = device_of(model)
+    inputs = {key: value.to(device) for key, value in batch.items()}
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+def _reference_logits(
+    model: nn.Module, reference: nn.Module | None
+) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """How to get the base's logits of a batch, on the model's device."""
+    if reference is not None:
+        base, device = reference, device_of(model)
+        return lambda batch: _logits(base, batch).to(device)
+    if not isinstance(model, PeftModel):
+        raise UserError(
+            "KL needs the base model to compare with: pass reference=base, or a PeftModel, "
+            f"whose base is itself with the adapter off; got {type(model).__name__} alone"
+        )
+    adapted = model
+
+    def with_adapter_off(batch: Mapping[str, Tensor]) -> Tensor:
+        with adapter_off(adapted):
+            return _logits(adapted, batch)
+
+    return with_adapter_off
+
+
+def _check_same_vocabulary(base: Tensor, tuned: Tensor) -> None:
+    if tuned.shape != base.shape:
+        raise UserError(
+            f"the reference has {base.shape[-1]} tokens in its vocabulary and the model "
+            f"{tuned.shape[-1]}; KL needs the base that the model was made from"
+        )
+
+
+def _row_losses(logits: Tensor, targets: Tensor) -> list[float]:
+    """Cross-entropy of each row, summed over its targets."""
+    counted = targets != IGNORED
+    flat, wanted = logits.flatten(0, 1), targets.flatten()
+
+    def losses_at(places: Tensor) -> Tensor:
+        return functional.cross_entropy(flat[places].float(), wanted[places], reduction="none")
+
+    return _row_sums(counted, losses_at, logits.shape[-1])
+
+
+def _row_divergences(base: Tensor, tuned: Tensor, mask: Tensor) -> list[float]:
+    """KL(base || tuned) of each row, summed over the tokens that are not padding."""
+    flat_base, flat_tuned = base.flatten(0, 1), tuned.flatten(0, 1)
+
+    def divergences_at(places: Tensor) -> Tensor:
+        log_p = flat_base[places].float().log_softmax(-1)
+        log_q = flat_tuned[places].float().log_softmax(-1)
+        # Rounding can push a divergence of almost nothing below 0, where none can be.
+        return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
+
+    return _row_sums(mask.bool(), divergences_at, base.shape[-1])
+
+
+def _row_sums(
+    counted: Tensor, values_at: Callable[[Tensor], Tensor], vocabulary: int
+) -> list[float]:
+    """Sums, in float64, of a per-token quantity over the counted tokens (rows, tokens) of each row.
+
+    The quantity is computed for a few tokens at a time, so that no second copy of all logits is
+    ever made.
+    """
+    places = counted.flatten().nonzero().squeeze(1)
+    parts = torch.split(places, max(1, _CHUNK_LOGITS // vocabulary))
+    values = torch.cat([values_at(part).double().cpu() for part in parts])
+    rows = (places // counted.shape[1]).cpu()
+    sums = torch.zeros(len(counted), dtype=torch.float64).index_add_(0, rows, values)
+    return [float(total) for total in sums]

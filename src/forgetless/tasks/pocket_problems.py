@@ -1,0 +1,99 @@
+"""The first skill to learn: arithmetic word problems, scored by their final answer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+from forgetless.pocket.problems import Problem, final_answer, problems
+from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PocketProblems"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PocketProblems:
+    """Share of word problems whose greedy solution ends in the right number.
+
+    The value is the accuracy, 0..1. The problems are of the test split, which no training problem
+    is in; an item's answer is the whole solution, right or wrong by its final number alone.
+
+    Attributes:
+        name: of the task.
+        limit: how many problems.
+        seed: which problems.
+        max_new_tokens: length of a solution.
+
+    Raises:
+        UserError: settings out of range.
+    """
+
+    name: str = "pocket_problems"
+    limit: int = 200
+    seed: int = 0
+    max_new_tokens: int = 48
+
+    needs_reference: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        found = [
+            whole_number("limit", self.limit),
+            whole_number("seed", self.seed, 0),
+            whole_number("max_new_tokens", self.max_new_tokens),
+        ]
+        check_settings("pocket_problems", self.name, found)
+
+    @cached_property
+    def _problems(self) -> list[Problem]:
+        return problems(self.limit, self.seed, "test")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the problems, their answers and the version of this task."""
+        content = [[p.prompt, p.answer] for p in self._problems]
+        return fingerprint_of("pocket_problems", _VERSION, content, self.max_new_tokens)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reference: nn.Module | None = None,
+        batch_size: int | None = None,
+    ) -> TaskResult:
+        """The share of problems that `model` solves."""
+        from forgetless.tasks.generation import generate
+
+        started = time.perf_counter()
+        solutions = generate(
+            model,
+            tokenizer,
+            [problem.prompt for problem in self._problems],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=batch_size,
+        )
+        items = [
+            Item(
+                f"test{self.seed}:{i}",
+                problem.prompt,
+                problem.answer,
+                solution.strip(),
+                float(final_answer(solution) == problem.answer),
+            )
+            for i, (problem, solution) in enumerate(zip(self._problems, solutions, strict=True))
+        ]
+        return TaskResult.of_items(
+            self,
+            items,
+            metric="accuracy",
+            higher_is_better=True,
+            seconds=time.perf_counter() - started,
+        )

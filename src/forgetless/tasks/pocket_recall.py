@@ -1,0 +1,95 @@
+"""Which facts a model still knows: recall in a phrasing that it was never trained on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from forgetless.pocket.knowledge import Question, matches, questions
+from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.texts import spread
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PocketRecall"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PocketRecall:
+    """Share of the pocket world's facts that the model's greedy answer gets right.
+
+    The value is the accuracy, 0..1; an item is a fact with the answer that the model gave, compared
+    by `forgetless.pocket.knowledge.matches`.
+
+    Attributes:
+        name: of the task.
+        phrasing: "held_out", one question a fact, or "seen", one in every phrasing of pretraining.
+        limit: ask so many questions only, evenly spread over the facts.
+        max_new_tokens: length of an answer.
+
+    Raises:
+        UserError: settings out of range.
+    """
+
+    name: str = "pocket_recall"
+    phrasing: Literal["held_out", "seen"] = "held_out"
+    limit: int | None = None
+    max_new_tokens: int = 16
+
+    needs_reference: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        known = self.phrasing in ("held_out", "seen")
+        problems = [
+            None if known else f"phrasing must be 'held_out' or 'seen', got {self.phrasing!r}",
+            whole_number("limit", self.limit, optional=True),
+            whole_number("max_new_tokens", self.max_new_tokens),
+        ]
+        check_settings("pocket_recall", self.name, problems)
+
+    @cached_property
+    def _questions(self) -> list[Question]:
+        return spread(questions(self.phrasing), self.limit)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the questions, the accepted answers and the version of this task."""
+        content = [[q.id, q.prompt, q.answer, *q.aliases] for q in self._questions]
+        return fingerprint_of("pocket_recall", _VERSION, content, self.max_new_tokens)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reference: nn.Module | None = None,
+        batch_size: int | None = None,
+    ) -> TaskResult:
+        """The share of facts that `model` recalls."""
+        from forgetless.tasks.generation import generate
+
+        started = time.perf_counter()
+        answers = generate(
+            model,
+            tokenizer,
+            [question.prompt for question in self._questions],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=batch_size,
+        )
+        items = [
+            Item(q.id, q.prompt, q.answer, answer.strip(), float(matches(answer, q)))
+            for q, answer in zip(self._questions, answers, strict=True)
+        ]
+        return TaskResult.of_items(
+            self,
+            items,
+            metric="accuracy",
+            higher_is_better=True,
+            seconds=time.perf_counter() - started,
+        )

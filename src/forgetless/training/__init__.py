@@ -1,0 +1,6 @@
+"""Training of an adapter or of a whole model on `transformers.Trainer`, resumable at any moment."""
+
+from forgetless.training.checkpoints import remove_checkpoints
+from forgetless.training.loop import TrainingResult, train
+
+__all__ = ["TrainingResult", "remove_checkpoints", "train"]

@@ -1,0 +1,117 @@
+"""Checkpoints that are whole or absent.
+
+`transformers.Trainer` writes a checkpoint in place, file after file, so a killed process leaves a
+folder that looks like one. Here a checkpoint counts only once it is *sealed*: a last file lists
+every other file with its size, and appears by an atomic rename.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forgetless.errors import UserError
+
+__all__ = [
+    "discard_unsealed",
+    "newest",
+    "prune",
+    "remove_checkpoints",
+    "require_origin",
+    "seal",
+    "step_of",
+]
+
+SEAL = "complete.json"
+PREFIX = "checkpoint-"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def newest(folder: Path) -> Path | None:
+    """The sealed checkpoint of the latest step, if there is one."""
+    return max(filter(_is_sealed, _all(folder)), key=step_of, default=None)
+
+
+def seal(checkpoint: Path, origin: Mapping[str, Any]) -> None:
+    """Declare that everything is written.
+
+    Args:
+        checkpoint: the folder.
+        origin: what the training is made of, for `require_origin`.
+    """
+    content = {"origin": origin, "files": _sizes(checkpoint)}
+    unfinished = checkpoint / (SEAL + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=1))
+    os.replace(unfinished, checkpoint / SEAL)
+
+
+def require_origin(checkpoint: Path, origin: Mapping[str, Any]) -> None:
+    """Refuse to continue a checkpoint of another training.
+
+    Raises:
+        UserError: names what differs.
+    """
+    found = json.loads((checkpoint / SEAL).read_text())["origin"]
+    wanted = json.loads(json.dumps(origin))
+    if differing := [key for key in wanted if found.get(key) != wanted[key]]:
+        listed = ", ".join(f"{key} {found.get(key)!r} (now {wanted[key]!r})" for key in differing)
+        raise UserError(
+            f"{checkpoint} belongs to another training, with {listed}; give another folder, or "
+            f"delete {checkpoint.parent} to start anew"
+        )
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all sealed checkpoints but the newest `keep`."""
+    for checkpoint in sorted(filter(_is_sealed, _all(folder)), key=step_of)[:-keep]:
+        _remove(checkpoint)
+
+
+def discard_unsealed(folder: Path) -> None:
+    """Remove what a killed process left half written."""
+    for checkpoint in _all(folder):
+        if not _is_sealed(checkpoint):
+            _remove(checkpoint)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints of a run, once its result is stored elsewhere.
+
+    Args:
+        folder: the one that was given to `train`.
+    """
+    for checkpoint in _all(Path(folder) / "checkpoints"):
+        _remove(checkpoint)
+
+
+def _all(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(PREFIX + "*") if path.name.split("-")[1].isdigit()]
+
+
+def _is_sealed(checkpoint: Path) -> bool:
+    try:
+        files = json.loads((checkpoint / SEAL).read_text())["files"]
+    except (OSError, ValueError):
+        return False
+    return bool(files == _sizes(checkpoint))
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    return {
+        file.relative_to(checkpoint).as_posix(): file.stat().st_size
+        for file in sorted(checkpoint.rglob("*"))
+        if file.is_file() and not file.name.startswith(SEAL)
+    }
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / SEAL).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)

@@ -1,0 +1,64 @@
+"""Shows on a terminal what runs are doing; silent, but for failures, anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+if TYPE_CHECKING:
+    from forgetless.run import Event, Listener
+
+
+@contextmanager
+def watch(*, several: bool) -> Iterator[Listener]:
+    """A listener for runs; for several at a time it draws one bar each.
+
+    A single run needs no bar here: training draws its own.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda event: None
+    elif not several:
+        yield lambda event: _print(console, event)
+    else:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
+            yield _Bars(bars).show
+
+
+def _print(console: Console, event: Event) -> None:
+    if event.message:
+        style = "red" if event.stage == "failed" else None
+        text = f"{event.name}  {event.stage}: {event.message}"
+        console.print(text, style=style, markup=False, highlight=False)
+
+
+class _Bars:
+    """One bar for each run that is training."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.of_run: dict[str, TaskID] = {}
+
+    def show(self, event: Event) -> None:
+        """Print what has happened, and move the run's bar."""
+        if event.run_id not in self.of_run:
+            bar = self.bars.add_task(event.name, total=event.steps or None)
+            self.of_run[event.run_id] = bar
+        bar = self.of_run[event.run_id]
+        if event.stage in ("done", "failed"):
+            self.bars.remove_task(self.of_run.pop(event.run_id))
+        elif event.steps:
+            self.bars.update(bar, completed=event.step, total=event.steps)
+        _print(self.bars.console, event)

@@ -1,0 +1,40 @@
+"""What every test shares: one thread, no network, and the optional folder of real data."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# Two threads on two busy cores are several times slower than one.
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """Real data sets, a pretrained model and reference outputs, kept outside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the data folder {SHARED}, which is not part of the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def shared_data(shared_folder: Path) -> Path:
+    """The real data sets of `shared_folder`."""
+    return shared_folder / "data"
+
+
+@pytest.fixture
+def seeded() -> int:
+    """A fixed global seed for tests that draw random tensors."""
+    torch.manual_seed(0)
+    return 0

@@ -1,0 +1,400 @@
+"""Reading examples from files, and turning them into tokens and labels."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from forgetless.data import (
+    IGNORED,
+    PLAIN_CHAT_TEMPLATE,
+    Examples,
+    from_rows,
+    load_examples,
+    tokenize,
+)
+
+PAIRS = [
+    {"prompt": "One and one?", "completion": " Two."},
+    {"prompt": "Größe von π?", "completion": " 3,14"},
+]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Ciao"},
+]
+
+
+def byte_tokenizer(bos: bool = False, add_eos: bool = False) -> PreTrainedTokenizerBase:
+    """One token a byte, so that token counts are text lengths."""
+    special = ["<pad>", "<s>", "</s>", "<|end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(special + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> " * bos + "$A" + " </s>" * add_eos,
+        special_tokens=[("<s>", 1), ("</s>", 2)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|end|>"],
+    )
+
+
+def examples(*rows: dict[str, Any]) -> Examples:
+    return from_rows([(f"row {n}", row) for n, row in enumerate(rows, start=1)], "test")
+
+
+def learned(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> str:
+    """The text of the tokens that count in the loss."""
+    text: str = tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+    return text
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path = path / "data.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
+    return path
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> Path:
+    (path / "data.json").write_text(json.dumps(rows, indent=1))
+    return path / "data.json"
+
+
+def write_lines_named_json(path: Path, rows: list[dict[str, Any]]) -> Path:
+    return write_jsonl(path, rows).rename(path / "lines.json")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with (path / "data.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path / "data.csv"
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path / "data.parquet")
+    return path / "data.parquet"
+
+
+def write_folder(path: Path, rows: list[dict[str, Any]]) -> Path:
+    datasets.Dataset.from_list(rows).save_to_disk(str(path / "folder"))
+    return path / "folder"
+
+
+def write_split_folder(path: Path, rows: list[dict[str, Any]]) -> Path:
+    train = datasets.Dataset.from_list(rows)
+    splits = datasets.DatasetDict({"test": train.select([0]), "train": train})
+    splits.save_to_disk(str(path / "splits"))
+    return path / "splits"
+
+
+WRITERS = [
+    write_jsonl,
+    write_json,
+    write_lines_named_json,
+    write_csv,
+    write_parquet,
+    write_folder,
+    write_split_folder,
+]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_file_type_gives_the_same_examples(
+    tmp_path: Path, write: Callable[[Path, list[dict[str, Any]]], Path]
+) -> None:
+    loaded = load_examples(write(tmp_path, PAIRS))
+    assert list(loaded) == PAIRS
+    assert loaded.kind == "prompt_completion"
+    assert loaded.fingerprint == examples(*PAIRS).fingerprint
+    assert len(load_examples(write(tmp_path, PAIRS), limit=1)) == 1
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("Chapter 1\n\nIt was.\n")
+    assert list(load_examples(tmp_path / "book.txt")) == [{"text": "Chapter 1\n\nIt was.\n"}]
+
+
+def test_the_fingerprint_is_of_the_content() -> None:
+    assert examples(*PAIRS).fingerprint != examples(*reversed(PAIRS)).fingerprint
+    assert examples(*PAIRS).fingerprint == examples(*[row | {"id": 7} for row in PAIRS]).fingerprint
+
+
+def test_pocket_problems() -> None:
+    train = load_examples("pocket:problems", limit=20)
+    test = load_examples("pocket:problems:test", limit=20)
+    assert train.kind == "prompt_completion"
+    assert len(train) == len(test) == 20
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+
+
+def test_gsm8k_is_read_in_a_moment(shared_data: Path) -> None:
+    loaded = load_examples(shared_data / "gsm8k" / "train.jsonl")
+    assert len(loaded) == 7473
+    assert loaded.records[0]["completion"].endswith("#### 72")
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"prompt": "p", "completion": "c"}, "p", "c"),
+        ({"prompt": "p", "response": "c"}, "p", "c"),
+        ({"question": "p", "answer": "c"}, "p\n", "c"),
+        ({"query": "p", "response": "c", "type": "x"}, "p\n", "c"),
+        ({"problem": "p", "solution": "c", "level": 3}, "p\n", "c"),
+        ({"instruction": "p", "output": "c"}, "p\n", "c"),
+        ({"instruction": "p", "input": "", "response": "c"}, "p\n", "c"),
+        ({"instruction": "p", "input": "i", "output": "c", "text": "all"}, "p\n\ni\n", "c"),
+    ],
+)
+def test_common_forms(row: dict[str, Any], prompt: str, completion: str) -> None:
+    assert list(examples(row)) == [{"prompt": prompt, "completion": completion}]
+
+
+def test_records_become_a_dataset() -> None:
+    assert examples(*PAIRS).dataset().to_list() == PAIRS
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+GOOD = '{"question": "q", "answer": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        (GOOD + '{"question": ', r"line 2: no valid JSON .* column 14"),
+        (GOOD + "[1]", "line 2: expected an object with keys, got list"),
+        (
+            '{"frage": "q", "text_": "a"}',
+            "has the keys 'frage', 'text_'; expected one of: messages",
+        ),
+        (GOOD + '{"text": "t"}', "line 2: has the keys 'text', but .* question [+] answer"),
+        (GOOD + '{"question": "q", "answer": NaN}', "line 2: 'answer' must be text, got float nan"),
+        (GOOD + '{"question": "q", "answer": null}', r"line 2: 'answer' must .* nothing \(null\)"),
+        ('{"question": "q", "answer": 18}', "line 1: 'answer' must be text, got int 18"),
+        ('{"question": "q", "answer": ["a"]}', "line 1: 'answer' must be text, got list"),
+        (GOOD + '{"question": " ", "answer": "a"}', "line 2: 'question' is empty"),
+        ('{"instruction": "i", "input": 3, "output": "o"}', "'input' must be text, got int 3"),
+        ('{"messages": []}', "'messages' must be a list of turns"),
+        ('{"messages": "hello"}', "'messages' must be a list of turns, got str 'hello'"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', "turn 1: .* system, user, assistant"),
+        ('{"messages": [{"role": "assistant"}]}', "turn 1: 'content' must be text"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no turn of the assistant"),
+        ("\x00\udcff", "not UTF-8"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message) as error:
+        load_examples(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_mistakes_in_other_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*none\.jsonl; give a file of"):
+        load_examples(tmp_path / "none.jsonl")
+    (tmp_path / "data.docx").write_text("x")
+    with pytest.raises(ValueError, match=r"unknown file type '\.docx'; give \.jsonl, \.json"):
+        load_examples(tmp_path / "data.docx")
+    with pytest.raises(ValueError, match="holds no data set"):
+        load_examples(tmp_path)
+    (tmp_path / "data.json").write_text('[\n{"text": "a"},\n{"text"}]')
+    with pytest.raises(ValueError, match="line 3: no valid JSON"):
+        load_examples(tmp_path / "data.json")
+    (tmp_path / "data.csv").write_text("question,answer\nq,a\nq\n")
+    with pytest.raises(ValueError, match="row 2: 'answer' must be text"):
+        load_examples(tmp_path / "data.csv")
+    (tmp_path / "data.csv").write_text("question,answer\nq,a,b\n")
+    with pytest.raises(ValueError, match="row 1: has more cells than the header"):
+        load_examples(tmp_path / "data.csv")
+    (tmp_path / "data.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match="no valid parquet"):
+        load_examples(tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match="'pocket:problems' or 'pocket:problems:test'"):
+        load_examples("pocket:problems:dev")
+    with pytest.raises(ValueError, match="limit must be 1 or more, got 0"):
+        load_examples("pocket:problems", limit=0)
+
+
+def test_a_folder_of_splits_needs_one_to_train_on(tmp_path: Path) -> None:
+    one = datasets.Dataset.from_list(PAIRS)
+    datasets.DatasetDict({"a": one, "b": one}).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(ValueError, match="has the splits a, b and none is called 'train'"):
+        load_examples(tmp_path / "splits")
+    assert len(load_examples(tmp_path / "splits" / "b")) == 2
+
+
+# ---- prompts and completions ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("add_eos", [False, True])
+@pytest.mark.parametrize("bos", [False, True])
+def test_only_the_completion_and_one_eos_are_learned(bos: bool, add_eos: bool) -> None:
+    tokenizer = byte_tokenizer(bos, add_eos)
+    rows = tokenize(examples(*PAIRS), tokenizer, max_length=64)
+    for row, pair in zip(rows, PAIRS, strict=True):
+        text = "<s>" * bos + pair["prompt"] + pair["completion"] + "</s>"
+        assert tokenizer.decode(row["input_ids"]) == text
+        assert learned(tokenizer, row) == pair["completion"] + "</s>"
+        assert len(row["labels"]) == len(row["input_ids"])
+
+
+def test_the_prompt_is_tokenised_as_it_will_be_at_generation() -> None:
+    """Where the tokenizer would merge prompt and completion, the prompt's own tokens stay."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(
+            models.BPE(vocab={"</s>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")])
+        ),
+        eos_token="</s>",
+    )
+    rows = tokenize(
+        examples({"prompt": "a", "completion": "b"}, {"prompt": "ab", "completion": "ab"}),
+        tokenizer,
+    )
+    assert rows["input_ids"][:] == [[1, 2, 0], [3, 3, 0]]
+    assert rows["labels"][:] == [[IGNORED, 2, 0], [IGNORED, 3, 0]]
+
+
+def test_truncation_keeps_the_beginning_of_the_answer() -> None:
+    tokenizer = byte_tokenizer()
+    rows = [
+        {"prompt": "12345", "completion": "678"},
+        {"prompt": "12345678", "completion": "9"},
+        {"prompt": "1", "completion": "2"},
+    ]
+    with pytest.warns(UserWarning, match=r"1 of 3 examples are left out: .* max_length=7"):
+        tokenized = tokenize(examples(*rows), tokenizer, max_length=7)
+    assert [learned(tokenizer, row) for row in tokenized] == ["67", "2</s>"]
+    with (
+        pytest.warns(UserWarning, match="3 of 3"),
+        pytest.raises(ValueError, match=r"no example has a token to learn .*max_length=2"),
+    ):
+        tokenize(examples(*[row | {"prompt": "1234"} for row in rows]), tokenizer, max_length=2)
+
+
+def test_nothing_is_said_when_nothing_is_lost() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenize(examples(*PAIRS), byte_tokenizer(), max_length=64)
+
+
+# ---- raw text ------------------------------------------------------------------------------------
+
+
+def test_raw_text_is_packed_into_blocks_with_eos_between_documents() -> None:
+    tokenizer = byte_tokenizer()
+    rows = tokenize(examples({"text": "abcde"}, {"text": "fg"}), tokenizer, max_length=4)
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abcd", "e</s>fg"]
+    assert rows["labels"][:] == rows["input_ids"][:]  # the last block, a lone </s>, is dropped
+
+
+def test_unpacked_text_is_cut_but_not_joined() -> None:
+    tokenizer = byte_tokenizer()
+    documents = examples({"text": "abcde"}, {"text": "fg"})
+    rows = tokenize(documents, tokenizer, max_length=4, pack=False)
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abcd", "e</s>", "fg</s>"]
+
+
+def test_settings_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="pack joins raw text, but test holds prompt_completion"):
+        tokenize(examples(*PAIRS), byte_tokenizer(), pack=True)
+    with pytest.raises(ValueError, match="max_length must be 2 or more, got 1"):
+        tokenize(examples(*PAIRS), byte_tokenizer(), max_length=1)
+
+
+# ---- conversations -------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+FORGETS_THOUGHTS = CHATML.replace(
+    "{{ m['content'] }}",
+    "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}",
+)
+MARKED = (
+    "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+def conversation(template: str | None, bos: bool = False) -> list[tuple[str, str]]:
+    """Whole text and learned text of every row that one conversation gives."""
+    tokenizer = byte_tokenizer(bos)
+    tokenizer.chat_template = template
+    rows = tokenize(examples({"messages": CHAT}), tokenizer)
+    return [(tokenizer.decode(row["input_ids"]), learned(tokenizer, row)) for row in rows]
+
+
+def test_only_the_assistants_turns_are_learned() -> None:
+    [(text, answers)] = conversation(CHATML)
+    assert text.startswith("<|start|>system\nBe brief.<|end|>\n<|start|>user\nHello<|end|>\n")
+    assert answers == "Hi<|end|>Ciao<|end|>"
+
+
+def test_a_template_that_rewrites_history_gives_a_row_a_turn() -> None:
+    first, second = conversation(FORGETS_THOUGHTS)
+    assert first[1] == "<think></think>Hi<|end|>"
+    assert second[1] == "<think></think>Ciao<|end|>"
+    assert "assistant\nHi<|end|>" in second[0]
+
+
+def test_marks_of_the_template_are_taken() -> None:
+    assert conversation(MARKED) == [
+        (
+            "[system]Be brief.[user]Hello[assistant]Hi</s>[user]Bye[assistant]Ciao</s>",
+            "Hi</s>Ciao</s>",
+        )
+    ]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_plain_template_stands_in_where_there_is_none(bos: bool) -> None:
+    [(text, answers)] = conversation(None, bos)
+    assert text == "<s>" * bos + (
+        "Be brief.\n\nUser: Hello\nAssistant: Hi</s>\nUser: Bye\nAssistant: Ciao</s>\n"
+    )
+    assert answers == " Hi</s> Ciao</s>"
+    assert conversation(PLAIN_CHAT_TEMPLATE)[0][1] == answers
+
+
+def test_a_template_that_cannot_be_split_is_an_error() -> None:
+    with pytest.raises(ValueError, match="does not continue its own generation prompt"):
+        conversation(CHATML.replace("<|start|>assistant\n", "<|go|>"))
+
+
+def test_long_conversations_are_cut() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = MARKED
+    rows = tokenize(examples({"messages": CHAT}), tokenizer, max_length=40)
+    assert learned(tokenizer, rows[0]) == "Hi</s>"

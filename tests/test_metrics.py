@@ -1,0 +1,307 @@
+"""The measures of learning and forgetting: by hand, by property, and by simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forgetless.metrics import (
+    bootstrap_interval,
+    forgetting,
+    forgetting_at_matched_learning,
+    hypervolume,
+    mcnemar,
+    mean_stderr,
+    normal_interval,
+    paired_bootstrap_interval,
+    pareto_front,
+    retention,
+)
+
+numbers = st.floats(-1e3, 1e3)
+scores = st.floats(0, 1e3)
+points = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=12)
+
+
+class TestMeanStderr:
+    def test_right_and_wrong_by_hand(self) -> None:
+        mean = mean_stderr([1, 1, 1, 0])
+        assert mean.value == 0.75
+        assert mean.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+        assert mean.n == 4
+
+    def test_equal_weights_give_the_sample_deviation_over_root_n(self) -> None:
+        values = [1.0, 2.5, -3.0, 4.0, 0.25]
+        expected = np.std(values, ddof=1) / math.sqrt(5)
+        assert mean_stderr(values, [7.0] * 5).stderr == pytest.approx(expected)
+        assert mean_stderr(values).stderr == pytest.approx(expected)
+
+    def test_weights_by_hand(self) -> None:
+        mean = mean_stderr([1.0, 4.0], [1, 2])
+        assert mean.value == pytest.approx(3.0)
+        assert mean.stderr == pytest.approx(math.sqrt(2 * (4 + 4)) / 3)
+
+    def test_the_stderr_of_a_ratio_is_the_spread_over_samples(self) -> None:
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(5, 200, size=(2000, 60))
+        losses = 2 + rng.normal(size=tokens.shape) * 5 / np.sqrt(tokens) + 20 / tokens
+        means = [mean_stderr(x, w) for x, w in zip(losses, tokens, strict=True)]
+        spread = np.std([mean.value for mean in means])
+        assert np.mean([mean.stderr for mean in means]) == pytest.approx(spread, rel=0.05)
+
+    def test_one_item_has_no_known_error(self) -> None:
+        mean = mean_stderr([0.5])
+        assert mean.value == 0.5
+        assert math.isnan(mean.stderr)
+
+    @given(st.lists(numbers, min_size=2, max_size=20), numbers)
+    def test_shift_moves_the_mean_and_not_its_error(self, values: list[float], c: float) -> None:
+        before, after = mean_stderr(values), mean_stderr([x + c for x in values])
+        assert after.value == pytest.approx(before.value + c, abs=1e-9)
+        assert after.stderr == pytest.approx(before.stderr, abs=1e-9)
+
+    @given(numbers, st.lists(st.floats(0.01, 100), min_size=2, max_size=20))
+    def test_a_constant_is_its_own_mean(self, value: float, weights: list[float]) -> None:
+        mean = mean_stderr([value] * len(weights), weights)
+        assert mean.value == value
+        assert mean.stderr == 0
+
+    @pytest.mark.parametrize(
+        ("values", "weights", "message"),
+        [
+            ([], None, "at least one item"),
+            ([[1.0]], None, "one number an item"),
+            ([1.0, math.nan], None, "1 of 2 items are not finite"),
+            ([math.inf], None, "not finite"),
+            ([1.0, 2.0], [1.0], "one weight an item"),
+            ([1.0, 2.0], [1.0, 0.0], "above 0"),
+        ],
+    )
+    def test_refuses(self, values: list[float], weights: list[float] | None, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            mean_stderr(values, weights)
+
+
+class TestRetentionAndForgetting:
+    @pytest.mark.parametrize(
+        ("score", "base", "higher", "expected"),
+        [
+            (0.4, 0.8, True, 0.5),
+            (0.9, 0.8, True, 1.0),
+            (0.0, 0.8, True, 0.0),
+            (4.0, 2.0, False, 0.5),
+            (1.0, 2.0, False, 1.0),
+            (0.0, 2.0, False, 1.0),
+        ],
+    )
+    def test_by_hand(self, score: float, base: float, higher: bool, expected: float) -> None:
+        assert retention(score, base, higher) == expected
+
+    def test_lora_null_table(self) -> None:
+        # LoRA's row of the paper: 45.95, 1.16 and 6.64 from 52.50, 18.84 and 5.91.
+        rows = [(45.95, 52.50), (1.16, 18.84), (6.64, 5.91)]
+        mean = np.mean([retention(score, base) for score, base in rows])
+        assert 100 * mean == pytest.approx(64.56, abs=0.01)
+
+    def test_nothing_to_keep_or_not_measured(self) -> None:
+        assert math.isnan(retention(0.3, 0.0))
+        assert math.isnan(retention(0.0, 0.0, higher_is_better=False))
+        assert math.isnan(retention(math.nan, 0.5))
+        assert math.isnan(retention(0.5, math.nan, higher_is_better=False))
+        assert math.isnan(forgetting(math.nan, 0.5))
+
+    def test_negative_scores_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"0 or more, got score -0\.1 and base 0\.5"):
+            retention(-0.1, 0.5)
+
+    @given(scores, scores, st.booleans())
+    def test_both_agree_on_worse(self, score: float, base: float, higher: bool) -> None:
+        kept, lost = retention(score, base, higher), forgetting(score, base, higher)
+        assert forgetting(base, score, higher) == -lost
+        if base > 0:
+            assert 0 <= kept <= 1
+            assert kept == 1 if lost <= 0 else kept <= 1
+
+
+class TestIntervals:
+    def test_normal(self) -> None:
+        low, high = normal_interval(1.0, 2.0)
+        assert (low, high) == pytest.approx((1 - 3.919928, 1 + 3.919928), abs=1e-6)
+        assert 1.0 in normal_interval(1.0, 2.0)
+        assert 5.0 not in normal_interval(1.0, 2.0)
+
+    @given(st.lists(numbers, min_size=2, max_size=15), st.integers(0, 5))
+    @settings(max_examples=30)
+    def test_holds_its_order_is_seeded_and_symmetric(self, values: list[float], seed: int) -> None:
+        interval = bootstrap_interval(values, seed=seed, resamples=100)
+        assert interval.low <= interval.high
+        assert interval == bootstrap_interval(values, seed=seed, resamples=100)
+        mirrored = bootstrap_interval([-x for x in values], seed=seed, resamples=100)
+        assert mirrored.low == pytest.approx(-interval.high, abs=1e-6)
+
+    def test_a_constant_difference_is_certain(self) -> None:
+        base = np.random.default_rng(0).normal(size=50)
+        low, high = paired_bootstrap_interval(base, base + 0.25)
+        assert (low, high) == pytest.approx((0.25, 0.25))
+        assert paired_bootstrap_interval(base, base) == (0, 0)
+
+    def test_pairing_is_narrower_than_two_means(self) -> None:
+        rng = np.random.default_rng(0)
+        base = rng.normal(size=200)
+        tuned = base + rng.normal(0.1, 0.1, size=200)
+        low, high = paired_bootstrap_interval(base, tuned)
+        apart = math.hypot(mean_stderr(base).stderr, mean_stderr(tuned).stderr)
+        assert high - low < 0.2 * 2 * 1.96 * apart
+
+    def test_weights_are_drawn_with_their_items(self) -> None:
+        low, high = bootstrap_interval([0.0] * 40 + [1.0] * 40, [1.0] * 40 + [3.0] * 40)
+        assert low < 0.75 < high
+        assert high - low < 0.3
+
+    def test_one_item(self) -> None:
+        assert all(math.isnan(end) for end in bootstrap_interval([1.0]))
+
+    def test_chunks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        values = np.random.default_rng(0).normal(size=37)
+        whole = bootstrap_interval(values, resamples=101)
+        monkeypatch.setattr("forgetless.metrics._CHUNK", 100)
+        assert bootstrap_interval(values, resamples=101) == whole
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"level": 1.0}, "level must be between 0 and 1"),
+            ({"resamples": 0}, "resamples must be 1 or more"),
+        ],
+    )
+    def test_refuses(self, arguments: dict[str, float], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            bootstrap_interval([1.0, 2.0], **arguments)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="same items, got 2 for the base and 3"):
+            paired_bootstrap_interval([1, 2], [1, 2, 3])
+
+    @pytest.mark.parametrize("kind", ["right or wrong", "losses"])
+    def test_covers_the_truth_in_95_percent_of_2000_simulated_pairs(self, kind: str) -> None:
+        rng = np.random.default_rng(1)
+        covered = 0
+        for seed in range(2000):
+            if kind == "losses":
+                tokens = rng.integers(20, 200, size=80)
+                base = rng.normal(3.0, 1.0, size=80)
+                tuned = base + rng.normal(0.2, 0.5, size=80)
+                truth, weights = 0.2, tokens
+            else:
+                # 20 % of the known 80 % are lost, 10 % of the others are gained.
+                draws = rng.random((2, 150))
+                base = (draws[0] < 0.8).astype(float)
+                tuned = np.where(base == 1, draws[1] < 0.8, draws[1] < 0.1).astype(float)
+                truth, weights = 0.8 * 0.8 + 0.2 * 0.1 - 0.8, None
+            interval = paired_bootstrap_interval(base, tuned, weights, resamples=400, seed=seed)
+            covered += truth in interval
+        assert 0.93 <= covered / 2000 <= 0.97
+
+
+class TestMcNemar:
+    @pytest.mark.parametrize(
+        ("lost", "gained", "expected"),
+        [(0, 0, 1.0), (5, 0, 2 / 32), (1, 4, 12 / 32), (3, 3, 1.0), (10, 2, 2 * 79 / 4096)],
+    )
+    def test_by_hand(self, lost: int, gained: int, expected: float) -> None:
+        assert mcnemar(lost, gained) == pytest.approx(expected)
+        assert mcnemar(gained, lost) == pytest.approx(expected)
+
+    @given(st.integers(0, 300), st.integers(0, 300))
+    def test_is_the_binomial_tail(self, lost: int, gained: int) -> None:
+        n = lost + gained
+        tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1))
+        assert mcnemar(lost, gained) == pytest.approx(min(1, 2 * tail / 2**n))
+
+    def test_refuses_negative_counts(self) -> None:
+        with pytest.raises(ValueError, match="0 or more"):
+            mcnemar(-1, 2)
+
+
+class TestParetoAndHypervolume:
+    def test_by_hand(self) -> None:
+        plane = [(0.2, 0.9), (0.5, 0.5), (0.4, 0.6), (0.5, 0.4), (0.1, 0.9), (0.5, 0.5)]
+        assert pareto_front(plane) == [0, 2, 1, 5]
+        assert hypervolume(plane) == pytest.approx(0.2 * 0.9 + 0.2 * 0.6 + 0.1 * 0.5)
+        assert hypervolume(plane, (0.3, 0.45)) == pytest.approx(0.1 * 0.15 + 0.1 * 0.05)
+        assert pareto_front([]) == []
+        assert hypervolume([]) == 0
+
+    @given(points)
+    def test_the_front_is_what_no_point_beats(self, plane: list[tuple[float, float]]) -> None:
+        def beaten(i: int) -> bool:
+            x, y = plane[i]
+            return any((a, b) != (x, y) and a >= x and b >= y for a, b in plane)
+
+        expected = [i for i in range(len(plane)) if not beaten(i)]
+        front = pareto_front(plane)
+        assert sorted(front) == expected
+        assert [plane[i][0] for i in front] == sorted(plane[i][0] for i in front)
+
+    @given(points)
+    def test_the_hypervolume_counts_the_unit_squares(self, plane: list[tuple[int, int]]) -> None:
+        squares = sum(any(x > i and y > j for x, y in plane) for i in range(8) for j in range(8))
+        assert hypervolume(plane) == squares
+        front = [plane[i] for i in pareto_front(plane)]
+        assert hypervolume(front) == squares
+
+    def test_a_missing_number_is_not_averaged_away(self) -> None:
+        with pytest.raises(ValueError, match=r"point 1 is \(0\.5, nan\)"):
+            pareto_front([(0.1, 0.2), (0.5, math.nan)])
+        with pytest.raises(ValueError, match="not measured"):
+            hypervolume([(math.nan, 0.2)])
+
+
+class TestMatchedLearning:
+    def test_by_hand(self) -> None:
+        curve = [(0.2, 0.9), (0.8, 0.3)]
+        assert forgetting_at_matched_learning(curve, 0.5) == pytest.approx(0.6)
+        assert forgetting_at_matched_learning(curve, 0.2) == 0.9
+        assert forgetting_at_matched_learning(curve, 0.8) == 0.3
+
+    def test_never_extrapolates(self) -> None:
+        curve = [(0.2, 0.9), (0.8, 0.3)]
+        assert math.isnan(forgetting_at_matched_learning(curve, 0.81))
+        assert math.isnan(forgetting_at_matched_learning(curve, 0.19))
+        assert math.isnan(forgetting_at_matched_learning([], 0.5))
+        assert forgetting_at_matched_learning([(0.5, 0.7)], 0.5) == 0.7
+
+    def test_too_high_a_rate_that_learns_less_again_counts_by_its_best_side(self) -> None:
+        curve = [(0.2, 0.9), (0.8, 0.5), (0.4, 0.1)]
+        assert forgetting_at_matched_learning(curve, 0.6) == pytest.approx(0.9 - 0.4 * 4 / 6)
+        loses = [(x, 1 - y) for x, y in curve]
+        assert forgetting_at_matched_learning(loses, 0.6, False) == pytest.approx(0.1 + 0.4 * 4 / 6)
+
+    @given(
+        st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=6),
+        st.floats(0, 1),
+    )
+    def test_stays_inside_the_curve(self, curve: list[tuple[float, float]], x: float) -> None:
+        value = forgetting_at_matched_learning(curve, x)
+        inside = min(a for a, _ in curve) <= x <= max(a for a, _ in curve)
+        assert math.isnan(value) != inside
+        if inside:
+            lows, highs = min(b for _, b in curve), max(b for _, b in curve)
+            assert lows - 1e-12 <= value <= highs + 1e-12
+
+    def test_refuses_nan(self) -> None:
+        with pytest.raises(ValueError, match="learning must be a number"):
+            forgetting_at_matched_learning([(0.1, 0.2)], math.nan)
+
+
+def test_inputs_are_not_changed() -> None:
+    values = np.array([1.0, 2.0, 4.0])
+    plane = [(0.5, 0.5), (0.1, 0.9)]
+    bootstrap_interval(values, values, resamples=10)
+    mean_stderr(values, values)
+    pareto_front(plane)
+    hypervolume(plane)
+    assert values.tolist() == [1.0, 2.0, 4.0]
+    assert plane == [(0.5, 0.5), (0.1, 0.9)]

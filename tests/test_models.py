@@ -1,0 +1,273 @@
+"""Loading bases, and which layers an adapter goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+from forgetless.errors import UserError
+from forgetless.models import (
+    as_base,
+    linear_weight,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    resolve_base,
+    target_layers,
+)
+from tests.families import FAMILIES
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    FAMILIES["llama"].model().save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path, **special: str) -> None:
+    words = {word: i for i, word in enumerate(["<unk>", "<eos>", "<pad>", "a", "b"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+# ---- target layers -------------------------------------------------------------------------------
+
+
+@FAMILY
+@pytest.mark.parametrize("targets", ["all-linear", r".*(q_proj|c_attn|query|\.q)"])
+def test_target_layers_are_those_that_peft_adapts(family: str, targets: str) -> None:
+    model = FAMILIES[family].model()
+    layers = target_layers(model, targets)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+    adapted = [
+        name for name, m in wrapped.get_base_model().named_modules() if isinstance(m, LoraLayer)
+    ]
+    assert list(layers) == adapted
+
+
+@FAMILY
+def test_all_linear_leaves_the_output_head_out(family: str) -> None:
+    model = FAMILIES[family].model()
+    head = model.get_output_embeddings()
+    assert head is None or all(layer is not head for layer in target_layers(model).values())
+
+
+@FAMILY
+def test_a_peft_model_gives_the_layers_of_its_base(family: str) -> None:
+    model = FAMILIES[family].model()
+    plain = target_layers(model)
+    some = [next(iter(plain)).rpartition(".")[2]]
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=some))
+    wrapped.add_adapter("second", LoraConfig(r=3, target_modules="all-linear"))
+    found = target_layers(wrapped)
+    assert list(found) == list(plain)
+    assert all(found[name] is plain[name] for name in plain)
+
+
+def test_modules_to_save_keep_their_plain_names() -> None:
+    model = FAMILIES["vit"].model()
+    config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"])
+    assert list(target_layers(get_peft_model(model, config), ["classifier"])) == ["classifier"]
+
+
+def test_a_list_holds_endings_or_whole_names() -> None:
+    model = FAMILIES["llama"].model()
+    name = "model.layers.1.mlp.up_proj"
+    assert list(target_layers(model, [name])) == [name]
+    assert len(target_layers(model, ("q_proj", "up_proj"))) == 4
+    assert list(target_layers(model, ["lm_head"])) == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["c_attn"], "match no layer.*down_proj, gate_proj"),
+        ("q_prj", "match no layer"),
+        ([], "match no layer"),
+        (["embed_tokens"], "is a Embedding; only linear"),
+        (".*self_attn", "is a LlamaAttention; only linear"),
+        ("(q_proj", "no regular expression"),
+    ],
+)
+def test_targets_that_do_not_fit_are_named(targets: str | list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        target_layers(FAMILIES["llama"].model(), targets)
+
+
+def test_linear_weight_is_out_by_in_and_not_a_copy() -> None:
+    linear, conv = nn.Linear(3, 5), Conv1D(5, 3)
+    for layer in (linear, conv):
+        weight = linear_weight(layer)
+        assert weight.shape == (5, 3)
+        assert weight.data_ptr() == layer.weight.data_ptr()
+    torch.testing.assert_close(conv(torch.eye(3)) - conv.bias, linear_weight(conv).T)
+
+
+def test_linear_weight_refuses_other_layers() -> None:
+    with pytest.raises(TypeError, match="Embedding"):
+        linear_weight(nn.Embedding(3, 4))
+    packed = nn.Linear(2, 2)
+    packed.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"quantised \(torch.uint8\)"):
+        linear_weight(packed)
+
+
+# ---- the base as it was found --------------------------------------------------------------------
+
+
+def test_as_base_restores_everything_even_after_an_error() -> None:
+    model = get_peft_model(
+        FAMILIES["llama"].model(),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    model.train()
+    model.base_model.model.model.layers[0].eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    ids = torch.arange(3, 9)[None]
+
+    def state() -> list[object]:
+        training = [module.training for module in model.modules()]
+        return [training, [parameter.requires_grad for parameter in model.parameters()]]
+
+    before = state()
+    expected = FAMILIES["llama"].model()(input_ids=ids).logits
+
+    def use() -> None:
+        with as_base(model) as base:
+            assert not any(module.training for module in model.modules())
+            assert torch.equal(base(input_ids=ids).logits, expected)
+            assert not torch.is_grad_enabled()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        use()
+    assert state() == before
+    assert torch.is_grad_enabled()
+    assert not torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_as_base_refuses_merged_adapters() -> None:
+    model = get_peft_model(FAMILIES["llama"].model(), LoraConfig(target_modules=["q_proj"]))
+    model.merge_adapter()
+    with pytest.raises(UserError, match="unmerge_adapter"), as_base(model):
+        pass
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16", "float64"])
+def test_load_model_gives_the_saved_weights(llama_folder: Path, dtype: str) -> None:
+    model = load_model(str(llama_folder), dtype=dtype, device="cpu")
+    kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    assert not model.training
+    assert model.dtype is kind
+    expected = FAMILIES["llama"].model().state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, expected[name].to(kind)), name
+
+
+def test_meta_model_has_the_shapes_and_no_weights(llama_folder: Path) -> None:
+    shapes = {
+        name: layer.weight.shape
+        for name, layer in target_layers(meta_model(str(llama_folder))).items()
+    }
+    loaded = target_layers(load_model(str(llama_folder)))
+    assert shapes == {name: layer.weight.shape for name, layer in loaded.items()}
+    assert all(parameter.is_meta for parameter in meta_model(str(llama_folder)).parameters())
+
+
+def test_pocket_is_the_shipped_model() -> None:
+    from forgetless.pocket import base_path
+
+    assert resolve_base("pocket") == str(base_path())
+
+
+def test_a_hub_id_that_is_not_cached_is_refused_offline() -> None:
+    with pytest.raises(UserError, match=r"no model of that name.*HF_HUB_OFFLINE"):
+        resolve_base("nobody/nothing")
+
+
+def test_paths_that_are_no_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        resolve_base("./not/here")
+    with pytest.raises(UserError, match=r"no config\.json; it holds nothing"):
+        resolve_base(str(tmp_path))
+    (tmp_path / "data.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"is a file, not a model"):
+        resolve_base(str(tmp_path / "data.jsonl"))
+    with pytest.raises(UserError, match=r"it holds data\.jsonl"):
+        resolve_base(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no weights \(model\.safetensors"):
+        load_model(str(tmp_path))
+
+
+def test_broken_models_are_refused_in_one_line(tmp_path: Path, llama_folder: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="cannot read the config") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    config = json.loads((llama_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot load base") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="unknown dtype 'float23'; did you mean"):
+        load_model(str(llama_folder), dtype="float23")
+
+
+def test_missing_weights_are_not_made_up(tmp_path: Path, llama_folder: Path) -> None:
+    config = json.loads((llama_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    (tmp_path / "model.safetensors").write_bytes((llama_folder / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"incomplete: 9 missing, 'model\.layers\.2\."):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["t5", "bert", "vit"])
+def test_other_kinds_of_model_are_refused_by_name(family: str, tmp_path: Path) -> None:
+    model = FAMILIES[family].model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"is a {type(model).__name__}, not a causal"):
+        load_model(str(tmp_path))
+    with pytest.raises(UserError, match="not a causal"):
+        meta_model(str(tmp_path))
+
+
+def test_a_tokenizer_always_has_a_padding_token(llama_folder: Path, tmp_path: Path) -> None:
+    for path in llama_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="has no tokenizer that can be loaded"):
+        load_tokenizer(str(tmp_path))
+    save_tokenizer(tmp_path, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")
+    assert load_tokenizer(str(tmp_path)).pad_token == "<pad>"
+    save_tokenizer(tmp_path, unk_token="<unk>", eos_token="<eos>")
+    assert load_tokenizer(str(tmp_path)).pad_token == "<eos>"
+    save_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="neither a padding"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_real_model_loads(shared_data: Path) -> None:
+    folder = str(shared_data / "stories260K" / "hf")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    assert len(target_layers(model)) == 5 * 7
+    ids = torch.tensor([tokenizer("Once upon a time, there was a little").input_ids])
+    said = model.generate(ids.to(model.device), max_new_tokens=6, do_sample=False)
+    assert "girl named" in tokenizer.decode(said[0])

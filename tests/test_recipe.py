@@ -1,0 +1,374 @@
+"""Recipes: YAML in, checked settings out; the run id; every mistake named."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forgetless.errors import RecipeError, UserError
+from forgetless.recipe import (
+    Recipe,
+    check,
+    content_hash,
+    load_yaml,
+    parse_assignments,
+    parse_yaml,
+    with_overrides,
+)
+from tests.tiny import recipe_of
+
+pytest_plugins = ["tests.tiny"]
+
+
+def run_id(recipe: dict[str, Any], **changes: Any) -> str:
+    return Recipe.parse(recipe, changes).run_id
+
+
+# ---- YAML ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),
+        ("1E5", 1e5),
+        ("-2.5e+3", -2500.0),
+        ("1.e2", 100.0),
+        (".5", 0.5),
+        ("1_000.5", 1000.5),
+        ("-.inf", -math.inf),
+        ("3", 3),
+        ("1.2.3", "1.2.3"),
+        ("e5", "e5"),
+        ("5e", "5e"),
+        ("'1e-5'", "1e-5"),
+        ("true", True),
+        ("null", None),
+    ],
+)
+def test_numbers_are_read_as_people_mean_them(text: str, value: Any) -> None:
+    assert parse_yaml(text) == value
+    assert type(parse_yaml(text)) is type(value)
+
+
+@given(st.floats(allow_nan=False))
+def test_every_float_survives_yaml(value: float) -> None:
+    assert parse_yaml(repr(value)) == value
+
+
+def test_a_key_given_twice_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"'steps' is given twice \(again in line 3\)"):
+        parse_yaml("steps: 1\nseed: 2\nsteps: 3\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"# nothing\n", "is empty"),
+        (b"- a\n- b\n", "must hold keys and values"),
+        (b"just words", "must hold keys and values"),
+        (b"1: 2\n", "must hold keys and values"),
+        (b"a: [1, 2\n", "not valid YAML: line 2"),
+        (b"a: b: c\n", "not valid YAML: line 1"),
+        (b"\xff\xfe\x00", "not a text file"),
+        (b"!!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_files_that_hold_no_recipe(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_yaml(file)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*absent\.yaml"):
+        load_yaml(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match="is a folder"):
+        load_yaml(tmp_path)
+
+
+# ---- overrides -----------------------------------------------------------------------------------
+
+
+def test_assignments_are_typed_as_in_yaml() -> None:
+    given = ["training.learning_rate=1e-4", "adapter.target_modules=[q_proj, v_proj]", "name=a=b"]
+    assert parse_assignments(given) == {
+        "training.learning_rate": 1e-4,
+        "adapter.target_modules": ["q_proj", "v_proj"],
+        "name": "a=b",
+    }
+
+
+@pytest.mark.parametrize("wrong", ["training.steps", "=3", ""])
+def test_an_assignment_without_key_or_value(wrong: str) -> None:
+    with pytest.raises(UserError, match="takes key=value"):
+        parse_assignments([wrong])
+
+
+def test_overrides_leave_the_given_mapping_alone() -> None:
+    given = {"training": {"steps": 3}}
+    changed = with_overrides(given, {"training.learning_rate": 0.1, "data.train": "x"})
+    assert changed == {"training": {"steps": 3, "learning_rate": 0.1}, "data": {"train": "x"}}
+    assert given == {"training": {"steps": 3}}
+
+
+def test_one_duration_replaces_the_other(tiny_recipe: dict[str, Any]) -> None:
+    recipe = Recipe.parse(tiny_recipe, {"training.epochs": 2})
+    assert (recipe.training.epochs, recipe.training.steps) == (2, None)
+    assert recipe.override({"training.steps": 7}).training.epochs is None
+
+
+# ---- the recipe and its id -----------------------------------------------------------------------
+
+
+def test_yaml_of_a_recipe_reads_back_to_an_equal_one(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = Recipe.parse(tiny_recipe, {"name": "näme: {odd}", "training.learning_rate": 1e-5})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.load(file) == recipe
+
+
+def test_a_recipe_never_changes(tiny_recipe: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe.parse(tiny_recipe).seed = 3  # type: ignore[misc]
+
+
+SAME_WEIGHTS: list[dict[str, Any]] = [
+    {"name": "another"},
+    {"tasks": {"learning": [], "forgetting": ["pocket_recall"]}},
+    {"export.rank": 1},
+    {"training.checkpoint_every": 1, "training.log_every": 7},
+    {"adapter.alpha": 4.0},
+    {"calibration.samples": 3},  # pissa reads no statistics
+]
+OTHER_WEIGHTS: list[dict[str, Any]] = [
+    {"seed": 1},
+    {"dtype": "bfloat16"},
+    {"adapter.rank": 3},
+    {"adapter.method": "milora"},
+    {"adapter.target_modules": ["q_proj"]},
+    {"data.limit": 5},
+    {"data.max_length": 31},
+    {"training.learning_rate": 2e-2},
+    {"training.steps": 5},
+    {"training.weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize("changes", SAME_WEIGHTS, ids=str)
+def test_the_id_leaves_out_what_does_not_decide_the_weights(
+    tiny_recipe: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    assert run_id(tiny_recipe, **changes) == run_id(tiny_recipe)
+
+
+@pytest.mark.parametrize("changes", OTHER_WEIGHTS, ids=str)
+def test_the_id_holds_what_decides_the_weights(
+    tiny_recipe: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    assert run_id(tiny_recipe, **changes) != run_id(tiny_recipe)
+
+
+def test_the_id_follows_content_not_names(tiny_base: Path, tmp_path: Path) -> None:
+    def recipe(base: Path) -> Recipe:
+        return Recipe.parse(
+            recipe_of(base, tmp_path / "files", **{"adapter.method": "lora_null_v1"})
+        )
+
+    from tests.tiny import save_base, save_files
+
+    files = save_files(tmp_path / "files")
+    same = save_base(tmp_path / "copy")
+    assert content_hash(same) == content_hash(tiny_base)
+    before = recipe(tiny_base).run_id
+    assert recipe(same).run_id == before
+    (files / "old.txt").write_text("other knowledge to keep")
+    after = recipe(same).run_id
+    assert after != before
+    (files / "train.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    assert recipe(same).run_id not in (before, after)
+    assert recipe(save_base(tmp_path / "other", seed=1)).run_id != recipe(same).run_id
+
+
+def test_full_fine_tuning_has_no_adapter_settings(tiny_recipe: dict[str, Any]) -> None:
+    full = {"adapter.method": "full"}
+    assert run_id(tiny_recipe, **full) == run_id(tiny_recipe, **full, **{"adapter.rank": 9})
+
+
+def test_calibration_counts_where_the_method_reads_it(tiny_recipe: dict[str, Any]) -> None:
+    null = {"adapter.method": "lora_null_v1"}
+    assert run_id(tiny_recipe, **null) != run_id(tiny_recipe, **null, **{"calibration.samples": 3})
+
+
+def test_the_id_is_the_same_in_another_process(tiny_recipe: dict[str, Any]) -> None:
+    code = (
+        "import json, sys; from forgetless.recipe import Recipe;"
+        "print(Recipe.parse(json.load(sys.stdin)).run_id)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(tiny_recipe),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == run_id(tiny_recipe)
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+NAN = float("nan")
+FORM_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"lerning": 1}, "lerning: unknown key; did you mean 'training'?"),
+    ({"training.learning_rat": 1e-3}, "unknown key; did you mean 'learning_rate'?"),
+    ({"zzz": 1}, "zzz: unknown key; known keys: name, base"),
+    ({"training.learning_rate": "fast"}, "training.learning_rate: must be a number, got 'fast'"),
+    ({"training.learning_rate": NAN}, "training.learning_rate: must be a finite number, got nan"),
+    ({"training.learning_rate": 0}, "training.learning_rate: must be greater than 0, got 0"),
+    ({"training.steps": 1.5}, "training.steps: must be a whole number, got 1.5"),
+    ({"training.steps": True}, "training.steps: must be a whole number, got True"),
+    ({"training.steps": 5, "training.epochs": 1}, "either steps or epochs, got steps=5 and epochs"),
+    ({"training.steps": None}, "training: give either steps or epochs, got neither"),
+    ({"training.schedule": "cosin"}, "training.schedule: must be 'cosine', 'linear' or"),
+    ({"training": None}, "training: must be a mapping of keys to values, got nothing"),
+    ({"adapter": "lora"}, "adapter: must be a mapping of keys to values, got 'lora'"),
+    ({"adapter.rank": 0}, "adapter.rank: must be greater than or equal to 1, got 0"),
+    ({"adapter.dropout": 1.0}, "adapter.dropout: must be less than 1, got 1.0"),
+    ({"adapter.target_modules": 5}, "adapter.target_modules: must be 'all-linear', one regular"),
+    ({"adapter.target_modules": []}, "adapter.target_modules: must be 'all-linear', one regular"),
+    ({"base": None}, "base: must be text, got nothing"),
+    ({"base": ""}, "base: must be text that is not empty, got ''"),
+    ({"data": None}, "data: must be a mapping of keys to values, got nothing"),
+    ({"data": {}}, "data.train: missing; every recipe needs it"),
+    ({"data.train": None}, "data.train: must be text, got nothing"),
+    ({"data.train": NAN}, "data.train: must be text, got nan"),
+    ({"data.pack": "perhaps"}, "data.pack: must be 'auto', true or false, got 'perhaps'"),
+    ({"export.rank": "half"}, "export.rank: must be 'exact', 'requested' or a whole number"),
+    ({"tasks.learning": "sums"}, "tasks.learning: must be a list, got 'sums'"),
+    ({"tasks.learning": [None]}, "number 1 must be a task's name or a mapping"),
+    ({"seed": -1}, "seed: must be greater than or equal to 0, got -1"),
+    ({"dtype": "int8"}, "dtype: must be 'auto', 'float32', 'bfloat16' or 'float16', got 'int8'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), FORM_MISTAKES, ids=lambda value: str(value)[:60])
+def test_a_value_of_the_wrong_form_is_named(
+    tiny_recipe: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(tiny_recipe, changes)
+    assert any(message in problem for problem in caught.value.problems), caught.value.problems
+
+
+CONTENT_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"base": "/no/such/folder"}, "base: base '/no/such/folder' does not exist"),
+    ({"base": "no-such-model"}, "base: base 'no-such-model' is no folder"),
+    ({"base": "{files}"}, "is no model: it has no config.json"),
+    ({"adapter.method": "loar"}, "unknown method 'loar'; did you mean 'lora'?"),
+    ({"adapter.options": {"position": 0.5}}, "adapter.options: unknown option of method 'pissa'"),
+    (
+        {"adapter.method": "intermediate", "adapter.options": {"position": 2}},
+        "adapter.options: position must be",
+    ),
+    (
+        {"adapter.rank": 17},
+        "rank must be in 1..16 for layer 'model.layers.0.self_attn.k_proj' (16, 32), got 17 "
+        "(and 3 more of this shape)",
+    ),
+    ({"adapter.target_modules": ["nope"]}, "adapter.target_modules: target_modules ['nope']"),
+    ({"adapter.target_modules": "(["}, "is no regular expression"),
+    ({"data.train": "absent.jsonl"}, "data.train: no such file: absent.jsonl"),
+    ({"data.format": "messages"}, "'messages' given, but the data is 'prompt_completion'"),
+    (
+        {"adapter.method": "lora_null_v1", "calibration.source": "absent.txt"},
+        "calibration.source: no such file: absent.txt",
+    ),
+    ({"tasks.learning": ["pocket_recal"]}, "tasks.learning.0: unknown task 'pocket_recal'"),
+    ({"tasks.learning": [{"kind": "perplexity"}]}, "task 'perplexity' needs a 'path'"),
+    ({"tasks.learning": ["pocket_recall"] * 2}, "tasks.learning.1: a second task named"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CONTENT_MISTAKES, ids=lambda v: str(v)[:60])
+def test_what_a_value_refers_to_is_checked(
+    tiny_recipe: dict[str, Any], tiny_files: Path, changes: dict[str, Any], message: str
+) -> None:
+    if changes.get("base") == "{files}":
+        changes = {"base": str(tiny_files)}
+    problems = check(Recipe.parse(tiny_recipe, changes))
+    assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ('{"prompt": "a", "completion": NaN}\n', "'completion' must be text, got float nan"),
+        ('{"prompt": "a", "completion": null}\n', "'completion' must be text, got nothing"),
+        ('{"prompt": "a", "completion": ""}\n', "'completion' is empty"),
+        ('{"prompt": \n', "no valid JSON"),
+        ('{"question": "a"}\n', "expected one of"),
+    ],
+)
+def test_broken_training_data(
+    tiny_recipe: dict[str, Any], tmp_path: Path, content: str, message: str
+) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(content)
+    (problem,) = check(Recipe.parse(tiny_recipe, {"data.train": str(file)}))
+    assert problem.startswith("data.train: ")
+    assert message in problem
+
+
+def test_a_sound_recipe_has_no_problems_and_no_weight_is_read(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    from tests.tiny import save_base
+
+    base = save_base(tmp_path / "base")
+    (base / "model.safetensors").write_bytes(b"not weights at all")
+    assert check(Recipe.parse(tiny_recipe, {"base": str(base)})) == []
+
+
+def test_all_problems_are_shown_together(tiny_recipe: dict[str, Any]) -> None:
+    changes = {
+        "training.learning_rat": 1e-3,
+        "dtype": "bf16",
+        "adapter.rank": 33,
+        "data.train": "absent.jsonl",
+        "tasks.forgetting": ["pocket_recal"],
+    }
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(tiny_recipe, changes, source="mine.yaml")
+    shown = str(caught.value)
+    for part in (
+        "learning_rat: unknown",
+        "dtype: must",
+        "rank must",
+        "absent.jsonl",
+        "recal'; did",
+    ):
+        assert part in shown
+    assert shown.startswith("mine.yaml: 8 problems")
+
+
+def test_a_study_is_not_a_recipe(tiny_recipe: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="this is a study"):
+        Recipe.parse({"recipe": tiny_recipe, "axes": {"seed": [0]}})
+
+
+def test_importing_recipes_imports_no_torch() -> None:
+    code = "import sys, forgetless.recipe, forgetless.store; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
