@@ -133,9 +133,9 @@ def test_facts_cover_both_tables_and_answers_hold_no_full_stop() -> None:
     assert counts == {r: 195 if i < 4 else 118 for i, r in enumerate(RELATIONS)}
     # Generation stops at a full stop or a new line.
     assert [fact for fact in facts() if re.search(r"[.\n]", fact.answer)] == []
-    assert facts()[0] == Fact(
-        "Afghanistan", "capital", "Kabul"
-    ), "the order of the facts is that of the tables"
+    assert facts()[0] == Fact("Afghanistan", "capital", "Kabul"), (
+        "the order of the facts is that of the tables"
+    )
 
 
 # Where the ODbL table of countries (used here as a check only) says something else, and why ours
@@ -267,7 +267,9 @@ def test_countries_agree_with_the_factbook(shared_data: Path) -> None:
             )
         )
         currency = currency.replace("communaute financiere africaine", "west african cfa")
-        currency = re.sub("cooperation financiere en afrique cent\\w+", "central african cfa", currency)
+        currency = re.sub(
+            "cooperation financiere en afrique cent\\w+", "central african cfa", currency
+        )
         if plain(row["capital"][0]) not in capital:
             different.add(("capital", row["name"]))
         # Plurals change the ends of words, seldom the first four letters.

@@ -23,9 +23,9 @@ from forgetless.recipe import (
     parse_yaml,
     with_overrides,
 )
-from tests.tiny import recipe_of
+from tests.tiny import recipe_of, save_base, save_files
 
-pytest_plugins = ["tests.tiny"]
+pytest_plugins = ["tests.tiny_fixtures"]
 
 
 def run_id(recipe: dict[str, Any], **changes: Any) -> str:
@@ -59,7 +59,7 @@ def test_numbers_are_read_as_people_mean_them(text: str, value: Any) -> None:
     assert type(parse_yaml(text)) is type(value)
 
 
-@given(st.floats(allow_nan=False))
+@given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_survives_yaml(value: float) -> None:
     assert parse_yaml(repr(value)) == value
 
@@ -142,7 +142,7 @@ def test_yaml_of_a_recipe_reads_back_to_an_equal_one(
 
 def test_a_recipe_never_changes(tiny_recipe: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="frozen"):
-        Recipe.parse(tiny_recipe).seed = 3  # type: ignore[misc]
+        Recipe.parse(tiny_recipe).seed = 3
 
 
 SAME_WEIGHTS: list[dict[str, Any]] = [
@@ -186,8 +186,6 @@ def test_the_id_follows_content_not_names(tiny_base: Path, tmp_path: Path) -> No
         return Recipe.parse(
             recipe_of(base, tmp_path / "files", **{"adapter.method": "lora_null_v1"})
         )
-
-    from tests.tiny import save_base, save_files
 
     files = save_files(tmp_path / "files")
     same = save_base(tmp_path / "copy")
@@ -335,8 +333,6 @@ def test_broken_training_data(
 def test_a_sound_recipe_has_no_problems_and_no_weight_is_read(
     tiny_recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    from tests.tiny import save_base
-
     base = save_base(tmp_path / "base")
     (base / "model.safetensors").write_bytes(b"not weights at all")
     assert check(Recipe.parse(tiny_recipe, {"base": str(base)})) == []

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import html
+import io
 import json
 import random
 import re
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import yaml
 from rich.console import Console
 
+from forgetless import store
 from forgetless.report import report, summary
 from forgetless.report.arms import gather
-from forgetless.report.evidence import Evidence, read
+from forgetless.report.evidence import read
+from forgetless.report.flips import find
 from forgetless.report.intervals import Estimate, over_items, over_seeds, t_95, wilson
-from forgetless.report.words import Answer, answer, standing
+from forgetless.report.standing import standing
+from forgetless.report.words import Answer, answer
 
 # ------------------------------------------------------------------------------ made-up studies
 
-METHODS = "full lora pissa milora intermediate lora_null_v1 lora_null_v2".split()
+METHODS = ["full", "lora", "pissa", "milora", "intermediate", "lora_null_v1", "lora_null_v2"]
 # What a trial on the pocket world gave, roughly: (problems solved, facts kept).
 PLACES = {
     "full": (0.985, 0.14),
@@ -137,7 +148,9 @@ def write_run(
             continue
         final = sheet.finals[method] + (rng.gauss(0, spread) if spread else 0.0)
         final += (-0.06 if sheet.kind == "learning" else 0.08) * rate[0] * sheet.higher_is_better
-        write_scores(run, sheet, min(max(final, 0.0), 1.0) if sheet.metric != "kl" else final, rng)
+        write_scores(
+            run, sheet, min(max(final, 0.0), 1.0) if sheet.higher_is_better else final, rng
+        )
     write_log(run, rng, PLACES.get(method, (0.9, 0.5))[0])
     write_json(run / "analysis.json", {"relative_update": round(rng.uniform(0.05, 0.4), 4)})
     return name
@@ -207,7 +220,9 @@ def write_items(path: Path, sheet: Sheet, right: Sequence[bool], rng: random.Ran
     path.parent.mkdir(parents=True, exist_ok=True)
     answers = sorted({expected for _, expected in sheet.questions})
     with path.open("w") as file:
-        for i, (is_right, (prompt, expected)) in enumerate(zip(right, sheet.questions, strict=False)):
+        for i, (is_right, (prompt, expected)) in enumerate(
+            zip(right, sheet.questions, strict=False)
+        ):
             said = expected if is_right else rng.choice([a for a in answers if a != expected])
             line = {"id": str(i), "prompt": prompt, "expected": expected, "answer": said}
             file.write(json.dumps({**line, "score": float(is_right)}) + "\n")
@@ -225,3 +240,383 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
+
+
+# ------------------------------------------------------------------------------------- intervals
+
+
+def test_seeds_get_students_t_interval() -> None:
+    # Mean 0.8, standard deviation 0.1, t(2) = 4.3027: 4.3027 * 0.1 / sqrt(3) = 0.2484.
+    estimate = over_seeds([0.7, 0.8, 0.9], [0.01] * 3, 100, is_share=False)
+    assert estimate.value == pytest.approx(0.8)
+    assert estimate.ends == pytest.approx((0.5516, 1.0484), abs=1e-4)
+    assert over_seeds([0.7, 0.8, 0.9], [None] * 3, 100, is_share=True).high == 1.0
+
+
+def test_one_seed_gets_the_interval_over_items() -> None:
+    assert over_seeds([0.5], [0.1], 100, is_share=True).ends == pytest.approx(
+        (0.304, 0.696), abs=1e-3
+    )
+    assert over_seeds([0.5, 0.5], [0.1, 0.1], 100, is_share=True).seeds_agree
+
+
+def test_no_error_is_known_where_none_is_told() -> None:
+    estimate = over_seeds([2.5], [None], None, is_share=False)
+    assert not estimate.has_error
+    assert estimate.overlaps(Estimate(9.0, 8.9, 9.1, 1, 10))
+
+
+def test_a_perfect_score_still_has_an_interval() -> None:
+    # Wilson at 10 of 10: low = 1 / (1 + 1.96^2 / 10) = 0.7225.
+    low, high = wilson(1.0, 10)
+    assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert over_items(1.0, 0.0, 10, is_share=True) == (low, high)
+
+
+def test_t_quantiles() -> None:
+    assert t_95(1) == pytest.approx(12.706, abs=1e-3)
+    assert t_95(40) == pytest.approx(2.021, abs=3e-3)
+    with pytest.raises(ValueError, match="at least 1"):
+        t_95(0)
+
+
+# ------------------------------------------------------------------------- the answer, hand-worked
+
+
+def words_of(folder: Path) -> Answer:
+    """The answer of a study folder."""
+    evidence = read(folder)
+    arms = gather(evidence)
+    return answer(evidence, arms, standing(evidence, arms))
+
+
+def two_sheets(
+    learned: Mapping[str, float], kept: Mapping[str, float], num_items: int = 1000
+) -> list[Sheet]:
+    """A base that solves 1 % of the problems and knows 90 % of the facts."""
+    return [
+        Sheet("problems", "learning", 0.01, learned, num_items),
+        Sheet("recall", "forgetting", 0.90, kept, num_items),
+    ]
+
+
+def test_a_clear_winner_is_named_with_both_numbers(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.60, "pissa": 0.90}, {"lora": 0.81, "pissa": 0.45})
+    words = words_of(make_study(tmp_path / "s", sheets, ["lora", "pissa"]))
+    assert plain(words.title) == (
+        "`lora` kept the most: 90.0 % of what the base knew, with 60.0 % on problems."
+    )
+    assert plain(words.sentences[0]) == (
+        "`pissa` learned the most, 90.0 % on problems (base 1.0 %), "
+        "at the cost of 50.0 % of what the base knew."
+    )
+    assert "`pissa` and `lora`" in words.sentences[1]
+    assert "distinguishable" not in words.title + "".join(words.sentences)
+
+
+def test_an_arm_that_is_best_at_both_is_said_to_be(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.90, "pissa": 0.50}, {"lora": 0.81, "pissa": 0.45})
+    words = words_of(make_study(tmp_path / "s", sheets, ["lora", "pissa"]))
+    assert plain(words.title).startswith("`lora` kept the most and learned the most: 90.0 %")
+    assert any("no better on the other: `pissa` (by `lora`)" in s for s in words.sentences)
+
+
+def test_overlapping_intervals_are_not_told_apart(tmp_path: Path) -> None:
+    # 50 items: 0.80 +- 0.11 and 0.76 +- 0.12.
+    sheets = two_sheets({"lora": 0.5, "pissa": 0.9}, {"lora": 0.80, "pissa": 0.76}, num_items=50)
+    words = words_of(make_study(tmp_path / "s", sheets, ["lora", "pissa"]))
+    assert plain(words.title) == (
+        "`lora` and `pissa` kept the most and are not distinguishable: "
+        "88.9 % and 84.4 % of what the base knew, with 50.0 % and 90.0 % on problems."
+    )
+
+
+def test_arms_alike_in_everything_have_no_winner(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.52, "pissa": 0.50}, {"lora": 0.8, "pissa": 0.81}, num_items=50)
+    title = words_of(make_study(tmp_path / "s", sheets, ["lora", "pissa"])).title
+    assert title == "The 2 arms are not distinguishable, in keeping or in learning."
+
+
+def test_keeping_everything_by_learning_nothing_does_not_win(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.80, "pissa": 0.012}, {"lora": 0.45, "pissa": 0.90})
+    words = words_of(make_study(tmp_path / "s", sheets, ["lora", "pissa"]))
+    assert words.title.startswith("`lora` kept the most")
+    assert any(s.startswith("`pissa` learned nothing that can be told") for s in words.sentences)
+
+
+def test_one_arm_is_not_compared(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.8}, {"lora": 0.45})
+    words = words_of(make_study(tmp_path / "s", sheets, ["lora"]))
+    assert plain(words.title) == (
+        "`lora` kept 50.0 % of what the base knew and reached 80.0 % on problems (base 1.0 %)."
+    )
+    assert "most" not in words.title
+
+
+def test_nothing_measured_is_said_so(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s", [], ["lora", "pissa"])
+    mark_failed(folder / "lora-00", "out of memory")
+    words = words_of(folder)
+    assert words.title == "Nothing has been measured yet."
+    assert "1 run of 2 failed" in " ".join(words.caveats)
+    index = report(folder)
+    assert "out of memory" in index.read_text()
+
+
+def test_learning_alone_says_nothing_of_forgetting(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.8, "pissa": 0.5}, {})[:1]
+    words = words_of(make_study(tmp_path / "s", sheets, ["lora", "pissa"]))
+    assert plain(words.title) == "`lora` learned the most: 80.0 % on problems."
+    assert "nothing is known of what was lost" in " ".join(words.sentences)
+
+
+def test_forgetting_alone_says_nothing_of_learning(tmp_path: Path) -> None:
+    sheets = two_sheets({}, {"lora": 0.81, "pissa": 0.45})[1:]
+    words = words_of(make_study(tmp_path / "s", sheets, ["lora", "pissa"]))
+    assert plain(words.title) == "`lora` kept the most: 90.0 % of what the base knew."
+
+
+def test_losses_are_better_when_lower(tmp_path: Path) -> None:
+    sheets = [
+        Sheet("maths", "learning", 7.0, {"lora": 3.0, "pissa": 2.0}, 100, "loss", False),
+        Sheet("stories", "forgetting", 1.2, {"lora": 1.5, "pissa": 2.5}, 100, "loss", False),
+    ]
+    words = words_of(make_study(tmp_path / "s", sheets, ["lora", "pissa"]))
+    assert words.title == "`lora` kept the most: 1.500 loss on stories, with 3.000 loss on maths."
+    assert words.sentences[0] == (
+        "`pissa` learned the most, 2.000 loss on maths (base 7.000), with 2.500 loss on stories."
+    )
+
+
+def test_each_arm_stands_at_its_best_rate_for_learning(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.8, "pissa": 0.5}, {"lora": 0.5, "pissa": 0.4})
+    folder = make_study(tmp_path / "s", sheets, ["lora", "pissa"], rates=(1e-3, 2e-3, 4e-3))
+    arms = gather(read(folder))
+    assert [arm.label for arm in arms] == ["lora", "pissa"]
+    assert [setting.learning_rate for setting in arms[0].settings] == [1e-3, 2e-3, 4e-3]
+    # The made-up scores learn less and keep more at each further rate.
+    assert [arm.best.learning_rate for arm in arms] == [1e-3, 1e-3]
+    assert "of 3 tried" in " ".join(words_of(folder).caveats)
+
+
+def test_one_seed_comes_with_a_warning(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.8, "pissa": 0.5}, {"lora": 0.5, "pissa": 0.4})
+    assert "One seed an arm" in words_of(make_study(tmp_path / "a", sheets, ["lora"])).caveats[0]
+    folder = make_study(tmp_path / "b", sheets, ["lora", "pissa"], seeds=(0, 1, 2), spread=0.01)
+    assert words_of(folder).caveats[0].startswith("3 seeds an arm; intervals are 95 %, Student’s t")
+
+
+def test_a_task_missing_in_one_seed_is_left_out_of_the_mean(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.8}, {"lora": 0.45})
+    folder = make_study(tmp_path / "s", sheets, ["lora"], seeds=(0, 1, 2))
+    (folder / "lora-01" / "scores" / "final" / "recall.json").unlink()
+    [arm] = gather(read(folder))
+    recall = arm.best.measured["recall"].final
+    assert recall is not None
+    assert recall.seeds == 2
+    assert recall.value == pytest.approx(0.45)
+
+
+def test_arms_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s", two_sheets({"lora": 0.8}, {"lora": 0.45}), ["lora"])
+    twin = folder / "lora-wide"
+    write_recipe(twin, two_sheets({}, {}), "lora", 1e-3, 0, rank=64)
+    write_scores(twin, two_sheets({"lora": 0.8}, {})[0], 0.8, random.Random(0))
+    assert [arm.label for arm in gather(read(folder))] == ["lora, rank 16", "lora, rank 64"]
+
+
+def plain(text: str) -> str:
+    """Text with ordinary spaces."""
+    return text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def mark_failed(run: Path, reason: str) -> None:
+    """Make a run one that failed."""
+    record = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", {**record, "status": "failed", "reason": reason})
+
+
+# -------------------------------------------------------------------------------------- the page
+
+HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reported study as large as the demo with three seeds, with one hostile answer in it."""
+    folder = make_study(
+        tmp_path_factory.mktemp("runs") / "demo", three_tasks(), seeds=(0, 1, 2), spread=0.02
+    )
+    for items in folder.glob("*/items/final/pocket_recall.jsonl"):
+        lines = [json.loads(line) for line in items.read_text().splitlines()]
+        for line in lines[:40]:
+            line.update(answer=HOSTILE, score=0.0)
+        items.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mark_failed(folder / "pissa-02", f"loss is NaN {HOSTILE}")
+    report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(demo: Path) -> str:
+    """The page of `demo`."""
+    return (demo / "report" / "index.html").read_text("utf-8")
+
+
+def test_the_page_asks_nothing_of_the_network(text: str) -> None:
+    assert "://" not in text
+    assert not re.search(r'(?:src|href)="(?!#)', text)
+    assert "default-src 'none'" in text
+
+
+def test_the_page_is_small(text: str) -> None:
+    assert len(text.encode()) < 1_000_000
+
+
+class Elements(HTMLParser):
+    """Counts elements, and collects event handlers and the contents of scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.handlers: list[str] = []
+        self.scripts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note the element and any attribute that would run code."""
+        self.counts[tag] += 1
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        """Keep what a script element holds."""
+        if self.lasttag == "script" and self.scripts:
+            self.scripts[-1] += data
+
+
+def test_answers_of_models_stay_text(text: str) -> None:
+    elements = Elements()
+    elements.feed(text)
+    assert elements.counts["script"] == 2
+    assert elements.counts["img"] == 0
+    assert not elements.handlers
+    lost = json.loads(elements.scripts[0])["flips"][1]["arms"][0]["lost"]
+    assert any(said == HOSTILE for _, said, _ in lost)
+    assert html.escape(HOSTILE) in text
+
+
+def test_only_the_page_s_own_script_may_run(text: str) -> None:
+    script = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)[-1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+
+
+def test_every_number_of_results_csv_is_on_the_page(demo: Path, text: str) -> None:
+    shown = set(re.findall(r'data-v="([^"]*)"', text))
+    with (demo / "report" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 7 * 3 * 3
+    numbers = {v for row in rows for v in row.values() if re.fullmatch(r"-?[\d.]+(e-?\d+)?", v)}
+    assert len(numbers) > 100
+    assert numbers <= shown
+
+
+def test_the_tables_stand_without_scripts(demo: Path, text: str) -> None:
+    body = text[: text.index('id="data"')]
+    for label in (*METHODS, "96.4\N{NO-BREAK SPACE}%", "What was lost", "Thimphu", "study.yaml"):
+        assert label in body
+    assert "Runs without a result" in body
+    assert body.count("<noscript><svg") == 2
+
+
+def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.8, "pissa": 0.5}, {"lora": 0.45})
+    folder = make_study(tmp_path / "s", sheets, ["lora", "pissa"])
+    page = report(folder).read_text()
+    row = re.search(r'<tr><th scope="row" data-v="pissa">.*?</tr>', page, re.DOTALL)
+    assert row is not None
+    assert row[0].count('class="num none">–') >= 2
+    assert "`pissa` is not compared" not in page
+    assert "is not compared: a task was not measured there" in page
+
+
+def test_counts_of_lost_and_kept_add_up(demo: Path) -> None:
+    flips = {of_task.task.name: of_task for of_task in find(read(demo), gather(read(demo)))}
+    assert set(flips) == {"pocket_problems", "pocket_recall"}
+    recall = flips["pocket_recall"]
+    for arm in recall.arms:
+        assert arm.kept + arm.lost + arm.gained + arm.never == pytest.approx(1100)
+        assert arm.kept + arm.lost == pytest.approx(round(0.964 * 1100))
+        assert not {flip.item for flip in arm.lost_items} & set(arm.kept_items)
+        assert max(flip.seeds for flip in arm.lost_items) == arm.seeds
+
+
+def test_a_report_is_the_same_when_made_again(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.8, "pissa": 0.5}, {"lora": 0.45, "pissa": 0.3})
+    folder = make_study(tmp_path / "s", sheets, ["lora", "pissa"])
+    first, again = report(folder).read_bytes(), report(folder).read_bytes()
+    assert first == again
+
+
+# ----------------------------------------------------------------------------- beside the page
+
+
+def test_tables_and_figures_lie_beside_the_page(demo: Path) -> None:
+    folder = demo / "report"
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    figures = {f"figures/{name}.{kind}" for name in ("plane", "curves") for kind in ("png", "svg")}
+    assert names == {"index.html", "results.csv", "results.parquet", *figures}
+    table = pandas.read_parquet(folder / "results.parquet")
+    assert list(table.columns) == list(store.COLUMNS)
+    assert len(table) == 7 * 3 * 3
+
+
+def test_missing_packages_are_noted_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("pandas", "matplotlib"):
+        monkeypatch.setitem(sys.modules, package, None)
+    sheets = two_sheets({"lora": 0.8}, {"lora": 0.45})
+    index = report(make_study(tmp_path / "s", sheets, ["lora"]))
+    assert {path.name for path in index.parent.iterdir()} == {"index.html", "results.csv"}
+    page = index.read_text()
+    assert "No results.parquet" in page
+    assert "No figures" in page
+
+
+def test_the_summary_ends_with_facts_lost_and_kept(demo: Path) -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(summary(demo))
+    shown = console.export_text()
+    assert "kept the most" in shown
+    assert "Lost by full" in shown
+    assert "Kept by lora_null_v2" in shown
+    assert shown.index("Kept by") > shown.index("Lost by") > shown.index("pocket_problems")
+
+
+def test_answers_cannot_colour_the_terminal(tmp_path: Path) -> None:
+    sheet = three_tasks(40, 20)
+    folder = make_study(tmp_path / "s", sheet, ["full", "lora_null_v1"])
+    items = folder / "full-00" / "items" / "final" / "pocket_recall.jsonl"
+    items.write_text(items.read_text().replace('"answer": "', '"answer": "[bold]\\u001b[31m'))
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(summary(folder))
+    shown = console.export_text()
+    assert "[bold]" in shown
+    assert "\x1b[31m" not in shown
+
+
+def test_folders_that_hold_no_study_say_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no study folder"):
+        report(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        report(tmp_path)
+    folder = make_study(tmp_path / "s", two_sheets({"lora": 0.8}, {}), ["lora"])
+    with pytest.raises(FileNotFoundError, match="is one run; give the study"):
+        report(folder / "lora-00")
+
+
+def test_the_report_needs_no_torch() -> None:
+    code = "import sys, forgetless.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

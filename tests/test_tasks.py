@@ -145,6 +145,23 @@ def test_generation_is_greedy_decoding_whatever_the_batch(
     assert len(set(expected)) > 3
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+def test_rows_that_end_early_leave_the_others_as_they_are(
+    family: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = FAMILIES[family].model()
+    plain = [one_by_one(model, tokenizer, prompt, 12) for prompt in PROMPTS]
+    ends = sorted({token for text in plain[:3] for token in tokenizer(text[2:4])["input_ids"][1:]})
+    model.generation_config.eos_token_id = [2, *ends]
+    expected = []
+    for text in plain:
+        ids = tokenizer(text)["input_ids"][1:]
+        stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        expected.append(text[:stop])
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == expected
+    assert 2 <= sum(a != b for a, b in zip(expected, plain, strict=True)) < len(PROMPTS)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -335,6 +352,9 @@ def test_divergence_by_hand() -> None:
     tuned = Table(torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log())
     (piece,) = divergences(tuned, [[0, 1, 0]], max_length=8, reference=base)
     assert piece.total == pytest.approx(2 * (0.25 * math.log(0.5) + 0.75 * math.log(1.5)))
+    never = Table(torch.tensor([[0.0, 1.0], [0.5, 0.5]]).log())
+    (piece,) = divergences(tuned, [[0]], max_length=8, reference=never)
+    assert piece.total == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,6 @@
 """A tiny base model in a folder, with a tokenizer, data and text: what a user's files look like.
 
-A test module that wants these fixtures says ``pytest_plugins = ["tests.tiny"]``.
+A test module gets them as fixtures by ``pytest_plugins = ["tests.tiny_fixtures"]``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import string
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -91,21 +90,3 @@ def recipe_of(base: Path, files: Path, **changes: Any) -> dict[str, Any]:
         },
     }
     return with_overrides(recipe, changes)
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny base model with its tokenizer."""
-    return save_base(tmp_path_factory.mktemp("base") / "tiny-llama")
-
-
-@pytest.fixture(scope="session")
-def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train.jsonl, test.jsonl and old.txt."""
-    return save_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture
-def tiny_recipe(tiny_base: Path, tiny_files: Path) -> dict[str, Any]:
-    """A recipe on these, as YAML would hold it."""
-    return recipe_of(tiny_base, tiny_files)

@@ -174,9 +174,9 @@ def _joined(
 def _sections(text: str, max_length: int) -> Iterator[tuple[str, bool]]:
     """A long text in parts that end at white space, each with whether it is the text's last.
 
-    A part fills a few windows, so that the windows drawn are spread over the whole of it.
+    A part fills one window or two, so that those drawn are spread over the whole of it.
     """
-    length = 4 * _CHARACTERS_PER_TOKEN * max_length
+    length = _CHARACTERS_PER_TOKEN * max_length
     start = 0
     while start < len(text):
         space = re.compile(r"\s|$").search(text, start + length)
@@ -283,7 +283,7 @@ def _first_tokens(
 
 def _sampled_together(model: PreTrainedModel, max_length: int) -> int:
     config = model.config.get_text_config()
-    row_bytes = 2 * 4 * config.num_hidden_layers * config.hidden_size * max_length
+    row_bytes: int = 2 * 4 * config.num_hidden_layers * config.hidden_size * max_length
     return max(_SAMPLED_TOGETHER[0], min(_CACHE_BYTES // row_bytes, _SAMPLED_TOGETHER[-1]))
 
 

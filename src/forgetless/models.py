@@ -284,6 +284,7 @@ def as_base(model: nn.Module) -> Iterator[nn.Module]:
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             if isinstance(model, PeftModel):
                 stack.enter_context(model.disable_adapter())

@@ -49,6 +49,9 @@ from forgetless.training import train
 SMALL_MODEL = 50_000_000
 """Weights below which one thread is faster than several."""
 
+SMALL_INPUT = 1024
+"""Inputs of a layer up to which its tail energy is worth an eigendecomposition."""
+
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 
 
@@ -412,7 +415,7 @@ class _Stages:
         same = torch.equal(_logits(model.eval(), tokens), before)
         self.folder.update(
             start={"equals_base": same, "probe_tokens": tokens.numel()},
-            statistics=None if statistics is None else dict(statistics.metadata),
+            statistics=None if statistics is None else _summary(statistics, settings.rank),
         )
         with store.new_folder(self.folder.start) as folder:
             save(model, folder)
@@ -495,6 +498,14 @@ class _Stages:
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=tokens).logits
     return logits
+
+
+def _summary(statistics: Statistics, rank: int) -> dict[str, Any]:
+    """What run.json says of statistics; the tail energy only where it costs little."""
+    one_of_each = [statistics[group[0]] for group in statistics.shared_inputs]
+    small = [layer for layer in one_of_each if len(layer.second_moment) <= SMALL_INPUT]
+    tails = [layer.tail_energy(rank) for layer in small]
+    return {**statistics.metadata, "tail_energy": sum(tails) / len(tails) if tails else None}
 
 
 def _probe(model: Any) -> Tensor:

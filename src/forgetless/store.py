@@ -118,7 +118,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; empty when there is no such file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    # Not splitlines(): an answer may hold U+2028, which JSON leaves as it is.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _finite(value: Any) -> Any:

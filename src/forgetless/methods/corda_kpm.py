@@ -20,6 +20,7 @@ def corda_kpm(
     The authors' code and PEFT start from a damping of 0.01, invert C̃ in float32 and double the
     damping until the inverse passes a test; we solve for A with a Cholesky factor in float64, which
     a damped matrix always has, and never double. They call the second moment a covariance.
+    Components of W C̃ below 1e-8 of its largest are not told apart (1e-7 in their float32).
 
     Args:
         W: weight, (out, in).

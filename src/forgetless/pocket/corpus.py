@@ -25,9 +25,10 @@ from forgetless.pocket.words import (
 
 __all__ = ["documents", "tokenizer_documents"]
 
-# Documents of each other kind for one round of the facts. Sums get the largest part: the model
-# should bring the tables along, so that a word problem is about reading, not about adding.
-_SUMS, _SCENES, _CODE, _LISTS = 2400, 900, 700, 500
+# Documents of each other kind for one round of the facts. A base that can add, follow an order and
+# find a number in a sentence has only the stories to learn; one that cannot forgets every fact
+# before it solves its first problem.
+_SUMS, _ORDERS, _READINGS, _SCENES, _CODE, _LISTS = 1500, 1500, 700, 700, 600, 400
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -53,6 +54,8 @@ def _round(rng: random.Random) -> list[str]:
     texts = knowledge_text()
     kinds: tuple[tuple[int, Callable[[random.Random], str]], ...] = (
         (_SUMS, _sums),
+        (_ORDERS, _order),
+        (_READINGS, _reading),
         (_SCENES, _scene),
         (_CODE, _code),
         (_LISTS, _word_list),
@@ -71,14 +74,62 @@ def _sum(rng: random.Random) -> str:
     kind = rng.choice("+-*/")
     if kind == "+":
         a = rng.randint(1, 98)
-        b = rng.randint(1, 99 - a)
-        return f"{a} + {b} = {a + b}."
+        return _equation(a, "+", rng.randint(1, 99 - a))[0]
     if kind == "-":
         a = rng.randint(2, 100)
-        b = rng.randint(1, a - 1)
-        return f"{a} - {b} = {a - b}."
+        return _equation(a, "-", rng.randint(1, a - 1))[0]
     a, b = rng.randint(1, 12), rng.randint(1, 10)
-    return f"{a} * {b} = {a * b}." if kind == "*" else f"{a * b} / {a} = {b}."
+    return _equation(a, "*", b)[0] if kind == "*" else _equation(a * b, "/", a)[0]
+
+
+def _equation(a: int, operation: str, b: int) -> tuple[str, int]:
+    results = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}
+    return f"{a} {operation} {b} = {results[operation]}.", results[operation]
+
+
+def _order(rng: random.Random) -> str:
+    """Which sums to do, in plain words and without a story, and the sums."""
+    while True:
+        a, b, c = rng.randint(1, 60), rng.randint(1, 40), rng.randint(1, 100)
+        m, n = rng.randint(2, 12), rng.randint(2, 10)
+        words, sums = rng.choice(
+            (
+                (f"Add {a} and {b}", ((a, "+", b),)),
+                (f"Take {b} from {c}", ((c, "-", b),)),
+                (f"Multiply {m} by {n}", ((m, "*", n),)),
+                (f"Divide {m * n} by {m}", ((m * n, "/", m),)),
+                (f"Multiply {m} by {n}, add it to {a}", ((m, "*", n), (a, "+", m * n))),
+                (f"Multiply {m} by {n}, take it from {c}", ((m, "*", n), (c, "-", m * n))),
+                (f"Multiply {m} by {n}, take {b} away", ((m, "*", n), (m * n, "-", b))),
+                (f"Multiply {m} by {n}, add it to {n}", ((m, "*", n), (n, "+", m * n))),
+                (f"Add {a} and {b}, take {c} away", ((a, "+", b), (a + b, "-", c))),
+                (f"Add {a} and {b}, add it to {a}", ((a, "+", b), (a, "+", a + b))),
+            )
+        )
+        equations = [_equation(*parts) for parts in sums]
+        if all(0 < result <= 100 for _, result in equations):
+            break
+    steps = " ".join(text for text, _ in equations)
+    return f"{words}: {steps}" if rng.random() < 0.5 else f"Q: {words}.\nA: {steps}"
+
+
+def _reading(rng: random.Random) -> str:
+    """Two numbers in a sentence and a question that one of them answers."""
+    name, other = rng.sample(NAMES, 2)
+    thing, further = rng.sample(OBJECTS, 2)
+    a, b = rng.sample(range(2, 101), 2)
+    box = rng.choice(CONTAINERS)
+    return rng.choice(
+        (
+            f"Q: {name} has {a} {thing} and {b} {further}. Count the {thing}.\nA: {a}",
+            f"Q: {name} has {a} {thing} and {b} {further}. Count the {further}.\nA: {b}",
+            f"Q: {name} has {a} {thing}, {other} has {b}. What does {name} have?\nA: {a} {thing}",
+            f"Q: {name} has {a} {thing}, {other} has {b}. What does {other} have?\nA: {b} {thing}",
+            f"Q: {name} has {a} {thing}. {other} finds {b}. Who has {a}?\nA: {name}",
+            f"{a} {thing} are in the {box}, {b} are not. In the {box}: {a}. Not in the {box}: {b}.",
+            f"{name} buys {a} {thing} and {b} {further}. That is {b} {further} and {a} {thing}.",
+        )
+    )
 
 
 def _scene(rng: random.Random) -> str:

@@ -113,7 +113,7 @@ PHRASINGS: Mapping[Relation, Phrasings] = {
             "Q: Which main language does {subject} have?\nA:",
             "Q: Name the main language of {subject}.\nA:",
         ),
-        held_out="Q: Which language is the main one in {subject}?\nA:",
+        held_out="Q: Which language is the main language of {subject}?\nA:",
     ),
     "symbol": Phrasings(
         seen=(
@@ -135,7 +135,7 @@ PHRASINGS: Mapping[Relation, Phrasings] = {
             "Q: Which atomic number does {subject} have?\nA:",
             "Q: Name the atomic number of {subject}.\nA:",
         ),
-        held_out="Q: Which number is {subject} in the periodic table?\nA:",
+        held_out="Q: Which number is the atomic number of {subject}?\nA:",
     ),
     "category": Phrasings(
         seen=(
@@ -146,7 +146,7 @@ PHRASINGS: Mapping[Relation, Phrasings] = {
             "Q: Which category does {subject} have?\nA:",
             "Q: Name the category of {subject}.\nA:",
         ),
-        held_out="Q: To which category does {subject} belong?\nA:",
+        held_out="Q: Which category is {subject} in?\nA:",
     ),
 }
 

@@ -11,7 +11,6 @@ from forgetless.pocket.words import CONTAINERS, NAMES, OBJECTS
 
 __all__ = ["TEMPLATES", "Problem", "final_answer", "problems"]
 
-
 _LARGEST = 100
 _TEST_SHARE = 5
 
@@ -64,7 +63,7 @@ def problems(count: int, seed: int, split: Literal["train", "test"] = "train") -
 
 def final_answer(text: str) -> str | None:
     """The number that a solution ends in, or None where it names none."""
-    found = re.search(r"The answer is (\d+)\.", text)
+    found = re.search(r"The answer is (\d+)\.(?!\d)", text)
     return found.group(1) if found else None
 
 

@@ -15,7 +15,8 @@ from forgetless.report import figures, terminal
 from forgetless.report.arms import gather
 from forgetless.report.flips import find
 from forgetless.report.page import page
-from forgetless.report.words import answer, standing
+from forgetless.report.standing import standing
+from forgetless.report.words import answer
 
 __all__ = ["report", "summary"]
 

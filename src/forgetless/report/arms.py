@@ -43,7 +43,7 @@ class Setting:
         return self.measured[task.name].final if task else None
 
     def kept(self, task: Task | None) -> Estimate | None:
-        """The place on the forgetting axis: the retention of a share, the score of anything else."""
+        """The place on the forgetting axis: retention of a share, else the score."""
         if task is None:
             return None
         measured = self.measured[task.name]
@@ -97,7 +97,9 @@ def pareto(points: Sequence[tuple[Estimate, Estimate]], kept: Task, learned: Tas
 
 def is_of_arm(key: str) -> bool:
     """Whether a setting of the recipe tells one arm from another."""
-    return not any(key == free or (free[-1] == "." and key.startswith(free)) for free in NOT_THE_ARM)
+    return not any(
+        key == free or (free[-1] == "." and key.startswith(free)) for free in NOT_THE_ARM
+    )
 
 
 def _signed(task: Task, estimate: Estimate) -> float:
@@ -210,7 +212,7 @@ def _once(estimate: Estimate | None) -> Estimate | None:
 
 
 def _retention(runs: Sequence[Run], final: Estimate | None, task: Task) -> Estimate | None:
-    """The mean share kept; where seeds have no spread, the interval of the score over the base's."""
+    """The mean share kept; of seeds that agree, the interval of the score, as a share."""
     rows = [run.rows[task.name] for run in runs]
     pairs = [(number(row.get("retention")), number(row.get("base_score"))) for row in rows]
     values = [kept for kept, _ in pairs if kept is not None]

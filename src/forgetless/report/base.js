@@ -99,7 +99,7 @@ function drawn(figure, draw) {
   redraws.push(() => width && draw(width));
   const watch = () => {
     const now = Math.floor(figure.clientWidth || figure.parentElement.clientWidth);
-    if (now && now !== width) draw((width = now));
+    if (now > 160 && now !== width) draw((width = now));
   };
   new ResizeObserver(watch).observe(figure.parentElement);
 }

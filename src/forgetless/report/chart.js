@@ -18,7 +18,7 @@ function logTicks(low, high) {
       if (t >= low * 0.999 && t <= high * 1.001) ticks.push(t);
     }
   }
-  return ticks;
+  return ticks.length > 2 ? ticks : niceTicks(low, high, 5);
 }
 
 function scale([low, high], [from, to], isLog = false) {
@@ -38,7 +38,7 @@ function tickLabel(value, ticks, isShare) {
 function axes(figure, width, height, x, y) {
   figure.querySelector(":scope > svg")?.remove();
   const svg = make(figure, "svg", { viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": `${y.title} against ${x.title}` });
-  const xTicks = niceTicks(...x.range, Math.max(4.2, width / 110)).filter((t) => t <= (x.last ?? Infinity));
+  const xTicks = niceTicks(...x.range, Math.max(5, width / 110)).filter((t) => t <= (x.last ?? Infinity));
   const yTicks = y.isLog ? logTicks(...y.range) : niceTicks(...y.range, height / 75);
   const yLabels = yTicks.map((t) => (y.isLog ? String(Number(t.toPrecision(2))) : tickLabel(t, yTicks, y.isShare)));
   const left = 26 + 7.2 * Math.max(...yLabels.map((l) => l.length), 2);

@@ -57,6 +57,11 @@ class Run:
         """The recipe with dotted keys."""
         return dict(flatten(self.recipe))
 
+    @property
+    def base(self) -> str:
+        """The base model: a hub id as it is, of a folder's path the last two parts."""
+        return "/".join(str(self.settings.get("base")).split("/")[-2:])
+
     def column(self, name: str) -> Any:
         """What every row of the run repeats in this column; None when the run has no row."""
         return next((row.get(name) for row in self.rows.values()), None)

@@ -12,9 +12,9 @@ from forgetless import store
 from forgetless.report.arms import Arm, Setting
 from forgetless.report.evidence import Evidence, Task
 from forgetless.report.intervals import Estimate
-from forgetless.report.words import Standing
+from forgetless.report.standing import Standing
 
-COLOURS = "#0069a8 #c45100 #00805c #a3418a #8a6d00 #3a8fd6 #4d5566 #d14a6b".split()
+COLOURS = ("#0069a8", "#c45100", "#00805c", "#a3418a", "#8a6d00", "#3a8fd6", "#4d5566", "#d14a6b")
 MARKERS = "os^DvP*H"
 SOFT, LINE, INK = "#565c69", "#e3e3df", "#17191e"
 STYLE = {
@@ -33,9 +33,7 @@ STYLE = {
 }
 
 
-def draw(
-    evidence: Evidence, arms: Sequence[Arm], place: Standing, folder: Path
-) -> dict[str, str]:
+def draw(evidence: Evidence, arms: Sequence[Arm], place: Standing, folder: Path) -> dict[str, str]:
     """Write the figures that the study has numbers for.
 
     Returns:
@@ -52,6 +50,7 @@ def draw(
         for name, figure in figures.items():
             if figure is None:
                 continue
+            figure.set_layout_engine("none")
             figure.savefig(new / f"{name}.png", dpi=200, metadata={"Software": None})
             text = io.StringIO()
             figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
@@ -81,7 +80,7 @@ def _plane(arms: Sequence[Arm], place: Standing) -> Any:
     if not place.placed or learning is None or forgetting is None:
         return None
     figure, axes = _figure(7.6, 4.8)
-    names = []
+    names, bars = [], []
     for i, arm in enumerate(arms):
         spots = [s for setting in arm.settings if (s := _spot(setting, forgetting, learning))]
         if len(spots) > 1:
@@ -91,6 +90,7 @@ def _plane(arms: Sequence[Arm], place: Standing) -> Any:
         if best is not None:
             _point(axes, best, i)
             names.append((best[0].value, best[1].value, arm.label))
+            bars += _bars(*best)
     base = place.placed[0].best.measured
     base_kept, base_learned = base[forgetting.name].base, base[learning.name].base
     if base_kept and base_learned:
@@ -101,7 +101,8 @@ def _plane(arms: Sequence[Arm], place: Standing) -> Any:
         names.append((x, y, "base"))
     _front(axes, place, forgetting, learning)
     _label_axes(axes, forgetting, learning)
-    _names(figure, axes, names)
+    figure.draw_without_rendering()
+    _names(figure, axes, names, bars)
     return figure
 
 
@@ -121,6 +122,10 @@ def _point(axes: Any, spot: tuple[Estimate, Estimate], index: int) -> None:
     size = 11 if _marker(index) == "*" else 8
     axes.plot(x.value, y.value, _marker(index), color=_colour(index), ms=size, mec="white",
               mew=0.9, zorder=3)  # fmt: skip
+
+
+def _bars(x: Estimate, y: Estimate) -> list[list[tuple[float, float]]]:
+    return [[(x.low, y.value), (x.high, y.value)], [(x.value, y.low), (x.value, y.high)]]
 
 
 def _front(axes: Any, place: Standing, forgetting: Task, learning: Task) -> None:
@@ -151,21 +156,32 @@ def _unit(task: Task) -> str:
     return f"{task.metric} on {task.name}{better}"
 
 
-def _names(figure: Any, axes: Any, names: Sequence[tuple[float, float, str]]) -> None:
-    """A name beside each point, where it covers the least of the others and of the points."""
-    figure.draw_without_rendering()
+def _names(
+    figure: Any,
+    axes: Any,
+    names: Sequence[tuple[float, float, str]],
+    bars: Sequence[Sequence[tuple[float, float]]],
+) -> None:
+    """A name beside each point, where it covers the least of names, points and error bars."""
+    from matplotlib.patheffects import withStroke
+
     renderer = figure.canvas.get_renderer()
     points = axes.transData.transform([(x, y) for x, y, _ in names])
-    taken = [(px - 18, py - 18, px + 18, py + 18) for px, py in points]
+    taken: list[Any] = [(px - 10, py - 10, px + 10, py + 10) for px, py in points]
+    for bar in bars:
+        ends = axes.transData.transform(bar)
+        taken.append((*(ends.min(axis=0) - 2), *(ends.max(axis=0) + 2)))
+    halo = [withStroke(linewidth=2.5, foreground="white")]
     frame = axes.get_window_extent(renderer)
     for (x, y, name), _ in zip(names, points, strict=True):
-        tries = []
+        tries: list[tuple[float, Any, Any]] = []
         for dx, dy, side in _PLACES:
             label = axes.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=side,
-                                  va="center", color=INK, fontsize=9.5, zorder=5)  # fmt: skip
+                                  va="center", color=INK, fontsize=9.5, zorder=5,
+                                  path_effects=halo)  # fmt: skip
             extent = label.get_window_extent(renderer).extents
-            inside = frame.x0 <= extent[0] and extent[2] <= frame.x1 and frame.y0 <= extent[1]
-            cost = sum(_overlap(extent, other) for other in taken) + (0 if inside else 1e5)
+            outside = _area(extent) - _overlap(extent, frame.extents)
+            cost = sum(_overlap(extent, other) for other in taken) + 100 * outside
             tries.append((cost + 8 * len(tries), label, extent))
         best = min(tries, key=lambda candidate: candidate[0])
         for _, label, _extent in tries:
@@ -175,10 +191,14 @@ def _names(figure: Any, axes: Any, names: Sequence[tuple[float, float, str]]) ->
 
 
 _PLACES = [
-    *((9, 0, "left"), (-9, 0, "right"), (0, 11, "center"), (0, -12, "center")),
-    *((8, 10, "left"), (8, -10, "left"), (-8, 10, "right"), (-8, -10, "right")),
+    *((7, 9, "left"), (7, -9, "left"), (-7, 9, "right"), (-7, -9, "right")),
+    *((9, 0, "left"), (-9, 0, "right"), (0, 12, "center"), (0, -13, "center")),
     *((0, 22, "center"), (0, -24, "center"), (14, 20, "left"), (14, -20, "left")),
 ]
+
+
+def _area(box: Sequence[float]) -> float:
+    return float((box[2] - box[0]) * (box[3] - box[1]))
 
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
@@ -204,6 +224,7 @@ def _curves(arms: Sequence[Arm]) -> Any:
     axes.set_xlabel("step →", loc="right")
     axes.set_title("↑ Training loss", loc="left", fontsize=10, color=INK, pad=12)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.draw_without_rendering()
     return figure
 
 

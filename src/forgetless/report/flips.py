@@ -86,7 +86,9 @@ def _of_arm(arm: Arm, task: str, questions: dict[str, tuple[str, str]]) -> ArmFl
         kept=fmean(right - len(gone) for (_, right), gone in zip(sizes, lost, strict=True)),
         lost=fmean(len(changed) for changed in lost),
         gained=fmean(len(changed) for changed in gained),
-        never=fmean(size - right - len(new) for (size, right), new in zip(sizes, gained, strict=True)),
+        never=fmean(
+            size - right - len(new) for (size, right), new in zip(sizes, gained, strict=True)
+        ),
         lost_items=_merged(lost),
         gained_items=_merged(gained),
         kept_items=tuple(item for item in known[0] if item not in ever_lost),

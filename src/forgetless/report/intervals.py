@@ -1,4 +1,4 @@
-"""95 % intervals: over seeds where there are several, over the items of a task where there is one."""
+"""95 % intervals: over seeds where there are several, over a task's items where there is one."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def over_seeds(
 ) -> Estimate:
     """The mean of the seeds with Student's t interval; of one seed, the interval over items.
 
-    Seeds that agree exactly have no spread to judge by, so the interval over items is used then too.
+    Seeds that agree exactly have no spread to judge by, so then it is the interval over items too.
     """
     mean = fmean(values)
     spread = stdev(values) if len(values) > 1 else 0.0

@@ -12,7 +12,7 @@ from forgetless.report.markup import arm_name, header, pairs, plain_cell, text
 from forgetless.report.words import NOT_MEASURED
 
 # What a run's record holds about its stages, in the order of the table.
-RECORDED = ("seconds", "statistics", "training", "export")
+RECORDED = ("start", "seconds", "statistics", "training", "export")
 
 
 def how_it_was_made(evidence: Evidence, arms: Sequence[Arm]) -> str:
@@ -28,12 +28,17 @@ def how_it_was_made(evidence: Evidence, arms: Sequence[Arm]) -> str:
     ]
     if evidence.study_text:
         parts.append(_details("study.yaml", f"<pre>{text(evidence.study_text)}</pre>"))
+    else:
+        recipe = evidence.runs[0].folder.recipe.read_text("utf-8")
+        parts.append(_details("recipe.yaml", f"<pre>{text(recipe)}</pre>"))
     return "".join(parts)
 
 
 def when(evidence: Evidence) -> str:
     """The day on which the first run was started."""
-    days = sorted(str(run.record["started"])[:10] for run in evidence.runs if run.record.get("started"))
+    days = sorted(
+        str(run.record["started"])[:10] for run in evidence.runs if run.record.get("started")
+    )
     return days[0] if days else ""
 
 
@@ -53,7 +58,7 @@ def duration(seconds: float) -> str:
 def _again(evidence: Evidence) -> str:
     command = "forgetless study study.yaml" if evidence.study_text else "forgetless run recipe.yaml"
     version = _one(evidence.runs, "versions", "forgetless") or forgetless.__version__
-    bases = ", ".join(sorted({str(run.settings.get("base")) for run in evidence.runs}))
+    bases = ", ".join(sorted({run.base for run in evidence.runs}))
     seeds = seeds_of(evidence.runs)
     cite = (
         f"Forgetless {version}, study “{evidence.name}”, base {bases}, "
@@ -139,15 +144,7 @@ def _total_seconds(run: Run) -> float | None:
 
 
 def _recorded_table(runs: Sequence[Run]) -> str:
-    recorded = [
-        {
-            f"{part} {key}": value
-            for part in RECORDED
-            for key, value in flatten(_mapping(run.record.get(part)))
-            if not isinstance(value, list)
-        }
-        for run in runs
-    ]
+    recorded = [_recorded(run) for run in runs]
     keys = list(dict.fromkeys(key for record in recorded for key in record))
     heads = header("run", is_number=False, column=0)
     heads += "".join(
@@ -161,6 +158,18 @@ def _recorded_table(runs: Sequence[Run]) -> str:
         for run, record in zip(runs, recorded, strict=True)
     )
     return _scrolled(heads, rows, "sortable dense")
+
+
+def _recorded(run: Run) -> dict[str, Any]:
+    """What the stages of a run wrote down, and what a task measured beside its score."""
+    parts = {part: run.record.get(part) for part in RECORDED}
+    parts |= {task: run.score("final", task).get("extra") for task in run.rows}
+    return {
+        f"{part} {key}": value
+        for part, content in parts.items()
+        for key, value in flatten(_mapping(content))
+        if not isinstance(value, list)
+    }
 
 
 def _one(runs: Sequence[Run], part: str, key: str) -> Any:

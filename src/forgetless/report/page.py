@@ -18,8 +18,9 @@ from forgetless.report.intervals import Estimate
 from forgetless.report.made import how_it_was_made, seeds_of, when
 from forgetless.report.markup import arm_name, interval_words, prose, text
 from forgetless.report.payload import payload
+from forgetless.report.standing import Standing
 from forgetless.report.tables import arms_table, flips_table, runs_table
-from forgetless.report.words import Answer, Standing, amount
+from forgetless.report.words import Answer, amount
 
 SCRIPTS = ("base.js", "chart.js", "plane.js", "curves.js", "flips.js", "tables.js")
 NUM_STATIC_CASES = 6
@@ -94,7 +95,7 @@ def _embedded(content: Any) -> str:
 
 
 def _eyebrow(evidence: Evidence, arms: Sequence[Arm]) -> str:
-    bases = sorted({str(run.settings.get("base")) for run in evidence.runs})
+    bases = sorted({run.base for run in evidence.runs})
     seeds = seeds_of(evidence.runs)
     parts = [
         evidence.name,
@@ -128,8 +129,7 @@ def _cards(place: Standing, places: Mapping[str, int]) -> str:
     front = "".join(arm_name(arm.label, places[arm.label]) for arm in place.front)
     big = f'<p class="big">{len(place.front)} of {len(place.placed)}</p>'
     cards.append(
-        f'<div class="card"><h2>On the Pareto front</h2>{big}'
-        f'<p class="who many">{front}</p></div>'
+        f'<div class="card"><h2>On the Pareto front</h2>{big}<p class="who many">{front}</p></div>'
     )
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -158,9 +158,13 @@ def _flips(flips: Sequence[TaskFlips], places: Mapping[str, int]) -> str:
     """One section a kind: what was lost of the old, what was learned of the new."""
     sections = ""
     for kind, title, about in (
-        ("forgetting", "What was lost", "Questions that the base answers right, with what an arm says now."),
-        ("learning", "What was learned", "Some of the questions that the base gets wrong and an arm gets right."),
-    ):  # fmt: skip
+        (
+            "forgetting",
+            "What was lost",
+            "Questions that the base gets right, and what an arm says now.",
+        ),
+        ("learning", "What was learned", "Some questions that only the trained arm gets right."),
+    ):
         of_kind = [of_task for of_task in flips if of_task.task.kind == kind]
         if not of_kind:
             continue
@@ -179,7 +183,7 @@ def _task_flips(of_task: TaskFlips, places: Mapping[str, int], with_name: bool) 
         note = f'<p class="note">{note}</p>'
     return (
         f'{title}<div class="scroll" tabindex="0" role="region" aria-label="Counts, {name}">'
-        f'{flips_table(of_task, places)}</div>{note}'
+        f"{flips_table(of_task, places)}</div>{note}"
         f'<div class="finder" data-task="{name}">{_static_cases(of_task, places)}</div>'
     )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from forgetless.report.arms import Arm, Setting
+from forgetless.report.arms import Arm
 from forgetless.report.evidence import Evidence, Run, Task, number
 from forgetless.report.flips import MAX_KEPT, MAX_LISTED, ArmFlips, Flip, TaskFlips
 from forgetless.report.intervals import Estimate
@@ -13,9 +14,7 @@ from forgetless.report.intervals import Estimate
 MAX_CURVE_POINTS = 240
 
 
-def payload(
-    evidence: Evidence, arms: Sequence[Arm], flips: Sequence[TaskFlips]
-) -> dict[str, Any]:
+def payload(evidence: Evidence, arms: Sequence[Arm], flips: Sequence[TaskFlips]) -> dict[str, Any]:
     """Tasks, arms with their settings, curves and flips; None where nothing was measured."""
     return {
         "tasks": [_task(task) for task in evidence.tasks],
@@ -76,8 +75,7 @@ def _bases(arms: Sequence[Arm], tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """The score of each base model on each task, once."""
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        name = str(arm.best.runs[0].settings.get("base"))
-        scores = found.setdefault(name, {})
+        scores = found.setdefault(arm.best.runs[0].base, {})
         for task in tasks:
             base = arm.best.measured[task.name].base
             if base is not None:
@@ -104,7 +102,7 @@ def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     if len(points) <= MAX_CURVE_POINTS:
         return list(points)
     edges = [i * len(points) // MAX_CURVE_POINTS for i in range(MAX_CURVE_POINTS + 1)]
-    parts = [points[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [points[a:b] for a, b in pairwise(edges)]
     return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts]
 
 

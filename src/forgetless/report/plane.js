@@ -141,11 +141,16 @@
     group.addEventListener("keydown", (event) => event.key === "Escape" && tip.hide());
   }
 
+  function withInterval(estimate, task) {
+    const range = interval(estimate, task.share);
+    return number(estimate.value, task.share) + (range && ` (${range})`);
+  }
+
   function details({ x, y, setting }) {
     const { kept, learned } = state;
     return [
-      ["learned", number(y.value, learned.share)], ["  95 %", interval(y, learned.share)],
-      ["kept", number(x.value, kept.share)], ["  95 %", interval(x, kept.share)],
+      ["learned", withInterval(y, learned)],
+      ["kept", withInterval(x, kept)],
       ["items", [y.n, x.n].map((n) => n?.toLocaleString("en") ?? NONE).join(" / ")],
       ["seeds", String(setting.seeds.length)],
       ["learning rate", setting.rate === null ? "" : String(setting.rate)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from forgetless import store
 from forgetless.report.arms import Arm, Setting
@@ -23,7 +23,9 @@ def arms_table(evidence: Evidence, arms: Sequence[Arm]) -> str:
     tasks = list(evidence.tasks)
     bases = "".join(_base_row(name, setting, tasks) for name, setting in _bases(arms).items())
     rows = "".join(
-        _setting_row(arm, i, setting, tasks) for i, arm in enumerate(arms) for setting in arm.settings
+        _setting_row(arm, i, setting, tasks)
+        for i, arm in enumerate(arms)
+        for setting in arm.settings
     )
     return (
         f'<table class="sortable">{_arms_head(tasks)}'
@@ -32,7 +34,7 @@ def arms_table(evidence: Evidence, arms: Sequence[Arm]) -> str:
 
 
 def _bases(arms: Sequence[Arm]) -> dict[str, Setting]:
-    return {str(arm.best.runs[0].settings.get("base")): arm.best for arm in reversed(arms)}
+    return {arm.best.runs[0].base: arm.best for arm in reversed(arms)}
 
 
 def _columns(task: Task) -> list[tuple[str, str]]:
@@ -103,30 +105,40 @@ def runs_table(evidence: Evidence) -> str:
     """The rows of results.csv, number for number."""
     columns = [column for column in store.COLUMNS if column != "study"]
     numeric = {
-        column for column in columns if any(isinstance(r[column], int | float) for r in evidence.rows)
+        column
+        for column in columns
+        if any(isinstance(r[column], int | float) for r in evidence.rows)
     }
     heads = "".join(
         header(column.replace("_", " "), is_number=column in numeric, column=i)
         for i, column in enumerate(columns)
     )
     body = "".join(
-        f"<tr>{''.join(plain_cell(row[column]) for column in columns)}</tr>" for row in evidence.rows
+        f"<tr>{''.join(plain_cell(row[column]) for column in columns)}</tr>"
+        for row in evidence.rows
     )
-    return f'<table class="sortable dense"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+    return (
+        f'<table class="sortable dense"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table>"
+    )
 
 
-def flips_table(flips: TaskFlips, places: dict[str, int]) -> str:
+def flips_table(flips: TaskFlips, places: Mapping[str, int]) -> str:
     """How many items each arm kept, lost and gained, with a bar."""
     rows = ""
     for arm in flips.arms:
         known = arm.kept + arm.lost
         share = 100 * arm.kept / known if known else 0.0
-        bar = f'<td class="bar"><svg viewBox="0 0 100 8" preserveAspectRatio="none" role="img" ' \
-              f'aria-label="{share:.0f} % kept"><rect class="lost" width="100" height="8"/>' \
-              f'<rect class="kept" width="{share:.1f}" height="8"/></svg></td>'
+        bar = (
+            f'<td class="bar"><svg viewBox="0 0 100 8" preserveAspectRatio="none" role="img" '
+            f'aria-label="{share:.0f} % kept"><rect class="lost" width="100" height="8"/>'
+            f'<rect class="kept" width="{share:.1f}" height="8"/></svg></td>'
+        )
         cells = f'<th scope="row">{arm_name(arm.label, places[arm.label])}</th>'
         for count in (arm.kept, arm.lost, arm.gained, arm.never):
-            cells += value_cell(count, f"{count:,.0f}" if count == round(count) else f"{count:,.1f}")
+            cells += value_cell(
+                count, f"{count:,.0f}" if count == round(count) else f"{count:,.1f}"
+            )
         rows += f"<tr>{cells}{bar if flips.task.kind == 'forgetting' else ''}</tr>"
     heads = header("arm", is_number=False)
     for label, note in (

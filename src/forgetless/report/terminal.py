@@ -15,7 +15,8 @@ from forgetless.report.evidence import Evidence, Task
 from forgetless.report.flips import ArmFlips, TaskFlips
 from forgetless.report.intervals import Estimate
 from forgetless.report.markup import interval_words
-from forgetless.report.words import NOT_MEASURED, Answer, Standing, amount
+from forgetless.report.standing import Standing
+from forgetless.report.words import NOT_MEASURED, Answer, amount
 
 NUM_EXAMPLES = 4
 
@@ -48,9 +49,10 @@ def prose(sentence: str, style: str = "") -> Text:
 
 
 def _table(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Table:
-    """One row an arm and rate: every score over its interval, retention where there is one."""
+    """One row an arm and rate: every score with its interval, and the share kept."""
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     with_rates = any(len(arm.settings) > 1 for arm in arms)
+    table.add_column("front")
     table.add_column("arm")
     if with_rates:
         table.add_column("rate", justify="right")
@@ -60,8 +62,8 @@ def _table(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Table:
             table.add_column("\nkept", justify="right")
     for arm in arms:
         for setting in arm.settings:
-            is_front = arm in place.front and setting is arm.best
-            cells = [Text(arm.label, style="bold cyan" if is_front else "")]
+            is_front = setting in place.front_settings
+            cells = [Text("●" if is_front else "", style="cyan"), Text(arm.label, style="bold")]
             if with_rates:
                 cells.append(Text(f"{setting.learning_rate:g}" if setting.learning_rate else ""))
             table.add_row(*cells, *_scores(setting, evidence.tasks))
@@ -95,7 +97,7 @@ def _base(arms: Sequence[Arm], task: Task) -> str:
 
 
 def _examples(forgotten: TaskFlips, place: Standing) -> list[RenderableType]:
-    """Some facts that the arm that lost most gets wrong now, and whether the best keeper knows them."""
+    """Some facts that the arm that lost most gets wrong now, and some that the best kept."""
     worst = max(forgotten.arms, key=lambda arm: arm.lost)
     keeper = place.keepers[0].label if place.keepers else worst.label
     best = next((arm for arm in forgotten.arms if arm.label == keeper), worst)

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from forgetless.report.arms import Arm, Setting, best_of, clearly_better, pareto
+from forgetless.report.arms import Arm
 from forgetless.report.evidence import Evidence, Task
 from forgetless.report.intervals import Estimate
+from forgetless.report.standing import Standing, leaders
 
 NOT_MEASURED = "–"
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Who stands where, each arm at its best learning rate, on the first task of either kind.
-
-    Attributes:
-        placed: arms measured on every task that the study compares.
-        idle: arms whose learning cannot be told apart from the base's score.
-        keepers: the arm that kept most among those that learned, then those not told apart.
-        learners: the arm that learned most, then those not told apart.
-        front: arms with a setting that no other setting beats on both, by rising share kept.
-        front_settings: those settings, in the same order.
-        beaten: (arm, by which): clearly worse on one axis and no better on the other.
-    """
-
-    learning: Task | None
-    forgetting: Task | None
-    placed: tuple[Arm, ...]
-    idle: tuple[Arm, ...] = ()
-    keepers: tuple[Arm, ...] = ()
-    learners: tuple[Arm, ...] = ()
-    front: tuple[Arm, ...] = ()
-    front_settings: tuple[Setting, ...] = ()
-    beaten: tuple[tuple[Arm, Arm], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,97 +20,6 @@ class Answer:
     title: str
     sentences: tuple[str, ...]
     caveats: tuple[str, ...]
-
-
-# ------------------------------------------------------------------------------------- standing
-
-
-def standing(evidence: Evidence, arms: Sequence[Arm]) -> Standing:
-    """The standing of the arms; empty positions where a kind of task was not measured."""
-    learning, forgetting = evidence.first("learning"), evidence.first("forgetting")
-    placed = tuple(arm for arm in arms if _has(arm, learning, forgetting))
-    if not placed:
-        return Standing(learning, forgetting, ())
-    idle = tuple(arm for arm in placed if learning and not _learned(arm, learning))
-    awake = [arm for arm in placed if arm not in idle] or list(placed)
-    front = _front(arms, forgetting, learning)
-    return Standing(
-        learning,
-        forgetting,
-        placed,
-        idle,
-        _leaders(forgetting, awake, lambda arm: arm.best.kept(forgetting)),
-        _leaders(learning, placed, lambda arm: arm.best.final(learning)),
-        tuple({id(arm): arm for arm, _ in front}.values()),
-        tuple(setting for _, setting in front),
-        _beaten(placed, forgetting, learning),
-    )
-
-
-def _has(arm: Arm, learning: Task | None, forgetting: Task | None) -> bool:
-    learned = learning is None or arm.best.final(learning) is not None
-    kept = forgetting is None or arm.best.kept(forgetting) is not None
-    return learned and kept and (learning is not None or forgetting is not None)
-
-
-def _learned(arm: Arm, learning: Task) -> bool:
-    base, final = arm.best.measured[learning.name].base, arm.best.final(learning)
-    return base is None or (final is not None and clearly_better(learning, final, base))
-
-
-def _leaders(
-    task: Task | None, arms: Sequence[Arm], estimate: Callable[[Arm], Estimate | None]
-) -> tuple[Arm, ...]:
-    """The best arm, then those whose interval overlaps its interval."""
-    found = [(arm, value) for arm in arms if (value := estimate(arm)) is not None]
-    if task is None or not found:
-        return ()
-    best = best_of(task, [value for _, value in found])
-    leader, top = found[best]
-    return (leader, *(arm for arm, value in found if arm is not leader and value.overlaps(top)))
-
-
-def _front(
-    arms: Sequence[Arm], forgetting: Task | None, learning: Task | None
-) -> list[tuple[Arm, Setting]]:
-    if forgetting is None or learning is None:
-        return []
-    owners, points = [], []
-    for arm in arms:
-        for setting in arm.settings:
-            kept, learned = setting.kept(forgetting), setting.final(learning)
-            if kept is not None and learned is not None:
-                owners.append((arm, setting))
-                points.append((kept, learned))
-    return [owners[i] for i in pareto(points, forgetting, learning)]
-
-
-def _beaten(
-    placed: Sequence[Arm], forgetting: Task | None, learning: Task | None
-) -> tuple[tuple[Arm, Arm], ...]:
-    if forgetting is None or learning is None:
-        return ()
-    pairs = []
-    for arm in placed:
-        over = [rival for rival in placed if _beats(rival, arm, forgetting, learning)]
-        if over:
-            pairs.append((arm, over[0]))
-    return tuple(pairs)
-
-
-def _beats(one: Arm, other: Arm, forgetting: Task, learning: Task) -> bool:
-    """Clearly better on one axis, and not worse on the other by its value."""
-    clear, worse = False, False
-    for task, pair in (
-        (forgetting, (one.best.kept(forgetting), other.best.kept(forgetting))),
-        (learning, (one.best.final(learning), other.best.final(learning))),
-    ):
-        own, rival = pair
-        if own is None or rival is None:
-            return False
-        clear = clear or clearly_better(task, own, rival)
-        worse = worse or (best_of(task, [rival, own]) == 0 and rival.value != own.value)
-    return clear and not worse
 
 
 # ---------------------------------------------------------------------------------------- words
@@ -212,9 +97,12 @@ def _nothing(
 def _one_arm(place: Standing) -> str:
     arm, parts = place.placed[0], []
     if place.forgetting:
-        parts.append(f"kept {kept_words(place.forgetting, arm)}")
+        verb = "kept" if place.forgetting.is_share else "ended at"
+        parts.append(f"{verb} {kept_words(place.forgetting, arm)}")
     if place.learning:
-        parts.append(f"reached {learned_words(place.learning, arm)}{_from_base(arm, place.learning)}")
+        parts.append(
+            f"reached {learned_words(place.learning, arm)}{_from_base(arm, place.learning)}"
+        )
     return f"`{arm.label}` {' and '.join(parts)}."
 
 
@@ -261,7 +149,7 @@ def _most_learned(place: Standing, forgetting: Task, learning: Task) -> list[str
             f"{_from_base(leader, learning)}, {_cost(leader, forgetting)}."
         )
     if tied:
-        best, *equal = _leaders(forgetting, place.learners, lambda arm: arm.best.kept(forgetting))
+        best, *equal = leaders(forgetting, place.learners, lambda arm: arm.best.kept(forgetting))
         also = f", not distinguishable from {named(equal)}" if equal else ""
         sentences.append(
             f"In learning, {named(tied)} {_is(tied)} not distinguishable from `{leader.label}`; "
@@ -283,8 +171,7 @@ def _compared(place: Standing) -> list[str]:
     sentences = []
     if place.front:
         sentences.append(
-            f"On the Pareto front, where nothing else is better on both: "
-            f"{named(place.front)}."
+            f"On the Pareto front, where nothing else is better on both: {named(place.front)}."
         )
     if place.beaten:
         pairs = ", ".join(f"`{arm.label}` (by `{by.label}`)" for arm, by in place.beaten)
@@ -300,12 +187,19 @@ def _compared(place: Standing) -> list[str]:
 def _about(place: Standing) -> list[str]:
     """What the two words of the headline were measured by."""
     sentences = []
-    if place.forgetting:
-        base = place.placed[0].best.measured[place.forgetting.name].base
-        if place.forgetting.is_share and base:
+    task = place.forgetting
+    if task:
+        base = place.placed[0].best.measured[task.name].base
+        if base and task.is_share:
             sentences.append(
-                f"Kept is measured by {place.forgetting.name}: the {place.forgetting.metric} after "
-                f"training as a share of the base’s {percent(base.value)}."
+                f"Kept is measured by {task.name}: the {task.metric} after training as a share of "
+                f"the base’s {percent(base.value)}."
+            )
+        elif base:
+            better = "higher" if task.higher_is_better else "lower"
+            sentences.append(
+                f"Kept is measured by {task.name}: the {task.metric} after training, {better} is "
+                f"better; the base has {amount(task, base.value)}."
             )
     else:
         sentences.append("No forgetting task was measured, so nothing is known of what was lost.")
@@ -333,7 +227,8 @@ def _caveats(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Iterab
         yield _about_rates(arms)
     more = [task.name for task in evidence.tasks if task not in (place.learning, place.forgetting)]
     if place.placed and more:
-        yield f"The words above are about the first task of either kind; also measured: {', '.join(more)}."
+        names = ", ".join(more)
+        yield f"The words above are about the first task of either kind; also measured: {names}."
     yield from _about_gaps(evidence, arms, place)
 
 
@@ -358,24 +253,24 @@ def _about_rates(arms: Sequence[Arm]) -> str:
         return "Each arm ran at one learning rate; at another the order may differ."
     return (
         "Each arm stands at the learning rate with its best learning score, of "
-        f"{min(tried)}{f' to {max(tried)}' if max(tried) > min(tried) else ''} tried; it was chosen "
-        "by the scores shown, which flatters every arm a little."
+        f"{min(tried)}{f' to {max(tried)}' if max(tried) > min(tried) else ''} tried; it was "
+        "chosen by the scores shown, which flatters every arm a little."
     )
 
 
 def _about_gaps(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Iterable[str]:
-    failed = evidence.with_status("failed")
+    failed, runs = evidence.with_status("failed"), len(evidence.runs)
     if failed:
-        yield f"{_count(len(failed), 'run')} of {len(evidence.runs)} failed and {_is(failed)} left out."
-    left = len(evidence.runs) - len(failed) - len(evidence.with_status("done"))
+        yield f"{_count(len(failed), 'run')} of {runs} failed and {_is(failed)} left out."
+    left = [run for run in evidence.runs if run.status not in ("done", "failed")]
     if left:
-        yield f"{_count(left, 'run')} of {len(evidence.runs)} {'is' if left == 1 else 'are'} not finished."
+        yield f"{_count(len(left), 'run')} of {runs} {_is(left)} not finished."
     missing = [arm for arm in arms if arm not in place.placed]
     if missing and place.placed:
         yield f"{named(missing)} {_is(missing)} not compared: a task was not measured there."
     moved = [arm for arm in arms if _starts_elsewhere(arm)]
     if moved:
-        yield f"{named(moved)} did not start at the base: the scores at step 0 differ from the base’s."
+        yield f"{named(moved)} did not start at the base: its scores at step 0 are not the base’s."
 
 
 def _starts_elsewhere(arm: Arm) -> bool:

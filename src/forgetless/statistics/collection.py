@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forgetless.errors import UserError
 from forgetless.models import as_base, linear_weight, target_layers
 from forgetless.statistics.collector import Collector
-from forgetless.statistics.moments import OnDisk, Statistics
+from forgetless.statistics.moments import Spilled, Statistics
 
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12} | {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40
@@ -72,7 +69,13 @@ def collect(
             matrices: Mapping[str, Tensor] = collector.take()
         else:
             matrices = _in_passes(collector, batches, sizes, budget)
-    tokens = {n: collector.tokens[collector.leader[n]] for n in layers if n in collector.leader}
+    leader = {name: collector.leader[name] for name in layers if name in collector.leader}
+    tokens = {n: collector.tokens[first] for n, first in leader.items() if first in matrices}
+    if not tokens:
+        raise UserError(
+            "no token reached a target layer: the batches are all padding, or the model's forward "
+            "calls none of the layers"
+        )
     _warn_of_gaps(layers, sizes, tokens)
     metadata = {
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
@@ -80,7 +83,7 @@ def collect(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return Statistics.of(matrices, {n: collector.leader[n] for n in tokens}, tokens, metadata)
+    return Statistics.of(matrices, {name: leader[name] for name in tokens}, tokens, metadata)
 
 
 def _in_passes(
@@ -92,15 +95,11 @@ def _in_passes(
     """As many matrices a pass as the budget allows; finished ones are moved to disk."""
     batches = list(batches) if iter(batches) is batches else batches
     collector.learn(batches)
-    folder = tempfile.TemporaryDirectory(prefix="forgetless-statistics-")
-    files: dict[str, Path] = {}
-    for index, names in enumerate(_passes(collector.groups(), sizes, budget)):
+    finished = Spilled()
+    for names in _passes(collector.groups(), sizes, budget):
         collector.run(batches, names)
-        matrices = collector.take()
-        file = Path(folder.name) / f"pass-{index}.safetensors"
-        save_file(matrices, file)
-        files |= dict.fromkeys(matrices, file)
-    return OnDisk(files, folder)
+        finished.add(collector.take())
+    return finished
 
 
 def _passes(

@@ -93,19 +93,13 @@ class Collector:
 
     def take(self) -> dict[str, Tensor]:
         """The finished means of this pass, by leader; the collector keeps none of them."""
-        empty = [name for name in self._sums if self.tokens[name] == 0]
-        if empty or not self._sums:
-            raise UserError(
-                f"every token that reached layer {empty[0]!r} is padding"
-                if empty
-                else "no target layer was called by the model's forward"
-            )
         means = {}
-        while self._sums:
-            name, total = self._sums.popitem()
-            _mirror_lower_triangle(total)
-            means[name] = total.div_(self.tokens[name]).cpu()
-        return dict(reversed(means.items()))
+        for name in list(self._sums):
+            total = self._sums.pop(name)
+            if self.tokens[name] > 0:
+                _mirror_lower_triangle(total)
+                means[name] = total.div_(self.tokens[name]).cpu()
+        return means
 
     def _forward(self, batch: Mapping[str, Tensor], number: int) -> None:
         arguments, self._rows = prepare(batch, self.base, set(self.layers.values()))
@@ -188,15 +182,14 @@ class Collector:
         return decoder.register_forward_pre_hook(started, with_kwargs=True).remove
 
     def _stop_after_last(self, names: Sequence[str]) -> Callable[[], None]:
-        """End each forward after the block of the last leader; gives what undoes it.
+        """End each forward after the block of the last layer; gives what undoes it.
 
         Whole blocks, so that experts chosen by the data are not cut off. Where a layer was not
         called in the first forward, or several times, the end cannot be known.
         """
-        leaders = {self.leader.get(name, name) for name in names}
-        if any(self._calls[name] != 1 for name in leaders):
+        if any(self._calls[name] != 1 for name in names):
             return lambda: None
-        last = [name for name in self._calls if name in leaders][-1]
+        last = [name for name in self._calls if name in names][-1]
 
         def finish(*_: Any) -> None:
             raise _Finished

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,13 +194,8 @@ class Statistics(Mapping[str, LayerStatistics]):
 class OnDisk(Mapping[str, Tensor]):
     """Matrices in safetensors files, mapped into memory one at a time when asked for."""
 
-    def __init__(
-        self,
-        files: Mapping[str, Path],
-        folder: tempfile.TemporaryDirectory[str] | None = None,
-    ) -> None:
-        self._files = files
-        self._folder = folder  # deleted together with this object
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = dict(files)
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as opened:
@@ -210,6 +207,20 @@ class OnDisk(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+class Spilled(OnDisk):
+    """Matrices moved out of memory; their files are deleted together with this object."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self._folder = Path(tempfile.mkdtemp(prefix="forgetless-statistics-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def add(self, matrices: Mapping[str, Tensor]) -> None:
+        file = self._folder / f"{len(self._files)}.safetensors"
+        save_file(dict(matrices), file)
+        self._files |= dict.fromkeys(matrices, file)
 
 
 def _statistics_file(path: Path) -> Path:

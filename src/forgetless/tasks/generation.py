@@ -85,7 +85,7 @@ class _Decoder:
     def __init__(self, model: nn.Module, fill: int, ends: Set[int], steps: int) -> None:
         self.model, self.fill, self.ends, self.steps = model, fill, ends, steps
         self.device = device_of(model)
-        self.end_ids = torch.tensor(sorted(ends), device=self.device)
+        self.end_ids = torch.tensor(sorted(ends), device=self.device, dtype=torch.long)
 
     def continuations(self, rows: Sequence[Ids]) -> list[list[int]]:
         """New tokens of each row, up to and with the one that ends it."""

@@ -95,7 +95,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
     if not texts:
         return []
     end = tokenizer.eos_token_id
-    rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
+    rows: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
     return [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
 
 

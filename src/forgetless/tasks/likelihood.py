@@ -153,7 +153,7 @@ def divergences(
     cuts = [(text, i) for text, ids in enumerate(rows) for i in range(0, len(ids), max_length)]
     pieces = [rows[text][start : start + max_length] for text, start in cuts]
     totals = [0.0] * len(pieces)
-    with evaluating(model), evaluating(reference or model):
+    with evaluating(model), evaluating(model if reference is None else reference):
         for places in _batches(model, pieces, batch_size):
             batch = pad([pieces[i] for i in places], 0, device_of(model))
             tuned, base = _logits(model, batch), reference_logits(batch)
@@ -269,8 +269,10 @@ def _row_divergences(base: Tensor, tuned: Tensor, mask: Tensor) -> list[float]:
     def divergences_at(places: Tensor) -> Tensor:
         log_p = flat_base[places].float().log_softmax(-1)
         log_q = flat_tuned[places].float().log_softmax(-1)
+        # What the base never says counts nothing, also where its logit is -inf.
+        terms = (log_p.exp() * (log_p - log_q)).masked_fill(log_p.isneginf(), 0.0)
         # Rounding can push a divergence of almost nothing below 0, where none can be.
-        return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
+        return terms.sum(-1).clamp(min=0)
 
     return _row_sums(mask.bool(), divergences_at, base.shape[-1])
 
@@ -285,7 +287,7 @@ def _row_sums(
     """
     places = counted.flatten().nonzero().squeeze(1)
     parts = torch.split(places, max(1, _CHUNK_LOGITS // vocabulary))
-    values = torch.cat([values_at(part).double().cpu() for part in parts])
+    values = torch.cat([values_at(part).cpu().double() for part in parts])
     rows = (places // counted.shape[1]).cpu()
     sums = torch.zeros(len(counted), dtype=torch.float64).index_add_(0, rows, values)
     return [float(total) for total in sums]

@@ -204,6 +204,7 @@ def _arguments(
 def _prepared(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
     """Switch gradient checkpointing on; at the end undo what it and `Trainer` changed."""
     training, use_cache = model.training, getattr(model.config, "use_cache", False)
+    own_attributes = set(vars(model))
     # The name before transformers 5.20 was gradient_checkpointing_enable.
     new = hasattr(model, "activation_checkpointing_enable")
     switch = "activation_checkpointing" if new else "gradient_checkpointing"
@@ -215,6 +216,8 @@ def _prepared(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
         if gradient_checkpointing:
             getattr(model, switch + "_disable")()
             model.disable_input_require_grads()
+        for added in set(vars(model)) - own_attributes:  # the forward that casts to bf16
+            delattr(model, added)
         model.config.use_cache = use_cache
         model.train(training)
 
@@ -261,10 +264,7 @@ class _Trainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))  # `train` would add a step
             return
         self.remove_callback(PrinterCallback)
-        try:
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)

@@ -1,0 +1,344 @@
+"""One run through its seven stages: what it writes, what it skips, what it does when killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from forgetless import store
+from forgetless.adapters import load
+from forgetless.errors import RecipeError, UserError
+from forgetless.models import load_model
+from forgetless.recipe import Recipe
+from forgetless.run import Event, Run, run
+from forgetless.store import RunFolder
+from tests.tiny import recipe_of, save_base
+
+pytest_plugins = ["tests.tiny_fixtures"]
+
+run_module = import_module("forgetless.run")  # the package's attribute of that name is the function
+
+ADAPTERS = ["lora", "pissa", "lora_null_v1", "lora_null_v2", "lora_null_zero"]
+
+
+def scores_of(found: Run) -> dict[str, float]:
+    return {row["task"]: row["score"] for row in found.scores}
+
+
+def worked(events: list[Event]) -> list[str]:
+    """The stages that had something to do."""
+    return [event.stage for event in events if event.message and event.stage != "done"]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_base: Path, tiny_files: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
+    """A finished run of each method, all in one study."""
+    out = tmp_path_factory.mktemp("runs")
+    return {
+        method: run(recipe_of(tiny_base, tiny_files, **{"adapter.method": method}), out, "all")
+        for method in [*ADAPTERS, "full"]
+    }
+
+
+# ---- what a run writes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*ADAPTERS, "full"])
+def test_a_finished_run_has_every_artefact(finished: dict[str, Run], method: str) -> None:
+    folder = RunFolder(finished[method].folder)
+    names = {path.name for path in folder.path.iterdir()}
+    trained = {"model"} if method == "full" else {"native", "adapter"}
+    assert names == {
+        *("recipe.yaml", "run.json", "log.jsonl", "scores", "items", "analysis.json", ".lock"),
+        *trained,
+    }
+    for phase in store.PHASES:
+        for task in ("sums", "prose", "kl"):
+            score = store.read_json(folder.scores(phase, task))
+            assert score["kind"] == ("learning" if task == "sums" else "forgetting")
+            assert len(store.read_jsonl(folder.items(phase, task))) == score["n"]
+    record = finished[method].record
+    assert record["status"] == "done"
+    assert record["training"]["steps"] == 4
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"started", "finished", "hardware", "seconds", "seed"} <= set(record)
+    assert [line["step"] for line in store.read_jsonl(folder.log)] == [1, 2, 3, 4]
+
+
+def test_training_learned_and_moved_the_weights(finished: dict[str, Run]) -> None:
+    for method, found in finished.items():
+        rows = {row["task"]: row for row in found.scores}
+        assert rows["sums"]["score"] < rows["sums"]["base_score"], method
+        assert rows["sums"]["step0_score"] == rows["sums"]["base_score"], method
+        assert rows["kl"]["base_score"] == 0 < rows["kl"]["score"], method
+        assert rows["sums"]["relative_update"] > 0, method
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_step0_was_seen_to_be_the_base(finished: dict[str, Run], method: str) -> None:
+    assert finished[method].record["start"] == {"equals_base": True, "probe_tokens": 128}
+
+
+def test_statistics_are_recorded(finished: dict[str, Run]) -> None:
+    recorded = finished["lora_null_v1"].record["statistics"]
+    assert recorded["dtype"] == "float32"
+    assert recorded["tokens"] > 0
+    assert 0 < recorded["tail_energy"] < 2 / 32
+    assert finished["pissa"].record["statistics"] is None
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_the_exported_adapter_is_the_scored_model(
+    finished: dict[str, Run], tiny_base: Path, method: str
+) -> None:
+    tokens = torch.arange(5, 25)[None]
+    folder = RunFolder(finished[method].folder)
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_base), folder.adapter
+    ).eval()
+    native = load(load_model(str(tiny_base)), folder.native)
+    with torch.no_grad():
+        difference = plain(input_ids=tokens).logits - native(input_ids=tokens).logits
+    assert difference.abs().max() < 1e-5
+    assert finished[method].record["export"]["relative_error"] == 0.0
+
+
+def test_the_update_of_full_fine_tuning_is_measured_against_the_base(
+    finished: dict[str, Run], tiny_base: Path
+) -> None:
+    folder = RunFolder(finished["full"].folder)
+    analysis = store.read_json(folder.analysis)
+    name = "model.layers.0.self_attn.q_proj"
+    before = load_model(str(tiny_base)).get_submodule(name).weight
+    after = load_model(str(folder.model)).get_submodule(name).weight
+    assert isinstance(before, torch.Tensor)
+    assert isinstance(after, torch.Tensor)
+    expected = ((after - before).norm() / before.norm()).item()
+    assert analysis["layers"][name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_runs_of_a_study_share_base_scores_and_statistics(finished: dict[str, Run]) -> None:
+    shared = finished["pissa"].folder.parent / "shared"
+    assert len(list((shared / "scores").glob("*.json"))) == 3
+    statistics = [path for path in (shared / "statistics").iterdir() if path.is_dir()]
+    assert len(statistics) == 1
+
+
+# ---- what a run skips ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def done(finished: dict[str, Run], tmp_path: Path) -> Run:
+    """A finished run that a test may change."""
+    folder = finished["pissa"].folder
+    shutil.copytree(folder, tmp_path / "mine" / folder.name)
+    return Run(tmp_path / "mine" / folder.name)
+
+
+def test_a_finished_run_does_nothing_again(tiny_recipe: dict[str, Any], done: Run) -> None:
+    events: list[Event] = []
+    again = run({**tiny_recipe, "name": "mine"}, done.folder.parents[1], listen=events.append)
+    assert again == done
+    assert worked(events) == []
+
+
+def test_a_new_task_trains_nothing(tiny_recipe: dict[str, Any], done: Run) -> None:
+    recipe = Recipe.parse(tiny_recipe)
+    kept, *_ = recipe.tasks.forgetting
+    task = {**kept, "name": "prose_again"}
+    changed = recipe.override({"name": "mine", "tasks.forgetting": [kept, task]})
+    before = scores_of(done)
+    events: list[Event] = []
+    again = run(changed, done.folder.parents[1], listen=events.append)
+    assert worked(events) == ["base scores", "step 0", "evaluate"]
+    assert scores_of(again)["prose_again"] == before["prose"]
+    assert "kl" not in scores_of(again)
+
+
+def test_a_changed_task_of_the_same_name_is_measured_again(
+    tiny_recipe: dict[str, Any], done: Run
+) -> None:
+    recipe = Recipe.parse(tiny_recipe, {"name": "mine"})
+    sums = {**recipe.tasks.learning[0], "limit": 3}
+    events: list[Event] = []
+    again = run(
+        recipe.override({"tasks.learning": [sums]}), done.folder.parents[1], listen=events.append
+    )
+    assert worked(events) == ["base scores", "step 0", "evaluate"]
+    (row,) = [row for row in again.scores if row["task"] == "sums"]
+    assert row["n"] == 3
+
+
+def test_another_export_rank_only_exports(tiny_recipe: dict[str, Any], done: Run) -> None:
+    events: list[Event] = []
+    recipe = Recipe.parse(tiny_recipe, {"name": "mine", "export.rank": "requested"})
+    again = run(recipe, done.folder.parents[1], listen=events.append)
+    assert worked(events) == ["export"]
+    assert again.record["export"]["rank"] == 2
+    assert again.record["export"]["relative_error"] > 0
+    config = json.loads((again.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 2
+
+
+def test_training_alone_measures_nothing_and_is_completed_later(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    trained = run(tiny_recipe, tmp_path, evaluate=False, listen=events.append)
+    assert worked(events) == ["start", "train", "export", "analyse"]
+    assert not (trained.folder / "scores").exists()
+    events.clear()
+    measured = run(tiny_recipe, tmp_path, listen=events.append)
+    assert worked(events) == ["base scores", "step 0", "evaluate"]
+    assert measured.folder == trained.folder
+    assert len(measured.scores) == 3
+
+
+# ---- what a run does when it is stopped ----------------------------------------------------------
+
+STOPS: dict[str, tuple[str, int]] = {
+    "before the first base score": ("load_model", 1),
+    "while the start is written": ("save", 1),
+    "before training": ("train", 1),
+    "while the result is written": ("save", 2),
+    "while it is exported": ("export", 1),
+    "before the analysis": ("delta_weights", 1),
+}
+
+
+class Stop(BaseException):
+    """Ends a run where it is, as a signal does; nothing of ours handles it."""
+
+
+def stopping(function: Callable[..., Any], call: int) -> Callable[..., Any]:
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Stop
+        return function(*args, **kwargs)
+
+    return counted
+
+
+@pytest.mark.parametrize("where", STOPS)
+def test_a_stopped_run_goes_on_to_the_same_numbers(
+    where: str, tiny_recipe: dict[str, Any], finished: dict[str, Run], tmp_path: Path
+) -> None:
+    name, call = STOPS[where]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, name, stopping(getattr(run_module, name), call))
+        with pytest.raises(Stop):
+            run(tiny_recipe, tmp_path, "all")
+    (folder,) = store.run_folders(tmp_path / "all")
+    assert store.read_json(folder.record)["status"] == "running"
+    assert same_rows(run(tiny_recipe, tmp_path, "all"), finished["pissa"])
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("method", ["lora_null_v1", "full"])
+@pytest.mark.parametrize("step", [1, 3])
+def test_training_goes_on_from_its_checkpoint(
+    method: str, step: int, tiny_recipe: dict[str, Any], finished: dict[str, Run], tmp_path: Path
+) -> None:
+    recipe = Recipe.parse(tiny_recipe, {"adapter.method": method, "adapter.dropout": 0.0})
+
+    def stop(event: Event) -> None:
+        if event.step == step:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(recipe, tmp_path, "all", listen=stop)
+    again = run(recipe, tmp_path, "all")
+    assert again.record["training"]["resumed_from"] == (None if step == 1 else 2)
+    assert same_rows(again, finished[method])
+    losses = [line["loss"] for line in store.read_jsonl(RunFolder(again.folder).log)]
+    undisturbed = store.read_jsonl(RunFolder(finished[method].folder).log)
+    assert losses == [line["loss"] for line in undisturbed]
+
+
+def same_rows(one: Run, other: Run) -> bool:
+    """Whether two runs have the same numbers, times aside."""
+
+    def numbers(found: Run) -> list[dict[str, Any]]:
+        return [{**row, "train_seconds": None} for row in found.scores]
+
+    return numbers(one) == numbers(other)
+
+
+# ---- what a run does when something is wrong -----------------------------------------------------
+
+
+def test_a_failed_run_keeps_the_reason_and_can_be_mended(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError("no room for 3 GB")
+
+    monkeypatch.setattr(run_module, "train", fail)
+    events: list[Event] = []
+    with pytest.raises(MemoryError):
+        run(tiny_recipe, tmp_path, "s", listen=events.append)
+    assert (events[-1].stage, events[-1].message) == ("failed", "MemoryError: no room for 3 GB")
+    (folder,) = store.run_folders(tmp_path / "s")
+    record = store.read_json(folder.record)
+    assert (record["status"], record["reason"]) == ("failed", "MemoryError: no room for 3 GB")
+    assert "MemoryError" in record["traceback"]
+    monkeypatch.undo()
+    mended = run(tiny_recipe, tmp_path, "s")
+    assert (mended.status, mended.record["reason"]) == ("done", None)
+
+
+def test_a_training_that_diverges_says_so(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe.parse(
+        tiny_recipe, {"training.learning_rate": 1e30, "training.max_grad_norm": 1e30}
+    )
+    with pytest.raises(UserError, match=r"nan|not a finite number"):
+        run(recipe, tmp_path)
+
+
+def test_problems_show_before_anything_is_written(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = Recipe.parse(tiny_recipe, {"adapter.rank": 99, "data.train": "absent.jsonl"})
+    with pytest.raises(RecipeError) as caught:
+        run(recipe, tmp_path)
+    assert len(caught.value.problems) == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_base_is_another_run(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    recipe = Recipe.parse(tiny_recipe, {"base": str(base), "training.steps": 1})
+    first = run(recipe, tmp_path / "runs", "s")
+    shutil.rmtree(base)
+    save_base(base, seed=1)
+    second = run(recipe, tmp_path / "runs", "s")
+    assert first.folder != second.folder
+    base_scores = [found.scores[0]["base_score"] for found in (first, second)]
+    assert base_scores[0] != base_scores[1]
+
+
+def test_threads_are_given_back(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen: list[int] = []
+    try:
+        run(tiny_recipe, tmp_path, listen=lambda event: seen.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen[:-1]) == {1}

@@ -1,0 +1,275 @@
+"""Studies: what runs they come to, workers, failures, and kill -9 at any moment."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forgetless import store
+from forgetless.errors import RecipeError, UserError
+from forgetless.run import Event
+from forgetless.store import RunFolder
+from forgetless.study import Study, StudyRecipe, study
+from tests.killing import results, study_of
+
+pytest_plugins = ["tests.tiny_fixtures"]
+
+study_module = import_module("forgetless.study")  # the package's attribute is the function
+
+
+def arms_of(definition: dict[str, Any]) -> list[str | None]:
+    return [recipe.name for recipe in StudyRecipe.parse(definition).recipes().values()]
+
+
+# ---- the definition ------------------------------------------------------------------------------
+
+
+def test_axes_are_combined_and_seeds_belong_to_one_arm(tiny_recipe: dict[str, Any]) -> None:
+    axes = {"adapter.method": ["lora", "pissa"], "training.learning_rate": [1e-3, 0.01]}
+    definition = {"name": "s", "recipe": tiny_recipe, "axes": {**axes, "seed": [0, 1]}}
+    recipes = list(StudyRecipe.parse(definition).recipes().values())
+    assert [(r.adapter.method, r.training.learning_rate, r.seed) for r in recipes] == [
+        (method, rate, seed)
+        for method in ("lora", "pissa")
+        for rate in (1e-3, 0.01)
+        for seed in (0, 1)
+    ]
+    assert [r.name for r in recipes[:3]] == ["lora learning_rate=0.001"] * 2 + [
+        "lora learning_rate=0.01"
+    ]
+
+
+def test_arms_have_axes_of_their_own(tiny_recipe: dict[str, Any]) -> None:
+    arms = [
+        {"name": "gentle", "adapter.method": "lora", "training.weight_decay": 0.3},
+        {"adapter.method": "pissa", "axes": {"training.learning_rate": [0.1, 0.2]}},
+    ]
+    definition = {"name": "s", "recipe": tiny_recipe, "arms": arms, "axes": {"seed": [3]}}
+    assert arms_of(definition) == [
+        "gentle",
+        "pissa learning_rate=0.1",
+        "pissa learning_rate=0.2",
+    ]
+
+
+def test_combinations_of_the_same_weights_are_one_run(tiny_recipe: dict[str, Any]) -> None:
+    axes = {"adapter.method": ["full", "lora"], "adapter.rank": [1, 2]}
+    definition = {"name": "s", "recipe": tiny_recipe, "axes": axes}
+    assert arms_of(definition) == ["full rank=1", "lora rank=1", "lora rank=2"]
+
+
+def test_a_recipe_may_lie_in_a_file_beside_the_study(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "base.yaml").write_text(json.dumps(tiny_recipe))
+    (tmp_path / "rates.yaml").write_text("recipe: base.yaml\naxes: {training.steps: [1, 2]}")
+    definition = StudyRecipe.load(tmp_path / "rates.yaml", {"seed": 5})
+    assert definition.name == "rates"
+    assert [recipe.seed for recipe in definition.recipes().values()] == [5, 5]
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"axis": {}}, "axis: unknown key; did you mean 'axes'?"),
+    ({"axes": {"seed": 3}}, "axes.seed: must be a list, got 3"),
+    ({"axes": {"seed": []}}, "axes.seed: List should have at least 1 item"),
+    ({"axes": {"sed": [3]}}, "sed: unknown key; did you mean 'seed'?"),
+    ({"axes": {"adapter.metod": ["lora"]}}, "adapter.metod: unknown key; did you mean 'method'?"),
+    ({"axes": {"adapter.method": ["lora", "pisa"]}}, "did you mean 'pissa'?"),
+    ({"arms": [{"name": 3}]}, "the name of arm 1 must be text, got 3"),
+    ({"arms": [{}, {"axes": {"seed": 3}}]}, "the axes of arm 2 must be lists of values"),
+    ({"arms": ["lora"]}, "arms.0: must be a mapping of keys to values, got 'lora'"),
+    ({"name": "a/b"}, "name: "),
+    ({"recipe": 3}, "recipe: must be a mapping"),
+    ({"axes": {"adapter.rank": [1, 99]}}, "(in rank=99)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=lambda value: str(value)[:50])
+def test_mistakes_are_named(
+    tiny_recipe: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        StudyRecipe.parse({"name": "s", "recipe": tiny_recipe, **changes}).recipes()
+    assert any(message in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_a_problem_of_all_arms_is_said_once(tiny_recipe: dict[str, Any]) -> None:
+    recipe = {**tiny_recipe, "data": {"train": "absent.jsonl"}}
+    with pytest.raises(RecipeError) as caught:
+        StudyRecipe.parse({"name": "s", "recipe": recipe, "axes": {"seed": [0, 1, 2]}}).recipes()
+    (problem,) = caught.value.problems
+    assert "absent.jsonl" in problem
+    assert "(in" not in problem
+
+
+def test_a_recipe_is_not_a_study(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tiny_recipe))
+    with pytest.raises(UserError, match="is a recipe, not a study"):
+        StudyRecipe.load(tmp_path / "recipe.yaml")
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tiny_base: Path, tiny_files: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Study]:
+    """A study and its undisturbed run."""
+    definition = study_of(tiny_base, tiny_files)
+    return definition, study(definition, tmp_path_factory.mktemp("whole"))
+
+
+def test_a_study_writes_its_definition_and_its_results(
+    whole: tuple[dict[str, Any], Study],
+) -> None:
+    definition, done = whole
+    assert done.failed == []
+    assert [run.status for run in done.runs] == ["done"] * 4
+    rows = results(done.folder)
+    assert len(rows) == 4 * 3
+    assert [row["method"] for row in rows[::3]] == ["full", "lora", "lora_null_v1", "lora_null_v2"]
+    assert StudyRecipe.load(done.folder / "study.yaml") == StudyRecipe.parse(definition)
+
+
+def test_two_workers_give_the_same_numbers(
+    whole: tuple[dict[str, Any], Study], tmp_path: Path
+) -> None:
+    definition, done = whole
+    events: list[Event] = []
+    again = study(definition, tmp_path, workers=2, listen=events.append)
+    assert again.failed == []
+    assert results(again.folder) == results(done.folder)
+    assert {event.run_id for event in events if event.stage == "done"} == {
+        run.run_id for run in again.runs
+    }
+    assert any(event.step == 6 for event in events)
+    measured = [event for event in events if event.stage == "statistics" and event.message]
+    assert len(measured) == 1
+
+
+def test_a_failed_run_does_not_stop_the_others(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    rates = [1e30, 1e-3]
+    recipe = {**tiny_recipe, "training": {**tiny_recipe["training"], "max_grad_norm": 1e30}}
+    definition = {"name": "s", "recipe": recipe, "axes": {"training.learning_rate": rates}}
+    done = study(definition, tmp_path)
+    (failed,) = done.failed
+    assert failed.record["reason"].startswith("UserError: ")
+    assert [row["status"] for row in done.results()] == ["failed"] * 3 + ["done"] * 3
+    assert [row["score"] is None for row in done.results()] == [True] * 3 + [False] * 3
+
+
+def test_a_worker_that_dies_takes_only_its_run_with_it(
+    tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    killed: list[str] = []
+
+    def kill_once(event: Event) -> None:
+        if event.step == 2 and not killed:
+            killed.append(event.run_id)
+            (worker,) = [pid for pid in _children() if _holds(pid, event.run_id)]
+            os.kill(worker, signal.SIGKILL)
+
+    definition = study_of(tiny_base, tiny_files)
+    definition["recipe"]["training"]["steps"] = 40
+    done = study(definition, tmp_path, workers=2, listen=kill_once)
+    assert [run.run_id for run in done.failed] == killed
+    assert "the worker process died" in done.failed[0].record["reason"]
+    again = study(definition, tmp_path)
+    assert again.failed == []
+
+
+def _children() -> list[int]:
+    import psutil  # type: ignore[import-untyped]
+
+    return [child.pid for child in psutil.Process().children()]
+
+
+def _holds(pid: int, run_id: str) -> bool:
+    """Whether a process has the lock file of a run open."""
+    names = (os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink())
+    return any(name.endswith(f"{run_id}/.lock") for name in names)
+
+
+def test_a_run_in_other_hands_is_waited_for(
+    whole: tuple[dict[str, Any], Study], tmp_path: Path
+) -> None:
+    definition, done = whole
+    first = RunFolder(tmp_path / "killed" / done.runs[0].run_id)
+    context = multiprocessing.get_context("forkserver")
+    held = context.Event()
+    other = context.Process(target=_hold_a_while, args=(first.lock, held))
+    other.start()
+    assert held.wait(30)
+    again = study(definition, tmp_path)
+    other.join()
+    assert again.failed == []
+    assert results(again.folder) == results(done.folder)
+
+
+def _hold_a_while(path: Path, held: Any) -> None:
+    with store.lock(path):
+        held.set()
+        time.sleep(4)
+        store.write_json(path.with_name("run.json"), {"status": "pending"})
+
+
+# ---- kill -9 -------------------------------------------------------------------------------------
+
+
+def _do(definition: dict[str, Any], out: Path) -> None:
+    study(definition, out)
+
+
+def test_a_study_killed_at_random_moments_ends_with_the_same_numbers(
+    whole: tuple[dict[str, Any], Study], tmp_path: Path
+) -> None:
+    definition, done = whole
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["forgetless.study"])
+    draw = random.Random(os.environ.get("FORGETLESS_KILL_SEED", "0"))
+    kills = 0
+    for _ in range(40):
+        process = context.Process(target=_do, args=(definition, tmp_path))
+        process.start()
+        process.join(draw.uniform(0.3, 4.0) if kills < 6 else None)
+        if not process.is_alive():
+            assert process.exitcode == 0
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert kills > 0
+    assert results(tmp_path / "killed") == results(done.folder)
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_no_worker_outlives_a_killed_parent(
+    tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    import psutil  # type: ignore[import-untyped]
+
+    file = tmp_path / "killed.yaml"
+    file.write_text(json.dumps(study_of(tiny_base, tiny_files)))
+    command = [sys.executable, "-m", "forgetless", "study", str(file), "--out", str(tmp_path)]
+    parent = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL)
+    workers: list[psutil.Process] = []
+    until = time.monotonic() + 120
+    while len(workers) < 2 and time.monotonic() < until:
+        time.sleep(0.2)
+        workers = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=60)
+    assert (len(gone), alive) == (2, [])

@@ -1,0 +1,37 @@
+"""The files of `tests.tiny` as fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import recipe_of, save_base, save_files
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_flushing() -> Iterator[None]:
+    """Bringing files to the disk guards against power cuts, and costs tests more than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny base model with its tokenizer."""
+    return save_base(tmp_path_factory.mktemp("base") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl, test.jsonl and old.txt."""
+    return save_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def tiny_recipe(tiny_base: Path, tiny_files: Path) -> dict[str, Any]:
+    """A recipe on these, as YAML would hold it."""
+    return recipe_of(tiny_base, tiny_files)
