@@ -15,7 +15,8 @@ from trl import DPOConfig, DPOTrainer
 
 from forgetless.adapters import attach, load, save
 from forgetless.statistics import collect
-from tests.families import FAMILIES, language_batch, save_tiny_base, tiny_tokenizer
+from tests.families import FAMILIES, language_batch
+from tests.tiny import tokenizer
 
 LLAMA = FAMILIES["llama"]
 METHODS = ["lora", "pissa", "lora_null_v1", "lora_null_v2", "lora_null_zero"]
@@ -87,7 +88,6 @@ def test_a_trainers_anchored_checkpoint_is_loaded_without_the_trainer(tmp_path: 
 @pytest.mark.parametrize("method", ["pissa", "lora_null_v1"])
 def test_the_first_dpo_loss_is_the_logarithm_of_two(method: str, tmp_path: Path) -> None:
     """The reference is the adapter switched off; were that not the base, the loss would differ."""
-    save_tiny_base(tmp_path / "base")
     save(attached(method), tmp_path / "start")
     model = load(LLAMA.model(), tmp_path / "start", trainable=True)
     rows = [
@@ -111,7 +111,7 @@ def test_the_first_dpo_loss_is_the_logarithm_of_two(method: str, tmp_path: Path)
         model=model,
         args=settings,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tiny_tokenizer(),
+        processing_class=tokenizer(),
     )
     done.train()
     first, *later = losses(done)

@@ -113,7 +113,7 @@ def test_a_lock_keeps_others_out_and_dies_with_its_holder(tmp_path: Path) -> Non
     holder = context.Process(target=_hold, args=(tmp_path / "lock", held))
     holder.start()
     try:
-        assert held.wait(30)
+        assert held.wait(120)
         with store.lock(tmp_path / "lock", wait=False) as free:
             assert not free
     finally:

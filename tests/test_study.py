@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from forgetless import store
 from forgetless.errors import RecipeError, UserError
-from forgetless.run import Event
+from forgetless.run import Event, prepare
 from forgetless.store import RunFolder
 from forgetless.study import Study, StudyRecipe, study
 from tests.killing import results, study_of
@@ -206,23 +207,24 @@ def test_a_run_in_other_hands_is_waited_for(
     whole: tuple[dict[str, Any], Study], tmp_path: Path
 ) -> None:
     definition, done = whole
-    first = RunFolder(tmp_path / "killed" / done.runs[0].run_id)
-    context = multiprocessing.get_context("forkserver")
-    held = context.Event()
-    other = context.Process(target=_hold_a_while, args=(first.lock, held))
+    run_id, recipe = next(iter(StudyRecipe.parse(definition).recipes().items()))
+    first = RunFolder(tmp_path / "killed" / run_id)
+    prepare(first, recipe)
+    held = threading.Event()
+    other = threading.Thread(target=_hold_a_while, args=[first.lock, held])
     other.start()
-    assert held.wait(30)
+    assert held.wait(60)
     again = study(definition, tmp_path)
     other.join()
     assert again.failed == []
     assert results(again.folder) == results(done.folder)
 
 
-def _hold_a_while(path: Path, held: Any) -> None:
+def _hold_a_while(path: Path, held: threading.Event) -> None:
+    """What another process would do: a lock belongs to the opened file, not to the process."""
     with store.lock(path):
         held.set()
-        time.sleep(4)
-        store.write_json(path.with_name("run.json"), {"status": "pending"})
+        time.sleep(3)
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ class StudyRecipe(Section):
         found: dict[str, Recipe] = {}
         problems: dict[str, list[str]] = {}
         checker = Checker()
-        combinations = list(self._combinations())
+        combinations = list(self.combinations())
         for arm, overrides in combinations:
             try:
                 recipe = Recipe.parse(self.recipe, {**overrides, "name": arm})
@@ -133,7 +133,7 @@ class StudyRecipe(Section):
             )
         return found
 
-    def _combinations(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def combinations(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The name of the arm and the overrides of every run, in order."""
         for arm in self.arms or [{}]:
             fixed = {key: value for key, value in arm.items() if key not in ("name", "axes")}

@@ -91,7 +91,7 @@ PHRASINGS: Mapping[Relation, Phrasings] = {
             "Q: Which continent is {subject} part of?\nA:",
             "Q: Name the continent of {subject}.\nA:",
         ),
-        held_out="Q: On which continent is {subject}?\nA:",
+        held_out="Q: Which one is the continent of {subject}?\nA:",
     ),
     "currency": Phrasings(
         seen=(
@@ -102,7 +102,7 @@ PHRASINGS: Mapping[Relation, Phrasings] = {
             "Q: Which currency does {subject} have?\nA:",
             "Q: Name the currency of {subject}.\nA:",
         ),
-        held_out="Q: Which currency is used in {subject}?\nA:",
+        held_out="Q: Which one is the currency of {subject}?\nA:",
     ),
     "language": Phrasings(
         seen=(
@@ -124,7 +124,7 @@ PHRASINGS: Mapping[Relation, Phrasings] = {
             "Q: Which symbol does {subject} have?\nA:",
             "Q: Name the symbol of {subject}.\nA:",
         ),
-        held_out="Q: Which symbol stands for {subject}?\nA:",
+        held_out="Q: Which letters are the symbol of {subject}?\nA:",
     ),
     "number": Phrasings(
         seen=(
@@ -146,7 +146,7 @@ PHRASINGS: Mapping[Relation, Phrasings] = {
             "Q: Which category does {subject} have?\nA:",
             "Q: Name the category of {subject}.\nA:",
         ),
-        held_out="Q: Which category is {subject} in?\nA:",
+        held_out="Q: Which one is the category of {subject}?\nA:",
     ),
 }
 

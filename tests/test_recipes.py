@@ -1,0 +1,99 @@
+"""Every recipe that is shipped is parsed, and the demonstration is the one that is written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from forgetless import demo, store
+from forgetless.methods import METHODS
+from forgetless.recipe import Recipe, load_yaml
+from forgetless.store import RunFolder
+from forgetless.study import StudyRecipe
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+FILES = sorted(RECIPES.glob("*.yaml"))
+
+
+def test_there_are_recipes() -> None:
+    assert {"pocket-demo", "pocket-pilot", "own-model"} <= {file.stem for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_shipped_recipe_can_be_read(file: Path) -> None:
+    if "recipe" not in load_yaml(file):
+        Recipe.load(file)
+        return
+    definition = StudyRecipe.load(file)
+    assert definition.name == file.stem
+    for arm, overrides in definition.combinations():
+        assert Recipe.parse(definition.recipe, overrides).adapter.method in METHODS, arm
+
+
+def test_the_template_shows_the_defaults() -> None:
+    """What `own-model.yaml` does not mark with (*) is what a recipe without it would have."""
+    marked = {
+        *("name", "base", "data.train", "training.learning_rate", "training.epochs"),
+        *("training.batch_size", "training.gradient_accumulation"),
+        *("tasks.learning", "tasks.forgetting"),
+    }
+    shown = Recipe.load(RECIPES / "own-model.yaml").model_dump()
+    least = {"base": "x", "data": {"train": "x"}, "training": {"epochs": 1}}
+    default = Recipe.parse(least).model_dump()
+    for section, values in shown.items():
+        settings = values if isinstance(values, dict) else {"": values}
+        for key, value in settings.items():
+            name = f"{section}.{key}".rstrip(".")
+            if name not in marked:
+                expected = default[section][key] if key else default[section]
+                assert value == expected, name
+
+
+def test_the_template_shows_every_setting() -> None:
+    text = load_yaml(RECIPES / "own-model.yaml")
+    for section, values in Recipe.load(RECIPES / "own-model.yaml").model_dump().items():
+        if section not in ("tasks", "adapter") and isinstance(values, dict):
+            assert set(values) - set(text[section]) <= {"steps"}, section
+
+
+def test_the_demo_is_the_recipe() -> None:
+    assert StudyRecipe.load(RECIPES / "pocket-demo.yaml") == StudyRecipe.parse(demo.definition())
+
+
+def test_the_demo_names_what_was_lost_and_kept(tmp_path: Path) -> None:
+    facts = {"Peru": "Lima", "Chad": "N'Djamena", "gold": "Au", "Fiji": "Suva"}
+    wrong = {"full": {"Peru": "Quito", "gold": ""}, "gentle": {"gold": "Ag"}}
+    for name, answers in wrong.items():
+        run = RunFolder(tmp_path / name)
+        store.write_text(run.recipe, "")
+        run.update(name=name)
+        for phase, said in (("base", {"Fiji": "Sava"}), ("final", {"Fiji": "Suva", **answers})):
+            given = {**facts, **said}
+            rows = [
+                {
+                    "id": key,
+                    "prompt": f"about {key}:",
+                    "expected": answer,
+                    "answer": given[key],
+                    "score": float(given[key] == answer),
+                }
+                for key, answer in facts.items()
+            ]
+            store.write_jsonl(run.items("base" if phase == "base" else "final", demo.RECALL), rows)
+    assert list(demo.lost_and_kept(tmp_path)) == [
+        "The base knew 3 facts.",
+        "full lost 2: about Peru: Lima (now 'Quito'); about gold: Au (now 'nothing')",
+        "gentle lost 1: about gold: Au (now 'Ag')",
+        "gentle kept 1 that full lost: about Peru: Lima",
+    ]
+    assert list(demo.lost_and_kept(tmp_path / "absent")) == []
+
+
+def test_the_demo_takes_its_rates_from_the_sweep() -> None:
+    """Every method of the demonstration was swept, at the rate that it is run with."""
+    swept = {
+        (overrides["adapter.method"], overrides["training.learning_rate"])
+        for _, overrides in StudyRecipe.load(RECIPES / "pocket-pilot.yaml").combinations()
+    }
+    assert set(demo.RATES.items()) <= swept
