@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from forgetless import demo, store
+from forgetless import demo
 from forgetless.methods import METHODS
 from forgetless.recipe import Recipe, load_yaml
-from forgetless.store import RunFolder
 from forgetless.study import StudyRecipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -59,35 +58,6 @@ def test_the_template_shows_every_setting() -> None:
 
 def test_the_demo_is_the_recipe() -> None:
     assert StudyRecipe.load(RECIPES / "pocket-demo.yaml") == StudyRecipe.parse(demo.definition())
-
-
-def test_the_demo_names_what_was_lost_and_kept(tmp_path: Path) -> None:
-    facts = {"Peru": "Lima", "Chad": "N'Djamena", "gold": "Au", "Fiji": "Suva"}
-    wrong = {"full": {"Peru": "Quito", "gold": ""}, "gentle": {"gold": "Ag"}}
-    for name, answers in wrong.items():
-        run = RunFolder(tmp_path / name)
-        store.write_text(run.recipe, "")
-        run.update(name=name)
-        for phase, said in (("base", {"Fiji": "Sava"}), ("final", {"Fiji": "Suva", **answers})):
-            given = {**facts, **said}
-            rows = [
-                {
-                    "id": key,
-                    "prompt": f"about {key}:",
-                    "expected": answer,
-                    "answer": given[key],
-                    "score": float(given[key] == answer),
-                }
-                for key, answer in facts.items()
-            ]
-            store.write_jsonl(run.items("base" if phase == "base" else "final", demo.RECALL), rows)
-    assert list(demo.lost_and_kept(tmp_path)) == [
-        "The base knew 3 facts.",
-        "full lost 2: about Peru: Lima (now 'Quito'); about gold: Au (now 'nothing')",
-        "gentle lost 1: about gold: Au (now 'Ag')",
-        "gentle kept 1 that full lost: about Peru: Lima",
-    ]
-    assert list(demo.lost_and_kept(tmp_path / "absent")) == []
 
 
 def test_the_demo_takes_its_rates_from_the_sweep() -> None:

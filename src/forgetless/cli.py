@@ -79,7 +79,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"error: {usage()}; see 'forgetless --help'", 2
     if isinstance(error, KeyError) or not isinstance(error, ValueError | OSError):
         return f"error: {type(error).__name__}: {error} (--debug shows where)", 1
-    return f"error: {error}", 2
+    # A gathered list of one is one line.
+    return f"error: {error}".replace(": 1 problem\n  - ", ": "), 2
 
 
 def _say(message: str, code: int) -> int:
@@ -87,9 +88,13 @@ def _say(message: str, code: int) -> int:
     return code
 
 
+_warned: set[str] = set()
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """Our own warnings as one line; those of libraries about themselves are not for users."""
-    if issubclass(category, UserWarning):
+    """Each warning to users as one line, once; those to developers are not for them."""
+    if issubclass(category, UserWarning) and str(message) not in _warned:
+        _warned.add(str(message))
         print(f"warning: {message}", file=sys.stderr)
 
 
@@ -123,12 +128,10 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Fine-tune the pocket model seven ways and show what each learned and forgot."""
-    from forgetless import demo as demonstration
+    from forgetless.demo import definition
 
-    done = _study(demonstration.definition(), out, workers, threads)
+    done = _study(definition(), out, workers, threads)
     _finish(done, page=True)
-    for line in demonstration.lost_and_kept(done.folder):
-        print(line)
     _exit_if_failed(done)
 
 

@@ -303,7 +303,8 @@ class _Team:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(self.threads or 1)},
+                # The bars of several trainings at once are one heap: the listener draws them.
+                env=os.environ | {"TTY_COMPATIBLE": "0"},
             )
             for _ in range(workers)
         ]

@@ -62,8 +62,9 @@ class Arm:
     Attributes:
         label: the method, followed by what tells this arm from others of the same method.
         settings: by rising learning rate.
-        best: the setting with the best score on the first learning task; of equal ones the one
-            that kept more. Without a learning task, the one that kept most.
+        best: of the settings whose interval on the first learning task overlaps that of the best
+            one, the one that kept most. A rate that learns a hair more and forgets everything is
+            no way to use a method.
     """
 
     label: str
@@ -156,20 +157,34 @@ def _arm(label: str, runs: Sequence[Run], evidence: Evidence) -> Arm:
         by_rate.setdefault(number(run.settings.get("training.learning_rate")), []).append(run)
     rates = sorted(by_rate, key=lambda rate: (rate is None, rate or 0.0))
     settings = tuple(_setting(rate, by_rate[rate], evidence.tasks) for rate in rates)
-    goodness = _goodness(evidence.first("learning"), evidence.first("forgetting"))
-    return Arm(label, settings, max(settings, key=goodness))
+    best = _best(settings, evidence.first("learning"), evidence.first("forgetting"))
+    return Arm(label, settings, best)
 
 
-def _goodness(
-    learning: Task | None, forgetting: Task | None
-) -> Callable[[Setting], tuple[float, float]]:
+def _best(settings: Sequence[Setting], learning: Task | None, forgetting: Task | None) -> Setting:
+    """Of the settings that learned as much as the best one, as far as can be told, the keeper."""
+
     def signed(task: Task | None, estimate: Estimate | None) -> float:
         return _signed(task, estimate) if task and estimate else float("-inf")
 
-    return lambda setting: (
-        signed(learning, setting.final(learning)),
-        signed(forgetting, setting.kept(forgetting)),
+    top = max(settings, key=lambda setting: signed(learning, setting.final(learning)))
+    level = [setting for setting in settings if _is_level(setting, top, learning)]
+    return max(
+        level,
+        key=lambda setting: (
+            signed(forgetting, setting.kept(forgetting)),
+            signed(learning, setting.final(learning)),
+        ),
     )
+
+
+def _is_level(setting: Setting, top: Setting, learning: Task | None) -> bool:
+    if setting is top or learning is None:
+        return True
+    own, best = setting.final(learning), top.final(learning)
+    if own is None or best is None:
+        return own is best
+    return own.value == best.value or (own.has_error and best.has_error and own.overlaps(best))
 
 
 def _setting(rate: float | None, runs: Sequence[Run], tasks: Sequence[Task]) -> Setting:

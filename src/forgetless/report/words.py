@@ -252,9 +252,10 @@ def _about_rates(arms: Sequence[Arm]) -> str:
     if max(tried) == 1:
         return "Each arm ran at one learning rate; at another the order may differ."
     return (
-        "Each arm stands at the learning rate with its best learning score, of "
-        f"{min(tried)}{f' to {max(tried)}' if max(tried) > min(tried) else ''} tried; it was "
-        "chosen by the scores shown, which flatters every arm a little."
+        "Each arm stands at one learning rate of "
+        f"{min(tried)}{f' to {max(tried)}' if max(tried) > min(tried) else ''} tried: of those "
+        "not distinguishable from its best in learning, the one that kept most. It was chosen by "
+        "the scores shown, which flatters every arm a little."
     )
 
 
