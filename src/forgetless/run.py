@@ -152,9 +152,10 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
 
 
 def prepare(folder: RunFolder, recipe: Recipe) -> None:
-    """Write the recipe into its run's folder and mark it as waiting; for the holder of the lock."""
+    """Write the recipe into its run's folder; for the holder of the lock."""
     store.write_text(folder.recipe, recipe.to_yaml())
-    folder.update(run_id=folder.path.name, name=recipe.name, status="pending", reason=None)
+    status = store.read_json(folder.record).get("status", "pending")
+    folder.update(run_id=folder.path.name, name=recipe.name, status=status)
 
 
 def execute(

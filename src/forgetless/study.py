@@ -8,7 +8,8 @@
       - {name: gentle, adapter.method: lora, training.weight_decay: 0.3}
 
 Runs are done by this process or by several workers. A lock a run keeps two of them from doing the
-same one, so more workers, also on other machines that share the folder, may join at any time.
+same one, so that further processes, also on other machines that share the folder, may join by the
+same command.
 """
 
 from __future__ import annotations
@@ -245,15 +246,13 @@ def _lay_out(folder: Path, definition: StudyRecipe) -> None:
 
 
 def work(study_folder: Path, session: str, *, threads: int | None = None, listen: Listener) -> None:
-    """Do runs of a study, one after the other, until none is waiting.
+    """Do the runs of a study that nobody has done in this session, one after the other.
 
-    When all that is left is in other hands, wait for them: should such a process die, its run is
-    free again. A run whose process died in this very session is not tried a second time.
+    A run that was finished before is gone through again, which costs little: its stages find their
+    artefacts. When all that is left is in other hands, wait for them: should such a process die,
+    its run is free again.
     """
-    while True:
-        waiting = [run for run in _planned(study_folder) if _status(run) in ("pending", "running")]
-        if not waiting:
-            return
+    while waiting := [run for run in _planned(study_folder) if not _is_over(run, session)]:
         if not any(_try_to_do(run, session, threads, listen) for run in waiting):
             time.sleep(0.5)
 
@@ -263,17 +262,18 @@ def _planned(study_folder: Path) -> list[RunFolder]:
     return [RunFolder(study_folder / entry["run_id"]) for entry in entries]
 
 
-def _status(run: RunFolder) -> str:
-    return str(store.read_json(run.record).get("status"))
+def _is_over(run: RunFolder, session: str) -> bool:
+    record = store.read_json(run.record)
+    return record.get("session") == session and record["status"] in ("done", "failed")
 
 
 def _try_to_do(run: RunFolder, session: str, threads: int | None, listen: Listener) -> bool:
     """Do a run if nobody else does; gives whether there was something to do."""
     with store.lock(run.lock, wait=False) as free:
-        if not free or _status(run) not in ("pending", "running"):
+        if not free or _is_over(run, session):
             return False
         record = store.read_json(run.record)
-        if record["status"] == "running" and record.get("session") == session:
+        if record.get("session") == session:  # it was begun, and nobody is at it
             reason = "the worker process died; perhaps the system ended it for want of memory"
             run.update(status="failed", reason=reason)
             listen(Event(run.path.name, record.get("name") or "", "failed", reason))
@@ -281,8 +281,9 @@ def _try_to_do(run: RunFolder, session: str, threads: int | None, listen: Listen
         try:
             execute(run, threads=threads, session=session, listen=listen)
         except Exception as error:  # the study goes on; the reason is in run.json
-            if _status(run) != "failed":
-                run.update(status="failed", reason=f"{type(error).__name__}: {error}")
+            if not _is_over(run, session):
+                reason = f"{type(error).__name__}: {error}"
+                run.update(status="failed", reason=reason, session=session)
         return True
 
 

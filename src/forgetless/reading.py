@@ -1,0 +1,184 @@
+"""From what a user wrote to plain values: YAML, ``--set``, and errors in words."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from forgetless.errors import RecipeError, UserError
+
+# ---- YAML ----------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``1e-5`` is a number (YAML 1.1 says a string) and no key comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise UserError(f"the key {key.value!r} is given twice (again in line {line})")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(\d[\d_]*\.?[\d_]*[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?"
+        r"|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text; raises ``UserError`` naming the line that cannot be read."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain data only
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        raise UserError(f"not valid YAML: {where}{getattr(error, 'problem', error)}") from None
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it is a folder, empty, not YAML, or not a mapping of keys to values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the YAML file itself")
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path} (looked in {path.absolute().parent})")
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file; a recipe is YAML") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if content is None:
+        raise UserError(f"{path} is empty; see recipes/own-model.yaml for a recipe to start from")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path} must hold keys and values such as 'base: pocket'")
+    return content
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Overrides from a command line: ``["seed=1"]`` gives ``{"seed": 1}``."""
+    overrides = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set takes key=value such as training.steps=10, got {assignment!r}")
+        overrides[key.strip()] = parse_yaml(value)
+    return overrides
+
+
+def with_overrides(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy of ``content`` with dotted keys set.
+
+    Setting ``training.steps`` clears ``training.epochs`` and the other way round.
+    """
+    merged: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    other = {"training.steps": "training.epochs", "training.epochs": "training.steps"}
+    for key, value in overrides.items():
+        *parents, last = key.split(".")
+        section = merged
+        for parent in parents:
+            below = section.get(parent)
+            if not isinstance(below, dict):
+                section[parent] = below = {}
+            section = below
+        section[last] = value
+        if key in other and value is not None and other[key] not in overrides:
+            section.pop(other[key].rpartition(".")[2], None)
+    return merged
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(model: type[Model], values: Mapping[str, Any], source: str) -> Model:
+    """The model of values that a user gave; raises ``RecipeError`` with all problems."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [friendly(model, detail) for detail in error.errors()]
+        raise RecipeError(source, problems) from None
+
+
+def friendly(model: type[BaseModel], error: ErrorDetails) -> str:
+    """One pydantic error as ``where: what is wrong, what is allowed, what was given``."""
+    where = ".".join(str(part) for part in error["loc"])
+    kind, given = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        known = _keys(model, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{where}: missing; every recipe needs it"
+    if kind == "value_error":
+        return f"{where}: {error['ctx']['error']}" + _got(given)
+    return f"{where}: {_expected(error)}, got {_shown(given)}"
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "dict_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+    "list_type": "a list",
+    "string_too_short": "text that is not empty",
+}
+
+
+def _expected(error: ErrorDetails) -> str:
+    if error["type"] in _EXPECTED:
+        return f"must be {_EXPECTED[error['type']]}"
+    return error["msg"].replace("Input should be", "must be")
+
+
+def _got(given: Any) -> str:
+    """The value, where the message of our own check does not hold it already."""
+    return "" if isinstance(given, list | dict) else f", got {_shown(given)}"
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """The keys of the section at ``location``."""
+    for part in location:
+        section = model.model_fields[str(part)].annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return []
+        model = section
+    return list(model.model_fields)
