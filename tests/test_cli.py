@@ -20,7 +20,7 @@ from forgetless.adapters import load
 from forgetless.cli import main
 from forgetless.models import load_model
 from forgetless.recipe import Recipe
-from forgetless.run import run as run_recipe
+from forgetless.runs import run as run_recipe
 from forgetless.statistics import Statistics
 from tests.tiny import recipe_of
 
@@ -259,12 +259,12 @@ def test_all_problems_of_a_recipe_at_once(place: dict[str, Path], forgetless: An
 def test_a_failure_that_is_no_mistake_is_exit_code_1(
     place: dict[str, Path], forgetless: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from importlib import import_module
+    from forgetless import stages
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(import_module("forgetless.run"), "train", fail)
+    monkeypatch.setattr(stages, "train", fail)
     found = forgetless("run", place["here"] / "recipe.yaml", "--out", tmp_path)
     assert (found.code, found.out) == (1, "")
     assert found.err == "error: RuntimeError: the device is gone (--debug shows where)\n"

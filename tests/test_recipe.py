@@ -14,15 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forgetless.errors import RecipeError, UserError
-from forgetless.recipe import (
-    Recipe,
-    check,
-    content_hash,
-    load_yaml,
-    parse_assignments,
-    parse_yaml,
-    with_overrides,
-)
+from forgetless.reading import load_yaml, parse_assignments, parse_yaml, with_overrides
+from forgetless.recipe import Recipe, check, content_hash
 from tests.tiny import recipe_of, save_base, save_files
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -190,6 +183,7 @@ def test_the_id_follows_content_not_names(tiny_base: Path, tmp_path: Path) -> No
     files = save_files(tmp_path / "files")
     same = save_base(tmp_path / "copy")
     assert content_hash(same) == content_hash(tiny_base)
+    (same / "README.md").write_text("notes")  # decides nothing
     before = recipe(tiny_base).run_id
     assert recipe(same).run_id == before
     (files / "old.txt").write_text("other knowledge to keep")
@@ -366,5 +360,5 @@ def test_a_study_is_not_a_recipe(tiny_recipe: dict[str, Any]) -> None:
 
 
 def test_importing_recipes_imports_no_torch() -> None:
-    code = "import sys, forgetless.recipe, forgetless.store; sys.exit('torch' in sys.modules)"
+    code = "import sys, forgetless.study_recipe, forgetless.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

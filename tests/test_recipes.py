@@ -8,8 +8,9 @@ import pytest
 
 from forgetless import demo
 from forgetless.methods import METHODS
-from forgetless.recipe import Recipe, load_yaml
-from forgetless.study import StudyRecipe
+from forgetless.reading import load_yaml
+from forgetless.recipe import Recipe
+from forgetless.study_recipe import StudyRecipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))

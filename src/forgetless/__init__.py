@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from forgetless.evaluation import Comparison, Scores, compare, evaluate
     from forgetless.methods import METHODS
     from forgetless.recipe import Recipe
-    from forgetless.report import report
-    from forgetless.run import Run, run
+    from forgetless.reports import report
+    from forgetless.runs import Run, run
     from forgetless.statistics import Statistics, collect
-    from forgetless.study import Study, study
+    from forgetless.studies import Study, study
 
 __version__ = "0.1.0"
 
@@ -29,10 +29,10 @@ _HOME = {
     "Factors": "core",
     "Method": "core",
     "Recipe": "recipe",
-    "Run": "run",
+    "Run": "runs",
     "Scores": "evaluation",
     "Statistics": "statistics",
-    "Study": "study",
+    "Study": "studies",
     "attach": "adapters",
     "collect": "statistics",
     "compare": "evaluation",
@@ -40,10 +40,10 @@ _HOME = {
     "evaluate": "evaluation",
     "export": "adapters",
     "load": "adapters",
-    "report": "report",
-    "run": "run",
+    "report": "reports",
+    "run": "runs",
     "save": "adapters",
-    "study": "study",
+    "study": "studies",
 }
 
 __all__ = [

@@ -19,6 +19,7 @@ COLLECTED = frozenset({"second_moment"})
 
 class Checker:
     """Checks recipes; whatever several of them share is looked at once."""
+
     def __init__(self) -> None:
         self._seen: dict[str, tuple[Any, str | None]] = {}
 
@@ -34,7 +35,7 @@ class Checker:
 
     def _attempt(self, look: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
         """What ``look`` gives, or what was wrong; asked once for the same arguments."""
-        key = f"{look.__name__}{arguments!r}"
+        key = f"{look!r}{arguments!r}"
         if key not in self._seen:
             try:
                 self._seen[key] = look(*arguments), None
@@ -47,7 +48,7 @@ class Checker:
         return list(self._adapter(base, settings))
 
     def _adapter(self, base: str, settings: AdapterSettings) -> Iterator[str]:
-        model, problem = self._attempt(_shapes, base)
+        model, problem = self._attempt(meta_model, base)
         if problem is None:
             _, problem = self._attempt(load_tokenizer, base)
         if problem is not None:
@@ -109,8 +110,3 @@ class Checker:
                     yield f"{where}: a second task named {task.name!r}; give it a 'name' of its own"
                 else:
                     names.add(task.name)
-
-
-def _shapes(base: str) -> Any:
-    resolve_base(base)
-    return meta_model(base)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from forgetless.recipe import CalibrationSettings
-    from forgetless.study import Study
+    from forgetless.studies import Study
 
 app = typer.Typer(
     name="forgetless",
@@ -171,19 +171,21 @@ def _run(
     *,
     evaluate: bool,
 ) -> None:
-    from forgetless import recipe as recipes
     from forgetless.errors import RecipeError
+    from forgetless.reading import parse_assignments
+    from forgetless.recipe import Recipe
+    from forgetless.recipe import check as look
 
-    recipe = recipes.Recipe.load(path, recipes.parse_assignments(changes or []))
+    recipe = Recipe.load(path, parse_assignments(changes or []))
     if recipe.name is None:
         recipe = recipe.model_copy(update={"name": Path(path).stem})
     if check_only:
-        problems = recipes.check(recipe)
+        problems = look(recipe)
         if problems:
             raise RecipeError(path, problems)
         print(f"{path}: no problems; the run would be {recipe.run_id}")
         return
-    from forgetless.run import run as do
+    from forgetless.runs import run as do
 
     with _watch() as listen:
         done = do(recipe, out, study, evaluate=evaluate, threads=threads, listen=listen)
@@ -203,10 +205,10 @@ def study(
     page: Annotated[bool, typer.Option("--report/--no-report", help="Write the page.")] = True,
 ) -> None:
     """Do all runs of a study; a study that was stopped goes on."""
-    from forgetless import recipe as recipes
-    from forgetless.study import StudyRecipe
+    from forgetless.reading import parse_assignments
+    from forgetless.study_recipe import StudyRecipe
 
-    definition = StudyRecipe.load(path, recipes.parse_assignments(changes or []))
+    definition = StudyRecipe.load(path, parse_assignments(changes or []))
     if check:
         print(f"{path}: no problems; {len(definition.recipes())} runs")
         return
@@ -216,7 +218,7 @@ def study(
 
 
 def _study(definition: Any, out: str, workers: int, threads: int | None) -> Study:
-    from forgetless.study import study as do
+    from forgetless.studies import study as do
 
     with _watch(several=workers > 1) as listen:
         return do(definition, out, workers=workers, threads=threads, listen=listen)
@@ -224,7 +226,7 @@ def _study(definition: Any, out: str, workers: int, threads: int | None) -> Stud
 
 def _finish(done: Study, page: bool) -> None:
     """Print the summary of a study and, if wanted, write its page."""
-    from forgetless.report import report, summary
+    from forgetless.reports import report, summary
 
     if len(done.failed) < len(done.runs):
         _console().print(summary(done.folder))
@@ -244,7 +246,7 @@ def report_(
     folder: Annotated[str, typer.Argument(metavar="STUDY", help="Folder of a study.")],
 ) -> None:
     """Write the page, the tables and the figures of a study."""
-    from forgetless.report import report, summary
+    from forgetless.reports import report, summary
 
     page = report(folder)
     _console().print(summary(folder))
@@ -309,17 +311,18 @@ def init(
     seed: Seed = 0,
 ) -> None:
     """Write the start of an adapter for any trainer."""
-    from forgetless.recipe import AdapterSettings, parse_assignments, validated
+    from forgetless.reading import parse_assignments, validated
+    from forgetless.recipe import AdapterSettings
 
-    settings = validated(
-        AdapterSettings,
-        method=method,
-        rank=rank,
-        alpha=alpha,
-        target_modules=_targets(target_modules),
-        dropout=dropout,
-        options=parse_assignments(option or []),
-    )
+    values = {
+        "method": method,
+        "rank": rank,
+        "alpha": alpha,
+        "target_modules": _targets(target_modules),
+        "dropout": dropout,
+        "options": parse_assignments(option or []),
+    }
+    settings = validated(AdapterSettings, values, "init")
     text = _calibration(calibration, samples, max_length, batch_size) if calibration else None
     from forgetless.commands import init as write
     from forgetless.statistics import Statistics
@@ -401,7 +404,7 @@ def worker(
     threads: Threads = None,
 ) -> None:
     """Do runs of a study that another process started."""
-    from forgetless.study import serve
+    from forgetless.studies import serve
 
     _hush()
     serve(Path(folder), session, threads)
@@ -419,15 +422,16 @@ def _targets(text: str) -> str | list[str]:
 def _calibration(
     source: str, samples: int, max_length: int, batch_size: int
 ) -> CalibrationSettings:
-    from forgetless.recipe import CalibrationSettings, validated
+    from forgetless.reading import validated
+    from forgetless.recipe import CalibrationSettings
 
-    return validated(
-        CalibrationSettings,
-        source=source,
-        samples=samples,
-        max_length=max_length,
-        batch_size=batch_size,
-    )
+    values = {
+        "source": source,
+        "samples": samples,
+        "max_length": max_length,
+        "batch_size": batch_size,
+    }
+    return validated(CalibrationSettings, values, "calibration")
 
 
 def _options_of(options: dict[str, Any]) -> str:

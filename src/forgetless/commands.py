@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from forgetless import adapters, calibration, recipe, store
+from forgetless import adapters, calibration, store
 from forgetless.adapters import ExportReport
+from forgetless.checking import Checker
 from forgetless.core import find_method
 from forgetless.errors import RecipeError, UserError
 from forgetless.evaluation import Comparison, Scores, compare, evaluate
@@ -97,7 +98,7 @@ def init(
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new folder")
-    problems = recipe.Checker().adapter(base, settings)
+    problems = Checker().adapter(base, settings)
     if problems:
         raise RecipeError("init", problems)
     method = find_method(settings.method)

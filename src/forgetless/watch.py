@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from forgetless.run import Event, Listener
+    from forgetless.stages import Event, Listener
 
 
 @contextmanager

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from forgetless.report.arms import Arm, Setting, best_of, clearly_better, pareto
-from forgetless.report.evidence import Evidence, Task
-from forgetless.report.intervals import Estimate
+from forgetless.reports.arms import Arm, Setting, best_of, clearly_better, pareto
+from forgetless.reports.evidence import Evidence, Task
+from forgetless.reports.intervals import Estimate
 
 
 @dataclass(frozen=True)

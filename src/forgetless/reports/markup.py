@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from forgetless.report.evidence import Task, number
-from forgetless.report.intervals import Estimate
-from forgetless.report.words import NOT_MEASURED, amount
+from forgetless.reports.evidence import Task, number
+from forgetless.reports.intervals import Estimate
+from forgetless.reports.words import NOT_MEASURED, amount
 
 NUM_MARKS = 8
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from forgetless import metrics
-from forgetless.report.evidence import Evidence, Run, Task, number
-from forgetless.report.intervals import Estimate, over_seeds
+from forgetless.reports.evidence import Evidence, Run, Task, number
+from forgetless.reports.intervals import Estimate, over_seeds
 from forgetless.store import Phase
 
 # The seed and the learning rate are the points of an arm; the rest does not decide the weights.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from forgetless import store
-from forgetless.report.arms import Arm, Setting
-from forgetless.report.evidence import Evidence, Task
-from forgetless.report.flips import TaskFlips
-from forgetless.report.markup import (
+from forgetless.reports.arms import Arm, Setting
+from forgetless.reports.evidence import Evidence, Task
+from forgetless.reports.flips import TaskFlips
+from forgetless.reports.markup import (
     arm_name,
     estimate_cell,
     header,

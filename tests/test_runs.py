@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from forgetless import store
+from forgetless import stages, store
 from forgetless.adapters import load
 from forgetless.errors import RecipeError, UserError
 from forgetless.models import load_model
 from forgetless.recipe import Recipe
-from forgetless.run import Event, Run, run
+from forgetless.runs import Run, run
+from forgetless.stages import Event
 from forgetless.store import RunFolder
 from tests.tiny import recipe_of, save_base
 
 pytest_plugins = ["tests.tiny_fixtures"]
-
-run_module = import_module("forgetless.run")  # the package's attribute of that name is the function
 
 ADAPTERS = ["lora", "pissa", "lora_null_v1", "lora_null_v2", "lora_null_zero"]
 
@@ -240,7 +238,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(
 ) -> None:
     name, call = STOPS[where]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, name, stopping(getattr(run_module, name), call))
+        patch.setattr(stages, name, stopping(getattr(stages, name), call))
         with pytest.raises(Stop):
             run(tiny_recipe, tmp_path, "all")
     (folder,) = store.run_folders(tmp_path / "all")
@@ -288,7 +286,7 @@ def test_a_failed_run_keeps_the_reason_and_can_be_mended(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError("no room for 3 GB")
 
-    monkeypatch.setattr(run_module, "train", fail)
+    monkeypatch.setattr(stages, "train", fail)
     events: list[Event] = []
     with pytest.raises(MemoryError):
         run(tiny_recipe, tmp_path, "s", listen=events.append)

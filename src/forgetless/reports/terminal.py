@@ -10,13 +10,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from forgetless.report.arms import Arm, Setting
-from forgetless.report.evidence import Evidence, Task
-from forgetless.report.flips import ArmFlips, TaskFlips
-from forgetless.report.intervals import Estimate
-from forgetless.report.markup import interval_words
-from forgetless.report.standing import Standing
-from forgetless.report.words import NOT_MEASURED, Answer, amount
+from forgetless.reports.arms import Arm, Setting
+from forgetless.reports.evidence import Evidence, Task
+from forgetless.reports.flips import ArmFlips, TaskFlips
+from forgetless.reports.intervals import Estimate
+from forgetless.reports.markup import interval_words
+from forgetless.reports.standing import Standing
+from forgetless.reports.words import NOT_MEASURED, Answer, amount
 
 NUM_EXAMPLES = 4
 

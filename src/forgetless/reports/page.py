@@ -11,16 +11,16 @@ from importlib.resources import files
 from typing import Any
 
 import forgetless
-from forgetless.report.arms import Arm
-from forgetless.report.evidence import Evidence
-from forgetless.report.flips import TaskFlips
-from forgetless.report.intervals import Estimate
-from forgetless.report.made import how_it_was_made, seeds_of, when
-from forgetless.report.markup import arm_name, interval_words, prose, text
-from forgetless.report.payload import payload
-from forgetless.report.standing import Standing
-from forgetless.report.tables import arms_table, flips_table, runs_table
-from forgetless.report.words import Answer, amount
+from forgetless.reports.arms import Arm
+from forgetless.reports.evidence import Evidence
+from forgetless.reports.flips import TaskFlips
+from forgetless.reports.intervals import Estimate
+from forgetless.reports.made import how_it_was_made, seeds_of, when
+from forgetless.reports.markup import arm_name, interval_words, prose, text
+from forgetless.reports.payload import payload
+from forgetless.reports.standing import Standing
+from forgetless.reports.tables import arms_table, flips_table, runs_table
+from forgetless.reports.words import Answer, amount
 
 SCRIPTS = ("base.js", "chart.js", "plane.js", "curves.js", "flips.js", "tables.js")
 NUM_STATIC_CASES = 6
@@ -74,7 +74,7 @@ def page(
 
 
 def _part(name: str) -> str:
-    return files("forgetless.report").joinpath(name).read_text("utf-8")
+    return files("forgetless.reports").joinpath(name).read_text("utf-8")
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from forgetless.report.arms import Arm
-from forgetless.report.evidence import Evidence, Task
-from forgetless.report.intervals import Estimate
-from forgetless.report.standing import Standing, leaders
+from forgetless.reports.arms import Arm
+from forgetless.reports.evidence import Evidence, Task
+from forgetless.reports.intervals import Estimate
+from forgetless.reports.standing import Standing, leaders
 
 NOT_MEASURED = "–"
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,16 @@ import pytest
 
 from forgetless import store
 from forgetless.errors import RecipeError, UserError
-from forgetless.run import Event, prepare
+from forgetless.runs import prepare
+from forgetless.stages import Event
 from forgetless.store import RunFolder
-from forgetless.study import Study, StudyRecipe, study
+from forgetless.studies import Study, study
+from forgetless.study_recipe import StudyRecipe
 from tests.killing import results, study_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
 psutil = pytest.importorskip("psutil")  # comes with accelerate
-
-study_module = import_module("forgetless.study")  # the package's attribute is the function
 
 
 def arms_of(definition: dict[str, Any]) -> list[str | None]:
@@ -239,7 +238,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_numbers(
 ) -> None:
     definition, done = whole
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forgetless.study"])
+    context.set_forkserver_preload(["forgetless.studies"])
     draw = random.Random(os.environ.get("FORGETLESS_KILL_SEED", "0"))
     kills = 0
     for _ in range(40):

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from forgetless.report.arms import Arm
-from forgetless.report.evidence import Evidence, Run, Task, number
-from forgetless.report.flips import MAX_KEPT, MAX_LISTED, ArmFlips, Flip, TaskFlips
-from forgetless.report.intervals import Estimate
+from forgetless.reports.arms import Arm
+from forgetless.reports.evidence import Evidence, Run, Task, number
+from forgetless.reports.flips import MAX_KEPT, MAX_LISTED, ArmFlips, Flip, TaskFlips
+from forgetless.reports.intervals import Estimate
 
 MAX_CURVE_POINTS = 240
 

@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import RenderableType
 
 from forgetless import store
-from forgetless.report import evidence as _evidence
-from forgetless.report import figures, terminal
-from forgetless.report.arms import gather
-from forgetless.report.flips import find
-from forgetless.report.page import page
-from forgetless.report.standing import standing
-from forgetless.report.words import answer
+from forgetless.reports import evidence as _evidence
+from forgetless.reports import figures, terminal
+from forgetless.reports.arms import gather
+from forgetless.reports.flips import find
+from forgetless.reports.page import page
+from forgetless.reports.standing import standing
+from forgetless.reports.words import answer
 
 __all__ = ["report", "summary"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from forgetless.report.arms import Arm
-from forgetless.report.evidence import Evidence, Run, Task
+from forgetless.reports.arms import Arm
+from forgetless.reports.evidence import Evidence, Run, Task
 
 # What the page holds; the rest stays in the items folder of the runs.
 MAX_TEXT = 320

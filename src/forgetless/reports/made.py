@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import forgetless
-from forgetless.report.arms import Arm
-from forgetless.report.evidence import Evidence, Run, flatten, number
-from forgetless.report.markup import arm_name, header, pairs, plain_cell, text
-from forgetless.report.words import NOT_MEASURED
+from forgetless.reports.arms import Arm
+from forgetless.reports.evidence import Evidence, Run, flatten, number
+from forgetless.reports.markup import arm_name, header, pairs, plain_cell, text
+from forgetless.reports.words import NOT_MEASURED
 
 # What a run's record holds about its stages, in the order of the table.
 RECORDED = ("start", "seconds", "statistics", "training", "export")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from forgetless import store
-from forgetless.report.arms import Arm, Setting
-from forgetless.report.evidence import Evidence, Task
-from forgetless.report.intervals import Estimate
-from forgetless.report.standing import Standing
+from forgetless.reports.arms import Arm, Setting
+from forgetless.reports.evidence import Evidence, Task
+from forgetless.reports.intervals import Estimate
+from forgetless.reports.standing import Standing
 
 COLOURS = ("#0069a8", "#c45100", "#00805c", "#a3418a", "#8a6d00", "#3a8fd6", "#4d5566", "#d14a6b")
 MARKERS = "os^DvP*H"

@@ -1,0 +1,184 @@
+"""One run: a recipe taken through its stages, and what is written down about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import forgetless
+from forgetless import store
+from forgetless.errors import RecipeError
+from forgetless.models import meta_model
+from forgetless.recipe import Recipe, check
+from forgetless.stages import Listener, Stages
+from forgetless.store import RunFolder
+
+SMALL_MODEL = 50_000_000
+"""Weights below which one thread is faster than several."""
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it lies in its folder."""
+
+    folder: Path
+
+    @property
+    def run_id(self) -> str:
+        """The method's name and the hash of what decided the weights."""
+        return self.folder.name
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What run.json says: status, versions, seconds a stage, training, export."""
+        return store.read_json(RunFolder(self.folder).record)
+
+    @property
+    def status(self) -> str:
+        """``pending``, ``running``, ``done`` or ``failed``."""
+        return str(self.record.get("status", "pending"))
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        """One row a task, with the columns of results.csv."""
+        return store.run_rows(RunFolder(self.folder))
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: str | Path = "runs",
+    study: str | None = None,
+    *,
+    evaluate: bool = True,
+    threads: int | None = None,
+    listen: Listener | None = None,
+) -> Run:
+    """Do whatever of a recipe's seven stages is not done yet.
+
+    Args:
+        recipe: a `Recipe`, the mapping that one is written as, or the path of a YAML file.
+        out: the folder that holds studies.
+        study: the study's folder in it; the recipe's name when not given.
+        evaluate: whether to measure; without, the run trains and exports only.
+        threads: torch threads; None for one on a small model, else torch's own choice.
+        listen: called with an `Event` after each stage and each step of training.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        RecipeError: everything that is wrong with the recipe, before any weight is loaded.
+        Exception: what went wrong in a stage; it is kept in run.json, and a new call goes on from
+            the last finished stage.
+    """
+    recipe = as_recipe(recipe)
+    problems = check(recipe)
+    if problems:
+        raise RecipeError(recipe.name or "recipe", problems)
+    folder = RunFolder(
+        Path(out) / store.folder_name(study or recipe.name or "single") / recipe.run_id
+    )
+    with store.lock(folder.lock):
+        prepare(folder, recipe)
+        execute(folder, evaluate=evaluate, threads=threads, listen=listen)
+    return Run(folder.path)
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe from whatever may stand for one."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.parse(recipe) if isinstance(recipe, Mapping) else Recipe.load(recipe)
+
+
+def prepare(folder: RunFolder, recipe: Recipe) -> None:
+    """Write the recipe into its run's folder; for the holder of the lock."""
+    store.write_text(folder.recipe, recipe.to_yaml())
+    status = store.read_json(folder.record).get("status", "pending")
+    folder.update(run_id=folder.path.name, name=recipe.name, status=status)
+
+
+def execute(
+    folder: RunFolder,
+    *,
+    evaluate: bool = True,
+    threads: int | None = None,
+    session: str | None = None,
+    listen: Listener | None = None,
+) -> None:
+    """Take a prepared run through its stages; for the holder of its lock.
+
+    Whatever goes wrong is written into run.json and raised again.
+    """
+    recipe = Recipe.load(folder.recipe)
+    store.remove_temporaries(folder.path)
+    stages = Stages(folder, recipe, listen or (lambda event: None))
+    folder.update(
+        status="running",
+        reason=None,
+        seed=recipe.seed,
+        session=session,
+        started=store.read_json(folder.record).get("started") or _now(),
+        versions=_versions(),
+        hardware=_hardware(),
+    )
+    try:
+        with _torch_threads(threads, recipe.base):
+            stages.run(evaluate=evaluate)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        folder.update(status="failed", reason=reason, traceback=traceback.format_exc())
+        stages.tell("failed", reason)
+        raise
+    folder.update(status="done", finished=_now(), traceback=None)
+    stages.tell("done", "done")
+
+
+@contextmanager
+def _torch_threads(threads: int | None, base: str) -> Iterator[None]:
+    """Run with so many threads: one on a small model, where more are slower."""
+    before = torch.get_num_threads()
+    if threads is None and meta_model(base).num_parameters() < SMALL_MODEL:
+        threads = 1
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------- what is written down
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "forgetless": forgetless.__version__}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+    }

@@ -1,0 +1,140 @@
+"""The definition of a study: one recipe, varied along axes and in arms.
+
+name: rates
+recipe: {base: pocket, data: {train: "pocket:problems"}, training: {steps: 300}}
+axes: {seed: [0, 1, 2]}                       # every run is done with every value
+arms:                                         # one run each, times the axes
+- {adapter.method: full, training.learning_rate: 3e-4}
+- {name: gentle, adapter.method: lora, training.weight_decay: 0.3}
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from forgetless.errors import RecipeError, UserError
+from forgetless.reading import load_yaml, validated, with_overrides
+from forgetless.recipe import Recipe, Section
+
+Axes = dict[str, Annotated[list[Any], Field(min_length=1)]]
+_AXES = TypeAdapter(Axes, config=ConfigDict(strict=True))
+
+
+class StudyRecipe(Section):
+    """A recipe and how it is varied.
+
+    ``axes`` maps dotted keys to lists of values, all combined. ``arms`` are mappings of dotted keys
+    to values, each with an optional ``name`` and an optional ``axes`` of its own.
+    """
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    recipe: dict[str, Any]
+    axes: Axes = Field(default={})
+    arms: list[dict[str, Any]] = Field(default=[])
+
+    @field_validator("arms")
+    @classmethod
+    def _arms(cls, arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for position, arm in enumerate(arms, start=1):
+            if not isinstance(arm.get("name", "unnamed"), str):
+                raise ValueError(f"the name of arm {position} must be text, got {arm['name']!r}")
+            try:
+                _AXES.validate_python(arm.get("axes", {}))
+            except ValidationError:
+                raise ValueError(
+                    f"the axes of arm {position} must be lists of values, got {arm['axes']!r}"
+                ) from None
+        return arms
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """The study of a YAML file; its name is the file's when it has none.
+
+        ``recipe`` may name another file, taken from the study's folder. ``overrides`` change that
+        recipe.
+        """
+        path = Path(path)
+        content = load_yaml(path)
+        if "base" in content and "recipe" not in content:
+            raise UserError(f"{path} is a recipe, not a study; run it with 'forgetless run'")
+        if isinstance(content.get("recipe"), str):
+            content["recipe"] = load_yaml(path.parent / content["recipe"])
+        return cls.parse({"name": path.stem, **content}, overrides, source=str(path))
+
+    @classmethod
+    def parse(
+        cls,
+        content: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        source: str = "study",
+    ) -> Self:
+        """The study of a mapping; raises ``RecipeError`` with all problems of its form."""
+        definition = validated(cls, with_overrides(content, {}), source)
+        if overrides:
+            changed = with_overrides(definition.recipe, overrides)
+            definition = definition.model_copy(update={"recipe": changed})
+        return definition
+
+    def recipes(self) -> dict[str, Recipe]:
+        """The runs by run id; combinations that come to the same weights are one run.
+
+        Raises:
+            RecipeError: the problems of all combinations, each said once.
+        """
+        from forgetless.checking import Checker  # which loads torch
+
+        found: dict[str, Recipe] = {}
+        problems: dict[str, list[str]] = {}
+        checker = Checker()
+        combinations = list(self.combinations())
+        for arm, overrides in combinations:
+            try:
+                recipe = Recipe.parse(self.recipe, {**overrides, "name": arm})
+                wrong = checker.check(recipe)
+            except RecipeError as error:
+                wrong = error.problems
+            for problem in wrong:
+                problems.setdefault(problem, []).append(arm)
+            if not problems:
+                found.setdefault(recipe.run_id, recipe)
+        if problems:
+            raise RecipeError(
+                self.name,
+                [
+                    problem if len(arms) == len(combinations) else f"{problem} (in {_listed(arms)})"
+                    for problem, arms in problems.items()
+                ],
+            )
+        return found
+
+    def combinations(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The name of the arm and the overrides of every run, in order."""
+        for arm in self.arms or [{}]:
+            fixed = {key: value for key, value in arm.items() if key not in ("name", "axes")}
+            axes = {**self.axes, **arm.get("axes", {})}
+            for values in itertools.product(*axes.values()):
+                overrides = {**fixed, **dict(zip(axes, values, strict=True))}
+                shown = dict(zip(axes, values, strict=True)) if "name" in arm else overrides
+                name = " ".join([*([arm["name"]] if "name" in arm else []), *_labels(shown)])
+                yield name or self.name, overrides
+
+
+def _labels(overrides: Mapping[str, Any]) -> Iterator[str]:
+    """``pissa learning_rate=0.001``: what sets an arm apart. Seeds belong to one arm."""
+    for key, value in overrides.items():
+        if key == "adapter.method":
+            yield str(value)
+        elif key != "seed":
+            shown = f"{value:g}" if isinstance(value, float) else value
+            yield f"{key.rpartition('.')[2]}={shown}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(dict.fromkeys(names[:3])) + more
