@@ -151,9 +151,7 @@ def test_rows_that_end_early_leave_the_others_as_they_are(
 ) -> None:
     model = FAMILIES[family].model()
     plain = [one_by_one(model, tokenizer, prompt, 12) for prompt in PROMPTS]
-    used = [set(tokenizer(text)["input_ids"][1:]) for text in plain]
-    shared = sorted(set.union(*used))
-    ends = [t for t in shared if 2 <= sum(t in ids for ids in used) < len(PROMPTS)][:1]
+    ends = sorted({token for text in plain[:3] for token in tokenizer(text[2:4])["input_ids"][1:]})
     model.generation_config.eos_token_id = [2, *ends]
     expected = []
     for text in plain:
