@@ -26,9 +26,9 @@ from tests.tiny import recipe_of, save_base, save_files
 TIMES = ("train_seconds",)
 
 
-def study_of(base: Path, files: Path) -> dict[str, Any]:
+def study_of(base: Path, files: Path, steps: int = 6) -> dict[str, Any]:
     """Four short runs: full fine-tuning, a plain LoRA, and two that share statistics."""
-    recipe = recipe_of(base, files, **{"training.steps": 6, "adapter.dropout": 0.1})
+    recipe = recipe_of(base, files, **{"training.steps": steps, "adapter.dropout": 0.1})
     methods = ["full", "lora", "lora_null_v1", "lora_null_v2"]
     return {"name": "killed", "recipe": recipe, "axes": {"adapter.method": methods}}
 
@@ -55,12 +55,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="forgetless-killing-"))
     study = folder / "killed.yaml"
-    study.write_text(json.dumps(study_of(save_base(folder / "base"), save_files(folder / "files"))))
+    definition = study_of(save_base(folder / "base"), save_files(folder / "files"), options.steps)
+    study.write_text(json.dumps(definition))
 
     started = time.perf_counter()
     if start(study, folder / "whole", options.workers).wait() != 0:
@@ -73,7 +75,7 @@ def main() -> None:
     while killed < options.times:
         process = start(study, folder / "cut", options.workers)
         try:
-            process.wait(draw.uniform(0.1, 1.0) * seconds)
+            process.wait(draw.uniform(0.1, 0.8) * seconds)
         except subprocess.TimeoutExpired:
             killed += 1
             os.kill(process.pid, signal.SIGKILL)  # the workers must notice by themselves
@@ -91,7 +93,9 @@ def main() -> None:
 def _state(study_folder: Path) -> str:
     """How far each run is, by the names of its files."""
     found = (json.loads(path.read_text()) for path in sorted(study_folder.glob("*/run.json")))
-    return ", ".join(f"{record['status']}" for record in found) or "nothing yet"
+    return ", ".join(
+        f"{record['status']} after {len(record.get('seconds', {}))} stages" for record in found
+    )
 
 
 def _compare(expected: list[dict[str, str]], found: list[dict[str, str]]) -> None:
