@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from forgetless import store
@@ -21,6 +23,7 @@ from forgetless.cli import main
 from forgetless.models import load_model
 from forgetless.recipe import Recipe
 from forgetless.runs import run as run_recipe
+from forgetless.stages import Event
 from forgetless.statistics import Statistics
 from tests.tiny import recipe_of
 
@@ -325,6 +328,34 @@ def test_a_study_with_a_failed_run_ends_with_1_and_the_reason(
     assert found.code == 1
     assert "failed: " in found.err
     assert "pissa-" in found.err
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_terminal_shows_what_runs_do(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from forgetless import watch
+
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(watch, "Console", lambda stderr: console)
+    with watch.watch(several=several) as listen:
+        listen(Event("pissa-1", "pissa", "statistics", "14 layers (0.1 s)"))
+        listen(Event("pissa-1", "pissa", "train", step=3, steps=8))
+        time.sleep(0.5)  # bars are drawn ten times a second
+        listen(Event("lora-1", "lora", "failed", "MemoryError: no room"))
+        listen(Event("pissa-1", "pissa", "done", "61 s"))
+    shown = screen.getvalue()
+    assert "pissa  done: 61 s\n" in shown
+    assert "lora  failed: MemoryError: no room\n" in shown
+    assert ("pissa  statistics: 14 layers (0.1 s)\n" in shown) == (not several)
+    assert ("3/8" in shown) == several
+
+
+def test_anything_but_a_terminal_stays_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    from forgetless.watch import watch
+
+    with watch(several=True) as listen:
+        listen(Event("pissa-1", "pissa", "done", "61 s"))
+    assert capsys.readouterr() == ("", "")
 
 
 # ---- single stages -------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from forgetless import stages, store
 from forgetless.adapters import load
+from forgetless.calibration import self_text
 from forgetless.errors import RecipeError, UserError
-from forgetless.models import load_model
+from forgetless.models import load_model, load_tokenizer
 from forgetless.recipe import Recipe
 from forgetless.runs import Run, run
 from forgetless.stages import Event
@@ -131,6 +132,40 @@ def test_runs_of_a_study_share_base_scores_and_statistics(finished: dict[str, Ru
     assert len(list((shared / "scores").glob("*.json"))) == 3
     statistics = [path for path in (shared / "statistics").iterdir() if path.is_dir()]
     assert len(statistics) == 1
+
+
+def test_a_real_model_on_real_data_keeping_what_it_says_itself(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    """A pretrained Llama of 260 K weights learns word problems; its own stories are to be kept."""
+    base = shared_data / "stories260K" / "hf"
+    model, words = load_model(str(base)), load_tokenizer(str(base))
+    stories = words.batch_decode(self_text(model, words, 8, 128, seed=7), skip_special_tokens=True)
+    (tmp_path / "stories.txt").write_text("\n\n".join(stories))
+    recipe = {
+        "base": str(base),
+        "adapter": {"method": "lora_null_v1", "rank": 8},
+        "calibration": {"source": "self", "samples": 16, "max_length": 64},
+        "data": {"train": str(shared_data / "gsm8k" / "train.jsonl"), "limit": 100},
+        "training": {"learning_rate": 1e-3, "steps": 10, "batch_size": 4},
+        "tasks": {
+            "learning": [
+                {
+                    "kind": "perplexity",
+                    "path": str(shared_data / "gsm8k" / "test.jsonl"),
+                    "name": "gsm8k_loss",
+                    "limit": 10,
+                }
+            ],
+            "forgetting": [
+                {"kind": "perplexity", "path": str(tmp_path / "stories.txt"), "name": "stories"}
+            ],
+        },
+    }
+    rows = {row["task"]: row for row in run(recipe, tmp_path / "runs").scores}
+    assert rows["gsm8k_loss"]["score"] < rows["gsm8k_loss"]["base_score"] - 0.5
+    assert rows["stories"]["base_score"] < 2.5  # it does know its stories
+    assert rows["stories"]["score"] < 2 * rows["stories"]["base_score"]
 
 
 # ---- what a run skips ----------------------------------------------------------------------------

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from forgetless.recipe import CalibrationSettings
     from forgetless.studies import Study
 
+STOPPED = 130
+"""The exit code after Ctrl-C."""
+
 app = typer.Typer(
     name="forgetless",
     help="Fine-tune with low-rank adapters, keep what the model knew, and measure both.",
@@ -62,14 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     debug = "--debug" in given
     warnings.showwarning = _show_warning
     try:
-        code = app([word for word in given if word != "--debug"], standalone_mode=False)
-    except KeyboardInterrupt:
-        sys.exit(_say("stopped; the same command goes on where it was", 130))
+        code = app([word for word in given if word != "--debug"], standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = STOPPED
     except Exception as error:
         if debug:
             raise
         sys.exit(_say(*_explain(error)))
-    sys.exit(code or 0)
+    if code == STOPPED:
+        _say("stopped; the same command goes on where it was", code)
+    sys.exit(code)
 
 
 def _explain(error: Exception) -> tuple[str, int]:

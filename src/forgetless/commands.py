@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
 from forgetless import adapters, calibration, store
 from forgetless.adapters import ExportReport
 from forgetless.checking import Checker
@@ -18,28 +15,12 @@ from forgetless.errors import RecipeError, UserError
 from forgetless.evaluation import Comparison, Scores, compare, evaluate
 from forgetless.models import load_model, load_tokenizer, meta_model, target_layers
 from forgetless.recipe import AdapterSettings, CalibrationSettings, Recipe
+from forgetless.stages import attached, calibration_text
 from forgetless.statistics import Statistics, collect
 from forgetless.store import RunFolder
 from forgetless.tasks import make_tasks
 
 CONFIG_FILE = "adapter_config.json"
-
-
-def text_batches(
-    settings: CalibrationSettings, model: Any, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> list[Mapping[str, torch.Tensor]]:
-    """The calibration text as batches of tokens."""
-    return list(
-        calibration.batches(
-            settings.source,
-            model,
-            tokenizer,
-            samples=settings.samples,
-            max_length=settings.max_length,
-            batch_size=settings.batch_size,
-            seed=seed,
-        )
-    )
 
 
 def collect_statistics(
@@ -55,9 +36,8 @@ def collect_statistics(
     target_layers(meta_model(base), target_modules)  # a name that matches nothing shows here
     calibration.fingerprint(settings.source)
     model, tokenizer = load_model(base, dtype=dtype), load_tokenizer(base)
-    return collect(
-        model, text_batches(settings, model, tokenizer, seed), target_modules, memory_budget
-    )
+    text = calibration_text(settings, model, tokenizer, seed)
+    return collect(model, text, target_modules, memory_budget)
 
 
 # ----------------------------------------------------------------------------------------- init
@@ -112,19 +92,10 @@ def init(
     model = load_model(base, dtype=dtype)
     if isinstance(source, CalibrationSettings) and method.needs:
         calibration.fingerprint(source.source)
-        text = text_batches(source, model, load_tokenizer(base), seed)
+        text = calibration_text(source, model, load_tokenizer(base), seed)
         source = collect(model, text, settings.target_modules)
-    model = adapters.attach(
-        model,
-        settings.method,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        target_modules=settings.target_modules,
-        stats=source if isinstance(source, Statistics) else None,
-        dropout=settings.dropout,
-        seed=seed,
-        **settings.options,
-    )
+    statistics = source if isinstance(source, Statistics) else None
+    model = attached(settings, model, statistics, seed)
     with store.new_folder(out) as folder:
         adapters.save(model, folder)
     return Start(out, _obstacle(settings.method, model.peft_config["default"].start))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -134,6 +135,7 @@ def execute(
         versions=_versions(),
         hardware=_hardware(),
     )
+    began = time.perf_counter()
     try:
         with _torch_threads(threads, recipe.base):
             stages.run(evaluate=evaluate)
@@ -143,7 +145,7 @@ def execute(
         stages.tell("failed", reason)
         raise
     folder.update(status="done", finished=_now(), traceback=None)
-    stages.tell("done", "done")
+    stages.tell("done", f"{time.perf_counter() - began:.0f} s")
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +33,14 @@ from forgetless.adapters import attach, delta_weights, export, load, save
 from forgetless.calibration import batches
 from forgetless.data import load_examples, tokenize
 from forgetless.models import linear_weight, load_model, load_tokenizer, target_layers
-from forgetless.recipe import Recipe, base_hash, calibration_key, needs_statistics
+from forgetless.recipe import (
+    AdapterSettings,
+    CalibrationSettings,
+    Recipe,
+    base_hash,
+    calibration_key,
+    needs_statistics,
+)
 from forgetless.statistics import Statistics, collect
 from forgetless.store import Phase, RunFolder
 from forgetless.tasks import Task, TaskResult, make_task
@@ -76,7 +84,6 @@ class Stages:
     def run(self, *, evaluate: bool) -> None:
         """All stages in order; the measuring ones only when asked."""
         if evaluate:
-            self.folder.update(tasks=None)
             self.folder.update(tasks={task.name: kind for task, kind in self.tasks})
             self._timed("base scores", self.base_scores)
         self._timed("statistics", self.collect_statistics)
@@ -95,7 +102,7 @@ class Stages:
         message = work()
         if message is not None:
             seconds = round(time.perf_counter() - started, 3)
-            self.folder.update(seconds={stage: seconds})
+            self.folder.update(seconds={**self.record.get("seconds", {}), stage: seconds})
             self.tell(stage, f"{message} ({seconds:.1f} s)")
 
     def tell(self, stage: str, message: str = "", step: int = 0, steps: int = 0) -> None:
@@ -195,6 +202,7 @@ class Stages:
         items = score.with_suffix(".jsonl")
         with store.lock(score.with_suffix(".lock")):
             if not score.exists():
+                store.remove_temporaries(score.parent, score.stem)
                 model = self._base()
                 result = task.evaluate(model, self.tokenizer, reference=model)
                 store.write_jsonl(items, [item.to_json() for item in result.items])
@@ -244,17 +252,9 @@ class Stages:
         with store.lock(self._statistics.with_suffix(".lock")):
             if self._statistics.exists():
                 return None
-            model, settings = self._base(), self.recipe.calibration
-            text = batches(
-                settings.source,
-                model,
-                self.tokenizer,
-                samples=settings.samples,
-                max_length=settings.max_length,
-                batch_size=settings.batch_size,
-                seed=self.recipe.seed,
-            )
-            statistics = collect(model, text, self.recipe.adapter.target_modules)
+            model, recipe = self._base(), self.recipe
+            text = calibration_text(recipe.calibration, model, self.tokenizer, recipe.seed)
+            statistics = collect(model, text, recipe.adapter.target_modules)
             with store.new_folder(self._statistics) as folder:
                 statistics.save(folder)
         return f"{len(statistics)} layers"
@@ -263,27 +263,18 @@ class Stages:
         """Attach the adapter and write it down as it is before the first step."""
         if self.full or self.trained.exists() or self.folder.start.exists():
             return None
-        settings = self.recipe.adapter
         statistics = Statistics.load(self._statistics) if needs_statistics(self.recipe) else None
         model = self._base()
         tokens = _probe(model)
         before = _logits(model, tokens)
-        model = attach(
-            model,
-            settings.method,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            target_modules=settings.target_modules,
-            stats=statistics,
-            dropout=settings.dropout,
-            seed=self.recipe.seed,
-            **settings.options,
-        )
+        model = attached(self.recipe.adapter, model, statistics, self.recipe.seed)
         self._held = None  # it is no longer the base
         same = torch.equal(_logits(model.eval(), tokens), before)
         self.folder.update(
             start={"equals_base": same, "probe_tokens": tokens.numel()},
-            statistics=None if statistics is None else _summary(statistics, settings.rank),
+            statistics=None
+            if statistics is None
+            else _summary(statistics, self.recipe.adapter.rank),
         )
         with store.new_folder(self.folder.start) as folder:
             save(model, folder)
@@ -293,6 +284,7 @@ class Stages:
         """Train, from the newest checkpoint if there is one, and write the result down."""
         record = self.record
         if self.trained.exists() and "training" in record:
+            self._tidy()
             return None
         self._held = None
         recipe, model = self.recipe, self._load_base()
@@ -314,10 +306,14 @@ class Stages:
             else:
                 save(model, folder)
         self.folder.update(training=asdict(result))
-        store.remove(self.folder.checkpoints)
-        if not self.full and record["start"]["equals_base"]:
-            store.remove(self.folder.start)
+        self._tidy()
         return f"{result.steps} steps, loss {result.final_loss:.4g}"
+
+    def _tidy(self) -> None:
+        """Remove what only an unfinished training needs."""
+        store.remove(self.folder.checkpoints)
+        if not self.full and self.record["start"]["equals_base"]:
+            store.remove(self.folder.start)
 
     def _tokens(self) -> Any:
         data = self.recipe.data
@@ -360,6 +356,38 @@ class Stages:
         for name, layer in target_layers(model, targets).items():
             weight = linear_weight(before[name]).detach().float()
             yield name, weight, linear_weight(layer).detach().float() - weight
+
+
+def calibration_text(
+    settings: CalibrationSettings, model: Any, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> list[dict[str, Tensor]]:
+    """The text to keep, as batches of tokens."""
+    return batches(
+        settings.source,
+        model,
+        tokenizer,
+        samples=settings.samples,
+        max_length=settings.max_length,
+        batch_size=settings.batch_size,
+        seed=seed,
+    )
+
+
+def attached(
+    settings: AdapterSettings, model: Any, statistics: Statistics | None, seed: int
+) -> PeftModel:
+    """The model with the adapter of a recipe on it."""
+    return attach(
+        model,
+        settings.method,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        stats=statistics,
+        dropout=settings.dropout,
+        seed=seed,
+        **settings.options,
+    )
 
 
 @torch.no_grad()

@@ -162,9 +162,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what killed writers left in ``folder``; only for the holder of its lock."""
-    for left in folder.rglob(f"{_TEMPORARY}*"):
+def remove_temporaries(folder: Path, name: str = "") -> None:
+    """Delete what killed writers left of ``name...``, or of everything in and below ``folder``.
+
+    Only for the holder of the lock on these files.
+    """
+    pattern = f"{_TEMPORARY}*-{name}*"
+    for left in folder.glob(pattern) if name else folder.rglob(pattern):
         remove(left)
 
 
@@ -227,16 +231,9 @@ class RunFolder:
         """What was asked, expected and answered, one line an item."""
         return self.path / "items" / phase / f"{task}.jsonl"
 
-    def update(self, **changes: Any) -> dict[str, Any]:
-        """Change entries of run.json and give it back; a mapping is merged into the one there."""
-        record = read_json(self.record)
-        for key, value in changes.items():
-            old = record.get(key)
-            if isinstance(value, Mapping) and isinstance(old, dict):
-                value = {**old, **value}
-            record[key] = value
-        write_json(self.record, record)
-        return record
+    def update(self, **changes: Any) -> None:
+        """Change entries of run.json."""
+        write_json(self.record, {**read_json(self.record), **changes})
 
 
 def folder_name(name: str) -> str:

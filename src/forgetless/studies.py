@@ -101,9 +101,12 @@ def _lay_out(folder: Path, definition: StudyRecipe) -> None:
     """Write the definition and a folder for every run; a run that somebody is doing is let be."""
     recipes = definition.recipes()
     text = yaml.safe_dump(definition.model_dump(), sort_keys=False, allow_unicode=True)
-    store.write_text(folder / "study.yaml", text)
     entries = [{"run_id": run_id, "name": recipe.name} for run_id, recipe in recipes.items()]
-    store.write_json(folder / "runs.json", {"runs": entries})
+    with store.lock(folder / ".lock"):
+        for name in ("study.yaml", "runs.json"):
+            store.remove_temporaries(folder, name)
+        store.write_text(folder / "study.yaml", text)
+        store.write_json(folder / "runs.json", {"runs": entries})
     for run_id, recipe in recipes.items():
         run = RunFolder(folder / run_id)
         with store.lock(run.lock, wait=False) as free:

@@ -45,20 +45,22 @@ def _print(console: Console, event: Event) -> None:
 
 
 class _Bars:
-    """One bar for each run that is training."""
+    """One bar for each run that is being done, with its stage; a line for each that has ended."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
         self.of_run: dict[str, TaskID] = {}
 
     def show(self, event: Event) -> None:
-        """Print what has happened, and move the run's bar."""
-        if event.run_id not in self.of_run:
-            bar = self.bars.add_task(event.name, total=event.steps or None)
-            self.of_run[event.run_id] = bar
-        bar = self.of_run[event.run_id]
+        """Move the run's bar."""
         if event.stage in ("done", "failed"):
-            self.bars.remove_task(self.of_run.pop(event.run_id))
-        elif event.steps:
+            if event.run_id in self.of_run:
+                self.bars.remove_task(self.of_run.pop(event.run_id))
+            _print(self.bars.console, event)
+            return
+        if event.run_id not in self.of_run:
+            self.of_run[event.run_id] = self.bars.add_task("", total=None)
+        bar, words = self.of_run[event.run_id], f"{event.name}  {event.stage}"
+        self.bars.update(bar, description=words)
+        if event.steps:
             self.bars.update(bar, completed=event.step, total=event.steps)
-        _print(self.bars.console, event)
