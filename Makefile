@@ -1,19 +1,26 @@
 # Two commands: `make demo` runs the main job, `make test` checks everything. Both set themselves up.
 PYTHON ?= python3
 VENV   ?= .venv
+EXTRAS ?= dev
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-quantised check format bench clean
 
 demo: $(READY)
 	$(BIN)/forgetless demo --out runs
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The tests of quantised bases, which skip elsewhere: their two packages make every import of
+# transformers and peft seconds slower and noisy, so they get an environment of their own.
+test-quantised:
+	$(MAKE) VENV=.venv-quantised EXTRAS=dev,quantised .venv-quantised/.ready
+	.venv-quantised/bin/python -m pytest tests/test_adapters_bases.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -25,7 +32,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench: $(READY)
-	@for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out benchmarks/timing.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
 
 # torch comes first and by its exact version: a loose `torch` can pull gigabytes of GPU libraries.
 $(READY): pyproject.toml constraints.txt
@@ -33,8 +40,8 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-quantised runs .pytest_cache .mypy_cache .ruff_cache

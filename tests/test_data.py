@@ -239,7 +239,7 @@ def test_mistakes_in_other_files(tmp_path: Path) -> None:
     (tmp_path / "data.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match="no valid parquet"):
         load_examples(tmp_path / "data.parquet")
-    with pytest.raises(ValueError, match="'pocket:problems' or 'pocket:problems:test'"):
+    with pytest.raises(ValueError, match="give 'pocket:problems', 'pocket:functions'"):
         load_examples("pocket:problems:dev")
     with pytest.raises(ValueError, match="limit must be 1 or more, got 0"):
         load_examples("pocket:problems", limit=0)
@@ -314,7 +314,20 @@ def test_raw_text_is_packed_into_blocks_with_eos_between_documents() -> None:
     tokenizer = byte_tokenizer()
     rows = tokenize(examples({"text": "abcde"}, {"text": "fg"}), tokenizer, max_length=4)
     assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abcd", "e</s>fg"]
-    assert rows["labels"][:] == rows["input_ids"][:]  # the last block, a lone </s>, is dropped
+    assert rows["lengths"][:] == [[4], [2, 2]]  # the last block, a lone </s>, is dropped
+    assert [learned(tokenizer, row) for row in rows] == ["bcd", "</s>g"]
+
+
+def test_answers_are_packed_whole() -> None:
+    tokenizer = byte_tokenizer()
+    pairs = [{"prompt": "ab", "completion": "c" * n} for n in (1, 5, 2, 3)]
+    rows = tokenize(examples(*pairs), tokenizer, max_length=10, pack=True)
+    assert sorted(map(sorted, rows["lengths"])) == [[4, 6], [5], [8]]
+    assert sorted(learned(tokenizer, row) for row in rows) == [
+        "cc</s>",
+        "ccc</s>c</s>",
+        "ccccc</s>",
+    ]
 
 
 def test_unpacked_text_is_cut_but_not_joined() -> None:
@@ -324,9 +337,7 @@ def test_unpacked_text_is_cut_but_not_joined() -> None:
     assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abcd", "e</s>", "fg</s>"]
 
 
-def test_settings_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="pack joins raw text, but test holds prompt_completion"):
-        tokenize(examples(*PAIRS), byte_tokenizer(), pack=True)
+def test_a_length_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="max_length must be 2 or more, got 1"):
         tokenize(examples(*PAIRS), byte_tokenizer(), max_length=1)
 

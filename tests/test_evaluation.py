@@ -1,11 +1,10 @@
-"""`fl.evaluate` and `fl.compare`: scores of several tasks, and what changed item by item."""
+"""`fl.evaluate`: scores of several tasks."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +14,6 @@ from torch import nn
 
 import forgetless as fl
 from forgetless.errors import UserError
-from forgetless.metrics import mean_stderr, paired_bootstrap_interval
 from forgetless.tasks import Item, Spec, TaskResult
 from tests.families import FAMILIES
 
@@ -51,117 +49,6 @@ def documents(losses: Sequence[float], tokens: Sequence[float], name: str = "tex
     pairs = enumerate(zip(losses, tokens, strict=True))
     items = tuple(Item(str(i), "", "", "", loss, n) for i, (loss, n) in pairs)
     return Fixed(name, items, "loss", higher_is_better=False).evaluate()
-
-
-# ---------------------------------------------------------------------------------- compare
-
-
-def test_right_and_wrong_items_by_hand() -> None:
-    base = fl.Scores([answers(1, 1, 1, 0, 0, 1)])
-    tuned = fl.Scores([answers(1, 0, 0, 1, 0, 1)])
-    row = fl.compare(base, tuned)["facts"]
-    assert (row.base, row.score) == pytest.approx((4 / 6, 3 / 6))
-    assert row.difference == pytest.approx(-1 / 6)
-    assert row.forgetting == pytest.approx(1 / 6)
-    assert row.retention == pytest.approx(0.75)
-    assert (row.lost, row.gained, row.kept) == (("q1", "q2"), ("q3",), ("q0", "q5"))
-    assert row.p_value == 1.0
-    assert row.paired
-    assert row.is_noise
-    assert row.interval == paired_bootstrap_interval([1, 1, 1, 0, 0, 1], [1, 0, 0, 1, 0, 1])
-
-
-def test_a_clear_loss_is_not_noise() -> None:
-    row = fl.compare({"facts": answers(*[1] * 40)}, {"facts": answers(*[1] * 20, *[0] * 20)})[
-        "facts"
-    ]
-    assert not row.is_noise
-    assert row.p_value is not None
-    assert row.p_value < 1e-5
-    assert row.interval.high < -0.3
-
-
-def test_the_order_of_items_does_not_matter() -> None:
-    base, tuned = answers(1, 1, 0, 1), answers(0, 1, 1, 1)
-    turned = replace(tuned, items=tuned.items[::-1])
-    comparison = fl.compare({"facts": base}, {"facts": turned})
-    assert comparison == fl.compare({"facts": base}, {"facts": tuned})
-
-
-def test_losses_are_weighted_by_tokens_and_better_when_lower() -> None:
-    base, tuned = documents([2.0, 3.0], [10, 30]), documents([2.5, 2.9], [10, 30])
-    row = fl.compare({"text": base}, {"text": tuned})["text"]
-    assert row.difference == pytest.approx((0.5 * 10 - 0.1 * 30) / 40)
-    assert row.forgetting == row.difference > 0
-    assert row.retention == pytest.approx(base.value / tuned.value)
-    assert (row.lost, row.gained, row.kept, row.p_value) == ((), (), (), None)
-    assert row.interval.low <= row.difference <= row.interval.high
-
-
-def test_without_items_the_two_errors_are_added() -> None:
-    base, tuned = answers(1, 1, 1, 0), answers(1, 0, 1, 0)
-    row = fl.compare({"facts": replace(base, items=())}, {"facts": tuned})["facts"]
-    half = 1.959964 * math.hypot(mean_stderr([1, 1, 1, 0]).stderr, tuned.stderr)
-    assert tuple(row.interval) == pytest.approx((-0.25 - half, -0.25 + half), abs=1e-6)
-    assert not row.paired
-    assert row.p_value is None
-
-
-def test_a_single_item_has_an_unknown_interval() -> None:
-    row = fl.compare({"facts": answers(1)}, {"facts": answers(0)})["facts"]
-    assert math.isnan(row.interval.low)
-    assert row.is_noise
-    assert row.to_json()["low"] is None
-
-
-def test_equal_scores_of_zero_are_no_forgetting() -> None:
-    zero = documents([0.0, 0.0], [3, 4], name="kl")
-    row = fl.compare({"kl": zero}, {"kl": zero})["kl"]
-    assert tuple(row.interval) == (0, 0)
-    assert math.isnan(row.retention)
-    assert row.p_value is None
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"fingerprint": "0" * 16}, "differs between the two.*evaluate both models with the same"),
-        ({"metric": "f1"}, "accuracy over 3 items.* against f1 over 3 items"),
-        ({"items": answers(1, 0).items}, "items of the two are not the same"),
-        ({"items": tuple(replace(i, weight=2.0) for i in answers(1, 0, 1).items)}, "tokenizer"),
-    ],
-)
-def test_what_must_not_be_compared_is_refused(change: dict[str, Any], message: str) -> None:
-    base = answers(1, 1, 0)
-    with pytest.raises(UserError, match=message):
-        fl.compare({"facts": base}, {"facts": replace(base, **change)})
-
-
-def test_tasks_of_one_side_are_named_and_not_compared() -> None:
-    base = fl.Scores([answers(1, 0), answers(1, 1, name="more")])
-    tuned = fl.Scores([answers(1, 1), answers(0, 1, name="other")])
-    comparison = fl.compare(base, tuned)
-    assert [row.task for row in comparison] == ["facts"]
-    assert comparison.unmatched == ("more", "other")
-    assert "not compared, scored once only: more, other" in str(comparison)
-    with pytest.raises(UserError, match="no task in common: the base has facts, the other none"):
-        fl.compare({"facts": answers(1)}, {})
-    with pytest.raises(KeyError):
-        comparison["more"]
-
-
-def test_a_comparison_reads_well_and_is_json() -> None:
-    base = fl.Scores([answers(*[1] * 9, 0), documents([2.0, 3.0], [10, 30])])
-    tuned = fl.Scores([answers(*[1] * 6, *[0] * 3, 1), documents([2.5, 2.9], [10, 30])])
-    comparison = fl.compare(base, tuned)
-    lines = str(comparison).splitlines()
-    assert " ".join(lines[0].split()) == "task metric base score difference 95 % left lost gained"
-    assert lines[1].split()[:5] == ["facts", "accuracy", "0.9000", "0.7000", "-0.2000"]
-    assert lines[1].split()[-4:] == ["77.8", "%", "3", "1"]
-    assert lines[2].split()[-2:] == ["-", "-"]
-    data = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
-    assert data["rows"][0]["lost"] == ["q6", "q7", "q8"]
-    assert len(comparison) == 2
 
 
 # ---------------------------------------------------------------------------------- scores
@@ -214,6 +101,10 @@ def test_a_real_model_end_to_end(stories: tuple[nn.Module, Any], tmp_path: Path)
     row = fl.compare(base, final)["perplexity"]
     assert row.forgetting > 0
     assert final["kl"].value > 0
+    switched_off = fl.evaluate(tuned, tasks[0], tokenizer, as_base=True)
+    assert switched_off["perplexity"].items == base["perplexity"].items
+    with pytest.raises(UserError, match="as_base needs a PeftModel, got LlamaForCausalLM"):
+        fl.evaluate(FAMILIES["llama"].model(), tasks[0], tokenizer, as_base=True)
 
 
 def test_evaluate_refuses_before_any_work() -> None:

@@ -117,6 +117,63 @@ def test_degenerate_weights(name: str, what: str) -> None:
     assert result.B.isfinite().all()
 
 
+def moment_of(what: str, size: int) -> Tensor:
+    """The second moment of degenerate activations."""
+    X = inputs((1, size), 9)["second_moment"]
+    return {
+        "no activation": torch.zeros(size, size),
+        "one constant activation": torch.ones(size, size),
+        "fewer tokens than inputs": X[:, :2] @ X[:2],
+        "repeated eigenvalues": torch.eye(size),
+        "one dead input": torch.eye(size).index_fill(0, torch.tensor([0]), 0.0),
+        "one massive activation": X.index_fill(0, torch.tensor([0]), 0.0)
+        .index_fill(1, torch.tensor([0]), 0.0)
+        .add(torch.diag(torch.tensor([1e12] + [0.0] * (size - 1)))),
+    }[what].double()
+
+
+DEGENERATE = (
+    "no activation",
+    "one constant activation",
+    "fewer tokens than inputs",
+    "repeated eigenvalues",
+    "one dead input",
+    "one massive activation",
+)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("what", DEGENERATE)
+@pytest.mark.parametrize(("shape", "rank"), [((6, 5), 3), ((5, 6), 5), ((1, 6), 1)])
+def test_degenerate_activations(name: str, what: str, shape: tuple[int, int], rank: int) -> None:
+    """A finite start that adds up to the weight; the frozen space of a null method is a null space.
+
+    Whatever the activations are, so that a dead layer does not stop a model from being started.
+    """
+    given = inputs(shape, 2)
+    moment = moment_of(what, shape[1])
+    moment = (moment + moment.mT) / 2
+    given |= {"second_moment": moment, "task_moment": moment, "gradient": torch.zeros(shape)}
+    result = start(name, given, rank, 2.0)
+    assert result.A.isfinite().all()
+    assert result.B.isfinite().all()
+    torch.testing.assert_close(result.residual + result.start, given["W"])
+    if name == "lora_null_zero":
+        least = torch.linalg.eigvalsh(moment)[:rank].sum()
+        leak = (result.A @ moment @ result.A.mT).trace()
+        torch.testing.assert_close(leak, least, atol=1e-3 if moment.max() > 1e9 else 1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_are_refused_by_name(name: str, bad: float) -> None:
+    for what in ("W", *sorted(METHODS[name].needs)):
+        given = inputs((5, 5), 3)
+        given[what][2, 3] = bad
+        with pytest.raises(ValueError, match=f"{what} holds NaN or infinity"):
+            start(name, given, 2)
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weights(name: str, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from forgetless.core import decompose
 from forgetless.methods import METHODS
+from forgetless.methods.eva import redistribute_ranks
 
 OUT, IN, TOKENS, RANK = 14, 10, 40, 3
 
@@ -60,6 +61,19 @@ def test_identity_of_pissa() -> None:
     torch.testing.assert_close(start.residual.norm(), S[RANK:].norm())
     torch.testing.assert_close(torch.linalg.matrix_norm(start.residual, 2), S[RANK])
     balanced(start.A, start.B)
+
+
+def test_randomised_pissa_nears_the_exact_one() -> None:
+    exact = decompose(W, RANK, "pissa", scaling=2.0)
+    quick = decompose(W, RANK, "pissa", scaling=2.0, niter=24, seed=1)
+    torch.testing.assert_close(quick.start, exact.start, atol=1e-4, rtol=0)
+    balanced(quick.A, quick.B)
+    rough = [decompose(W, RANK, "pissa", niter=0, seed=seed).A for seed in (1, 1, 2)]
+    assert torch.equal(rough[0], rough[1])
+    assert not torch.equal(rough[0], rough[2])
+    for niter in (-1, 1.5, "2"):
+        with pytest.raises(ValueError, match="niter must be a whole number"):
+            decompose(W, RANK, "pissa", niter=niter)
 
 
 def test_identity_of_milora() -> None:
@@ -208,6 +222,30 @@ def test_identity_of_eva() -> None:
     assert not start.B.any()
     energies = (X @ start.A.mT).square().sum(0)
     torch.testing.assert_close(energies, torch.linalg.svdvals(X)[:RANK].square())
+
+
+def test_whitened_eva_gives_entries_of_the_same_size() -> None:
+    start = decompose(W, RANK, "eva", second_moment=C, whiten=True)
+    torch.testing.assert_close(start.A @ C @ start.A.mT, torch.eye(RANK).to(C))
+    nothing = decompose(W, RANK, "eva", second_moment=torch.zeros_like(C), whiten=True)
+    orthonormal(nothing.A)
+
+
+EIGENVALUES = {
+    "one direction": torch.tensor([10.0, 0.1, 0.1, 0.1]),
+    "many": torch.tensor([1.0, 1.0, 1.0, 1.0]),
+    "nothing": torch.zeros(4),
+}
+
+
+def test_ranks_go_where_few_directions_explain_much() -> None:
+    expected = {"one direction": 2, "many": 4, "nothing": 0}
+    assert redistribute_ranks(EIGENVALUES, 2) == expected
+    assert redistribute_ranks(EIGENVALUES, 2, rho=1.0) == dict.fromkeys(EIGENVALUES, 2)
+    one, many = EIGENVALUES["one direction"], EIGENVALUES["many"]
+    assert redistribute_ranks({"a": one, "b": many}, {"a": 3, "b": 1}) == {"a": 2, "b": 2}
+    with pytest.raises(ValueError, match="rho"):
+        redistribute_ranks(EIGENVALUES, 2, rho=0.5)
 
 
 def test_identity_of_olora() -> None:

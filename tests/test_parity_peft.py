@@ -169,6 +169,64 @@ def test_lora_ga(use_rslora: bool) -> None:
     )
 
 
+@both_scalings
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
+@pytest.mark.parametrize(
+    ("scale", "theirs"),
+    [
+        ("peft", "stable"),
+        ("weight_svd", "weight_svd"),
+        ("gd_scale", "gd_scale"),
+        ("unit", "unit"),
+    ],
+)
+def test_lora_ga_in_every_scale_and_direction(
+    scale: str, theirs: str, direction: str, use_rslora: bool
+) -> None:
+    model = Network()
+    weights = model.weights
+    config = configuration(
+        "lora_ga", use_rslora, lora_ga_config=LoraGAConfig(direction=direction, scale=theirs)
+    )
+    gradients = {}
+
+    def train_step() -> None:
+        x = torch.randn(64, 20, generator=torch.Generator().manual_seed(1))
+        model(x).square().mean().backward()
+        gradients.update({name: getattr(model, name).weight.grad.clone() for name in NAMES})
+
+    preprocess_loraga(model, config, train_step)
+    compare(
+        starts(model, config),
+        lambda layer, s: decompose(
+            weights[layer],
+            RANK,
+            "lora_ga",
+            s,
+            gradient=gradients[layer],
+            scale=scale,
+            direction=direction,
+        ),
+        # They estimate ‖W‖₂ by a randomised SVD that is up to 0.1 % too small.
+        tolerance=2e-3 if scale == "weight_svd" else 1e-4,
+        signed_terms=False,
+    )
+
+
+@both_scalings
+def test_randomised_pissa(use_rslora: bool) -> None:
+    """Up to what theirs misses, which draws no more columns than it keeps."""
+    weights = Network().weights
+    torch.manual_seed(0)
+    for name, their in starts(Network(), configuration("pissa_niter_32", use_rslora)).items():
+        our = decompose(weights[name], RANK, "pissa", their.scaling, niter=32)
+        close(our.start, their.scaling * their.B @ their.A, 2e-2)
+        best = decompose(weights[name], RANK, "pissa").residual.norm()
+        assert our.residual.norm() <= their.base.norm() * (1 + 1e-6)
+        assert our.residual.norm() <= 1.001 * best
+
+
 def test_eva() -> None:
     """The components of PEFT's incremental PCA, from the moment of centred activations."""
     mixing = torch.randn(12, 12, generator=torch.Generator().manual_seed(1))

@@ -219,6 +219,26 @@ def test_the_id_is_the_same_in_another_process(tiny_recipe: dict[str, Any]) -> N
     assert found.stdout.strip() == run_id(tiny_recipe)
 
 
+def test_the_shares_of_replay_decide_the_run(tiny_recipe: dict[str, Any], tiny_files: Path) -> None:
+    new, old = str(tiny_files / "train.jsonl"), str(tiny_files / "test.jsonl")
+
+    def with_replay(share: float) -> str:
+        sources = [{"path": new, "weight": 1 - share}, {"path": old, "weight": share}]
+        return run_id(tiny_recipe, **{"data.train": sources})
+
+    assert with_replay(0.1) == with_replay(0.1)
+    assert len({run_id(tiny_recipe), with_replay(0.1), with_replay(0.2)}) == 3
+
+
+def test_penalties_decide_the_run(tiny_recipe: dict[str, Any], tiny_files: Path) -> None:
+    def penalised(**settings: Any) -> str:
+        return run_id(tiny_recipe, penalties=[{"kind": "kl", "weight": 1, **settings}])
+
+    texts = [str(tiny_files / name) for name in ("old.txt", "test.jsonl")]
+    ids = {run_id(tiny_recipe), penalised(), penalised(weight=2)}
+    assert len(ids | {penalised(source=text) for text in texts}) == 5
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 NAN = float("nan")
@@ -244,8 +264,10 @@ FORM_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"base": ""}, "base: must be text that is not empty, got ''"),
     ({"data": None}, "data: must be a mapping of keys to values, got nothing"),
     ({"data": {}}, "data.train: missing; every recipe needs it"),
-    ({"data.train": None}, "data.train: must be text, got nothing"),
-    ({"data.train": NAN}, "data.train: must be text, got nan"),
+    ({"data.train": None}, "data.train: must be a file or a list of {path: file, weight"),
+    ({"data.train": NAN}, "data.train: must be a file or a list of {path: file, weight"),
+    ({"data.train": [{"path": "a", "weight": 0}]}, "data.train: must be a file or a list of"),
+    ({"data.train": [{"path": "a"}]}, "data.train: must be a file or a list of"),
     ({"data.pack": "perhaps"}, "data.pack: must be 'auto', true or false, got 'perhaps'"),
     ({"export.rank": "half"}, "export.rank: must be 'exact', 'requested' or a whole number"),
     ({"tasks.learning": "sums"}, "tasks.learning: must be a list, got 'sums'"),
@@ -282,10 +304,19 @@ CONTENT_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"adapter.target_modules": ["nope"]}, "adapter.target_modules: target_modules ['nope']"),
     ({"adapter.target_modules": "(["}, "is no regular expression"),
     ({"data.train": "absent.jsonl"}, "data.train: no such file: absent.jsonl"),
-    ({"data.format": "messages"}, "'messages' given, but the data is 'prompt_completion'"),
+    (
+        {"data.train": [{"path": "absent.jsonl", "weight": 1}]},
+        "data.train: no such file: absent.jsonl",
+    ),
+    ({"data.format": "messages"}, "train.jsonl is 'prompt_completion'"),
     (
         {"adapter.method": "lora_null_v1", "calibration.source": "absent.txt"},
         "calibration.source: no such file: absent.txt",
+    ),
+    ({"penalties": [{"kind": "l3", "weight": 1}]}, "penalties.0: unknown penalty 'l3'"),
+    (
+        {"penalties": [{"kind": "kl", "weight": 1, "source": "absent.txt"}]},
+        "penalties.0: no such file: absent.txt",
     ),
     ({"tasks.learning": ["pocket_recal"]}, "tasks.learning.0: unknown task 'pocket_recal'"),
     ({"tasks.learning": [{"kind": "perplexity"}]}, "task 'perplexity' needs a 'path'"),

@@ -25,13 +25,17 @@ import yaml
 from rich.console import Console
 
 from forgetless import store
-from forgetless.reports import report, summary
+from forgetless.errors import UserError
+from forgetless.metrics import detectable_change, paired_proportions_interval
+from forgetless.reports import report, summary, write_evaluation
 from forgetless.reports.arms import gather
+from forgetless.reports.changes import find_changes
 from forgetless.reports.evidence import read
 from forgetless.reports.flips import find
 from forgetless.reports.intervals import Estimate, over_items, over_seeds, t_95, wilson
 from forgetless.reports.standing import standing
 from forgetless.reports.words import Answer, answer
+from forgetless.tasks.base import Item, TaskResult
 
 # ------------------------------------------------------------------------------ made-up studies
 
@@ -629,3 +633,188 @@ def test_folders_that_hold_no_study_say_what_to_give(tmp_path: Path) -> None:
 def test_the_report_needs_no_torch() -> None:
     code = "import sys, forgetless.reports; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------ before and after, probes
+
+
+def cells_of(page: str, task: str, arm: str) -> list[str]:
+    """The cells of an arm's row in the table of what changed on a task, as text."""
+    table = page[page.index(f'aria-label="Changes on {task}"') :]
+    rows = re.findall(r"<tr>.*?</tr>", table[: table.index("</table>")])
+    row = next(row for row in rows if f">{arm}<" in row or f"{arm}</span>" in row)
+    return [html.unescape(re.sub(r"<[^>]+>", " ", cell)).split() for cell in row.split("</td>")]  # type: ignore[misc]
+
+
+def test_what_changed_stands_with_interval_test_and_words(tmp_path: Path) -> None:
+    """100 facts, 96 known, 57 after: 39 lost."""
+    sheets = [
+        Sheet("recall", "forgetting", 0.96, {"lora": 0.57}, 100, questions=facts(100)),
+        Sheet("kl", "forgetting", 0.0, {"lora": 0.7}, 100, "kl", higher_is_better=False),
+    ]
+    folder = make_study(tmp_path / "s", sheets, ["lora"])
+    scores = folder / "lora-00" / "scores" / "final" / "kl.json"
+    extra = {"reverse_kl": 0.9, "top1_agreement": 0.625, "perplexity_ratio": 1.5}
+    write_json(scores, {**json.loads(scores.read_text()), "extra": extra})
+    page = plain(report(folder).read_text())
+    row = [" ".join(cell) for cell in cells_of(page, "recall", "lora")]
+    expected = paired_proportions_interval(39, 0, 100)
+    ends = f"{100 * expected.low:+.1f} to {100 * expected.high:+.1f}".replace("-", "−")
+    assert row[:8] == [
+        "lora 96.0 → 57.0 %",
+        f"−39.0 {ends}",
+        "clearly worse",
+        "59.4 %",
+        "39",
+        "0",
+        "< 0.001",
+        f"{100 * detectable_change(100, 0.39):.1f}",
+    ]
+    distance = [" ".join(cell) for cell in cells_of(page, "kl", "lora")]
+    assert distance[0].startswith("lora 0.700")
+    assert distance[1:4] == ["0.900", "62.5 %", "× 1.50"]
+
+
+def test_several_seeds_get_the_interval_of_their_differences(tmp_path: Path) -> None:
+    sheets = [Sheet("recall", "forgetting", 0.9, {"lora": 0.5}, 100, questions=facts(100))]
+    folder = make_study(tmp_path / "s", sheets, ["lora"], seeds=(0, 1, 2), spread=0.05)
+    evidence = read(folder)
+    [of_task] = find_changes(evidence, gather(evidence))
+    [change] = of_task.changes
+    differences = [row.difference for row in change.rows]
+    assert len(set(differences)) > 1
+    assert change.interval == pytest.approx(
+        over_seeds(differences, [None], None, is_share=False).ends
+    )
+    assert "McNemar" not in report(folder).read_text()
+
+
+def test_scores_of_two_versions_of_a_task_are_not_compared(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s", two_sheets({"lora": 0.8}, {"lora": 0.45}), ["lora"])
+    scores = folder / "lora-00" / "scores" / "final" / "recall.json"
+    write_json(scores, {**json.loads(scores.read_text()), "fingerprint": "other"})
+    evidence = read(folder)
+    assert [found.task.name for found in find_changes(evidence, gather(evidence))] == ["problems"]
+
+
+def test_the_averages_of_the_papers_name_what_is_missing(tmp_path: Path) -> None:
+    names = ("hellaswag", "arc_challenge", "winogrande", "triviaqa")
+    sheets = [Sheet(name, "forgetting", 0.6, {"lora": 0.3}) for name in names]
+    page = report(make_study(tmp_path / "s", sheets, ["lora"])).read_text()
+    table = page[page.index('aria-label="Averages of the papers"') :]
+    table = table[: table.index("</table>")]
+    assert "Biderman mean" in table
+    assert "0.6000" in table
+    assert "0.3000" in table
+    assert "no nq_open, webqs" in table
+
+
+def test_several_answers_to_each_question_stand_beside_those_of_the_base(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s", two_sheets({"lora": 0.8}, {"lora": 0.45}), ["lora"])
+    for phase, share in (("base", 0.125), ("final", 0.25)):
+        scores = folder / "lora-00" / "scores" / phase / "problems.json"
+        extra = {"pass@10": 3 * share, "pass@2": share, "distinct_1": 0.5, "tokens": 9}
+        write_json(scores, {**json.loads(scores.read_text()), "extra": extra})
+    page = report(folder).read_text()
+    section = page[page.index("Several answers to each question") :]
+    section = re.sub(r"<[^>]+>", " ", section[: section.index("</table>")])
+    told = " ".join(section.split("differ.")[1].split())
+    expected = "problems arm distinct 1 pass@2 pass@10 base 0.5 0.125 0.375 lora 0.5 0.25 0.75"
+    assert told == expected
+
+
+def probed(folder: Path, **event: Any) -> Path:
+    """A study of one run that was probed on its way, and ended by its budget if one is given."""
+    make_study(folder, two_sheets({"lora": 0.8}, {"lora": 0.45}), ["lora"])
+    run = folder / "lora-00"
+    with (run / "log.jsonl").open("a") as log:
+        for step in (0, 100, 200):
+            values = {"learning/loss": 3.0 - step / 100, "forgetting/kl": step / 1000}
+            log.write(json.dumps({"step": step, "probe": values, "probe_seconds": 0.1}) + "\n")
+    record = json.loads((run / "run.json").read_text())
+    record["training"]["exceeded"] = event or None
+    write_json(run / "run.json", record)
+    return folder
+
+
+def test_probes_are_drawn_and_do_not_stand_in_the_loss(tmp_path: Path) -> None:
+    folder = probed(tmp_path / "s")
+    index = report(folder)
+    page = index.read_text()
+    content = json.loads(page[page.index('id="data">') + 10 :].split("</script>")[0])
+    [run] = content["probes"]
+    assert run["values"]["forgetting/kl"] == [[0, 0.0], [100, 0.1], [200, 0.2]]
+    assert len(content["curves"][0]["points"]) == 30
+    assert 'id="probes-chart"' in page
+    assert (index.parent / "figures" / "probes.svg").exists()
+    assert "budget of forgetting" not in page
+    without = report(make_study(tmp_path / "t", two_sheets({"lora": 0.8}, {}), ["lora"]))
+    assert 'id="probes-chart"' not in without.read_text()
+
+
+def test_a_budget_that_ended_a_training_is_told(tmp_path: Path) -> None:
+    event = {
+        "limit": "max_kl", "allowed": 0.15, "probe": "kl", "value": 0.2,
+        "step": 200, "action": "rollback", "kept_step": 100,
+    }  # fmt: skip
+    folder = probed(tmp_path / "s", **event)
+    assert (
+        "`lora` went over its budget of forgetting at step 200, with a distance from the base of "
+        "0.200 on kl where 0.15 was allowed, and went back to step 100, the last one inside."
+    ) in words_of(folder).sentences
+
+
+def test_probes_without_a_budget_tell_no_arms_apart(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s", two_sheets({"lora": 0.8}, {"lora": 0.4}), ["lora"], (0, 1))
+    recipe = folder / "lora-01" / "recipe.yaml"
+    watched = yaml.safe_load(recipe.read_text()) | {"probes": {"forgetting": ["a"], "every": 5}}
+    recipe.write_text(yaml.safe_dump(watched))
+    assert len(gather(read(folder))) == 1
+    watched["probes"]["max_kl"] = 0.1
+    recipe.write_text(yaml.safe_dump(watched))
+    assert len(gather(read(folder))) == 2
+
+
+def test_the_question_of_a_prompt_is_shown_and_not_its_examples(tmp_path: Path) -> None:
+    capitals = {"Chile": "Santiago", "Peru": "Lima"}.items()
+    asked = [(f"Q: One?\nA: 1\n\nQ: What is {c}'s capital?\nA:", a) for c, a in capitals]
+    sheet = Sheet("recall", "forgetting", 1.0, {"lora": 0.5}, 2, questions=asked)
+    evidence = read(make_study(tmp_path / "s", [sheet], ["lora"]))
+    [flips] = find(evidence, gather(evidence))
+    assert flips.questions["0"] == ("What is Chile's capital?", "Santiago")
+
+
+def scored(right: Sequence[bool]) -> dict[str, TaskResult]:
+    """Scores of one task, right and wrong as told."""
+    items = tuple(
+        Item(str(i), question, answer, answer if ok else "Atlantis", float(ok))
+        for i, (ok, (question, answer)) in enumerate(zip(right, facts(len(right)), strict=True))
+    )
+    value = sum(right) / len(right)
+    result = TaskResult("recall", "accuracy", value, 0.1, len(right), True, "f", 1.0, items)
+    return {"recall": result}
+
+
+def test_an_evaluation_becomes_a_page_that_names_what_was_lost(tmp_path: Path) -> None:
+    before, after = scored([True] * 20), scored([i >= 8 for i in range(20)])
+    command = "forgetless eval pocket --adapter tuned --tasks recall --report page"
+    write_evaluation(
+        tmp_path / "page", "pocket", tmp_path / "tuned", before, after, command=command
+    )
+    page = plain(report(tmp_path / "page").read_text())
+    assert "kept 60.0 % of what the base knew." in page
+    assert "Atlantis" in page
+    assert command in page
+    for absent in ('id="plane"', 'id="curves"', "forgetless run", " seed"):
+        assert absent not in page[: page.index('id="data"')]
+    # A second adapter stands beside the first; the first one's scores may be written again.
+    for name in ("tuned", "other"):
+        write_evaluation(tmp_path / "page", "pocket", tmp_path / name, before, before)
+    evidence = read(tmp_path / "page")
+    assert sorted(arm.label for arm in gather(evidence)) == ["other", "tuned"]
+
+
+def test_an_evaluation_is_not_written_into_a_study(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s", two_sheets({"lora": 0.8}, {}), ["lora"])
+    with pytest.raises(UserError, match="holds something else; give a new folder"):
+        write_evaluation(folder, "pocket", "tuned", scored([True]), scored([True]))

@@ -199,6 +199,20 @@ def test_a_new_task_trains_nothing(tiny_recipe: dict[str, Any], done: Run) -> No
     assert "kl" not in scores_of(again)
 
 
+def test_replay_is_part_of_the_training(
+    tiny_recipe: dict[str, Any], tiny_files: Path, tmp_path: Path
+) -> None:
+    sources = [
+        {"path": str(tiny_files / "train.jsonl"), "weight": 0.75},
+        {"path": str(tiny_files / "old.txt"), "weight": 0.25},
+    ]
+    recipe = Recipe.parse(tiny_recipe, {"data.train": sources, "training.steps": 8})
+    done = run(recipe, tmp_path)
+    assert done.record["status"] == "done"
+    alone = run(recipe.override({"data.train": sources[0]["path"]}), tmp_path)
+    assert scores_of(done)["prose"] < scores_of(alone)["prose"]
+
+
 def test_a_changed_task_of_the_same_name_is_measured_again(
     tiny_recipe: dict[str, Any], done: Run
 ) -> None:

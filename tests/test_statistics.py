@@ -338,16 +338,17 @@ def calls(module: nn.Module) -> list[int]:
     return made
 
 
-def test_forwards_stop_after_the_last_needed_block() -> None:
+def test_forwards_stop_at_the_last_needed_layer() -> None:
     model = FAMILIES["llama"].model()
     batches = batched(examples("llama"), 2)
-    head, second = calls(model.lm_head), calls(model.model.layers[1])
+    mlp = model.model.layers[1].mlp
+    head, up, down = calls(model.lm_head), calls(mlp.up_proj), calls(mlp.down_proj)
     collect(model, batches)
-    assert (len(head), len(second)) == (1, 3)  # the first batch teaches the order
+    assert (len(head), len(up), len(down)) == (1, 3, 1)  # the first batch teaches the order
     collect(
         model, batches, [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.up_proj")]
     )
-    assert (len(head), len(second)) == (2, 4)
+    assert (len(head), len(up), len(down)) == (2, 4, 2)
 
 
 def test_a_budget_takes_as_many_layers_a_pass_as_fit() -> None:
@@ -361,13 +362,48 @@ def test_a_budget_takes_as_many_layers_a_pass_as_fit() -> None:
         assert len(embeddings) == 1 + 3 * passes
 
 
+def test_passes_go_on_from_the_hidden_states_of_the_one_before() -> None:
+    model = FAMILIES["llama"].model()
+    batches = batched(examples("llama"), 2)
+    first, second = (calls(block.mlp.down_proj) for block in model.model.layers)
+    collect(model, batches, memory_budget=43008)  # a pass a block
+    assert (len(first), len(second)) == (1 + 3, 1 + 3)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Sidelong(nn.Module):
+    """Blocks of which the third also reads what the first has left behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
+        self.blocks[0].register_forward_hook(self._leave)
+        self.left = torch.zeros(6)
+
+    def _leave(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.left = args[0].mean(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            x = block(x + self.left if index == 2 else x)
+        return x
+
+
+def test_a_model_whose_blocks_share_more_than_states_runs_the_whole_way(seeded: int) -> None:
+    model = Sidelong()
+    batches = [{"x": torch.randn(9, 6)} for _ in range(3)]
+    expected = reference(model, batches)
+    in_passes = collect(model, batches, memory_budget=8 * 36)
+    assert error(in_passes, expected) < 1e-6
+
+
 def test_finished_passes_wait_in_a_folder_that_goes_with_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     statistics = collect(FAMILIES["llama"].model(), [language_batch()], memory_budget="20KiB")
     name = "model.layers.1.mlp.down_proj"
-    assert len(list(tmp_path.glob("*/*.safetensors"))) == 6
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 8
     moment = statistics[name].second_moment
     expected = moment.clone()
     del statistics

@@ -191,6 +191,7 @@ def test_a_row_holds_every_column(tmp_path: Path) -> None:
         "weight_decay": 0.1,
         "target_modules": "q_proj v_proj",
         "higher_is_better": True,
+        "retention_uncapped": pytest.approx(0.75),
     }
 
 
@@ -207,6 +208,27 @@ def test_a_share_of_nothing_is_not_measured(tmp_path: Path) -> None:
     (row,) = store.results(tmp_path)
     assert row["score"] == 0.3
     assert row["retention"] is None
+
+
+@pytest.mark.parametrize(
+    ("scores", "higher", "capped", "uncapped"),
+    [
+        ((0.5, 0.6), True, 1.0, 1.2),
+        ((2.0, 4.0), False, 0.5, 0.5),
+        ((2.0, 0.0), False, 1.0, None),
+        ((-3.0, -4.0), True, None, None),
+    ],
+)
+def test_a_gain_counts_in_one_column_only(
+    tmp_path: Path,
+    scores: tuple[float, float],
+    higher: bool,
+    capped: float | None,
+    uncapped: float | None,
+) -> None:
+    _write_run(tmp_path, "pissa-1", {"task": scores}, higher=higher)
+    (row,) = store.results(tmp_path)
+    assert (row["retention"], row["retention_uncapped"]) == (capped, uncapped)
 
 
 def test_rows_come_in_the_order_of_the_study(tmp_path: Path) -> None:

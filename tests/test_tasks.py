@@ -34,9 +34,8 @@ from forgetless.tasks import (
     make_task,
     make_tasks,
 )
-from forgetless.tasks import likelihood as likelihood_module
 from forgetless.tasks.generation import generate
-from forgetless.tasks.likelihood import divergences, losses
+from forgetless.tasks.likelihood import losses
 from tests.families import FAMILIES, VOCAB
 
 CHARACTERS = "\n" + "".join(chr(i) for i in range(32, 127))[: VOCAB - 4]
@@ -207,7 +206,6 @@ def test_models_that_do_not_continue_text_are_refused(
     for score in (
         lambda: generate(model, tokenizer, ["x"], max_new_tokens=2),
         lambda: losses(model, [[1, 2]], max_length=8, stride=4),
-        lambda: divergences(model, [[1, 2]], max_length=8, reference=model),
     ):
         with pytest.raises(UserError, match=f"causal language model, got {type(model).__name__}"):
             score()
@@ -315,93 +313,6 @@ def test_a_single_document_has_its_windows_as_items(
     assert sum(item.weight for item in result.items) == len(path.read_text())
 
 
-# ---------------------------------------------------------------------------------- divergences
-
-
-def divergence_of(base: nn.Module, tuned: nn.Module, ids: list[int]) -> float:
-    """KL(base || tuned) summed over one text, in float64."""
-    with torch.no_grad():
-        p, q = (
-            m(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)))
-            .logits[0]
-            .double()
-            .log_softmax(-1)
-            for m in (base, tuned)
-        )
-    return float((p.exp() * (p - q)).sum())
-
-
-ROWS = [[5, 6, 7, 8, 9, 10, 11], [30, 31], list(range(3, 60)), [9]]
-
-
-@pytest.mark.parametrize("family", CAUSAL)
-def test_divergence_is_the_formula_whatever_the_batch(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, tuned = FAMILIES[family].model(), FAMILIES[family].model(seed=1)
-    expected = [divergence_of(base, tuned, row) for row in ROWS]
-    for batch_size, chunk in [(1, 1 << 21), (3, 200), (None, 1), (None, 1 << 21)]:
-        monkeypatch.setattr(likelihood_module, "_CHUNK_LOGITS", chunk)
-        found = divergences(tuned, ROWS, max_length=64, reference=base, batch_size=batch_size)
-        assert [piece.total for piece in found] == pytest.approx(expected, rel=1e-5)
-        assert [piece.tokens for piece in found] == [7, 2, 57, 1]
-
-
-def test_divergence_by_hand() -> None:
-    base = Table(torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log())
-    tuned = Table(torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log())
-    (piece,) = divergences(tuned, [[0, 1, 0]], max_length=8, reference=base)
-    assert piece.total == pytest.approx(2 * (0.25 * math.log(0.5) + 0.75 * math.log(1.5)))
-    never = Table(torch.tensor([[0.0, 1.0], [0.5, 0.5]]).log())
-    (piece,) = divergences(tuned, [[0]], max_length=8, reference=never)
-    assert piece.total == pytest.approx(math.log(2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_divergence_of_a_fresh_adapter_is_exactly_zero(dtype: torch.dtype) -> None:
-    model = adapted(moved=False).to(dtype)
-    found = divergences(model, ROWS, max_length=16)
-    assert all(piece.total == 0.0 for piece in found)
-
-
-def test_the_reference_of_an_adapter_is_the_model_without_it() -> None:
-    model = adapted(moved=True)
-    without = divergences(model, ROWS, max_length=64)
-    with_base = divergences(model, ROWS, max_length=64, reference=FAMILIES["llama"].model())
-    assert [p.total for p in without] == pytest.approx([p.total for p in with_base], rel=1e-5)
-    assert min(piece.total for piece in without) > 1e-3
-
-
-def test_memory_is_bounded_by_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    model = FAMILIES["llama"].model()
-    model.register_forward_hook(lambda *call: seen.append(call[2].logits.numel()))
-    monkeypatch.setattr(likelihood_module, "_BATCH_LOGITS", 2 * 20 * VOCAB)
-    found = divergences(model, [[5] * 20] * 7, max_length=20, reference=model)
-    assert len(found) == 7
-    assert max(seen) <= 2 * 20 * VOCAB
-
-
-def test_long_texts_are_cut_and_short_ones_are_items(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    model = adapted(moved=True)
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "one"}\n{"prompt": "a second prompt"}\n')
-    result = KL(path, max_length=5).evaluate(model, tokenizer)
-    assert [item.prompt for item in result.items] == ["one", "a second prompt"]
-    assert [item.weight for item in result.items] == [4, 16]
-    assert (result.metric, result.n, result.extra["tokens"]) == ("kl", 2, 20)
-
-
-def test_divergence_needs_the_base_it_was_made_from(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = FAMILIES["llama"].model()
-    with pytest.raises(UserError, match=r"pass reference=base, or a PeftModel.* got LlamaFor"):
-        divergences(model, ROWS, max_length=8)
-    with pytest.raises(UserError, match=f"has 4 tokens in its vocabulary and the model {VOCAB}"):
-        divergences(model, [[1, 2]], max_length=8, reference=Table(torch.zeros(4, 4)))
-
-
 # ---------------------------------------------------------------------------------- every task
 
 
@@ -409,14 +320,26 @@ def test_divergence_needs_the_base_it_was_made_from(tokenizer: PreTrainedTokeniz
 def every_task(tmp_path: Path) -> list[Task]:
     path = tmp_path / "some.jsonl"
     path.write_text('{"text": "some text"}\n{"text": "and some more of it"}\n')
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question": f"{a}+1?", "choices": [a, a + 1, "no"], "answer": "B"} for a in range(5)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return make_tasks(
         [
             {"kind": "pocket_recall", "limit": 9, "max_new_tokens": 4},
             {"kind": "pocket_problems", "limit": 3, "max_new_tokens": 4},
             {"kind": "perplexity", "path": str(path)},
             {"kind": "kl", "path": str(path)},
+            {"kind": "multiple_choice", "path": str(questions)},
+            {"kind": "generate", "path": str(questions), "max_new_tokens": 4},
         ]
     )
+
+
+TESTED_ELSEWHERE = {
+    *("lm_eval", "humaneval", "mbpp", "diversity"),
+    *("pocket_choice", "pocket_functions", "pocket_series"),
+}
+"""Kinds whose own test files check what is checked here of the others."""
 
 
 def long_context(model: Any) -> Any:
@@ -426,7 +349,7 @@ def long_context(model: Any) -> Any:
 
 
 def test_every_kind_is_in_the_list_of_tests(every_task: list[Task]) -> None:
-    assert {task.name for task in every_task} == set(TASKS)
+    assert {task.name for task in every_task} == set(TASKS) - TESTED_ELSEWHERE
 
 
 def test_tasks_leave_the_model_as_it_was(
@@ -666,7 +589,7 @@ def test_kinds_describe_themselves() -> None:
 
 def test_no_torch_until_a_task_is_evaluated() -> None:
     code = (
-        "import sys; from forgetless.evaluation import compare; from forgetless.tasks import "
+        "import sys; from forgetless.comparison import compare; from forgetless.tasks import "
         "make_task; make_task('pocket_recall'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

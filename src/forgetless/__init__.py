@@ -10,23 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from forgetless.adapters import ExportReport, attach, export, load, save
+    from forgetless.comparison import Comparison, compare
     from forgetless.core import Decomposition, Factors, Method, decompose
-    from forgetless.evaluation import Comparison, Scores, compare, evaluate
+    from forgetless.evaluation import Scores, evaluate
     from forgetless.methods import METHODS
     from forgetless.recipe import Recipe
     from forgetless.reports import report
     from forgetless.runs import Run, run
     from forgetless.statistics import Statistics, collect
     from forgetless.studies import Study, study
+    from forgetless.training import ForgettingCallback
 
 __version__ = "0.1.0"
 
 _HOME = {
     "METHODS": "methods",
-    "Comparison": "evaluation",
+    "Comparison": "comparison",
     "Decomposition": "core",
     "ExportReport": "adapters",
     "Factors": "core",
+    "ForgettingCallback": "training",
     "Method": "core",
     "Recipe": "recipe",
     "Run": "runs",
@@ -35,7 +38,7 @@ _HOME = {
     "Study": "studies",
     "attach": "adapters",
     "collect": "statistics",
-    "compare": "evaluation",
+    "compare": "comparison",
     "decompose": "core",
     "evaluate": "evaluation",
     "export": "adapters",
@@ -52,6 +55,7 @@ __all__ = [
     "Decomposition",
     "ExportReport",
     "Factors",
+    "ForgettingCallback",
     "Method",
     "Recipe",
     "Run",

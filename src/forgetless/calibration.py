@@ -8,9 +8,18 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from forgetless.data import PLAIN_CHAT_TEMPLATE, Examples, from_rows, read_rows
+from forgetless.data import (
+    PLAIN_CHAT_TEMPLATE,
+    POCKET_SKILLS,
+    Examples,
+    from_rows,
+    load_examples,
+    read_rows,
+    tokenize,
+)
 from forgetless.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -19,7 +28,11 @@ if TYPE_CHECKING:
 
 SELF = "self"
 POCKET_KNOWLEDGE = "pocket:knowledge"
-POCKET_SOURCES = (POCKET_KNOWLEDGE, "pocket:problems", "pocket:problems:test")
+POCKET_FACTS = (POCKET_KNOWLEDGE, "pocket:held")
+POCKET_SOURCES = (
+    *POCKET_FACTS,
+    *(f"pocket:{skill}{split}" for skill in POCKET_SKILLS for split in ("", ":test")),
+)
 
 # What the keys and values of sequences sampled together may take; more at a time is faster.
 _CACHE_BYTES = 4 * 2**30
@@ -27,8 +40,16 @@ _SAMPLED_TOGETHER = range(8, 257)
 # A window needs fewer characters than this a token in nearly every language.
 _CHARACTERS_PER_TOKEN = 8
 
-_PROMPTS = ("prompt", "instruction", "question", "query", "problem")
-_ANSWERS = ("completion", "response", "output", "answer", "solution")
+_ANSWERS = {
+    "prompt": ("completion", "response"),
+    "instruction": ("output", "response"),
+    "question": ("answer",),
+    "query": ("response",),
+    "problem": ("solution",),
+}
+"""What a prompt may be called -> what its answer is called beside it."""
+
+T = TypeVar("T")
 
 
 def batches(
@@ -90,6 +111,45 @@ def batches(
     return _padded(windows, tokenizer.pad_token_id or 0, batch_size)
 
 
+def training_batches(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 256,
+    max_length: int = 512,
+    batch_size: int = 8,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Batches of training data as training sees it: one sequence a row, labels on what is learned.
+
+    Args:
+        path: what `forgetless.data.load_examples` reads.
+        tokenizer: the model's.
+        samples: how many sequences, drawn at random from a larger file.
+        max_length: tokens of the longest sequence; raw text is cut into pieces of it.
+        batch_size: sequences a batch; sequences of similar length go together.
+        limit: read no more than the first rows of the file.
+        seed: decides which sequences are drawn.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, (batch, tokens), padded on the right.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: a broken file, or nothing to learn within `max_length`.
+    """
+    from forgetless.training.batches import Padding, TokenRows
+
+    examples = load_examples(path, limit=limit)
+    rows = TokenRows(tokenize(examples, tokenizer, max_length=max_length, pack=False))
+    drawn = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))
+    longest_first = sorted((rows[i] for i in drawn), key=lambda row: -len(row["input_ids"]))
+    collate = Padding(tokenizer.pad_token_id or 0)
+    starts = range(0, len(longest_first), batch_size)
+    return [collate(longest_first[start : start + batch_size]) for start in starts]
+
+
 def fingerprint(source: str) -> str:
     """SHA-256 of what a source holds: the same for the same content, wherever it lies.
 
@@ -102,33 +162,49 @@ def fingerprint(source: str) -> str:
     return SELF if source == SELF else read_examples(source).fingerprint
 
 
-def read_examples(source: str) -> Examples:
+def read_examples(source: str | Path, limit: int | None = None) -> Examples:
     """The examples of a source other than "self"; a prompt without an answer is raw text.
+
+    Args:
+        source: what `forgetless.data.load_examples` reads, "pocket:knowledge", or "pocket:held",
+            the facts as questions in a phrasing that the base never saw.
+        limit: the first so many examples of a file; so many facts, evenly spread, of the pocket
+            world's.
 
     Raises:
         FileNotFoundError: there is no such file.
         UserError: an unknown source of the pocket world, or a broken or empty file.
     """
-    if source == POCKET_KNOWLEDGE:
-        from forgetless.pocket.knowledge import knowledge_text
+    source = str(source)
+    if source in POCKET_FACTS:
+        from forgetless.pocket import knowledge
 
-        return Examples("text", [{"text": text} for text in knowledge_text()], source)
+        held = [] if source == POCKET_KNOWLEDGE else knowledge.questions("held_out")
+        texts = [question.prompt for question in held] or knowledge.knowledge_text()
+        return Examples("text", [{"text": text} for text in spread(texts, limit)], source)
     if source.startswith("pocket:") and source not in POCKET_SOURCES:
         raise unknown("calibration source", source, (SELF, *POCKET_SOURCES))
-    rows = ((place, _as_example(row)) for place, row in read_rows(source))
+    rows = ((place, _as_example(row)) for place, row in read_rows(source, limit=limit))
     return from_rows(rows, source=source)
+
+
+def spread(values: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` of the values, evenly spread over them, in their order."""
+    count = len(values) if limit is None else min(limit, len(values))
+    return [values[i * len(values) // count] for i in range(count)]
 
 
 def _as_example(row: Any) -> Any:
     """A row as training data has it: one answer of several, and a bare prompt as text."""
     if not isinstance(row, Mapping) or "text" in row or "messages" in row:
         return row
-    answers = [name for name in _ANSWERS if name in row]
-    prompts = [name for name in _PROMPTS if name in row]
-    if prompts and not answers:
-        return {"text": row[prompts[0]]}
-    several = {n: row[n][0] for n in answers if isinstance(row[n], list) and row[n]}
-    return {**row, **several}
+    for prompt, answers in _ANSWERS.items():
+        found = [name for name in answers if name in row]
+        if prompt in row and found:
+            several = {n: row[n][0] for n in found if isinstance(row[n], list) and row[n]}
+            return {**row, **several}
+    alone = next((prompt for prompt in _ANSWERS if prompt in row), None)
+    return row if alone is None else {"text": row[alone]}
 
 
 def _windows(

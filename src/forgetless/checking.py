@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from forgetless.adapters.ranks import layer_ranks
 from forgetless.calibration import fingerprint
 from forgetless.core import find_method
 from forgetless.data import load_examples
 from forgetless.methods import METHODS
-from forgetless.models import linear_weight, load_tokenizer, meta_model, target_layers
-from forgetless.recipe import AdapterSettings, DataSettings, Recipe, TaskSettings, needs_statistics
-from forgetless.tasks import make_task
-
-COLLECTED = frozenset({"second_moment"})
-"""What a method may need that the statistics of a run hold."""
+from forgetless.models import load_tokenizer, meta_model, target_layers, weight_shape
+from forgetless.recipe import (
+    DATA,
+    AdapterSettings,
+    DataSettings,
+    ProbeSettings,
+    Recipe,
+    TaskSettings,
+)
+from forgetless.tasks import make_tasks
+from forgetless.training.forgetting import from_settings
+from forgetless.training.penalties import make_penalty
 
 
 class Checker:
@@ -27,8 +34,11 @@ class Checker:
         """The problems of one recipe, see `check`."""
         found = [
             *self._adapter(recipe.base, recipe.adapter),
+            *self._loraplus(recipe),
             *self._data(recipe.data),
             *self._statistics(recipe),
+            *self._penalties(recipe),
+            *self._probes(recipe.probes),
             *self._tasks(recipe.tasks),
         ]
         return list(dict.fromkeys(found))
@@ -56,11 +66,6 @@ class Checker:
         method, problem = self._attempt(find_method, settings.method)
         if problem is not None:
             yield f"adapter.method: {problem}"
-        elif missing := sorted(method.needs - COLLECTED):
-            yield (
-                f"adapter.method: {method.name!r} needs {' and '.join(missing)}, and a recipe "
-                f"collects {', '.join(COLLECTED)} only; use forgetless.decompose"
-            )
         elif method.factors is not None:
             _, problem = self._attempt(method.check, 1, (1, 1), settings.options)
             if problem is not None:
@@ -69,44 +74,78 @@ class Checker:
                 yield from self._layers(model, settings)
 
     def _layers(self, model: Any, settings: AdapterSettings) -> Iterator[str]:
-        """The rank against every layer; one sentence for all layers of a shape."""
+        """The rank against every layer; one sentence for all layers of a shape and rank."""
         try:
             layers = target_layers(model, settings.target_modules)
         except ValueError as problem:
             yield f"adapter.target_modules: {problem}"
             return
-        shapes: dict[tuple[int, ...], list[str]] = {}
+        patterns = settings.rank_pattern, settings.alpha_pattern
+        try:
+            ranks = layer_ranks(layers, settings.rank, settings.alpha, *patterns)
+        except ValueError as problem:
+            yield f"adapter.{problem}"
+            return
+        shapes: dict[tuple[tuple[int, ...], int], list[str]] = {}
         for name, layer in layers.items():
-            shapes.setdefault(tuple(linear_weight(layer).shape), []).append(name)
-        for shape, names in shapes.items():
+            shapes.setdefault((weight_shape(layer), ranks[name].rank), []).append(name)
+        for (shape, rank), names in shapes.items():
             try:
-                find_method(settings.method).check(settings.rank, shape, {}, names[0])
+                find_method(settings.method).check(rank, shape, {}, names[0])
             except ValueError as problem:
                 more = f" (and {len(names) - 1} more of this shape)" if len(names) > 1 else ""
                 yield f"adapter.rank: {problem}{more}"
 
+    def _loraplus(self, recipe: Recipe) -> Iterator[str]:
+        """The rates of A and B can only differ where both are trained."""
+        method = METHODS.get(recipe.adapter.method)
+        if recipe.training.loraplus_ratio != 1 and method and method.trains != ("A", "B"):
+            yield (
+                f"training.loraplus_ratio: {method.name!r} trains {' and '.join(method.trains)} "
+                "alone, so there is no ratio of rates; leave it at 1 and set learning_rate"
+            )
+
     def _data(self, settings: DataSettings) -> Iterator[str]:
-        examples, problem = self._attempt(load_examples, settings.train)
-        if problem is not None:
-            yield f"data.train: {problem}"
-        elif settings.format not in ("auto", examples.kind):
-            yield f"data.format: {settings.format!r} given, but the data is {examples.kind!r}"
+        for path, _ in settings.sources:
+            examples, problem = self._attempt(load_examples, path)
+            if problem is not None:
+                yield f"data.train: {problem}"
+            elif settings.format not in ("auto", examples.kind):
+                yield f"data.format: {settings.format!r} given, but {path} is {examples.kind!r}"
 
     def _statistics(self, recipe: Recipe) -> Iterator[str]:
-        if recipe.adapter.method in METHODS and needs_statistics(recipe):
-            _, problem = self._attempt(fingerprint, recipe.calibration.source)
+        method = METHODS.get(recipe.adapter.method)
+        if method is None or "second_moment" not in method.needs:
+            return
+        for source, _ in recipe.calibration.sources(method.name):
+            _, problem = (None, None) if source == DATA else self._attempt(fingerprint, source)
             if problem is not None:
                 yield f"calibration.source: {problem}"
+
+    def _penalties(self, recipe: Recipe) -> Iterator[str]:
+        for position, spec in enumerate(recipe.penalties):
+            _, problem = self._attempt(make_penalty, spec)
+            if problem is None and "source" in spec:
+                _, problem = self._attempt(fingerprint, spec["source"])
+            if problem is None and recipe.adapter.method == "full" and "adapters" in spec:
+                problem = f"{spec['kind']!r} needs an adapter; full has none"
+            if problem is not None:
+                yield f"penalties.{position}: {problem}"
+
+    def _probes(self, settings: ProbeSettings) -> Iterator[str]:
+        _, problem = self._attempt(from_settings, settings)
+        if problem is not None:
+            yield f"probes: {problem}"
 
     def _tasks(self, settings: TaskSettings) -> Iterator[str]:
         names: set[str] = set()
         for kind in ("learning", "forgetting"):
             for position, spec in enumerate(getattr(settings, kind)):
                 where = f"tasks.{kind}.{position}"
-                task, problem = self._attempt(make_task, spec)
+                tasks, problem = self._attempt(make_tasks, spec)
                 if problem is not None:
                     yield f"{where}: {problem}"
-                elif task.name in names:
-                    yield f"{where}: a second task named {task.name!r}; give it a 'name' of its own"
-                else:
-                    names.add(task.name)
+                for name in [task.name for task in tasks or ()]:
+                    if name in names:
+                        yield f"{where}: a second task named {name!r}; give it a 'name' of its own"
+                    names.add(name)

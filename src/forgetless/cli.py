@@ -17,7 +17,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from forgetless.comparison import Comparison
     from forgetless.recipe import CalibrationSettings
+    from forgetless.runs import Run
     from forgetless.studies import Study
 
 STOPPED = 130
@@ -56,6 +58,7 @@ Targets = Annotated[
     typer.Option("--target-modules", help="all-linear, endings such as q_proj,v_proj, or a regex."),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Items = Annotated[int, typer.Option(min=0, help="Lost and gained items of a task to show.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 
 
@@ -195,7 +198,7 @@ def _run(
     with _watch() as listen:
         done = do(recipe, out, study, evaluate=evaluate, threads=threads, listen=listen)
     if evaluate:
-        _print_scores(done.scores)
+        _print_run(done)
     print(f"{done.folder}")
 
 
@@ -275,21 +278,34 @@ def stats(
     memory_budget: Annotated[
         str | None, typer.Option(help="For the matrices held at a time, such as 2GiB.")
     ] = None,
+    skip_first: Annotated[
+        int, typer.Option(help="Leave out so many first tokens of each text (attention sinks).")
+    ] = 0,
 ) -> None:
-    """Collect the activations of the knowledge to keep."""
-    settings = _calibration(calibration or "self", samples, max_length, batch_size)
+    """Collect the activations of the knowledge to keep; goes on where it was interrupted."""
+    settings = _calibration(
+        calibration or "self",
+        samples,
+        max_length,
+        batch_size,
+        skip_first=skip_first,
+        memory_budget=memory_budget,
+    )
     from forgetless.commands import collect_statistics
+    from forgetless.store import remove
 
     _hush()
+    unfinished = Path(out).with_name(f".{Path(out).name}.unfinished")
     collected = collect_statistics(
         base,
         settings,
         target_modules=_targets(target_modules),
         dtype=dtype,
         seed=seed,
-        memory_budget=memory_budget,
+        unfinished=unfinished,
     )
     file = collected.save(out)
+    remove(unfinished)
     print(f"{file}: {len(collected)} layers, {collected.metadata['tokens']} tokens")
 
 
@@ -302,10 +318,23 @@ def init(
     statistics: Annotated[
         str | None, typer.Option("--stats", help="Folder written by 'forgetless stats'.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The new task's training data, for methods that look at it.")
+    ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
     alpha: Annotated[float, typer.Option(help="scaling = alpha / rank.")] = 16.0,
     target_modules: Targets = "all-linear",
     dropout: Annotated[float, typer.Option(help="On the adapter's input.")] = 0.0,
+    rslora: Annotated[bool, typer.Option("--rslora", help="scaling = alpha / sqrt(rank).")] = False,
+    dora: Annotated[
+        bool, typer.Option("--dora", help="Train the length of every row of a weight too.")
+    ] = False,
+    rank_pattern: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER=RANK", help="Rank of layers named so.")
+    ] = None,
+    alpha_pattern: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER=ALPHA", help="Alpha of layers named so.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the method.")
     ] = None,
@@ -317,7 +346,7 @@ def init(
 ) -> None:
     """Write the start of an adapter for any trainer."""
     from forgetless.reading import parse_assignments, validated
-    from forgetless.recipe import AdapterSettings
+    from forgetless.recipe import AdapterSettings, DataSettings
 
     values = {
         "method": method,
@@ -325,16 +354,21 @@ def init(
         "alpha": alpha,
         "target_modules": _targets(target_modules),
         "dropout": dropout,
+        "use_rslora": rslora,
+        "use_dora": dora,
+        "rank_pattern": _by_layer(rank_pattern),
+        "alpha_pattern": _by_layer(alpha_pattern),
         "options": parse_assignments(option or []),
     }
     settings = validated(AdapterSettings, values, "init")
     text = _calibration(calibration, samples, max_length, batch_size) if calibration else None
+    new_task = validated(DataSettings, {"train": data}, "data") if data is not None else None
     from forgetless.commands import init as write
     from forgetless.statistics import Statistics
 
     _hush()
     source = Statistics.load(statistics) if statistics is not None else text
-    start = write(base, settings, out, source=source, dtype=dtype, seed=seed)
+    start = write(base, settings, out, source=source, data=new_task, dtype=dtype, seed=seed)
     if start.obstacle is None:
         print(f"{start.folder}: a plain LoRA that any PEFT-based trainer can continue")
     else:
@@ -345,24 +379,130 @@ def init(
 @app.command("eval")
 def eval_(
     base: Base,
-    tasks: Annotated[str, typer.Option(help="Names with commas between; kind:file for a file.")],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Names with commas between (see 'forgetless tasks'), kind:file, or YAML."
+        ),
+    ],
     adapter: Annotated[
         str | None, typer.Option(help="An adapter, a run or a trained model to compare.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
-    out: Annotated[str | None, typer.Option(help="JSON file for the scores.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Worked examples in a prompt; the task's own number.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of an answer; the task's own number.")
+    ] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="Folder with the standard tasks' data in local files.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Texts at once; it does not change the scores.")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Folder of the scores measured before; the user's cache.")
+    ] = None,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option("--allow-code-execution", help="Run what the model programs, in a sandbox."),
+    ] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(help="JSON file: {task: {metric: {value, stderr, n}}}; the base's beside it."),
+    ] = None,
+    page: Annotated[
+        str | None,
+        typer.Option("--report", help="Folder for a page of what the adapter lost and learned."),
+    ] = None,
+    items: Items = 10,
     dtype: Dtype = "auto",
 ) -> None:
     """Score a base, and an adapter on it, on tasks."""
-    from forgetless.commands import measure, task_specs
+    from forgetless.commands import measure, task_specs, write_scores
 
+    if page is not None and adapter is None:
+        from forgetless.errors import UserError
+
+        raise UserError("--report shows an adapter against its base; give --adapter too")
     _hush()
-    found = measure(base, task_specs(tasks, limit), adapter=adapter, dtype=dtype)
-    _print_measurement(found)
+    specs = task_specs(
+        tasks,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        max_new_tokens=max_new_tokens,
+        data_dir=data_dir,
+        allow_code_execution=allow_code_execution or None,
+    )
+    found = measure(
+        base,
+        specs,
+        adapter=adapter,
+        dtype=dtype,
+        batch_size=batch_size,
+        cache=cache,
+        listen=_tell_terminal,
+    )
+    _print_measurement(found, items)
     if out is not None:
-        from forgetless.store import write_json
+        write_scores(found, Path(out))
+    if page is not None and adapter is not None and found.adapted is not None:
+        from forgetless.reports import report, write_evaluation
 
-        write_json(Path(out), found.to_json())
+        command = f"forgetless eval {base} --adapter {adapter} --tasks {tasks} --report {page}"
+        write_evaluation(page, base, adapter, found.base, found.adapted, command=command)
+        print(f"report: {report(page)}")
+
+
+@app.command()
+def compare(
+    base_scores: Annotated[
+        str,
+        typer.Argument(metavar="BASE_SCORES", help="A file of 'eval --out', or a run (its base)."),
+    ],
+    scores: Annotated[
+        str | None,
+        typer.Argument(metavar="SCORES", help="Likewise, or a run; the same run if left out."),
+    ] = None,
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LIMIT",
+            help="Exit with 1 if a task lost more: 0.02 (points), 5% (of the base), TASK=0.05.",
+        ),
+    ] = None,
+    certain: Annotated[
+        bool, typer.Option("--certain", help="Only if the whole interval is beyond the limit.")
+    ] = False,
+    items: Items = 10,
+    json: Annotated[str | None, typer.Option(help="JSON file for all of it.")] = None,
+    junit: Annotated[str | None, typer.Option(help="JUnit XML file: a test case a task.")] = None,
+) -> None:
+    """Show what was lost and gained between two scorings, and fail if it is too much."""
+    from forgetless import gates
+    from forgetless.comparison import compare as do
+    from forgetless.errors import UserError
+    from forgetless.scorefiles import read_scores
+    from forgetless.store import write_json, write_text
+
+    limits = gates.parse_limits(max_drop or [])
+    if scores is None and Path(base_scores).is_file():
+        raise UserError(f"give the scores to compare with {base_scores}; only a run has both")
+    before = read_scores(base_scores, "base")
+    after = read_scores(base_scores if scores is None else scores, "final")
+    comparison = do(before.scores, after.scores)
+    learning = before.learning | after.learning
+    judged = gates.judge(comparison, limits, learning=learning, certain=certain)
+    _print_comparison(comparison, items)
+    if limits:
+        print("\n" + gates.verdict(judged))
+    if json is not None:
+        write_json(Path(json), {**comparison.to_json(), "gate": gates.to_json(judged)})
+    if junit is not None:
+        write_text(Path(junit), gates.junit(judged))
+    if any(judgement.failed for judgement in judged):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -378,28 +518,39 @@ def export(
 
     _hush()
     report = write(source, out, parse_rank(rank), base)
-    print(f"{out}: rank {report.rank}, relative error {report.relative_error:.3g}")
+    print(report)
 
 
 @app.command()
-def methods() -> None:
-    """List the ways to start an adapter."""
-    from forgetless.methods import METHODS
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="For other programs.")] = False,
+) -> None:
+    """Show the ways to start an adapter: what each is, needs and trains, and its paper."""
+    from forgetless.method_table import as_text, entries
 
-    rows = [
-        [name, method.summary, ", ".join(sorted(method.needs)) or "–", _options_of(method.options)]
-        for name, method in METHODS.items()
-    ]
-    _print_table(["method", "what it does", "needs", "options"], rows)
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        print(json.dumps([asdict(entry) for entry in entries()], indent=2, ensure_ascii=False))
+        return
+    print(as_text(min(_console().width, 100)))
 
 
 @app.command()
 def tasks() -> None:
     """List what a model can be scored on."""
-    from forgetless.tasks import TASKS
+    from forgetless.tasks import SUITES, TASKS
+    from forgetless.tasks.harness import STANDARD
 
     rows = [[name, task.summary, ", ".join(task.required) or "–"] for name, task in TASKS.items()]
-    _print_table(["task", "what it measures", "needs"], rows)
+    _print_table(["kind", "what it measures", "needs"], rows)
+    rows = [[name, task.summary] for name, task in STANDARD.items()]
+    _print_table(
+        ["standard task", "of the lm-evaluation-harness; --data-dir for local files"], rows
+    )
+    _print_table(["suite", "its tasks"], [[name, ", ".join(SUITES[name])] for name in SUITES])
+    print("Any other name of the lm-evaluation-harness is a task too, and so is a YAML file.")
 
 
 @app.command(hidden=True)
@@ -424,8 +575,16 @@ def _targets(text: str) -> str | list[str]:
     return names if len(names) > 1 or text.isidentifier() else text
 
 
+def _by_layer(assignments: list[str] | None) -> dict[str, Any]:
+    """Settings LAYER=NUMBER, where a layer may be a regular expression with an = in it."""
+    from forgetless.reading import parse_yaml
+
+    parts = [text.rpartition("=") for text in assignments or ()]
+    return {layer: parse_yaml(number) for layer, _, number in parts}
+
+
 def _calibration(
-    source: str, samples: int, max_length: int, batch_size: int
+    source: str, samples: int, max_length: int, batch_size: int, **more: Any
 ) -> CalibrationSettings:
     from forgetless.reading import validated
     from forgetless.recipe import CalibrationSettings
@@ -435,12 +594,9 @@ def _calibration(
         "samples": samples,
         "max_length": max_length,
         "batch_size": batch_size,
+        **more,
     }
     return validated(CalibrationSettings, values, "calibration")
-
-
-def _options_of(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in options.items()) or "–"
 
 
 def _console() -> Console:
@@ -459,29 +615,40 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     _console().print(table)
 
 
-def _print_scores(rows: Sequence[dict[str, Any]]) -> None:
-    """The scores of one run."""
-    if not rows:
+def _print_run(done: Run) -> None:
+    """What a run learned and forgot."""
+    if not done.scores:
         print("nothing was measured: the recipe names no tasks")
         return
-    cells = [
-        [str(row["task"]), str(row["kind"]), str(row["metric"])]
-        + [_number(row[key]) for key in ("base_score", "score", "stderr", "n", "retention")]
-        for row in rows
-    ]
-    head = ["task", "kind", "metric", "base", "trained", "stderr", "n", "retention"]
-    _print_table(head, cells)
+    from forgetless.comparison import compare
+    from forgetless.scorefiles import read_scores
+
+    base, final = (read_scores(done.folder, phase).scores for phase in ("base", "final"))
+    _print_comparison(compare(base, final), items=5)
 
 
-def _print_measurement(found: Any) -> None:
+def _print_comparison(comparison: Comparison, items: int) -> None:
+    from forgetless.showing import render
+
+    console = _console()
+    console.print(render(comparison, items, console.width))
+
+
+def _print_measurement(found: Any, items: int) -> None:
     if found.comparison is not None:
-        print(found.comparison)
+        _print_comparison(found.comparison, items)
         return
     cells = [
         [task, score.metric, _number(score.value), _number(score.stderr), str(score.n)]
         for task, score in found.base.items()
     ]
     _print_table(["task", "metric", "score", "stderr", "n"], cells)
+
+
+def _tell_terminal(message: str) -> None:
+    """What a command is doing, for those who wait in front of it."""
+    if sys.stderr.isatty():
+        print(message, file=sys.stderr)
 
 
 def _number(value: float | None) -> str:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from forgetless.errors import unknown
+from forgetless.linalg import is_finite
+from forgetless.reuse import once, uncached
 
 NEEDS: Mapping[str, str] = {
     "second_moment": "mean of x xᵀ over the tokens of the calibration text, (in, in)",
@@ -90,8 +92,11 @@ class Method:
         trains: the matrices that training moves: "A" and "B", one of them, or "W".
         factors: ``(W, rank, scaling, *, needs…, generator, options…) -> Factors``; None when there
             is no adapter. W comes in float64. A keyword of `NEEDS` is a need, ``generator`` is a
-            seeded `torch.Generator`, and every keyword with a default is an option. Needs come
-            in float32 or float64, as they were given.
+            seeded `torch.Generator`, and every other keyword with a default is an option. Needs
+            come in float32 or float64, as they were given. A method that is random with some of its
+            options only gives ``generator`` the default None; it is passed all the same.
+        share_ranks: ``(eigenvalues, ranks, rho) -> ranks`` of a method whose option ``rho`` moves
+            ranks between layers; see `forgetless.methods.eva.redistribute_ranks`.
     """
 
     name: str
@@ -99,6 +104,7 @@ class Method:
     paper: str
     trains: tuple[str, ...]
     factors: Callable[..., Factors] | None
+    share_ranks: Callable[..., dict[str, int]] | None = None
 
     @cached_property
     def _keywords(self) -> dict[str, Any]:
@@ -119,13 +125,13 @@ class Method:
         return {
             name: default
             for name, default in self._keywords.items()
-            if default is not inspect.Parameter.empty
+            if default is not inspect.Parameter.empty and name != "generator"
         }
 
     @property
     def draws(self) -> bool:
-        """Whether it is random, so that the seed decides the start."""
-        return "generator" in self._keywords
+        """Whether it is random whatever its options, so that the seed decides the start."""
+        return self._keywords.get("generator", None) is inspect.Parameter.empty
 
     def check(
         self,
@@ -155,7 +161,8 @@ class Method:
             raise ValueError(f"rank must be in 1..{min(shape)} for {where}, got {rank!r}")
         if options:
             eye = torch.eye(2, dtype=torch.float64)
-            self._call(eye, 1, 1.0, dict.fromkeys(self.needs, eye), 0, options)
+            with uncached():
+                self._call(eye, 1, 1.0, dict.fromkeys(self.needs, eye), 0, options)
 
     def _call(
         self,
@@ -168,8 +175,10 @@ class Method:
     ) -> Factors:
         """The factors for checked arguments."""
         assert self.factors is not None
-        drawn = {"generator": torch.Generator().manual_seed(seed)} if self.draws else {}
-        return self.factors(W, rank, scaling, **inputs, **drawn, **options)
+        keywords = {**inputs, **options}
+        if "generator" in self._keywords:
+            keywords["generator"] = torch.Generator().manual_seed(seed)
+        return self.factors(W, rank, scaling, **keywords)
 
 
 def find_method(method: str | Method) -> Method:
@@ -245,7 +254,7 @@ def decompose(
                 f"forgetless.collect or 'forgetless stats' and pass {name}="
             )
         _check_matrix(name, value, tuple(W.shape) if name == "gradient" else (in_features,) * 2)
-        inputs[name] = _at_least_float32(value).to(W.device)
+        inputs[name] = _as_input(value, W.device)
     W = _at_least_float32(W)
     factors = method._call(W.double(), rank, scaling, inputs, seed, options)
     return Decomposition(
@@ -271,7 +280,13 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
 
 def _at_least_float32(M: Tensor) -> Tensor:
     """M without its graph, in float64 if it was, otherwise in float32."""
-    return M.detach().to(torch.float64 if M.dtype == torch.float64 else torch.float32)
+    M = M.detach() if M.requires_grad else M  # detach makes a new tensor, `once` needs the same
+    return M.to(torch.float64 if M.dtype == torch.float64 else torch.float32)
+
+
+def _as_input(M: Tensor, device: torch.device) -> Tensor:
+    """What a method needs, where W is; the very same tensor for each layer that shares it."""
+    return once(M, ("input", device), lambda: _at_least_float32(M).to(device))
 
 
 def _check_matrix(name: str, value: object, shape: tuple[int, ...] | None = None) -> None:
@@ -284,5 +299,5 @@ def _check_matrix(name: str, value: object, shape: tuple[int, ...] | None = None
         raise ValueError(f"{name} must be a matrix, got shape {tuple(value.shape)}")
     if shape is not None and tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-    if not bool(value.isfinite().all()):
+    if not is_finite(value):
         raise ValueError(f"{name} holds NaN or infinity; check the weights and the data behind it")

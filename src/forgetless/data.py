@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from forgetless.errors import UserError
+from forgetless.packing import IGNORED, Row, packed, wrapped
 
 if TYPE_CHECKING:
     import datasets
@@ -52,9 +53,9 @@ Record = Mapping[str, Any]
 Tokens = tuple[list[int], list[int]]
 """Token ids and, as long, the labels: the id where it is learned, IGNORED elsewhere."""
 
-IGNORED = -100
-POCKET = "pocket:problems"
-POCKET_PROBLEMS = {"train": 4000, "test": 500}
+POCKET = "pocket:"
+POCKET_SKILLS = ("problems", "functions", "series")
+POCKET_SIZES = {"train": 4000, "test": 500}
 
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -112,7 +113,8 @@ def load_examples(path: str | Path, *, limit: int | None = None) -> Examples:
 
     Args:
         path: a .jsonl, .json, .csv, .parquet or .txt file (a text file is one document), a folder
-            written by ``datasets.save_to_disk``, or ``pocket:problems`` / ``pocket:problems:test``.
+            written by ``datasets.save_to_disk``, or a pocket skill: ``pocket:problems``,
+            ``pocket:functions``, ``pocket:series``, each also with ``:test``.
         limit: read no more than the first rows.
 
     Raises:
@@ -266,7 +268,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[s
     path = Path(path)
     if path.is_dir():
         return islice(_read_folder(path), limit)
-    allowed = f"{', '.join(_READERS)}, a datasets folder or {POCKET!r}"
+    allowed = f"{', '.join(_READERS)}, a datasets folder or '{POCKET}{POCKET_SKILLS[0]}'"
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}; give a file of type {allowed}")
     if path.suffix.lower() not in _READERS:
@@ -354,14 +356,24 @@ def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_pocket(name: str) -> Iterator[tuple[str, Any]]:
+    from forgetless.pocket.functions import functions
     from forgetless.pocket.problems import problems
+    from forgetless.pocket.series import series
 
-    split = name.removeprefix(POCKET).removeprefix(":") or "train"
-    if split not in POCKET_PROBLEMS:
-        raise UserError(f"unknown pocket data {name!r}; give {POCKET!r} or '{POCKET}:test'")
+    skill, _, split = name.removeprefix(POCKET).partition(":")
+    split = split or "train"
+    if skill not in POCKET_SKILLS or split not in POCKET_SIZES:
+        known = ", ".join(f"'{POCKET}{known}'" for known in POCKET_SKILLS)
+        raise UserError(f"unknown pocket data {name!r}; give {known}, or one with ':test'")
     split = cast("Literal['train', 'test']", split)
-    for number, problem in enumerate(problems(POCKET_PROBLEMS[split], 0, split), start=1):
-        yield f"row {number}", {"prompt": problem.prompt, "completion": problem.completion}
+    count = POCKET_SIZES[split]
+    made: dict[str, Callable[[], Sequence[Any]]] = {
+        "problems": lambda: problems(count, 0, split),
+        "functions": lambda: functions(count, 0, split),
+        "series": lambda: series(count, 0, split),
+    }
+    for number, example in enumerate(made[skill](), start=1):
+        yield f"row {number}", {"prompt": example.prompt, "completion": example.completion}
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
@@ -418,11 +430,14 @@ def tokenize(
         tokenizer: of the model that will be trained. Its chat template renders `messages`;
             without one PLAIN_CHAT_TEMPLATE does.
         max_length: tokens of the longest example.
-        pack: join raw text into blocks of exactly `max_length` (the last one may be shorter),
-            documents divided by the end-of-sequence token; ``"auto"`` does so for raw text.
+        pack: fill rows of `max_length` tokens with several examples that do not see each other
+            (`forgetless.packing`). Raw text is packed into full rows, documents ending in the
+            end-of-sequence token; examples with an answer are packed whole. ``"auto"`` packs raw
+            text only.
 
     Returns:
-        A data set with the columns ``input_ids`` and ``labels``.
+        A data set with the columns ``input_ids``, ``labels`` and ``lengths``, the lengths of the
+        sequences of each row.
 
     Raises:
         UserError: nothing is left to learn, or a setting does not fit the examples.
@@ -430,22 +445,19 @@ def tokenize(
     if max_length < 2:
         raise UserError(f"max_length must be 2 or more, got {max_length}")
     if examples.kind == "text":
-        packed = pack is not False
-        rows = _cut(_documents(examples, tokenizer), max_length, packed)
-    elif pack is True:
-        raise UserError(
-            f"pack joins raw text, but {examples.source} holds {examples.kind}; "
-            "set pack to 'auto' or false"
-        )
+        documents = _documents(examples, tokenizer)
+        packs = pack is not False
+        rows = wrapped(documents, max_length) if packs else _cut(documents, max_length)
     else:
         pairs = _pairs if examples.kind == "prompt_completion" else _conversations
         rows = _truncated(pairs(examples, tokenizer), max_length)
+        rows = packed(rows, max_length) if rows and pack is True else rows
     if not rows:
         raise UserError(
             f"{examples.source}: no example has a token to learn within max_length={max_length}; "
             "raise max_length or shorten the prompts"
         )
-    columns = {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
+    columns = {name: [getattr(row, name) for row in rows] for name in Row._fields}
     return _import("datasets").Dataset.from_dict(columns)
 
 
@@ -454,16 +466,14 @@ def _documents(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[l
     return [ids + _eos(tokenizer) for ids in _encode(tokenizer, texts)]
 
 
-def _cut(documents: list[list[int]], max_length: int, packed: bool) -> list[Tokens]:
-    """Blocks of at most `max_length` tokens; packed ones do not stop at the end of a document."""
-    if packed:
-        documents = [list(chain.from_iterable(documents))]
+def _cut(documents: list[list[int]], max_length: int) -> list[Row]:
+    """Each document in rows of at most `max_length` tokens."""
     blocks = [
         document[start : start + max_length]
         for document in documents
         for start in range(0, len(document), max_length)
     ]
-    return [(block, block.copy()) for block in blocks if len(block) > 1]
+    return [Row(block, block.copy(), [len(block)]) for block in blocks if len(block) > 1]
 
 
 def _pairs(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
@@ -506,9 +516,13 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _truncated(rows: Sequence[Tokens], max_length: int) -> list[Tokens]:
+def _truncated(rows: Sequence[Tokens], max_length: int) -> list[Row]:
     cut = [(ids[:max_length], labels[:max_length]) for ids, labels in rows]
-    kept = [row for row in cut if any(label != IGNORED for label in row[1][1:])]
+    kept = [
+        Row(ids, labels, [len(ids)])
+        for ids, labels in cut
+        if any(label != IGNORED for label in labels[1:])
+    ]
     if len(kept) < len(rows):
         warnings.warn(
             f"{len(rows) - len(kept)} of {len(rows)} examples are left out: their prompts alone "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,9 +30,32 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 
 from forgetless.errors import UserError, unknown
+from forgetless.weights import (
+    hold_packing,
+    is_linear,
+    is_offloaded,
+    linear_weight,
+    require_readable,
+    weight_shape,
+)
+
+__all__ = [
+    "DTYPES",
+    "POCKET",
+    "Targets",
+    "as_base",
+    "base_of",
+    "find_targets",
+    "linear_weight",
+    "load_model",
+    "load_tokenizer",
+    "meta_model",
+    "resolve_base",
+    "target_layers",
+    "weight_shape",
+]
 
 POCKET = "pocket"
 """The name of the base model that is shipped with the package."""
@@ -203,27 +228,6 @@ def meta_model(base: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def linear_weight(module: nn.Module) -> Tensor:
-    """W (out, in) of a linear layer: a view of the parameter itself, also for GPT-2's Conv1D.
-
-    A layer that carries PEFT adapters gives the weight of its base layer.
-
-    Raises:
-        TypeError: the module is not a linear layer, or its weight is packed (quantised).
-    """
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    if not isinstance(module, nn.Linear | Conv1D):
-        raise TypeError(f"need a Linear or Conv1D layer, got {type(module).__name__}")
-    weight: Tensor = module.weight
-    if not weight.is_floating_point():
-        raise TypeError(
-            f"the weight of this {type(module).__name__} is quantised ({weight.dtype}); load the "
-            "base in float32, bfloat16 or float16"
-        )
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
 def target_layers(
     model: nn.Module, target_modules: str | Sequence[str] = "all-linear"
 ) -> dict[str, nn.Module]:
@@ -244,15 +248,39 @@ def target_layers(
     Raises:
         UserError: nothing matches, or something matches that is not a linear layer.
     """
+    return find_targets(model, target_modules).layers
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What `target_modules` come to on one model.
+
+    Attributes:
+        layers: name -> linear layer, see `target_layers`.
+        given: what PEFT's config must hold so that PEFT adapts these layers and nothing else.
+        skipped: the expert tensors of a mixture of experts that "all-linear" does not reach, with
+            a star for layer numbers.
+    """
+
+    layers: dict[str, nn.Module]
+    given: str | list[str]
+    skipped: list[str]
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-linear") -> Targets:
+    """The target layers, how to name them to PEFT, and what is left out; see `target_layers`."""
     base = base_of(model)
+    require_readable(base)
     wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
-    config = _maybe_include_all_linear_layers(LoraConfig(target_modules=wanted), base)
     modules = dict(_named_base_modules(base))
+    experts = _expert_tensors(modules)
+    _refuse_experts(wanted, experts)
+    config, given = _peft_targets(base, wanted)
     try:
         found = {n: m for n, m in modules.items() if check_target_module_exists(config, n)}
     except re.error as problem:
         raise UserError(f"target_modules {wanted!r} is no regular expression: {problem}") from None
-    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    linear = {name for name, module in modules.items() if is_linear(module)}
     if not found:
         raise UserError(f"target_modules {wanted!r} match no layer. {_what_there_is(linear)}")
     for name, module in found.items():
@@ -261,7 +289,60 @@ def target_layers(
                 f"target_modules {wanted!r} match {name!r}, which is a {type(module).__name__}; "
                 f"only linear layers can be adapted. {_what_there_is(linear)}"
             )
-    return found
+    return Targets(found, given, experts if _is_all_linear(wanted) else [])
+
+
+def _is_all_linear(wanted: str | list[str]) -> bool:
+    return isinstance(wanted, str) and wanted.lower() == "all-linear"
+
+
+def _peft_targets(base: nn.Module, wanted: str | list[str]) -> tuple[LoraConfig, str | list[str]]:
+    """PEFT's own reading of `wanted`, and what to write into the adapter's config.
+
+    PEFT rewrites the targets of some mixtures of experts, because transformers 5 fuses the
+    experts' linear layers into one tensor: "up_proj" then means that tensor, on which no start is
+    defined. Those names are left out of "all-linear" and refused where they are given.
+    """
+    config = LoraConfig(target_modules=wanted)
+    try:
+        convert_peft_config_for_transformers(config, base, None)
+        fused = sorted(config.target_parameters or ())
+    except ValueError:  # one of two names that are fused into the same tensor
+        fused = ["experts"]
+    if not fused:
+        return _maybe_include_all_linear_layers(LoraConfig(target_modules=wanted), base), wanted
+    if not _is_all_linear(wanted):
+        raise _reaches_experts(wanted, fused)
+    given = sorted(config.target_modules)
+    return LoraConfig(target_modules=given), given
+
+
+def _refuse_experts(wanted: str | list[str], experts: list[str]) -> None:
+    """A list may name a stacked tensor as if it were a layer; PEFT would pass over it."""
+    if not isinstance(wanted, str):
+        named = [e for e in experts if any(f".{e}".endswith(f".{name}") for name in wanted)]
+        if named:
+            raise _reaches_experts(wanted, named)
+
+
+def _reaches_experts(wanted: str | list[str], experts: list[str]) -> UserError:
+    return UserError(
+        f"target_modules {wanted!r} reach the stacked expert tensors of this mixture of experts "
+        f"({', '.join(experts)}), on which no adapter can start; name other layers, or use "
+        "'all-linear', which leaves them out"
+    )
+
+
+def _expert_tensors(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The stacked weights of experts, (experts, out, in), which are no linear layers."""
+    names = [
+        f"{name}.{parameter}"
+        for name, module in modules.items()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for parameter, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3
+    ]
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -278,8 +359,9 @@ def as_base(model: nn.Module) -> Iterator[nn.Module]:
     modules = list(model.modules())
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in modules):
         raise UserError("adapters are merged into this model; call model.unmerge_adapter() first")
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(_has_no_weights(module) for module in modules):
         raise UserError("the model has weights on the meta device; load it first")
+    hold_packing(model)
     training = [module.training for module in modules]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -295,6 +377,12 @@ def as_base(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+
+
+def _has_no_weights(module: nn.Module) -> bool:
+    """On the meta device for good; offloaded weights are loaded by the forward."""
+    weights = module.parameters(recurse=False)
+    return any(weight.is_meta for weight in weights) and not is_offloaded(module)
 
 
 def _named_base_modules(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:

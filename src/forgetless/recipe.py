@@ -34,13 +34,20 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class AdapterSettings(Section):
-    """Which method starts on which layers; ``full`` trains the weights themselves."""
+    """Which method starts on which layers; ``full`` trains the weights themselves.
+
+    See `forgetless.attach` for every value.
+    """
 
     method: Name = "lora_null_v1"
     rank: Count = 16
     alpha: Annotated[float, Field(gt=0)] = 16.0
     target_modules: Any = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, Count] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     options: dict[str, Any] = {}
 
     @field_validator("target_modules")
@@ -53,23 +60,80 @@ class AdapterSettings(Section):
         raise ValueError("must be 'all-linear', one regular expression or a list of layer names")
 
 
-class CalibrationSettings(Section):
-    """The text whose knowledge is to be kept; read only when the method needs statistics."""
+DATA = "data"
+"""The calibration source that stands for the training data."""
 
-    source: Name = "self"
+TASK_METHODS = frozenset({"eva", "corda_ipm"})
+"""Methods whose second moment is over the new task's text, and not over the text to keep."""
+
+
+class CalibrationSettings(Section):
+    """The text whose knowledge is to be kept; read only when the method needs statistics.
+
+    ``source`` is one text, or a list of ``{source, weight}``, whose weights are shares of the mean.
+    ``data`` is the training data; ``auto`` is that for methods that look at the new task only, and
+    ``self`` for the others. ``skip_first`` and ``memory_budget`` are those of `forgetless.collect`.
+    """
+
+    source: Any = "auto"
     samples: Count = 256
     max_length: Annotated[int, Field(ge=2)] = 256
     batch_size: Count = 8
+    skip_first: Annotated[int, Field(ge=0)] = 0
+    memory_budget: int | str | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _source_or_sources(cls, value: Any) -> str | list[dict[str, Any]]:
+        if isinstance(value, str) and value:
+            return value
+        weighted = isinstance(value, list) and all(_is_weighted_source(v, "source") for v in value)
+        if value and weighted:
+            return value  # type: ignore[no-any-return]
+        raise ValueError(
+            "must be a file, 'self', 'data', 'auto', or a list of {source: ..., weight: positive "
+            "number}"
+        )
+
+    def sources(self, method: str) -> list[tuple[str, float]]:
+        """Every source with its weight, for a method; none of them is ``auto``."""
+        if self.source == "auto":
+            return [(DATA if method in TASK_METHODS else "self", 1.0)]
+        if isinstance(self.source, str):
+            return [(self.source, 1.0)]
+        return [(part["source"], float(part["weight"])) for part in self.source]
 
 
 class DataSettings(Section):
-    """The training data, and how its examples become tokens."""
+    """The training data, and how its examples become tokens.
 
-    train: Name
+    ``train`` is one source, or a list of ``{path, weight}`` for replay: the first is the new task,
+    of which every example is in every epoch, the others have their exact share of an epoch's rows.
+    """
+
+    train: Any
     format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 512
     pack: Any = "auto"
     limit: Count | None = None
+
+    @field_validator("train")
+    @classmethod
+    def _source_or_sources(cls, value: Any) -> str | list[dict[str, Any]]:
+        if isinstance(value, str) and value:
+            return value
+        if isinstance(value, list) and value and all(map(_is_weighted_source, value)):
+            return value
+        raise ValueError(
+            "must be a file or a list of {path: file, weight: positive number}, the new task first"
+        )
+
+    @property
+    def sources(self) -> list[tuple[str, float]]:
+        """Every source with its weight, the new task first."""
+        if isinstance(self.train, str):
+            return [(self.train, 1.0)]
+        return [(source["path"], float(source["weight"])) for source in self.train]
 
     @field_validator("pack")
     @classmethod
@@ -79,10 +143,24 @@ class DataSettings(Section):
         raise ValueError("must be 'auto', true or false")
 
 
+def _is_weighted_source(value: Any, name: str = "path") -> bool:
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == {name, "weight"}
+        and isinstance(value[name], str)
+        and isinstance(value["weight"], int | float)
+        and value["weight"] > 0
+    )
+
+
 class TrainingSettings(Section):
-    """How to train, for so many ``steps`` or for so many ``epochs``."""
+    """How to train, for so many ``steps`` or for so many ``epochs``.
+
+    ``loraplus_ratio`` is LoRA+'s rate of B over that of A, which is the learning rate.
+    """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    loraplus_ratio: Annotated[float, Field(gt=0)] = 1.0
     steps: Count | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     batch_size: Count = 32
@@ -140,6 +218,20 @@ class TaskSettings(Section):
         return value
 
 
+class ProbeSettings(Section):
+    """What is measured while training, and how much of it may be forgotten; empty for nothing.
+
+    See `forgetless.ForgettingCallback` for every value.
+    """
+
+    learning: list[Any] = []
+    forgetting: list[Any] = []
+    every: Count | None = None
+    max_kl: Annotated[float, Field(gt=0)] | None = None
+    max_drop: Annotated[float, Field(gt=0)] | None = None
+    on_exceed: Literal["stop", "rollback"] = "stop"
+
+
 class Recipe(Section):
     """Everything that decides one run.
 
@@ -154,6 +246,8 @@ class Recipe(Section):
     calibration: CalibrationSettings = CalibrationSettings()
     data: DataSettings
     training: TrainingSettings
+    probes: ProbeSettings = ProbeSettings()
+    penalties: list[dict[str, Any]] = []
     export: ExportSettings = ExportSettings()
     tasks: TaskSettings = TaskSettings()
 
@@ -197,8 +291,8 @@ class Recipe(Section):
     def run_id(self) -> str:
         """The method's name and a hash of what decides the trained weights.
 
-        Tasks, names, export settings and the cadence of logs and checkpoints are left out, so
-        that a new evaluation finds the trained run.
+        Tasks, names, export settings, the cadence of logs and checkpoints, and probes without a
+        budget are left out, so that a new evaluation finds the trained run.
         """
         content = json.dumps(_what_decides_the_weights(self), sort_keys=True)
         return f"{self.adapter.method}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
@@ -274,11 +368,17 @@ def base_hash(base: str) -> str:
     resolved = resolve_base(base)
     folder = Path(resolved)
     if folder.is_dir():
-        return _hash_of(sorted(f for f in folder.iterdir() if f.suffix in MODEL_FILES), folder)
+        return weights_hash(folder)
     from huggingface_hub import hf_hub_download
 
     commit = Path(hf_hub_download(resolved, "config.json")).parent.name
     return hashlib.sha256(f"{resolved}@{commit}".encode()).hexdigest()
+
+
+def weights_hash(folder: str | Path) -> str:
+    """SHA-256 of the files in a model's or an adapter's folder that decide what it computes."""
+    folder = Path(folder)
+    return _hash_of(sorted(f for f in folder.iterdir() if f.suffix in MODEL_FILES), folder)
 
 
 def _source_hash(source: str, fingerprint: Callable[[str], str]) -> str:
@@ -286,41 +386,101 @@ def _source_hash(source: str, fingerprint: Callable[[str], str]) -> str:
     return content_hash(source) if Path(source).exists() else fingerprint(source)
 
 
-def needs_statistics(recipe: Recipe) -> bool:
-    """Whether the recipe's method reads the statistics of the activations."""
+def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """For each need of the method, what decides it: base, layers, text, the seed that drew it."""
     from forgetless.methods import METHODS
 
-    return bool(METHODS[recipe.adapter.method].needs)
-
-
-def calibration_key(recipe: Recipe) -> dict[str, Any]:
-    """What decides the statistics: base, number format, layers, text, and the seed that drew it."""
-    from forgetless.calibration import fingerprint
-
-    return {
+    settings = recipe.calibration
+    common = {
         "base": base_hash(recipe.base),
         "dtype": recipe.dtype,
         "target_modules": recipe.adapter.target_modules,
         "seed": recipe.seed,
-        **recipe.calibration.model_dump(),
-        "source": _source_hash(recipe.calibration.source, fingerprint),
+        **_without_idle(settings.model_dump(exclude={"memory_budget"}), {"skip_first": 0}),
     }
+    sources = settings.sources(recipe.adapter.method)
+    texts = [[_calibration_key(recipe, source), weight] for source, weight in sources]
+    keep = texts[0][0] if len(texts) == 1 else texts
+    task = {**common, "source": _calibration_key(recipe, DATA)}
+    found = {
+        "second_moment": {**common, "source": keep},
+        "task_moment": task,
+        "gradient": {**task, "gradient": True},
+    }
+    return {need: found[need] for need in sorted(METHODS[recipe.adapter.method].needs)}
+
+
+def _calibration_key(recipe: Recipe, source: str) -> Any:
+    """What decides the text of one source."""
+    from forgetless.calibration import fingerprint
+    from forgetless.data import load_examples
+
+    if source != DATA:
+        return _source_hash(source, fingerprint)
+    path = recipe.data.sources[0][0]
+    return {
+        "data": _source_hash(path, lambda name: load_examples(name).fingerprint),
+        "max_length": recipe.data.max_length,
+        "limit": recipe.data.limit,
+    }
+
+
+_SWITCHES: Mapping[str, Any] = {
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "loraplus_ratio": 1.0,
+}
+"""Settings that decide nothing at these values; a run without them keeps its id."""
+
+
+def _without_idle(values: dict[str, Any], idle: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: v for key, v in values.items() if key not in idle or v != idle[key]}
 
 
 def _what_decides_the_weights(recipe: Recipe) -> dict[str, Any]:
     from forgetless.data import load_examples
 
-    adapter = recipe.adapter.model_dump()
+    adapter = _without_idle(recipe.adapter.model_dump(), _SWITCHES)
     if recipe.adapter.method == "full":
         adapter = {"method": "full"}
     data = recipe.data.model_dump(exclude={"train"})
-    data["content"] = _source_hash(recipe.data.train, lambda name: load_examples(name).fingerprint)
-    return {
+    content = [
+        [_source_hash(path, lambda name: load_examples(name).fingerprint), weight]
+        for path, weight in recipe.data.sources
+    ]
+    data["content"] = content[0][0] if isinstance(recipe.data.train, str) else content
+    inputs = input_keys(recipe) if adapter["method"] != "full" else {}
+    alone = inputs.get("second_moment") if len(inputs) == 1 else None
+    found = {
         "base": base_hash(recipe.base),
         "dtype": recipe.dtype,
         "seed": recipe.seed,
         "adapter": adapter,
-        "calibration": calibration_key(recipe) if needs_statistics(recipe) else None,
+        "calibration": alone or inputs or None,
         "data": data,
-        "training": recipe.training.model_dump(exclude={"checkpoint_every", "log_every"}),
+        "training": _without_idle(
+            recipe.training.model_dump(exclude={"checkpoint_every", "log_every"}), _SWITCHES
+        ),
     }
+    if recipe.penalties:
+        found["penalties"] = [_penalty_key(spec) for spec in recipe.penalties]
+    if recipe.probes.max_kl is not None or recipe.probes.max_drop is not None:
+        from forgetless.training.forgetting import from_settings
+
+        probes = from_settings(recipe.probes)
+        found |= probes.decides if probes else {}
+    return found
+
+
+def _penalty_key(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a penalty: its settings, with the content of its files for their names."""
+    from forgetless.calibration import fingerprint
+
+    key = dict(spec)
+    if "source" in spec:
+        key["source"] = _source_hash(spec["source"], fingerprint)
+    if "adapters" in spec:
+        key["adapters"] = [content_hash(folder) for folder in spec["adapters"]]
+    return key

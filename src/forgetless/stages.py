@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,21 +31,26 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless import store
 from forgetless.adapters import attach, delta_weights, export, load, save
-from forgetless.calibration import batches
+from forgetless.cards import write_run_card
 from forgetless.data import load_examples, tokenize
+from forgetless.inputs import Collecting, load_inputs
 from forgetless.models import linear_weight, load_model, load_tokenizer, target_layers
 from forgetless.recipe import (
     AdapterSettings,
-    CalibrationSettings,
     Recipe,
     base_hash,
-    calibration_key,
-    needs_statistics,
+    input_keys,
 )
-from forgetless.statistics import Statistics, collect
+from forgetless.reuse import cached_spectra
+from forgetless.score_cache import ScoreCache
+from forgetless.statistics import Statistics
 from forgetless.store import Phase, RunFolder
-from forgetless.tasks import Task, TaskResult, make_task
+from forgetless.tasks import Task, TaskResult, make_tasks
+from forgetless.tasks.journal import resuming
 from forgetless.training import train
+from forgetless.training.batches import TokenRows
+from forgetless.training.forgetting import from_settings
+from forgetless.training.mixture import Mixture
 
 SMALL_INPUT = 1024
 """Inputs of a layer up to which its tail energy is worth an eigendecomposition."""
@@ -95,6 +101,7 @@ class Stages:
         if evaluate:
             self._timed("evaluate", self.evaluate)
         self._timed("analyse", self.analyse)
+        write_run_card(self.folder)
 
     def _timed(self, stage: str, work: Callable[[], str | None]) -> None:
         """Do a stage; its time is kept only where it had something to do."""
@@ -117,9 +124,10 @@ class Stages:
         """Every task with its kind, in the recipe's order."""
         specs = self.recipe.tasks
         return [
-            (make_task(spec), kind)
+            (task, kind)
             for kind, given in (("learning", specs.learning), ("forgetting", specs.forgetting))
             for spec in given
+            for task in make_tasks(spec)
         ]
 
     @cached_property
@@ -179,6 +187,16 @@ class Stages:
         store.write_jsonl(self.folder.items(phase, result.task), items)
         score = {**result.to_json(), "kind": kind}
         store.write_json(self.folder.scores(phase, result.task), score)
+        store.remove(self._partial(phase, result.task))
+
+    def _partial(self, phase: Phase, task: str) -> Path:
+        """What an interrupted evaluation has finished."""
+        return self.folder.scores(phase, task).with_suffix(".partial.jsonl")
+
+    def _resuming(self, phase: Phase, task: Task, weights: Path) -> AbstractContextManager[None]:
+        """Go on with the batch that an earlier attempt at this task had reached."""
+        key = f"{task.fingerprint} {weights.stat().st_mtime_ns}"
+        return resuming(self._partial(phase, task.name), key)
 
     def _copy(self, task: Task, kind: str, source: tuple[Path, Path], phase: Phase) -> None:
         """Take over a score that was measured elsewhere."""
@@ -197,17 +215,15 @@ class Stages:
 
     def _shared_base_score(self, task: Task) -> tuple[Path, Path]:
         """The files with the base's score and items, measured here when nobody has."""
-        key = _digest(base_hash(self.recipe.base), self.recipe.dtype, task.fingerprint)
-        score = self.shared / "scores" / f"{task.name}-{key}.json"
-        items = score.with_suffix(".jsonl")
-        with store.lock(score.with_suffix(".lock")):
-            if not score.exists():
-                store.remove_temporaries(score.parent, score.stem)
-                model = self._base()
-                result = task.evaluate(model, self.tokenizer, reference=model)
-                store.write_jsonl(items, [item.to_json() for item in result.items])
-                store.write_json(score, result.to_json())
-        return score, items
+        scores = ScoreCache(self.shared / "scores")
+        key = base_hash(self.recipe.base), self.recipe.dtype
+
+        def measured() -> TaskResult:
+            model = self._base()
+            return task.evaluate(model, self.tokenizer, reference=model)
+
+        scores.result(task, *key, measure=measured)
+        return scores.paths(task, *key)
 
     def step0(self) -> str | None:
         """Score the adapter before its first step.
@@ -225,7 +241,9 @@ class Stages:
                 self._copy(task, kind, base, "step0")
             else:
                 model = self._model("start", lambda: load(self._load_base(), self.folder.start))
-                self._keep("step0", kind, task.evaluate(model, self.tokenizer))
+                with self._resuming("step0", task, self.folder.start):
+                    result = task.evaluate(model, self.tokenizer)
+                self._keep("step0", kind, result)
         return "the base's own scores" if is_base else _counted(missing, "task")
 
     def evaluate(self) -> str | None:
@@ -235,39 +253,53 @@ class Stages:
             model = self._model("trained", self._load_trained)
             # For an adapter the reference is the same model with the adapter off.
             reference = self._load_base() if self.full and task.needs_reference else None
-            self._keep("final", kind, task.evaluate(model, self.tokenizer, reference=reference))
+            with self._resuming("final", task, self.trained):
+                result = task.evaluate(model, self.tokenizer, reference=reference)
+            self._keep("final", kind, result)
         return _counted(missing, "task") if missing else None
 
     # -------------------------------------------------------------------------------- training
 
     @cached_property
-    def _statistics(self) -> Path:
-        key = json.dumps(calibration_key(self.recipe), sort_keys=True)
-        return self.shared / "statistics" / _digest(key)
+    def _inputs(self) -> dict[str, Path]:
+        """Where each need of the method lies."""
+        keys = {} if self.full else input_keys(self.recipe)
+        return {
+            need: self.shared / "statistics" / _digest(json.dumps(key, sort_keys=True))
+            for need, key in keys.items()
+        }
 
     def collect_statistics(self) -> str | None:
-        """Collect the activations of the knowledge to keep, if the method needs them."""
-        if not needs_statistics(self.recipe) or self.trained.exists():
+        """Collect what the method needs to know of the text to keep and of the new task."""
+        if self.trained.exists():
             return None
-        with store.lock(self._statistics.with_suffix(".lock")):
-            if self._statistics.exists():
-                return None
-            model, recipe = self._base(), self.recipe
-            text = calibration_text(recipe.calibration, model, self.tokenizer, recipe.seed)
-            statistics = collect(model, text, recipe.adapter.target_modules)
-            with store.new_folder(self._statistics) as folder:
-                statistics.save(folder)
-        return f"{len(statistics)} layers"
+        made = [self._collect(need, folder) for need, folder in self._inputs.items()]
+        return f"{max(made)} layers" if any(made) else None
+
+    def _collect(self, need: str, folder: Path) -> int:
+        """Collect one need, from where an interrupted run left off; of how many layers."""
+        with store.lock(folder.with_suffix(".lock")):
+            if folder.exists():
+                return 0
+            unfinished = folder.with_suffix(".unfinished")
+            collecting = Collecting.of(self.recipe)
+            found = collecting.collect(need, self._base(), self.tokenizer, unfinished)
+            with store.new_folder(folder) as new:
+                found.save(new)
+            store.remove(unfinished)
+        return len(found)
 
     def start(self) -> str | None:
         """Attach the adapter and write it down as it is before the first step."""
         if self.full or self.trained.exists() or self.folder.start.exists():
             return None
-        statistics = Statistics.load(self._statistics) if needs_statistics(self.recipe) else None
+        inputs = load_inputs(self._inputs)
+        statistics: Statistics | None = inputs.get("stats")
         model = self._base()
         tokens = _probe(model)
         before = _logits(model, tokens)
-        model = attached(self.recipe.adapter, model, statistics, self.recipe.seed)
+        with self._spectra():
+            model = attached(self.recipe.adapter, model, inputs, self.recipe.seed)
         self._held = None  # it is no longer the base
         same = torch.equal(_logits(model.eval(), tokens), before)
         self.folder.update(
@@ -279,6 +311,11 @@ class Stages:
         with store.new_folder(self.folder.start) as folder:
             save(model, folder)
         return "equals the base bit for bit" if same else "differs from the base"
+
+    def _spectra(self) -> AbstractContextManager[object]:
+        """Where the runs of a study, if there are several, share the spectra of the weights."""
+        planned = store.read_json(self.folder.path.parent / "runs.json").get("runs", [])
+        return cached_spectra(self.shared / "spectra") if len(planned) > 1 else nullcontext()
 
     def train(self) -> str | None:
         """Train, from the newest checkpoint if there is one, and write the result down."""
@@ -297,6 +334,8 @@ class Stages:
             recipe.training,
             self.folder.path,
             seed=recipe.seed,
+            penalties=recipe.penalties,
+            probes=from_settings(recipe.probes),
             on_step=lambda step, steps: self.tell("train", step=step, steps=steps),
         )
         with store.new_folder(self.trained) as folder:
@@ -307,7 +346,8 @@ class Stages:
                 save(model, folder)
         self.folder.update(training=asdict(result))
         self._tidy()
-        return f"{result.steps} steps, loss {result.final_loss:.4g}"
+        over = f"; {result.exceeded}" if result.exceeded else ""
+        return f"{result.steps} steps, loss {result.final_loss:.4g}{over}"
 
     def _tidy(self) -> None:
         """Remove what only an unfinished training needs."""
@@ -316,9 +356,16 @@ class Stages:
             store.remove(self.folder.start)
 
     def _tokens(self) -> Any:
-        data = self.recipe.data
-        examples = load_examples(data.train, limit=data.limit)
-        return tokenize(examples, self.tokenizer, max_length=data.max_length, pack=data.pack)
+        data, tokens = self.recipe.data, []
+        for path, _ in data.sources:
+            examples = load_examples(path, limit=data.limit)
+            tokens.append(
+                tokenize(examples, self.tokenizer, max_length=data.max_length, pack=data.pack)
+            )
+        if isinstance(data.train, str):
+            return tokens[0]
+        weights = [weight for _, weight in data.sources]
+        return Mixture([TokenRows(part) for part in tokens], weights, self.recipe.seed)
 
     def export(self) -> str | None:
         """Write the adapter as a plain PEFT LoRA for the untouched base."""
@@ -328,6 +375,7 @@ class Stages:
             return None
         with store.new_folder(self.folder.adapter) as folder:
             report = export(self._model("trained", self._load_trained), folder, rank)
+            write_run_card(self.folder, folder, report.relative_error)
         entry = {"requested": rank, "rank": report.rank, "relative_error": report.relative_error}
         self.folder.update(export=entry)
         return f"rank {report.rank}, relative error {report.relative_error:.2g}"
@@ -358,34 +406,30 @@ class Stages:
             yield name, weight, linear_weight(layer).detach().float() - weight
 
 
-def calibration_text(
-    settings: CalibrationSettings, model: Any, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> list[dict[str, Tensor]]:
-    """The text to keep, as batches of tokens."""
-    return batches(
-        settings.source,
-        model,
-        tokenizer,
-        samples=settings.samples,
-        max_length=settings.max_length,
-        batch_size=settings.batch_size,
-        seed=seed,
-    )
-
-
 def attached(
-    settings: AdapterSettings, model: Any, statistics: Statistics | None, seed: int
+    settings: AdapterSettings, model: Any, inputs: Mapping[str, Any], seed: int
 ) -> PeftModel:
-    """The model with the adapter of a recipe on it."""
+    """The model with the adapter of a recipe on it.
+
+    Args:
+        settings: the adapter.
+        model: the base.
+        inputs: the arguments of `attach` that hold what the method needs.
+        seed: of random starts.
+    """
     return attach(
         model,
         settings.method,
         rank=settings.rank,
         alpha=settings.alpha,
         target_modules=settings.target_modules,
-        stats=statistics,
         dropout=settings.dropout,
         seed=seed,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+        **inputs,
         **settings.options,
     )
 

@@ -59,6 +59,7 @@ COLUMNS = (
     "weight_decay",
     "target_modules",
     "higher_is_better",
+    "retention_uncapped",
 )
 """The columns of results.csv, one row a run and task."""
 
@@ -306,6 +307,7 @@ def _task_columns(
 ) -> dict[str, Any]:
     base, final = scores["base"], scores["final"]
     known = final or base
+    kept = _retention(base, final)
     return {
         "task": task,
         "kind": kind,
@@ -315,16 +317,18 @@ def _task_columns(
         "score": final.get("value"),
         "stderr": final.get("stderr"),
         "n": final.get("n"),
-        "retention": _retention(base, final),
+        "retention": None if kept is None else min(1.0, kept),
         "higher_is_better": known.get("higher_is_better"),
+        "retention_uncapped": None if kept is None or math.isinf(kept) else kept,
     }
 
 
 def _retention(base: Mapping[str, Any], final: Mapping[str, Any]) -> float | None:
-    """The share that is left; None where it is not measured or means nothing."""
-    if base.get("value") is None or final.get("value") is None:
+    """The share that is left, gains counted; None where it is not measured or means nothing."""
+    before, after = base.get("value"), final.get("value")
+    if before is None or after is None or before < 0 or after < 0:
         return None
-    share = metrics.retention(final["value"], base["value"], final["higher_is_better"])
+    share = metrics.retention_uncapped(after, before, final["higher_is_better"])
     return None if math.isnan(share) else share
 
 

@@ -4,9 +4,10 @@
 reads adapters.
 """
 
+from forgetless.adapters.anchored import plain_factors
 from forgetless.adapters.attachment import attach
 from forgetless.adapters.folders import ExportReport, export, load, save
-from forgetless.adapters.layer import adapted_layers, delta_weights, plain_factors
+from forgetless.adapters.layer import adapted_layers, delta_weights
 
 __all__ = [
     "ExportReport",

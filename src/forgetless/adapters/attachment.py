@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,19 +15,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from forgetless.adapters.anchored import Anchor
 from forgetless.adapters.layer import (
-    Anchor,
     Start,
     StartConfig,
     adapted_layers,
     add_adapter,
     install,
 )
-from forgetless.core import Decomposition, Method, decompose
+from forgetless.adapters.ranks import LayerRank, layer_ranks, patterns
+from forgetless.core import Decomposition, Factors, Method, decompose
 from forgetless.errors import UserError, first_few, unknown
+from forgetless.linalg import eigen_top
 from forgetless.methods import METHODS
-from forgetless.models import linear_weight, target_layers
+from forgetless.models import Targets, base_of, find_targets
+from forgetless.reuse import shared_inputs
 from forgetless.statistics import Statistics
+from forgetless.weights import linear_weight, unreadable, weight_shape
 
 Source = Callable[[str], Tensor]
 """Layer name -> what a method needs of it; KeyError where there is nothing."""
@@ -35,7 +41,8 @@ _HOW_TO_GET = {
     "run 'forgetless stats' or pass stats=forgetless.collect(model, batches)",
     "task_moment": "statistics of the new task; "
     "pass task_stats=forgetless.collect(model, batches) on its data",
-    "gradient": "the gradients of the new task's loss; pass gradients={layer name: gradient}",
+    "gradient": "the gradients of the new task's loss; "
+    "pass gradients=forgetless.statistics.collect_gradients(model, batches)",
 }
 
 
@@ -52,6 +59,10 @@ def attach(
     dropout: float = 0.0,
     seed: int = 0,
     adapter_name: str = "default",
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     **options: Any,
 ) -> PeftModel:
     """The model with a trainable adapter on it; its output is still the base's, bit for bit.
@@ -61,7 +72,7 @@ def attach(
             the active one. Its weights are never written.
         method: how the adapter starts, a name of METHODS other than `full`.
         rank: r, in 1..min(out, in) of every target layer.
-        alpha: scaling = alpha / rank.
+        alpha: scaling = alpha / rank, or alpha / √rank with `use_rslora`.
         target_modules: "all-linear" (every linear layer but the output head), a list of name
             endings, or one regular expression, as in PEFT.
         stats: activations of the knowledge to keep, from `collect`. This and the next two are
@@ -71,11 +82,18 @@ def attach(
         dropout: probability, on the adapter's input while training.
         seed: of random starts; every layer draws from a generator of its own.
         adapter_name: PEFT's name for the adapter.
+        use_rslora: scaling = alpha / √rank, so that larger ranks do not learn more slowly.
+        use_dora: train the length of every row of the weight beside its direction, see
+            `forgetless.adapters.dora`; every method still starts at the base, bit for bit.
+        rank_pattern: ranks of single layers, by name, name ending or regular expression, as in
+            PEFT: {"q_proj": 32, "layers.0.mlp.*": 4}.
+        alpha_pattern: the same for alpha.
         options: the method's own, for instance position=0.25 for `intermediate`.
 
     Raises:
-        UserError: unknown method or option, no layer matches, a rank that does not fit, or
-            statistics that are missing or of another model; all layers' problems at once.
+        UserError: unknown method or option, no layer matches, a rank that does not fit, weights
+            that cannot be read (offloaded, sharded, packed), or statistics that are missing or of
+            another model; all layers' problems at once.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -88,24 +106,46 @@ def attach(
         raise UserError(
             f"the model already has an adapter {adapter_name!r}; pass another adapter_name"
         )
-    layers = target_layers(model, target_modules)
+    targets = find_targets(model, target_modules)
+    layers = targets.layers
+    ranks = layer_ranks(layers, rank, alpha, rank_pattern, alpha_pattern, use_rslora)
     sources = _sources(METHODS[method], stats, task_stats, gradients)
-    _check_layers(METHODS[method], layers, rank, sources, options)
-    starts = {
-        name: _decompose_layer(name, layer, method, rank, alpha / rank, sources, seed, options)
-        for name, layer in layers.items()
-    }
+    _check_layers(METHODS[method], layers, ranks, sources, options, use_dora)
+    _warn_of_the_rest(model, targets)
+    given = {"rank_pattern": dict(rank_pattern or {}), "alpha_pattern": dict(alpha_pattern or {})}
+    names = targets.given
+    if METHODS[method].share_ranks is not None and options.get("rho", 1) > 1:
+        ranks = _shared_out(METHODS[method], layers, ranks, sources, options["rho"])
+        layers = {name: layer for name, layer in layers.items() if name in ranks}
+        given, names = patterns(ranks, rank, alpha), list(layers)
+    factors: dict[str, Factors] = {}
+    with shared_inputs():  # what follows from the input of q, k and v alone is computed once
+        for name, layer in layers.items():
+            made = _decompose_layer(name, layer, method, ranks[name], sources, seed, options)
+            factors[name] = Factors(made.A.float(), made.B.float())  # and not the weight's copy
+    trains = METHODS[method].trains
     start = Start(
         method=method,
-        trains=METHODS[method].trains,
-        anchored=any(_needs_anchor(decomposition) for decomposition in starts.values()),
+        trains=trains,
+        anchored=trains == ("A", "B") and any(map(_is_not_zero, factors.values())),
         seed=seed,
         options=options,
     )
-    config = _config(model, layers, rank, alpha, target_modules, dropout, start)
+    config = StartConfig(
+        r=rank,
+        lora_alpha=alpha,
+        **given,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        target_modules=names,
+        lora_dropout=dropout,
+        fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers.values()),
+        task_type=_task_type(model),
+        start=asdict(start),
+    )
     model = add_adapter(model, config, adapter_name)
     for name, module in adapted_layers(model, adapter_name).items():
-        install(module, adapter_name, start, *_parameters(starts[name], start.anchored))
+        install(module, adapter_name, start, *_parameters(factors[name], start))
     return model
 
 
@@ -131,32 +171,85 @@ def _sources(
 
 
 def _moments(stats: Statistics | None) -> Source | None:
-    return None if stats is None else lambda name: stats[name].second_moment
+    """The second moments; those on disk are read once for neighbours that share one."""
+    if stats is None:
+        return None
+    first = {name: group[0] for group in stats.shared_inputs for name in group}
+    read = lru_cache(maxsize=1)(lambda name: stats[name].second_moment)
+    return lambda name: read(first[name])
 
 
 def _check_layers(
     method: Method,
     layers: Mapping[str, nn.Module],
-    rank: int,
+    ranks: Mapping[str, LayerRank],
     sources: Mapping[str, Source],
     options: Mapping[str, Any],
+    use_dora: bool,
 ) -> None:
-    problems = []
+    problems = _obstacles(layers)
+    if problems:
+        raise UserError(first_few(problems))
     for name, layer in layers.items():
-        weight = linear_weight(layer)
-        out_features, in_features = weight.shape
+        out_features, in_features = weight_shape(layer)
         try:
-            method.check(rank, (out_features, in_features), options, layer=name)
+            method.check(ranks[name].rank, (out_features, in_features), options, layer=name)
         except ValueError as problem:
             problems.append(str(problem))
             continue
-        if weight.is_meta:
-            problems.append(f"layer {name!r} has no weights: it is on the meta device")
+        if use_dora and not linear_weight(layer).any(dim=1).all():
+            problems.append(
+                f"layer {name!r} has a row of zeros, whose direction DoRA cannot train; leave "
+                "the layer out of target_modules or use_dora off"
+            )
         for need, source in sources.items():
             wanted = (out_features if need == "gradient" else in_features, in_features)
             problems += _source_problems(name, need, source, wanted)
     if problems:
         raise UserError(first_few(problems))
+
+
+def _shared_out(
+    method: Method,
+    layers: Mapping[str, nn.Module],
+    ranks: Mapping[str, LayerRank],
+    sources: Mapping[str, Source],
+    rho: float,
+) -> dict[str, LayerRank]:
+    """The ranks after the method has moved them between layers; a layer with none is left out.
+
+    The scaling of every layer stays. Only the eigenvalues that a layer may get ranks for are
+    computed; the others stand together at the end, so that their sum is right.
+    """
+    assert method.share_ranks is not None
+    eigenvalues = {}
+    for name, layer in layers.items():
+        moment = sources["second_moment"](name)
+        most = min(round(rho * ranks[name].rank), *weight_shape(layer))
+        first = eigen_top(moment, most).values
+        padding = first.new_zeros(round(rho * ranks[name].rank) - most)
+        eigenvalues[name] = torch.cat([first, padding, moment.trace()[None] - first.sum()])
+    asked = {name: rank.rank for name, rank in ranks.items()}
+    shared = method.share_ranks(eigenvalues, asked, rho)
+    limits = {name: min(weight_shape(layer)) for name, layer in layers.items()}
+    return {
+        name: ranks[name].resized(min(rank, limits[name]))
+        for name, rank in shared.items()
+        if rank > 0
+    }
+
+
+def _obstacles(layers: Mapping[str, nn.Module]) -> list[str]:
+    """One sentence for all layers whose weights cannot be read for the same reason."""
+    unread: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        reason = unreadable(layer)
+        if reason is not None:
+            unread.setdefault(reason, []).append(name)
+    return [
+        f"layer {first!r}{f' (and {len(others)} more)' if others else ''} {reason}"
+        for reason, (first, *others) in unread.items()
+    ]
 
 
 def _source_problems(name: str, need: str, source: Source, wanted: tuple[int, int]) -> list[str]:
@@ -180,8 +273,7 @@ def _decompose_layer(
     name: str,
     layer: nn.Module,
     method: str,
-    rank: int,
-    scaling: float,
+    rank: LayerRank,
     sources: Mapping[str, Source],
     seed: int,
     options: Mapping[str, Any],
@@ -190,9 +282,9 @@ def _decompose_layer(
     try:
         return decompose(
             linear_weight(layer).detach(),
-            rank,
+            rank.rank,
             method,
-            scaling=scaling,
+            scaling=rank.scaling,
             seed=layer_seed(seed, name),
             **inputs,
             **options,
@@ -201,14 +293,14 @@ def _decompose_layer(
         raise UserError(f"layer {name!r}: {problem}") from problem
 
 
-def _needs_anchor(start: Decomposition) -> bool:
-    return start.trains == ("A", "B") and not start.starts_at_zero
+def _is_not_zero(factors: Factors) -> bool:
+    return bool(factors.A.any()) and bool(factors.B.any())
 
 
-def _parameters(start: Decomposition, anchored: bool) -> tuple[Tensor, Tensor, Anchor | None]:
-    """Values of lora_A and lora_B at step 0, and the anchor; see the table at the top."""
-    A, B = start.A.float(), start.B.float()
-    if anchored:
+def _parameters(factors: Factors, start: Start) -> tuple[Tensor, Tensor, Anchor | None]:
+    """Values of lora_A and lora_B at step 0, and the anchor; the table is in `anchored`."""
+    A, B = factors.A, factors.B
+    if start.anchored:
         return torch.zeros_like(A), torch.zeros_like(B), Anchor(A, B)
     if start.trains == ("B",):
         return A, torch.zeros_like(B), None
@@ -217,25 +309,30 @@ def _parameters(start: Decomposition, anchored: bool) -> tuple[Tensor, Tensor, A
     return A, B, None
 
 
-def _config(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    rank: int,
-    alpha: float,
-    target_modules: str | Sequence[str],
-    dropout: float,
-    start: Start,
-) -> StartConfig:
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    return StartConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=targets,
-        lora_dropout=dropout,
-        fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers.values()),
-        task_type=_task_type(model),
-        start=asdict(start),
-    )
+def _warn_of_the_rest(model: nn.Module, targets: Targets) -> None:
+    """Say which tensors an adapter on all linear layers does not reach, and what is used twice."""
+    if targets.skipped:
+        warnings.warn(
+            "the experts of this model are stacked tensors, which 'all-linear' does not adapt: "
+            + ", ".join(targets.skipped),
+            stacklevel=3,
+        )
+    first = {module: name for name, module in targets.layers.items()}
+    everywhere = base_of(model).named_modules(remove_duplicate=False)
+    again = [(n, first[m]) for n, m in everywhere if m in first and n != first[m]]
+    # A layer inside of a shared block has several names too, but the adapter then is shared.
+    lonely = [(n, f) for n, f in again if _parent(model, n) is not _parent(model, f)]
+    if lonely:
+        name, adapted = lonely[0]
+        warnings.warn(
+            f"layer {name!r} is the same module as {adapted!r}; PEFT adapts it under that name "
+            "alone, and merging would change both",
+            stacklevel=3,
+        )
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return base_of(model).get_submodule(name.rpartition(".")[0])
 
 
 def _task_type(model: nn.Module) -> TaskType | None:

@@ -16,19 +16,20 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from forgetless.adapters.anchored import Anchor, plain_factors
+from forgetless.adapters.dora import is_dora
 from forgetless.adapters.layer import (
     ANCHORED_TYPE,
     PREFIX,
-    Anchor,
     Start,
     StartConfig,
     adapted_layers,
     add_adapter,
     install,
-    plain_factors,
 )
+from forgetless.adapters.ranks import LayerRank, patterns
 from forgetless.errors import UserError, first_few, unknown
-from forgetless.models import linear_weight
+from forgetless.weights import is_linear, weight_shape
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -41,7 +42,7 @@ class ExportReport:
 
     Attributes:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`, a plain PEFT LoRA.
-        rank: rank of the exported adapter.
+        rank: rank of the exported adapter; the largest where layers differ.
         relative_error: ||exported - trained||_F / ||trained||_F over all layers, 0.0 when exact.
         layer_errors: the same for each layer.
     """
@@ -56,6 +57,10 @@ class ExportReport:
         """Whether nothing was cut off."""
         return self.relative_error == 0.0
 
+    def __str__(self) -> str:
+        error = "exact" if self.exact else f"relative error {self.relative_error:.3g}"
+        return f"{self.folder}: rank {self.rank}, {error}"
+
 
 @torch.no_grad()
 def export(
@@ -64,14 +69,14 @@ def export(
     rank: Literal["exact", "requested"] | int = "exact",
     adapter_name: str = "default",
 ) -> ExportReport:
-    """Write the adapter as a plain PEFT LoRA for the untouched base.
+    """Write the adapter as a plain PEFT LoRA for the untouched base, with a model card.
 
     Args:
         model: a PeftModel made by `attach` or `load`, or any PEFT LoRA.
         folder: where to; created.
         rank: "exact" keeps everything (rank 2r for an anchored adapter, r otherwise); "requested"
             cuts back to the adapter's own rank r, and a number to that rank, by the best
-            approximation in the Frobenius norm.
+            approximation of B A in the Frobenius norm. A layer of a smaller rank keeps its own.
         adapter_name: which adapter.
 
     Returns:
@@ -83,26 +88,49 @@ def export(
     config = _lora_config(model, adapter_name)
     layers = adapted_layers(model, adapter_name)
     factors = {name: plain_factors(module, adapter_name) for name, module in layers.items()}
-    exact_rank = max(len(A) for A, _ in factors.values())
-    kept = _export_rank(rank, config.r, exact_rank)
-    state, errors, norms = {}, {}, {}
+    kept = {
+        name: _export_rank(rank, layers[name].r[adapter_name], len(A))
+        for name, (A, _) in factors.items()
+    }
+    is_exact = all(kept[name] == len(A) for name, (A, _) in factors.items())
+    state, errors, norms = {}, dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
     for name, (A, B) in factors.items():
-        B = B * layers[name].scaling[adapter_name]
-        norms[name] = _product_norm(A, B)
-        A, B, errors[name] = _truncated(A, B, kept) if kept < exact_rank else (A, B, 0.0)
+        module = layers[name]
+        B = B * module.scaling[adapter_name]
+        if not is_exact:
+            norms[name] = _product_norm(A, B)
+        if kept[name] < len(A):
+            A, B, errors[name] = _truncated(A, B, kept[name])
         state[f"{PREFIX}{name}.lora_A.weight"] = A.contiguous().cpu()
         state[f"{PREFIX}{name}.lora_B.weight"] = B.contiguous().cpu()
+        if is_dora(module, adapter_name):
+            magnitude = module.lora_magnitude_vector[adapter_name].weight
+            state[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.detach().cpu()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     _plain_config(config, kept).save_pretrained(str(folder))
     lost = sum(error**2 for error in errors.values()) ** 0.5
     total = sum(norm**2 for norm in norms.values()) ** 0.5
-    return ExportReport(
+    report = ExportReport(
         folder=folder,
-        rank=kept,
+        rank=max(kept.values()),
         relative_error=lost / total if lost else 0.0,
         layer_errors={name: errors[name] / norms[name] if errors[name] else 0.0 for name in layers},
+    )
+    _write_card(config, report)
+    return report
+
+
+def _write_card(config: LoraConfig, report: ExportReport) -> None:
+    """The README.md beside the weights, for whoever finds the folder."""
+    from forgetless.cards import write_export_card
+
+    write_export_card(
+        report.folder,
+        config.base_model_name_or_path or "",
+        start=getattr(config, "start", None),
+        error=report.relative_error,
     )
 
 
@@ -125,11 +153,19 @@ def _export_rank(rank: str | int, requested: int, exact: int) -> int:
     return min(rank, exact)
 
 
-def _plain_config(config: LoraConfig, rank: int) -> LoraConfig:
-    """A config that PEFT alone reads. The scaling is already in B, so alpha = rank."""
+def _plain_config(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
+    """A config that PEFT alone reads. The scaling is already in B, so alpha = rank everywhere.
+
+    r is the largest rank, since that is what servers make room for, and what other layers have
+    stands in the patterns.
+    """
+    largest = max(ranks.values())
+    layers = {name: LayerRank(rank, rank) for name, rank in ranks.items()}
     return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
+        r=largest,
+        lora_alpha=largest,
+        **patterns(layers, largest, largest),
+        use_dora=config.use_dora,
         target_modules=config.target_modules,
         lora_dropout=config.lora_dropout,
         fan_in_fan_out=config.fan_in_fan_out,
@@ -258,7 +294,10 @@ def _check_fits(folder: Path, state: Mapping[str, Tensor], base: nn.Module) -> N
             problems.append(f"this model has no layer {name!r}")
             continue
         layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-        shape = tuple(linear_weight(layer).shape)
+        if not is_linear(layer):
+            problems.append(f"{name!r} is a {type(layer).__name__}, not a linear layer")
+            continue
+        shape = weight_shape(layer)
         wanted = (state[key.replace(".lora_A.", ".lora_B.")].shape[0], A.shape[1])
         if shape != wanted:
             problems.append(f"layer {name!r} is {shape}, the adapter was made for {wanted}")

@@ -1,20 +1,4 @@
-"""The anchored layer: a frozen start, the trained moves, and PEFT's hooks for them.
-
-Methods such as PiSSA or LoRA-Null start from B0 A0 != 0. Elsewhere that product is subtracted from
-the stored weight; here the base is never touched. The start is a frozen *anchor* (A0, B0) and the
-trained matrices are the *moves* dA and dB, both zero at step 0::
-
-    W' = W + scaling * [(B0 + dB)(A0 + dA) - B0 A0]  =  W + scaling * [dB (A0 + dA) + B0 dA]
-    y  = W x + scaling * [dB, B0] [A0 + dA ; dA] x
-
-So step 0 and adapter-off are the base bit for bit, weight decay pulls towards the base, and the
-result is a plain LoRA of rank 2r on the original base. Where the start's product is zero, or one
-factor is frozen, the anchor cancels and PEFT's own LoRA layer of rank r does the same:
-
-    B0 A0 = 0          W' = W + scaling * B A         A and B trained from (A0, B0)
-    A frozen (dA = 0)  W' = W + scaling * dB A0       lora_A = A0 frozen, lora_B = dB
-    B frozen (dB = 0)  W' = W + scaling * B0 dA       lora_B = B0 frozen, lora_A = dA
-"""
+"""Adapters of a PEFT model: their config, their layers, and how a start is put on a layer."""
 
 from __future__ import annotations
 
@@ -23,14 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from forgetless.models import linear_weight
+from forgetless.adapters.anchored import Anchor, AnchoredVariant, low_rank_move
+from forgetless.adapters.dora import dora_update, is_dora, set_magnitude
+from forgetless.errors import UserError
+from forgetless.weights import hold_packing, linear_weight, untouched
+
+_BITS_AND_BYTES = ("Linear4bit", "Linear8bitLt")
 
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every layer of the base."""
@@ -84,81 +71,6 @@ class Start:
         return tuple(f"lora_{factor}" for factor in ("A", "B") if factor not in self.trains)
 
 
-class Anchor(nn.Module):
-    """The frozen start of one layer: buffers A0 (rank, in) and B0 (out, rank)."""
-
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("anchor_A", A)
-        self.register_buffer("anchor_B", B)
-
-
-class AnchoredVariant(LoraVariant):
-    """PEFT's hook for one adapter of one layer: the anchored product in place of B A."""
-
-    @staticmethod
-    def factors(module: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """[A0 + dA ; dA] (2 rank, in) and [dB, B0] (out, 2 rank); B A is the move."""
-        anchor = module.lora_anchor[adapter_name]
-        dA = module.lora_A[adapter_name].weight
-        dB = module.lora_B[adapter_name].weight
-        return torch.cat([anchor.anchor_A + dA, dA]), torch.cat([dB, anchor.anchor_B], dim=1)
-
-    @staticmethod
-    def forward(
-        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
-    ) -> Tensor:
-        """The layer's output (..., out) with the move added to the base's `result`."""
-        A, B = AnchoredVariant.factors(module, active_adapter)
-        scaling: float = module.scaling[active_adapter]
-        x = module.lora_dropout[active_adapter](x)
-        return result + F.linear(F.linear(x, A), B) * scaling
-
-    @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The weight with the move added, in the weight's own layout and dtype."""
-        return _moved(module, active_adapter, orig_weight, sign=1)
-
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        """Add the move to the weight in place."""
-        orig_weight.data = _moved(module, active_adapter, orig_weight.data, sign=1)
-
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The weight with the move taken off again, up to the rounding of its dtype."""
-        return _moved(module, active_adapter, orig_weight.data, sign=-1)
-
-    @staticmethod
-    def supports_lora_conversion() -> bool:
-        """PEFT's own conversion reads lora_A and lora_B alone; `export` is the exact way."""
-        return False
-
-
-def _moved(module: LoraLayer, adapter_name: str, weight: Tensor, sign: int) -> Tensor:
-    delta = _delta_weight(module, adapter_name)
-    if isinstance(module.get_base_layer(), Conv1D):
-        delta = delta.T
-    # One rounding: the sum is made in the adapter's precision and cast once.
-    return (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
-
-
-def plain_factors(module: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) of the plain LoRA that the adapter amounts to in one layer.
-
-    Without the scaling. The rank is twice the adapter's where it is anchored.
-    """
-    if isinstance(module.lora_variant.get(adapter_name), AnchoredVariant):
-        return AnchoredVariant.factors(module, adapter_name)
-    return module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
-
-
-def _delta_weight(module: LoraLayer, adapter_name: str) -> Tensor:
-    A, B = plain_factors(module, adapter_name)
-    scaling: float = module.scaling[adapter_name]
-    return B @ A * scaling
-
-
 def adapted_layers(model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
     """The layers that the adapter changes, by their names in the base model."""
     return {
@@ -175,12 +87,17 @@ def delta_weights(
     """(layer name, W, delta_W), both (out, in) in float32, one layer at a time."""
     for name, module in adapted_layers(model, adapter_name).items():
         weight = linear_weight(module.get_base_layer()).float()
-        yield name, weight, _delta_weight(module, adapter_name).float()
+        if is_dora(module, adapter_name):
+            delta = dora_update(module, adapter_name, weight)
+        else:
+            delta = low_rank_move(module, adapter_name)
+        yield name, weight, delta.float()
 
 
 def add_adapter(model: nn.Module, config: StartConfig, adapter_name: str) -> PeftModel:
     """PEFT's wrapping, without its random start leaving a trace in the global generator."""
-    with torch.random.fork_rng(devices=[]):
+    hold_packing(model)
+    with untouched(model), torch.random.fork_rng(devices=[]):
         if not isinstance(model, PeftModel):
             return get_peft_model(model, config, adapter_name=adapter_name)
         model.add_adapter(adapter_name, config)
@@ -193,6 +110,7 @@ def install(
     module: LoraLayer, adapter_name: str, start: Start, A: Tensor, B: Tensor, anchor: Anchor | None
 ) -> None:
     """Put one layer's start in place of PEFT's."""
+    _require_hooks(module)
     module.lora_A[adapter_name].weight.copy_(A)
     module.lora_B[adapter_name].weight.copy_(B)
     if anchor is not None:
@@ -202,9 +120,29 @@ def install(
             module.other_param_names = (*module.other_param_names, "lora_anchor")
         module.lora_anchor[adapter_name] = anchor.to(module.lora_A[adapter_name].weight)
         module.lora_variant[adapter_name] = AnchoredVariant()
+    if is_dora(module, adapter_name):
+        set_magnitude(module, adapter_name)
+    if isinstance(module, TorchaoLoraLinear) and adapter_name in module.lora_variant:
+        module.merge = _refuse_merge  # PEFT's asks no hook and would merge something else
     if start.frozen:
         # PEFT honours this whenever it switches adapters or turns training on.
         module.frozen_peft_weight_names = module.frozen_peft_weight_names | {
             adapter_name: start.frozen
         }
         module._freeze_non_trainable_peft_weights(adapter_name)
+
+
+def _require_hooks(module: LoraLayer) -> None:
+    """Anchored and frozen starts need a layer of PEFT that asks our hooks."""
+    if not isinstance(module, Linear) and type(module).__name__ not in _BITS_AND_BYTES:
+        raise UserError(
+            f"PEFT adapts this base with {type(module).__name__}, which no start fits; load the "
+            "base unquantised, or quantised with bitsandbytes or torchao"
+        )
+
+
+def _refuse_merge(*_: Any, **__: Any) -> None:
+    raise UserError(
+        "an adapter cannot be merged into torchao's quantised weights; serve the exported adapter "
+        "beside the base, or merge it into the unquantised model"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from forgetless.core import Factors, Method, check_number
-from forgetless.linalg import eigen_slice, projected_svd, slice_start
+from forgetless.linalg import eigen_slice, eigen_tail, projected_svd, slice_start
 
 
 def activation_slice(
@@ -34,7 +34,10 @@ def activation_slice(
         of Tang et al. 2025, arXiv:2503.02659.
     """
     start = slice_start(check_number("position", position, 0, 1), W.shape[1], rank)
-    N = eigen_slice(second_moment, start, rank).vectors
+    if start + rank == W.shape[1]:
+        N = eigen_tail(second_moment, rank).vectors
+    else:
+        N = eigen_slice(second_moment, start, rank).vectors
     return Factors.balanced(*projected_svd(W, N), scaling)
 
 

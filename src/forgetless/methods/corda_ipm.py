@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from forgetless.core import Factors, Method
-from forgetless.methods.corda_kpm import context_slice
+from forgetless.core import Factors, Method, check_number
+from forgetless.methods.corda_kpm import context_end
 
 
 def corda_ipm(
@@ -13,7 +13,8 @@ def corda_ipm(
 ) -> Factors:
     """B = U √(S / scaling) and A = √(S / scaling) Vh C̃⁻¹ over the first components of W C̃.
 
-    C̃ and the differences from the authors' code are those of `corda_kpm`.
+    C̃ and the differences from the authors' code are those of `corda_kpm`. This mode looks at the
+    task: the second moment, and with `attach` the `stats`, are to be those of the new task's text.
 
     Args:
         W: weight, (out, in).
@@ -32,12 +33,13 @@ def corda_ipm(
         Yang et al. 2024, "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models
         for Task-Aware Parameter-Efficient Fine-tuning", arXiv:2406.05223.
     """
-    return Factors.balanced(*context_slice(W, second_moment, 0, rank, damping), scaling)
+    damping = check_number("damping", damping, 0)
+    return Factors.balanced(*context_end(W, second_moment, rank, "largest", damping), scaling)
 
 
 METHOD = Method(
     name="corda_ipm",
-    summary="the largest components of W seen through the new task's activations",
+    summary="the largest components of W seen through the activations, here the new task's",
     paper="Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation of Large Language "
     "Models for Task-Aware Parameter-Efficient Fine-tuning, arXiv:2406.05223",
     trains=("A", "B"),

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from forgetless.core import Factors, Method, check_number
-from forgetless.linalg import Triples, spectrum, symmetric
+from forgetless.linalg import Triples, svd_end, symmetric
+from forgetless.reuse import once
+from forgetless.subspace import End
 
 
 def corda_kpm(
@@ -20,7 +22,8 @@ def corda_kpm(
     The authors' code and PEFT start from a damping of 0.01, invert C̃ in float32 and double the
     damping until the inverse passes a test; we solve for A with a Cholesky factor in float64, which
     a damped matrix always has, and never double. They call the second moment a covariance.
-    Components of W C̃ below 1e-8 of its largest are not told apart (1e-7 in their float32).
+    Components of W C̃ below 1e-8 of its largest are not told apart (1e-7 in their float32). Of a
+    large weight, a few components come from an iteration, see `forgetless.linalg.svd_end`.
 
     Args:
         W: weight, (out, in).
@@ -39,25 +42,30 @@ def corda_kpm(
         Yang et al. 2024, "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models
         for Task-Aware Parameter-Efficient Fine-tuning", arXiv:2406.05223.
     """
-    start = min(W.shape) - rank
-    return Factors.balanced(*context_slice(W, second_moment, start, rank, damping), scaling)
+    damping = check_number("damping", damping, 0)
+    return Factors.balanced(*context_end(W, second_moment, rank, "smallest", damping), scaling)
 
 
-def context_slice(W: Tensor, C: Tensor, start: int, rank: int, damping: float) -> Triples:
-    """U, S and Vh C̃⁻¹ (not orthonormal) for components start..start + rank - 1 of W C̃."""
-    C = symmetric(C).double()
-    added = check_number("damping", damping, 0) * C.diagonal().mean()
-    if not C.any():
-        added = C.new_ones(())  # no activation at all: any multiple of I gives the same factors
-    damped = C + added * torch.eye(len(C)).to(C)
+def context_end(W: Tensor, C: Tensor, rank: int, end: End, damping: float) -> Triples:
+    """U, S and Vh C̃⁻¹ (not orthonormal) for the smallest or the largest components of W C̃."""
+    damped, factor = once(C, ("damped", damping), lambda: _damped(C, damping))
+    U, S, Vh = svd_end(W @ damped, rank, end)
+    return Triples(U, S, torch.cholesky_solve(Vh.mT, factor).mT)
+
+
+def _damped(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """C̃ in float64, and its Cholesky factor."""
+    damped = symmetric(C).double().clone()
+    # No activation at all: any multiple of I gives the same factors.
+    added = damping * damped.diagonal().mean() if damped.any() else damped.new_ones(())
+    damped.diagonal().add_(added)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         raise ValueError(
             f"the second moment with damping {damping:g} is not positive definite; "
             "raise damping or collect more tokens"
         )
-    U, S, Vh = spectrum(W @ damped).components(slice(start, start + rank))
-    return Triples(U, S, torch.cholesky_solve(Vh.mT, factor).mT)
+    return damped, factor
 
 
 METHOD = Method(

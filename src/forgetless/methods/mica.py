@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from forgetless.core import Factors, Method
-from forgetless.linalg import oriented_svd
+from forgetless.linalg import complete_spectrum
 
 
 def mica(W: Tensor, rank: int, scaling: float) -> Factors:
     """B = the left singular vectors of the smallest singular values of W, and A = 0.
 
-    The start is zero. B stays as it is, so that the update only ever writes to these directions. It
-    comes from a full SVD: where W is rank-deficient, a slice alone would not keep B orthogonal to
-    the directions that W does use.
+    The start is zero. B stays as it is, so that the update only ever writes to these directions.
+    The whole SVD is computed: where W is rank-deficient, a slice alone would not keep B orthogonal
+    to the directions that W does use.
 
     Args:
         W: weight, (out, in).
@@ -27,7 +27,11 @@ def mica(W: Tensor, rank: int, scaling: float) -> Factors:
         Rüdiger and Raschka 2026, "MiCA Learns More Knowledge Than LoRA and Full Fine-Tuning",
         arXiv:2604.01694.
     """
-    return Factors(A=W.new_zeros(rank, W.shape[1]), B=oriented_svd(W).U[:, -rank:])
+    last = slice(min(W.shape) - rank, None)
+    return Factors(
+        A=W.new_zeros(rank, W.shape[1]),
+        B=complete_spectrum(W).components(last).U,
+    )
 
 
 METHOD = Method(

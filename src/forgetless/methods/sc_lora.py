@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from forgetless.core import Factors, Method, check_number
-from forgetless.linalg import eigen_slice, symmetric
+from forgetless.linalg import eigen_top, symmetric
 
 
 def sc_lora(
@@ -50,7 +50,7 @@ def sc_lora(
     beta = check_number("beta", beta, 0, 1)
     inputs = (1 - beta) * symmetric(task_moment).double() - beta * symmetric(second_moment).double()
     Q1, R = torch.linalg.qr(W)
-    Q = Q1 @ eigen_slice(R @ inputs @ R.mT, 0, rank).vectors
+    Q = Q1 @ eigen_top(R @ inputs @ R.mT, rank).vectors
     return Factors(A=Q.mT @ W / scaling**0.5, B=Q / scaling**0.5)
 
 

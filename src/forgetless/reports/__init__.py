@@ -13,12 +13,13 @@ from forgetless import store
 from forgetless.reports import evidence as _evidence
 from forgetless.reports import figures, terminal
 from forgetless.reports.arms import gather
+from forgetless.reports.evaluated import write_evaluation
 from forgetless.reports.flips import find
 from forgetless.reports.page import page
 from forgetless.reports.standing import standing
 from forgetless.reports.words import answer
 
-__all__ = ["report", "summary"]
+__all__ = ["report", "summary", "write_evaluation"]
 
 _log = logging.getLogger(__name__)
 

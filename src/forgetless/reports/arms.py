@@ -108,8 +108,18 @@ def _signed(task: Task, estimate: Estimate) -> float:
 
 
 def _identity(run: Run) -> str:
-    kept = {key: value for key, value in run.settings.items() if is_of_arm(key)}
+    if run.record.get("evaluation"):  # of an adapter whose training is not known
+        return run.run_id
+    kept = {key: run.settings[key] for key in _deciding(run)}
     return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _deciding(run: Run) -> list[str]:
+    """The settings that tell a run's arm from others; probes only where a budget goes by them."""
+    limits = (run.settings.get(f"probes.{limit}") for limit in ("max_kl", "max_drop"))
+    has_budget = any(limit is not None for limit in limits)
+    own = [key for key in run.settings if is_of_arm(key)]
+    return own if has_budget else [key for key in own if not key.startswith("probes.")]
 
 
 def _labels(groups: Mapping[str, Sequence[Run]], study: str) -> dict[str, str]:
@@ -131,9 +141,9 @@ def _given_name(run: Run) -> str:
 def _described(run: Run, firsts: Iterable[Run]) -> str:
     method = run.settings.get("adapter.method")
     rivals = [r for r in firsts if r is not run and r.settings.get("adapter.method") == method]
-    keys = dict.fromkeys([*run.settings, *(key for rival in rivals for key in rival.settings)])
+    keys = dict.fromkeys(key for other in (run, *rivals) for key in _deciding(other))
     parts = [str(method)]
-    for key in filter(is_of_arm, keys):
+    for key in keys:
         own = run.settings.get(key)
         if any(rival.settings.get(key) != own for rival in rivals):
             parts.append(f"{key.rpartition('.')[2].replace('_', ' ')} {_short(own)}")
@@ -188,7 +198,7 @@ def _is_level(setting: Setting, top: Setting, learning: Task | None) -> bool:
 
 
 def _setting(rate: float | None, runs: Sequence[Run], tasks: Sequence[Task]) -> Setting:
-    ordered = tuple(sorted(runs, key=lambda run: int(run.settings.get("seed", 0))))
+    ordered = tuple(sorted(runs, key=lambda run: int(run.settings.get("seed") or 0)))
     return Setting(rate, ordered, {task.name: _measure(ordered, task) for task in tasks})
 
 

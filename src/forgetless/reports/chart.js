@@ -84,6 +84,19 @@ function placeNames(svg, box, points, taken) {
   }
 }
 
+// Names at the ends of the lines of some arms, {arm, x, at, y}, pushed apart so that none covers another.
+function endNames({ svg, box }, ends) {
+  const labels = ends.sort((a, b) => a.y - b.y);
+  for (let i = 1; i < labels.length; i++) labels[i].y = Math.max(labels[i].y, labels[i - 1].y + 17);
+  const over = labels.length ? labels.at(-1).y - (box.bottom - 4) : 0;
+  for (let i = labels.length - 1, limit = box.bottom - 4; over > 0 && i >= 0; i--, limit -= 17) labels[i].y = Math.min(labels[i].y, limit);
+  for (const { arm, x, at, y } of labels) {
+    make(svg, "line", { class: "leader", x1: x + 3, y1: at, x2: x + 15, y2: y });
+    make(svg, "use", { class: `c${colour(arm)}`, href: `#mark-${shape(arm)}`, x: x + 17, y: y - 5, width: 10, height: 10 });
+    make(svg, "text", { class: "name", x: x + 32, y: y + 4 }, data.arms[arm].label);
+  }
+}
+
 // A card of numbers that follows the mark in hand.
 function tipFor(figure) {
   const tip = make(figure, "div", { class: "tip", role: "status", hidden: "" });

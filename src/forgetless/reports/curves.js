@@ -3,10 +3,7 @@
 (() => {
   const figure = byId("curves-chart");
   const curves = data.curves.filter((c) => c.points.length);
-  if (!curves.length) {
-    make(figure, "p", { class: "empty" }, "No training log was kept.");
-    return;
-  }
+  if (!figure) return;
   const smallest = Math.min(...curves.flatMap((c) => c.points.map((p) => p[1])));
   const manyRates = curves.some((c) => !c.best);
   const state = { log: smallest > 0, all: false };
@@ -37,21 +34,8 @@
       make(chart.svg, "polyline", { class: `curve c${colour(curve.arm)}${isThin ? " thin" : ""}`, style: "fill:none", points });
       if (curve.best && !ends.has(curve.arm)) ends.set(curve.arm, curve.points.at(-1));
     }
-    if (wide) endNames(chart, ends);
+    if (wide) endNames(chart, [...ends].map(([arm, [step, loss]]) => ({ arm, x: chart.px(step), at: chart.py(loss), y: chart.py(loss) })));
     follow(chart, lines);
-  }
-
-  // Names at the ends of the lines, pushed apart so that none covers another.
-  function endNames({ svg, box, px, py }, ends) {
-    const labels = [...ends].map(([arm, [step, loss]]) => ({ arm, x: px(step), at: py(loss), y: py(loss) })).sort((a, b) => a.y - b.y);
-    for (let i = 1; i < labels.length; i++) labels[i].y = Math.max(labels[i].y, labels[i - 1].y + 17);
-    const over = labels.length ? labels.at(-1).y - (box.bottom - 4) : 0;
-    for (let i = labels.length - 1, limit = box.bottom - 4; over > 0 && i >= 0; i--, limit -= 17) labels[i].y = Math.min(labels[i].y, limit);
-    for (const { arm, x, at, y } of labels) {
-      make(svg, "line", { class: "leader", x1: x + 3, y1: at, x2: x + 15, y2: y });
-      make(svg, "use", { class: `c${colour(arm)}`, href: `#mark-${shape(arm)}`, x: x + 17, y: y - 5, width: 10, height: 10 });
-      make(svg, "text", { class: "name", x: x + 32, y: y + 4 }, data.arms[arm].label);
-    }
   }
 
   // The losses at the step under the pointer.

@@ -75,6 +75,23 @@ class Run:
                 losses[int(step)] = loss
         return sorted(losses.items())
 
+    def probes(self) -> list[tuple[int, dict[str, float]]]:
+        """What was measured on the way, by step: name ("learning/loss") and value."""
+        found = {}
+        for line in _read_jsonl(self.folder.log):
+            step, values = number(line.get("step")), line.get("probe")
+            if step is not None and isinstance(values, Mapping):
+                known = {str(name): number(value) for name, value in values.items()}
+                found[int(step)] = {n: value for n, value in known.items() if value is not None}
+        return sorted(found.items())
+
+    @property
+    def exceeded(self) -> Mapping[str, Any]:
+        """The budget of forgetting that ended the training; empty when none did."""
+        training = self.record.get("training")
+        found = training.get("exceeded") if isinstance(training, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
     def score(self, phase: store.Phase, task: str) -> dict[str, Any]:
         """The score file of one phase and task; empty when there is none."""
         return store.read_json(self.folder.scores(phase, task))
@@ -98,6 +115,12 @@ class Evidence:
     def first(self, kind: str) -> Task | None:
         """The first learning or forgetting task of the recipe: the one the words are about."""
         return next((task for task in self.tasks if task.kind == kind), None)
+
+    @property
+    def evaluations(self) -> list[str]:
+        """The commands that measured it, where these are evaluations and not runs of training."""
+        found = [run.record.get("evaluation") for run in self.runs]
+        return [str(command) if command is not True else "" for command in found if command]
 
     def with_status(self, *statuses: str) -> list[Run]:
         """The runs left in one of these states."""
@@ -174,7 +197,8 @@ def _tasks(rows: Sequence[Row]) -> list[Task]:
 
 
 def _task(name: str, rows: Sequence[Row]) -> Task:
-    metric = next((str(row["metric"]) for row in rows if row["metric"]), "score")
+    # The harness writes "acc_norm,none", with the name of a filter that says nothing.
+    metric = next((str(row["metric"]) for row in rows if row["metric"]), "score").partition(",")[0]
     told = [row["higher_is_better"] for row in rows if row["higher_is_better"] is not None]
     higher = bool(told[0]) if told else True
     columns = ("base_score", "step0_score", "score")

@@ -13,6 +13,7 @@ from forgetless.reports.arms import Arm, Setting
 from forgetless.reports.evidence import Evidence, Task
 from forgetless.reports.intervals import Estimate
 from forgetless.reports.standing import Standing
+from forgetless.reports.words import probe_words
 
 COLOURS = ("#0069a8", "#c45100", "#00805c", "#a3418a", "#8a6d00", "#3a8fd6", "#4d5566", "#d14a6b")
 MARKERS = "os^DvP*H"
@@ -46,7 +47,7 @@ def draw(evidence: Evidence, arms: Sequence[Arm], place: Standing, folder: Path)
 
     drawings = {}
     with matplotlib.rc_context(STYLE), store.new_folder(folder) as new:
-        figures = {"plane": _plane(arms, place), "curves": _curves(arms)}
+        figures = {"plane": _plane(arms, place), "curves": _curves(arms), "probes": _probes(arms)}
         for name, figure in figures.items():
             if figure is None:
                 continue
@@ -224,6 +225,33 @@ def _curves(arms: Sequence[Arm]) -> Any:
     axes.set_xlabel("step →", loc="right")
     axes.set_title("↑ Training loss", loc="left", fontsize=10, color=INK, pad=12)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.draw_without_rendering()
+    return figure
+
+
+def _probes(arms: Sequence[Arm]) -> Any:
+    """What was measured on the way, one panel a measure, each arm's first seed."""
+    found = [
+        (i, arm, probes) for i, arm in enumerate(arms) if (probes := arm.best.runs[0].probes())
+    ]
+    names = list(dict.fromkeys(n for _, _, of_arm in found for _, values in of_arm for n in values))
+    if not names:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 2.9 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(panels, names, strict=True):
+        for i, arm, probes in found:
+            points = [(step, values[name]) for step, values in probes if name in values]
+            axes.plot([s for s, _ in points], [v for _, v in points], color=_colour(i), lw=1.4,
+                      marker=_marker(i), ms=4, label=arm.label)  # fmt: skip
+        axes.set_title(f"↑ {probe_words(name)}", loc="left", fontsize=10, color=INK, pad=10)
+    panels[-1].set_xlabel("step →", loc="right")
+    panels[0].legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left",
+                     bbox_to_anchor=(1, 1))  # fmt: skip
     figure.draw_without_rendering()
     return figure
 

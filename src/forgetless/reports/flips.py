@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -60,7 +61,7 @@ class TaskFlips:
 def find(evidence: Evidence, arms: Sequence[Arm]) -> list[TaskFlips]:
     """The flips of every task whose items are right or wrong, each arm at its best setting."""
     found = []
-    for task in evidence.tasks:
+    for task in filter(lambda task: task.higher_is_better, evidence.tasks):
         questions: dict[str, tuple[str, str]] = {}
         of_arms = tuple(f for arm in arms if (f := _of_arm(arm, task.name, questions)) is not None)
         if of_arms:
@@ -74,7 +75,8 @@ def _of_arm(arm: Arm, task: str, questions: dict[str, tuple[str, str]]) -> ArmFl
         return None
     for base, _ in pairs:
         for item, record in base.items():
-            questions.setdefault(item, (_text(record.get("prompt")), _text(record.get("expected"))))
+            asked, expected = _question(record.get("prompt")), _text(record.get("expected"))
+            questions.setdefault(item, (asked, expected))
     lost = [_changed(base, final, was_right=True) for base, final in pairs]
     gained = [_changed(base, final, was_right=False) for base, final in pairs]
     known = [[item for item in base if _is_right(base[item])] for base, _ in pairs]
@@ -132,6 +134,13 @@ def _merged(seeds: Sequence[Mapping[str, str]]) -> tuple[Flip, ...]:
             counts[item] = counts.get(item, 0) + 1
     order = sorted(answers, key=lambda item: -counts[item])
     return tuple(Flip(item, answers[item], counts[item]) for item in order)
+
+
+def _question(prompt: Any) -> str:
+    """What a prompt asks: its last paragraph, without the letters around question and answer."""
+    last = str(prompt or "").strip().split("\n\n")[-1]
+    bare = re.sub(r"^(Q|Question):\s*|\s*\b(A|Answer):?\s*$", "", last)
+    return _text(bare)
 
 
 def _text(value: Any) -> str:

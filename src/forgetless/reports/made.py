@@ -26,6 +26,8 @@ def how_it_was_made(evidence: Evidence, arms: Sequence[Arm]) -> str:
         "<h3>Versions and machine</h3>" + pairs(_machine(evidence.runs)),
         _details("What every run recorded", _recorded_table(evidence.runs)),
     ]
+    if evidence.evaluations:
+        return "".join(part for part in parts if '<dl class="pairs"></dl>' not in part)
     if evidence.study_text:
         parts.append(_details("study.yaml", f"<pre>{text(evidence.study_text)}</pre>"))
     else:
@@ -44,7 +46,7 @@ def when(evidence: Evidence) -> str:
 
 def seeds_of(runs: Iterable[Run]) -> list[str]:
     """The seeds used, in order."""
-    seeds = {run.settings.get("seed") for run in runs}
+    seeds = {run.settings.get("seed") for run in runs} - {None}
     return [str(seed) for seed in sorted(seeds, key=lambda seed: (number(seed) or 0.0, str(seed)))]
 
 
@@ -56,6 +58,8 @@ def duration(seconds: float) -> str:
 
 
 def _again(evidence: Evidence) -> str:
+    if evidence.evaluations:
+        return _evaluated_again(evidence.evaluations)
     command = "forgetless study study.yaml" if evidence.study_text else "forgetless run recipe.yaml"
     version = _one(evidence.runs, "versions", "forgetless") or forgetless.__version__
     bases = ", ".join(sorted({run.base for run in evidence.runs}))
@@ -70,6 +74,14 @@ def _again(evidence: Evidence) -> str:
         "<p class=note>with the definition at the end of this page; what is finished is not done "
         "twice.</p></div>"
         f"<div><h3>Cite it</h3><p class=cite>{text(cite)}</p></div></div>"
+    )
+
+
+def _evaluated_again(commands: Sequence[str]) -> str:
+    return (
+        '<div class="again"><div><h3>Do it again</h3>'
+        f"<pre><code>{text(chr(10).join(commands))}</code></pre>"
+        "<p class=note>what was measured before is not measured twice.</p></div></div>"
     )
 
 

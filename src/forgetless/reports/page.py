@@ -12,6 +12,8 @@ from typing import Any
 
 import forgetless
 from forgetless.reports.arms import Arm
+from forgetless.reports.change_tables import changes_section, tries_section
+from forgetless.reports.changes import find_averages, find_changes
 from forgetless.reports.evidence import Evidence
 from forgetless.reports.flips import TaskFlips
 from forgetless.reports.intervals import Estimate
@@ -22,7 +24,7 @@ from forgetless.reports.standing import Standing
 from forgetless.reports.tables import arms_table, flips_table, runs_table
 from forgetless.reports.words import Answer, amount
 
-SCRIPTS = ("base.js", "chart.js", "plane.js", "curves.js", "flips.js", "tables.js")
+SCRIPTS = ("base.js", "chart.js", "plane.js", "curves.js", "probes.js", "flips.js", "tables.js")
 NUM_STATIC_CASES = 6
 
 
@@ -47,9 +49,22 @@ def page(
         notes: what could not be made beside the page, and why.
     """
     places = {arm.label: i for i, arm in enumerate(arms)}
+    changes = find_changes(evidence, arms)
+    changed = changes_section(changes, find_averages(changes), places)
+    changed += tries_section(arms, evidence.tasks, places)
+    numbers = payload(evidence, arms, flips)
+    sections = {
+        "plane": _has_plane(arms, evidence),
+        "changes": bool(changed),
+        "flips": bool(flips),
+        "numbers": True,
+        "curves": any(curve["points"] for curve in numbers["curves"]),
+        "probes": bool(numbers["probes"]),
+        "made": True,
+    }
     script = "\n".join(_part(name) for name in SCRIPTS)
     return _filled(
-        _part("page.html"),
+        _with_sections(_part("page.html"), sections),
         {
             "title": text(evidence.name),
             "css": _part("page.css"),
@@ -59,18 +74,56 @@ def page(
             "sentences": "".join(f"<p>{prose(s, places)}</p>" for s in words.sentences),
             "cards": _cards(place, places),
             "caveats": _caveats(words, places),
+            "links": _links(sections),
             "plane": figures.get("plane", ""),
-            "curves": figures.get("curves", ""),
+            "changes": changed,
             "arms_table": arms_table(evidence, arms),
             "runs_table": runs_table(evidence),
-            "flip_link": '<a href="#flips">Lost</a>' if flips else "",
+            "curves": figures.get("curves", ""),
+            "probes": figures.get("probes", ""),
             "flips": _flips(flips, places),
             "made": how_it_was_made(evidence, arms),
             "footer": text(_footer(notes)),
-            "data": _embedded(payload(evidence, arms, flips)),
+            "data": _embedded(numbers),
             "js": script,
         },
     )
+
+
+LINKS = {
+    "plane": "Plane",
+    "changes": "Changes",
+    "flips": "Lost",
+    "numbers": "Numbers",
+    "curves": "Training",
+    "made": "How",
+}
+
+
+def _links(sections: Mapping[str, bool]) -> str:
+    """The way to each section that is there."""
+    return "".join(
+        f'<a href="#{name}">{word}</a>' for name, word in LINKS.items() if sections[name]
+    )
+
+
+def _has_plane(arms: Sequence[Arm], evidence: Evidence) -> bool:
+    """Whether a learning and a forgetting task were measured on the same arm."""
+    kinds = [
+        {task.kind for task in evidence.tasks if setting.final(task) is not None}
+        for arm in arms
+        for setting in arm.settings
+    ]
+    return any(len(of_setting) > 1 for of_setting in kinds)
+
+
+def _with_sections(template: str, sections: Mapping[str, bool]) -> str:
+    """The template without the sections for which there is nothing."""
+
+    def choose(found: re.Match[str]) -> str:
+        return _with_sections(found[2], sections) if sections[found[1]] else ""
+
+    return re.sub(r"<!-- (\w+) -->\n(.*?)<!-- /\1 -->\n", choose, template, flags=re.DOTALL)
 
 
 def _part(name: str) -> str:
@@ -101,7 +154,7 @@ def _eyebrow(evidence: Evidence, arms: Sequence[Arm]) -> str:
         evidence.name,
         f"base {', '.join(bases)}",
         f"{len(arms)} arm{'' if len(arms) == 1 else 's'}",
-        f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}",
+        f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}" if seeds else "",
         f"{len(evidence.runs)} run{'' if len(evidence.runs) == 1 else 's'}",
         when(evidence),
     ]

@@ -21,6 +21,7 @@ def payload(evidence: Evidence, arms: Sequence[Arm], flips: Sequence[TaskFlips])
         "arms": [_arm(arm, evidence.tasks) for arm in arms],
         "bases": _bases(arms, evidence.tasks),
         "curves": [curve for i, arm in enumerate(arms) for curve in _curves(i, arm)],
+        "probes": [probed for i, arm in enumerate(arms) for probed in _probes(i, arm)],
         "flips": [_flips(of_task) for of_task in flips],
     }
 
@@ -95,6 +96,28 @@ def _curves(index: int, arm: Arm) -> list[dict[str, Any]]:
         for setting in arm.settings
         for run in setting.runs
     ]
+
+
+def _probes(index: int, arm: Arm) -> list[dict[str, Any]]:
+    """What was measured on the way, of the runs at the arm's best setting."""
+    found = []
+    for run in arm.best.runs:
+        probes = run.probes()
+        names = dict.fromkeys(name for _, values in probes for name in values)
+        if names:
+            found.append(
+                {
+                    "arm": index,
+                    "seed": run.settings.get("seed"),
+                    "values": {
+                        name: [[step, _round(v[name])] for step, v in probes if name in v]
+                        for name in names
+                    },
+                    "over": run.exceeded.get("step"),
+                    "kept": run.exceeded.get("kept_step"),
+                }
+            )
+    return found
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -4,10 +4,7 @@
   const learning = data.tasks.filter((t) => t.kind === "learning" && data.arms.some((a) => a.settings.some((s) => s.final[t.name])));
   const forgetting = data.tasks.filter((t) => t.kind === "forgetting" && data.arms.some((a) => a.settings.some((s) => s.kept[t.name])));
   const figure = byId("plane-chart");
-  if (!learning.length || !forgetting.length) {
-    make(figure, "p", { class: "empty" }, "The plane needs a learning and a forgetting task measured on the same arm.");
-    return;
-  }
+  if (!figure) return;
   const state = { learned: learning[0], kept: forgetting[0], seeds: true, rates: true, base: true };
   const manySeeds = data.arms.some((a) => a.settings.some((s) => s.seeds.length > 1));
   const manyRates = data.arms.some((a) => a.settings.length > 1);

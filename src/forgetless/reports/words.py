@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from forgetless.reports.arms import Arm
 from forgetless.reports.evidence import Evidence, Task
@@ -31,12 +32,12 @@ def answer(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Answer:
     if not place.placed:
         return Answer(*_nothing(evidence, arms, place), caveats)
     if len(place.placed) == 1:
-        return Answer(_one_arm(place), tuple(_about(place)), caveats)
+        return Answer(_one_arm(place), (*_budgets(arms), *_about(place)), caveats)
     if place.learning is None or place.forgetting is None:
-        return Answer(_one_side(place), tuple(_about(place)), caveats)
+        return Answer(_one_side(place), (*_budgets(arms), *_about(place)), caveats)
     title = _most_kept(place, place.forgetting, place.learning)
     cost = _most_learned(place, place.forgetting, place.learning)
-    return Answer(title, (*cost, *_compared(place), *_about(place)), caveats)
+    return Answer(title, (*cost, *_compared(place), *_budgets(arms), *_about(place)), caveats)
 
 
 def amount(task: Task, value: float) -> str:
@@ -213,18 +214,59 @@ def _from_base(arm: Arm, task: Task) -> str:
     return f" (base {amount(task, base.value)})" if base else ""
 
 
+def probe_words(name: str) -> str:
+    """The name of a probe as people read it: what it is about, and what it measures."""
+    kind, _, measure = name.partition("/")
+    known = {"kl": "distance from the base", "loss": "loss, lower is better"}
+    return f"{kind.capitalize()}: {known.get(measure, measure.replace('_', ' '))}"
+
+
+def _budgets(arms: Sequence[Arm]) -> list[str]:
+    """Which trainings ended because they had forgotten more than they were allowed."""
+    found = []
+    for arm in arms:
+        for run in arm.best.runs:
+            if event := run.exceeded:
+                seed = f" (seed {run.settings.get('seed')})" if len(arm.best.runs) > 1 else ""
+                end = (
+                    "was stopped there"
+                    if event.get("action") == "stop"
+                    else f"went back to step {event.get('kept_step')}, the last one inside"
+                )
+                found.append(
+                    f"`{arm.label}`{seed} went over its budget of forgetting at step "
+                    f"{event.get('step')}, {_exceeded(event)}, and {end}."
+                )
+    return found
+
+
+def _exceeded(event: Mapping[str, Any]) -> str:
+    value, allowed = event.get("value", 0.0), event.get("allowed", 0.0)
+    if event.get("limit") == "max_kl":
+        what = f"a distance from the base of {value:.3f}"
+    else:
+        what = f"{value:.3f} worse than the base"
+    return f"with {what} on {event.get('probe')} where {allowed:g} was allowed"
+
+
 # -------------------------------------------------------------------------------------- caveats
 
 
 def _caveats(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Iterable[str]:
-    if place.placed:
+    if evidence.evaluations:
+        yield (
+            "The intervals (95 %) show the noise of the questions asked, not how another training "
+            "would have turned out."
+        )
+    elif place.placed:
         yield from _about_seeds(place.placed)
     if len(place.placed) > 1:
         yield (
             "“Not distinguishable” means that two 95 % intervals overlap, a cautious rule: two "
             "arms called so may still differ by a little."
         )
-        yield _about_rates(arms)
+        if not evidence.evaluations:
+            yield _about_rates(arms)
     more = [task.name for task in evidence.tasks if task not in (place.learning, place.forgetting)]
     if place.placed and more:
         names = ", ".join(more)

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from forgetless.errors import UserError
-from forgetless.models import as_base, linear_weight, target_layers
-from forgetless.statistics.collector import Collector
+from forgetless.models import as_base, target_layers, weight_shape
+from forgetless.statistics.budget import parse_budget, passes
+from forgetless.statistics.collector import Batch, Collector
 from forgetless.statistics.moments import Spilled, Statistics
-
-_UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12} | {
-    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40
-}  # fmt: skip
+from forgetless.statistics.padding import device_and_dtype
+from forgetless.statistics.progress import Progress, model_identity
+from forgetless.statistics.ranks import Ranks, refuse_sharded, refuse_shared_out
+from forgetless.statistics.stack import Leg, Relay, Stack, legs
 
 
 def collect(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Batch],
     target_modules: str | Sequence[str] = "all-linear",
     memory_budget: int | str | None = None,
+    *,
+    skip_first: int = 0,
+    checkpoint: str | Path | None = None,
 ) -> Statistics:
     """Second moments of the inputs of every target layer, over all tokens that are not padding.
 
@@ -36,8 +41,10 @@ def collect(
       those whose label is not -100; cross-attention's keys and values follow the encoder's mask.
     - pooled inputs (batch, in): one row a sequence.
 
-    Batch size, padding side and number of passes do not change the result beyond the rounding of
-    the model's own forward: 1e-12 relative in float64, about 1e-6 in float32.
+    Batch size, padding side and the numbers of passes and processes do not change the result
+    beyond the rounding of the model's own forward: 1e-12 relative in float64, about 1e-6 in
+    float32. Where `torch.distributed` runs (`accelerate launch`, torchrun), every process passes
+    the same batches and an unwrapped model, runs its share, and returns the same statistics.
 
     Args:
         model: any transformers model. It is left as it was found. Of a PeftModel the base is
@@ -46,9 +53,17 @@ def collect(
             that every token has the position it has without padding. Arguments that the forward
             does not know are dropped, `labels` too unless the model is an encoder-decoder.
         target_modules: as in `target_layers`.
-        memory_budget: bytes, or text such as "2GiB", for the matrices held at a time. Batches are
-            then run several times, each time only as deep as needed, and finished matrices wait
-            on disk (in the system's temporary folder). None holds all of them and needs one pass.
+        memory_budget: bytes, or text such as "2GiB", for the matrices held at a time. The model
+            then runs in several passes, each with as many layers as fit; a pass goes on from the
+            hidden states that the one before kept on disk, or from the first block where a model
+            does not allow that. Finished matrices wait on disk too (in the system's temporary
+            folder). None holds all of them and needs one pass.
+        skip_first: so many tokens at the beginning of every sequence are left out. The first one
+            or few are attention sinks in many models: activations hundreds of times larger than
+            the rest that hardly depend on the text.
+        checkpoint: a folder for what is done so far, written once a minute. A later call with the
+            same model, batches and options goes on from there to the same result, which reads
+            its matrices from the folder; delete it once the statistics are saved.
 
     Returns:
         One entry a layer that was called. Warns of layers that never were, and of layers that
@@ -56,19 +71,27 @@ def collect(
 
     Raises:
         UserError: no batches or only padding, a budget too small for the largest layer, merged
-            adapters, NaN or infinity in the inputs of a layer, or rows that cannot be matched to
-            the mask.
+            adapters, NaN or infinity in the inputs of a layer, rows that cannot be matched to
+            the mask, a model that is sharded or wrapped, or a checkpoint of something else.
     """
+    if skip_first < 0:
+        raise UserError(f"skip_first must be 0 or more, got {skip_first}")
+    refuse_sharded(model)
+    refuse_shared_out(batches)
     layers = target_layers(model, target_modules)
-    sizes = {name: linear_weight(layer).shape[1] for name, layer in layers.items()}
-    budget = None if memory_budget is None else _parse_budget(memory_budget, sizes)
+    sizes = {name: weight_shape(layer)[1] for name, layer in layers.items()}
+    shapes = {name: (size, size) for name, size in sizes.items()}
+    budget = None if memory_budget is None else parse_budget(memory_budget, shapes)
+    ranks = Ranks.current()
     with as_base(model) as base:
-        collector = Collector(base, layers)
-        if budget is None:
-            collector.run(batches, layers)
-            matrices: Mapping[str, Tensor] = collector.take()
+        collector = Collector(base, layers, skip_first)
+        if budget is None and checkpoint is None and ranks.count == 1:
+            collector.run(_checked(batches), layers)
+            matrices: Mapping[str, Tensor] = dict(collector.take())
         else:
-            matrices = _in_passes(collector, batches, sizes, budget)
+            folder = None if checkpoint is None else Path(checkpoint)
+            matrices = _Passes(collector, batches, ranks).run(shapes, budget, folder)
+        dtype = device_and_dtype(base)[1]
     leader = {name: collector.leader[name] for name in layers if name in collector.leader}
     tokens = {n: collector.tokens[first] for n, first in leader.items() if first in matrices}
     if not tokens:
@@ -78,67 +101,108 @@ def collect(
         )
     _warn_of_gaps(layers, sizes, tokens)
     metadata = {
-        "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "tokens": max(tokens.values()),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    if skip_first:
+        metadata["skip_first"] = skip_first
     return Statistics.of(matrices, {name: leader[name] for name in tokens}, tokens, metadata)
 
 
-def _in_passes(
-    collector: Collector,
-    batches: Iterable[Mapping[str, Tensor]],
-    sizes: Mapping[str, int],
-    budget: int,
-) -> Mapping[str, Tensor]:
-    """As many matrices a pass as the budget allows; finished ones are moved to disk."""
-    batches = list(batches) if iter(batches) is batches else batches
-    collector.learn(batches)
-    finished = Spilled()
-    for names in _passes(collector.groups(), sizes, budget):
-        collector.run(batches, names)
-        finished.add(collector.take())
-    return finished
+def _checked(batches: Iterable[Batch]) -> Iterable[tuple[int, Batch]]:
+    """The batches with their numbers; there must be one."""
+    number = -1
+    for number, batch in enumerate(batches):
+        yield number, batch
+    if number < 0:
+        raise UserError("there are no batches to collect statistics from")
 
 
-def _passes(
-    groups: Iterable[Sequence[str]], sizes: Mapping[str, int], budget: int
-) -> list[list[str]]:
-    """Layer names of each pass, in call order; layers of one group share a matrix."""
-    passes: list[list[str]] = []
-    free = 0
-    for group in groups:
-        need = _matrix_bytes(sizes[group[0]])
-        if need > free:
-            passes.append([])
-            free = budget
-        passes[-1].extend(group)
-        free -= need
-    return passes
+class _Passes:
+    """Several passes over the batches: under a budget, with a checkpoint, or in many processes."""
 
+    def __init__(self, collector: Collector, batches: Iterable[Batch], ranks: Ranks) -> None:
+        self.collector = collector
+        self.batches = list(batches) if iter(batches) is batches else batches
+        self.ranks = ranks
+        stack = Stack.find(collector.base, collector.layers)
+        self.relay = None if stack is None else Relay(stack)
+        self.progress: Progress | None = None
 
-def _matrix_bytes(size: int) -> int:
-    return 8 * size * size
+    def run(
+        self, shapes: Mapping[str, tuple[int, int]], budget: int | None, checkpoint: Path | None
+    ) -> Mapping[str, Tensor]:
+        """The matrices by leader, all of them on disk."""
+        self._learn()
+        done = self._open(checkpoint)
+        groups = [group for group in self.collector.groups() if group[0] not in done]
+        planned = passes(groups, shapes, budget)
+        stack = self.relay.stack if self.relay else None
+        spilled = Spilled()
+        for names, leg in zip(planned, legs(stack, planned), strict=True):
+            with self.ranks.together():
+                self._sum(names, leg)
+            self.collector.add_up(names, self.ranks)
+            for name, matrix in self.collector.take():
+                if self.progress is None:
+                    spilled.add(name, matrix)
+                else:
+                    self.progress.add(name, matrix, self.collector.tokens[name])
+            if self.progress is not None:
+                self.progress.finish_pass()
+        return spilled if self.progress is None else self.progress.finished
 
+    def _learn(self) -> None:
+        """Order and sharing of the layers, from the first batch of this process."""
+        with self.ranks.together():
+            first = next(self.ranks.share(self.batches), None)
+            if first is not None:
+                with self.relay.learning(first[0]) if self.relay else nullcontext():
+                    self.collector.learn(*first)
+        if not any(self.ranks.everyones(first is not None)):
+            raise UserError("there are no batches to collect statistics from")
+        self.collector.adopt(self.ranks.everyones(self.collector.lessons)[0])
 
-def _parse_budget(budget: int | str, sizes: Mapping[str, int]) -> int:
-    """The budget in bytes, at least one matrix of the widest layer."""
-    if isinstance(budget, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", budget.lower())
-        if not match or (match[2] or "b") not in _UNITS:
-            raise UserError(
-                f"memory_budget must be bytes or text such as '2GiB' or '500MB', got {budget!r}"
-            )
-        budget = int(float(match[1]) * _UNITS[match[2] or "b"])
-    widest = max(sizes, key=lambda name: sizes[name])
-    need = _matrix_bytes(sizes[widest])
-    if budget < need:
-        raise UserError(
-            f"memory_budget must be at least {need} bytes ({need / 2**20:.1f} MiB), for the "
-            f"matrix of layer {widest!r} with {sizes[widest]} inputs, got {budget} bytes"
-        )
-    return budget
+    def _open(self, checkpoint: Path | None) -> set[str]:
+        """Read the checkpoint; the leaders whose matrices are finished in every process."""
+        if checkpoint is None:
+            return set()
+        with self.ranks.together():
+            collector = self.collector
+            identity = {
+                "model": model_identity(collector.base, collector.layers),
+                "skip_first": collector.skip_first,
+            }
+            self.progress = Progress(checkpoint, identity, self.ranks)
+        assert self.progress is not None
+        mine = set(self.progress.finished)
+        done = set.intersection(*self.ranks.everyones(mine))
+        self.progress.forget(mine - done)
+        self.collector.tokens.update(self.progress.tokens)
+        return done
+
+    def _sum(self, names: list[str], leg: Leg) -> None:
+        """Run the batches of this process through one leg, or through the whole model."""
+        if self.relay is not None and self.relay.possible:
+            try:
+                with self.relay.running(leg) as begin:
+                    self.collector.run(self._left(names), names, begin)
+                return
+            except Exception:
+                # A model that cannot skip blocks may fail in any way. Any other failure comes
+                # again below.
+                if leg.first == 0:
+                    raise
+                self.relay.works = False
+                self.collector.drop()
+        self.collector.run(self._left(names), names)
+
+    def _left(self, names: list[str]) -> Iterable[tuple[int, Batch]]:
+        """The batches of this process that a pass has not seen yet."""
+        mine = self.ranks.share(self.batches)
+        return mine if self.progress is None else self.progress.follow(mine, self.collector, names)
 
 
 def _warn_of_gaps(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +60,9 @@ class LayerStatistics:
 class Statistics(Mapping[str, LayerStatistics]):
     """Layer name -> `LayerStatistics`; layers with the same input share one matrix.
 
-    `collect` makes one, `save` and `load` keep it, and `a + b` is the statistics of both texts,
-    weighted by their tokens. What was loaded, or collected under a memory budget, stays on disk
-    until a layer is asked for.
+    `collect` makes one, `save` and `load` keep it, `a + b` is the statistics of both texts,
+    weighted by their tokens, and `Statistics.mixture` weighs them as it is told. What was loaded,
+    or collected under a memory budget, stays on disk until a layer is asked for.
 
     Attributes:
         metadata: `dtype` of the model that was measured, `tokens` (the largest count of any
@@ -135,7 +137,47 @@ class Statistics(Mapping[str, LayerStatistics]):
             if key not in made:
                 made[key] = _merged(name, self[name], other[name])
         layers = {n: made[self._matrix_of[n], other._matrix_of[n]] for n in self}
-        return Statistics(layers, _merged_metadata(self, other, layers))
+        tokens = {name: layer.tokens for name, layer in layers.items()}
+        return Statistics(layers, _merged_metadata([self, other], tokens))
+
+    @classmethod
+    def mixture(cls, parts: Sequence[tuple[Statistics, float]]) -> Statistics:
+        """The statistics of several texts, of which each has its weight, however long it is.
+
+            second_moment = sum of weight_i second_moment_i / sum of weight_i
+
+        Args:
+            parts: statistics of the same layers, each with a positive weight. They are read when
+                a layer is asked for, so their files must stay until the mixture is saved.
+
+        Returns:
+            `tokens` are those of all texts together.
+
+        Raises:
+            ValueError: no parts, a weight that is not positive, or other layers or sizes.
+        """
+        if not parts or not all(0 < weight < math.inf for _, weight in parts):
+            raise ValueError(
+                "a mixture needs statistics with positive weights, got the weights "
+                f"{[weight for _, weight in parts]}"
+            )
+        first, total = parts[0][0], sum(weight for _, weight in parts)
+        for other, _ in parts[1:]:
+            _check_same_layers(first, other)
+        matrix_of: dict[str, str] = {}
+        terms: dict[str, list[tuple[float, Mapping[str, Tensor], str]]] = {}
+        names: dict[tuple[str, ...], str] = {}
+        for layer in first:
+            keys = tuple(part._matrix_of[layer] for part, _ in parts)
+            matrix_of[layer] = names.setdefault(keys, layer)
+            terms[matrix_of[layer]] = [
+                (weight / total, part._matrices, key)
+                for (part, weight), key in zip(parts, keys, strict=True)
+            ]
+        tokens = {layer: sum(part._tokens[layer] for part, _ in parts) for layer in first}
+        metadata = _merged_metadata([part for part, _ in parts], tokens)
+        metadata["weights"] = [weight / total for _, weight in parts]
+        return cls.of(Mixed(terms), matrix_of, tokens, metadata)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: every matrix once, the rest as JSON in its header.
@@ -217,10 +259,32 @@ class Spilled(OnDisk):
         self._folder = Path(tempfile.mkdtemp(prefix="forgetless-statistics-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
-    def add(self, matrices: Mapping[str, Tensor]) -> None:
+    def add(self, name: str, matrix: Tensor) -> None:
+        """Write one matrix."""
         file = self._folder / f"{len(self._files)}.safetensors"
-        save_file(dict(matrices), file)
-        self._files |= dict.fromkeys(matrices, file)
+        save_file({name: matrix}, file)
+        self._files[name] = file
+
+
+class Mixed(Mapping[str, Tensor]):
+    """Weighted sums of matrices, each made when it is asked for.
+
+    Args:
+        parts: name -> the terms of its sum, each with its weight and where its matrix is found.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[tuple[float, Mapping[str, Tensor], str]]]):
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        terms = (matrices[key] * weight for weight, matrices, key in self._parts[name])
+        return functools.reduce(Tensor.add_, terms)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 def _statistics_file(path: Path) -> Path:
@@ -249,12 +313,11 @@ def _merged(name: str, a: LayerStatistics, b: LayerStatistics) -> LayerStatistic
     return LayerStatistics(moment, tokens)
 
 
-def _merged_metadata(
-    a: Statistics, b: Statistics, layers: Mapping[str, LayerStatistics]
-) -> dict[str, Any]:
+def _merged_metadata(parts: Sequence[Statistics], tokens: Mapping[str, int]) -> dict[str, Any]:
     """Values that agree are kept; those that differ are listed, so that nothing is hidden."""
     merged: dict[str, Any] = {}
-    for key in [*a.metadata, *(key for key in b.metadata if key not in a.metadata)]:
-        values = sorted({str(s.metadata[key]) for s in (a, b) if key in s.metadata})
-        merged[key] = values[0] if len(values) == 1 else ", ".join(values)
-    return merged | {"tokens": max((layer.tokens for layer in layers.values()), default=0)}
+    for key in dict.fromkeys(key for part in parts for key in part.metadata):
+        values = {str(p.metadata[key]): p.metadata[key] for p in parts if key in p.metadata}
+        alone = next(iter(values.values()))
+        merged[key] = alone if len(values) == 1 else ", ".join(sorted(values))
+    return merged | {"tokens": max(tokens.values(), default=0)}

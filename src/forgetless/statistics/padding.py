@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, arange, nn
 
 from forgetless.errors import UserError
@@ -57,35 +58,58 @@ class _Mask:
 
 
 def prepare(
-    batch: Mapping[str, Tensor], base: nn.Module, targets: set[nn.Module]
+    batch: Mapping[str, Tensor],
+    base: nn.Module,
+    targets: set[nn.Module],
+    skip_first: int = 0,
+    *,
+    for_loss: bool = False,
 ) -> tuple[dict[str, Any], TokenRows]:
-    """The forward's arguments on the model's device, padding on the right, and the masks."""
+    """The forward's arguments on the model's device, padding on the right, and the masks.
+
+    Args:
+        batch: keyword arguments of the forward; others are dropped.
+        base: the model.
+        targets: layers whose inputs matter; the output head is left out if it is none of them.
+        skip_first: tokens at the beginning of every sequence that do not count.
+        for_loss: whether the labels are kept and the whole output is computed.
+    """
     if not isinstance(batch, Mapping) or not any(isinstance(v, Tensor) for v in batch.values()):
         raise TypeError(
             "a batch must be a mapping of tensors such as {'input_ids': ..., 'attention_mask': "
             f"...}}, got {type(batch).__name__}"
         )
-    weight = next(base.parameters())
     accepted = inspect.signature(base.forward).parameters
+    device, dtype = device_and_dtype(base)
     anything = not any(p.kind == p.POSITIONAL_OR_KEYWORD for p in accepted.values())
-    given = {n: _moved(n, v, weight) for n, v in batch.items() if anything or n in accepted}
+    given = {n: _moved(n, v, device, dtype) for n, v in batch.items() if anything or n in accepted}
     is_pair = is_encoder_decoder(base)
-    if not is_pair:
+    if not is_pair and not for_loss:
         given.pop("labels", None)
-    rows = _pad_right(given, is_pair)
+    rows = _pad_right(given, is_pair, skip_first)
     if "use_cache" in accepted:
         given["use_cache"] = False
-    if "logits_to_keep" in accepted and _output_head(base) not in targets:
+    if "logits_to_keep" in accepted and not for_loss and _output_head(base) not in targets:
         given["logits_to_keep"] = 1
     return given, rows
 
 
-def _moved(name: str, value: Any, weight: Tensor) -> Any:
+def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the inputs go, and the number format of those that are real-valued.
+
+    Offloaded weights are nowhere between two forwards; their hooks move the inputs themselves.
+    """
+    weights = [weight for weight in base.parameters() if weight.is_floating_point()]
+    weight = next((weight for weight in weights if not weight.is_meta), weights[0])
+    return weight.device if not weight.is_meta else torch.device("cpu"), weight.dtype
+
+
+def _moved(name: str, value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A value on the model's device; real-valued inputs, not masks, in the model's dtype."""
     if not isinstance(value, Tensor):
         return value
     cast = value.is_floating_point() and not name.endswith("mask")
-    return value.to(weight.device, weight.dtype if cast else value.dtype)
+    return value.to(device, dtype if cast else value.dtype)
 
 
 def is_encoder_decoder(base: nn.Module) -> bool:
@@ -98,7 +122,7 @@ def _output_head(base: nn.Module) -> nn.Module | None:
     return head
 
 
-def _pad_right(given: dict[str, Any], is_pair: bool) -> TokenRows:
+def _pad_right(given: dict[str, Any], is_pair: bool, skip_first: int) -> TokenRows:
     """Move leading padding to the end of its row, in place, and give the masks that result."""
     names = [name for name, value in given.items() if isinstance(value, Tensor)]
     decoder_names = [n for n in names if is_pair and (n.startswith("decoder_") or n == "labels")]
@@ -106,10 +130,33 @@ def _pad_right(given: dict[str, Any], is_pair: bool) -> TokenRows:
     decoder = _checked_mask(given.get("decoder_attention_mask"), "decoder_attention_mask")
     if is_pair and decoder is None and "labels" in given:
         decoder = given["labels"] != -100
-    return TokenRows(
-        _shift(given, [n for n in names if n not in decoder_names], encoder),
-        _shift(given, decoder_names, decoder),
-    )
+    encoder = _shift(given, [n for n in names if n not in decoder_names], encoder)
+    decoder = _shift(given, decoder_names, decoder)
+    if skip_first:
+        encoder = _without_first(encoder, given, "", skip_first)
+        decoder = _without_first(decoder, given, "decoder_", skip_first) if is_pair else None
+    return TokenRows(encoder, decoder)
+
+
+def _without_first(
+    mask: Tensor | None, given: Mapping[str, Any], prefix: str, count: int
+) -> Tensor:
+    """A mask without the first `count` tokens of each row, of the inputs' shape if there is none.
+
+    Raises:
+        UserError: the inputs are no tokens.
+    """
+    if mask is None:
+        inputs = given.get(f"{prefix}input_ids", given.get(f"{prefix}inputs_embeds"))
+        if not isinstance(inputs, Tensor):
+            raise UserError(
+                "skip_first leaves out the first tokens of texts, and a batch has neither "
+                f"{prefix}input_ids nor an attention mask; use skip_first=0"
+            )
+        mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    kept = mask.clone()
+    kept[:, :count] = False
+    return kept
 
 
 def _checked_mask(mask: Any, name: str) -> Tensor | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from forgetless.errors import UserError
@@ -17,7 +19,15 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Item", "Task", "TaskResult", "check_settings", "fingerprint_of", "whole_number"]
+__all__ = [
+    "Item",
+    "Task",
+    "TaskResult",
+    "check_settings",
+    "fingerprint_of",
+    "settings_of",
+    "whole_number",
+]
 
 _NAME = re.compile(r"[\w][\w.-]*")
 
@@ -74,7 +84,10 @@ class TaskResult:
         fingerprint: of the task; scores with different ones must not be compared.
         seconds: wall time.
         items: every item, in the task's order; empty when they were not kept.
-        extra: further numbers, such as the number of tokens or the perplexity.
+        extra: further numbers, such as the number of tokens or the perplexity; that of another
+            metric may have its standard error beside it, see `metrics`.
+        settings: what decided the score besides the model, by name (version, shots, limit, prompt,
+            generation), as plain JSON values. Where two fingerprints differ, these say why.
     """
 
     task: str
@@ -87,6 +100,7 @@ class TaskResult:
     seconds: float
     items: tuple[Item, ...] = ()
     extra: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_items(
@@ -121,6 +135,7 @@ class TaskResult:
             fingerprint=task.fingerprint,
             seconds=seconds,
             items=tuple(items),
+            settings=settings_of(task),
         )
 
     @property
@@ -131,6 +146,21 @@ class TaskResult:
             and bool(self.items)
             and all(item.score in (0.0, 1.0) for item in self.items)
         )
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float | None]]:
+        """Every number by its name: {"value", "stderr", "n"}; an unknown standard error is None.
+
+        The task's own metric comes first, then those of `extra`. The standard error of an extra
+        "acc,none" is the extra "acc_stderr,none", lm-eval's way to write it.
+        """
+        cells = {self.metric: _cell(self.value, self.stderr, self.n)}
+        for name, value in self.extra.items():
+            base, comma, rest = name.partition(",")
+            if not base.endswith("_stderr"):
+                stderr = self.extra.get(f"{base}_stderr{comma}{rest}", math.nan)
+                cells[name] = _cell(value, stderr, self.n)
+        return cells
 
     def to_json(self) -> dict[str, Any]:
         """All but the items, as plain JSON values; an unknown standard error is null."""
@@ -144,6 +174,7 @@ class TaskResult:
             "fingerprint": self.fingerprint,
             "seconds": round(self.seconds, 3),
             "extra": dict(self.extra),
+            "settings": dict(self.settings),
         }
 
     @classmethod
@@ -160,6 +191,7 @@ class TaskResult:
             seconds=float(data["seconds"]),
             items=tuple(items),
             extra=dict(data.get("extra", {})),
+            settings=dict(data.get("settings", {})),
         )
 
 
@@ -194,10 +226,31 @@ class Task(Protocol):
         """Score `model`; `batch_size` None picks one for the size of the model."""
 
 
+def _cell(value: float, stderr: float, n: int) -> dict[str, float | None]:
+    return {"value": value, "stderr": None if math.isnan(stderr) else stderr, "n": n}
+
+
 def fingerprint_of(kind: str, version: int, *content: object) -> str:
     """16 hex digits of the SHA-256 of a task's kind, version and JSON-ready content."""
     text = json.dumps([kind, version, *content], ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def settings_of(task: object) -> dict[str, Any]:
+    """The settings of a task that is a dataclass, by name; a file by its name without the folder.
+
+    The name of the task itself is left out, and so is what is not a plain JSON value.
+    """
+    if not dataclasses.is_dataclass(task):
+        return {}
+    found: dict[str, Any] = {}
+    for setting in dataclasses.fields(task):
+        value = getattr(task, setting.name)
+        if setting.name in ("path", "data_dir"):
+            found[setting.name] = None if value is None else Path(value).name
+        elif setting.name != "name" and isinstance(value, str | int | float | bool | None):
+            found[setting.name] = value
+    return found
 
 
 def check_settings(kind: str, name: str, problems: Iterable[str | None]) -> None:

@@ -1,9 +1,9 @@
-"""Greedy generation in batches: what every task that reads an answer shares."""
+"""Generation in batches, greedy or drawn: what every task that reads an answer shares."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,10 +22,15 @@ from forgetless.tasks.inference import (
     pad,
     require_causal,
 )
+from forgetless.tasks.journal import section
+from forgetless.tasks.sampling import Sampling
 
 __all__ = ["generate"]
 
 _SMALL_MODEL = 50_000_000
+
+# Steps between two looks for a longer stop, each of which decodes all that was written.
+_LOOK = 8
 
 
 def generate(
@@ -34,8 +39,9 @@ def generate(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    stop: str = "\n",
+    stop: str | Sequence[str] = "\n",
     batch_size: int | None = None,
+    sampling: Sampling | None = None,
 ) -> list[str]:
     """The most probable continuation of each prompt, token by token, in the order of the prompts.
 
@@ -49,8 +55,9 @@ def generate(
         tokenizer: of the model.
         prompts: given as they are, with the tokenizer's own beginning of text.
         max_new_tokens: 1 or more.
-        stop: one character, usually the newline.
+        stop: a text, usually the newline, or several of which the first that comes ends it.
         batch_size: prompts at once; None for 256 on a model below 50 M parameters, else 32.
+        sampling: draw each token instead of taking the most probable one.
 
     Raises:
         UserError: not a causal language model; a prompt that does not fit with its answer; or
@@ -60,43 +67,90 @@ def generate(
     rows = encode(tokenizer, prompts)
     _check_room(model, rows, max_new_tokens)
     ends = _end_ids(model, tokenizer)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    characters = [text for text in stops if len(text) == 1]
     decoder = _Decoder(
         model=model,
         fill=tokenizer.pad_token_id or 0,
-        ends=ends | _ids_with(stop, tokenizer, len(tokenizer)),
+        ends=ends.union(*(_ids_with(text, tokenizer, len(tokenizer)) for text in characters)),
         steps=max_new_tokens,
+        stopped=_stopped(tokenizer, [text for text in stops if len(text) > 1]),
     )
     size = batch_size or _default_batch_size(model)
     answers = [""] * len(rows)
+    drawn = [] if sampling is None else [[sampling.temperature, sampling.top_p, sampling.seed]]
+    kept = section("generate", rows, max_new_tokens, stop, *drawn)
+
+    def continuations(places: Sequence[int]) -> list[str]:
+        choose = _best if sampling is None else sampling.chooser(places, max_new_tokens)
+        found = decoder.continuations([rows[i] for i in places], choose)
+        # A token with the stop in it may hold the end of the answer, an end of text does not.
+        found = [ids[:-1] if ids[-1] in ends else ids for ids in found]
+        texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+        return [_until(text, stops) for text in texts]
+
     with evaluating(model):
         for places in by_length(rows, size):
-            found = decoder.continuations([rows[i] for i in places])
-            # A token with the stop in it may hold the end of the answer, an end of text does not.
-            found = [ids[:-1] if ids[-1] in ends else ids for ids in found]
-            texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+            texts = kept.batch(places, partial(continuations, places))
             for place, text in zip(places, texts, strict=True):
-                answers[place] = text.split(stop, 1)[0]
+                answers[place] = text
     return answers
 
 
-class _Decoder:
-    """Greedy decoding of one batch after the other by the same model, with the same ends."""
+Choose = Callable[[Tensor, Tensor, int], Tensor]
+"""The next token of each row from logits (rows, tokens), the rows' numbers and the step."""
 
-    def __init__(self, model: nn.Module, fill: int, ends: Set[int], steps: int) -> None:
+
+def _best(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+    """The most probable token."""
+    return logits.argmax(-1)
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
+
+
+def _stopped(
+    tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]
+) -> Callable[[list[list[int]]], list[bool]] | None:
+    """Which rows hold one of several longer stops, that may be spread over tokens."""
+    if not stops:
+        return None
+    return lambda rows: [
+        any(stop in text for stop in stops) for text in tokenizer.batch_decode(rows)
+    ]
+
+
+class _Decoder:
+    """Decoding of one batch after the other by the same model, with the same ends."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fill: int,
+        ends: Set[int],
+        steps: int,
+        stopped: Callable[[list[list[int]]], list[bool]] | None = None,
+    ) -> None:
         self.model, self.fill, self.ends, self.steps = model, fill, ends, steps
+        self.stopped = stopped
         self.device = device_of(model)
         self.end_ids = torch.tensor(sorted(ends), device=self.device, dtype=torch.long)
 
-    def continuations(self, rows: Sequence[Ids]) -> list[list[int]]:
+    def continuations(self, rows: Sequence[Ids], choose: Choose = _best) -> list[list[int]]:
         """New tokens of each row, up to and with the one that ends it."""
         state = _State(self.model, pad(rows, self.fill, self.device, left=True))
         output = torch.full((len(rows), self.steps), self.fill, device=self.device)
         alive = torch.arange(len(rows), device=self.device)
         running = torch.ones_like(alive, dtype=torch.bool)
         for step in range(self.steps):
-            token = state.next_token()
+            token = choose(state.next_logits(), alive, step)
             output[alive, step] = token
             running &= ~torch.isin(token, self.end_ids)
+            if self.stopped is not None and step % _LOOK == _LOOK - 1:
+                found = self.stopped(output[alive, : step + 1].tolist())
+                running &= ~torch.tensor(found, device=self.device)
             left = int(running.sum())
             if left == 0 or step + 1 == self.steps:
                 break
@@ -126,8 +180,8 @@ class _State:
         if accepts(model, "logits_to_keep"):
             self.options["logits_to_keep"] = 1
 
-    def next_token(self) -> Tensor:
-        """The most probable next token of each row, (rows,)."""
+    def next_logits(self) -> Tensor:
+        """Of the next token of each row, (rows, tokens)."""
         seen = 0 if self.cache is None else self.length - 1
         inputs: dict[str, Any] = {"input_ids": self.ids[:, seen:], "attention_mask": self.mask}
         if self.positions:
@@ -142,7 +196,7 @@ class _State:
                 "the model's logits are nan: its weights may come from a training run that "
                 "diverged (try a lower learning rate), or its dtype may be too narrow"
             )
-        return logits.argmax(-1)
+        return logits
 
     @property
     def length(self) -> int:

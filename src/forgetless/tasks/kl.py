@@ -1,15 +1,18 @@
-"""How far a model has moved from its base, without any benchmark."""
+"""How far a model has moved from its base on any text, without a benchmark."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from forgetless.data import Examples, tokenize
+from forgetless.metrics import mean_stderr
 from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
 from forgetless.tasks.texts import read_texts, source_problem
 
@@ -17,9 +20,14 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from forgetless.tasks.distances import Distance
+
 __all__ = ["KL"]
 
 _VERSION = 1
+
+# Beyond it, exp() of a loss is no longer a float64.
+_LARGEST_LOSS = 700.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,17 @@ class KL:
     N counts every token of the prompts (of examples with answers, the prompts alone; of
     conversations, all of it). In nats per token, 0 or more, lower is better; exactly 0 for a model
     whose logits are the base's. An item is a prompt, its weight its number of tokens.
+
+    The same pass gives further distances, in `extra`; per token, and those marked * with their
+    standard error over items as `<name>_stderr`:
+
+        reverse_kl *         KL(model || base)
+        soft_cross_entropy   - sum_v p_base log p_model = base_entropy + KL
+        base_entropy         - sum_v p_base log p_base
+        top1_agreement *     share of tokens after which both find the same next token likeliest
+        loss, base_loss      - log p of the text's own next token, under the model and the base
+        loss_change *        loss - base_loss
+        perplexity, base_perplexity, perplexity_ratio    exp of these three
 
     Attributes:
         path: a file of texts or prompts, or a text of the pocket world.
@@ -89,12 +108,13 @@ class KL:
             reference: the base; None for a PeftModel, whose base is itself with the adapter off.
             batch_size: texts at once.
         """
+        from forgetless.tasks.distances import distances
         from forgetless.tasks.inference import context_of
-        from forgetless.tasks.likelihood import divergences, items_of
+        from forgetless.tasks.likelihood import items_of
 
         started = time.perf_counter()
         rows = _tokens(self._examples, tokenizer)
-        pieces = divergences(
+        pieces = distances(
             model,
             rows,
             max_length=min(self.max_length, context_of(model) or self.max_length),
@@ -108,7 +128,62 @@ class KL:
             higher_is_better=False,
             seconds=time.perf_counter() - started,
         )
-        return replace(result, extra={"tokens": sum(piece.tokens for piece in pieces)})
+        return replace(result, extra=_further(pieces))
+
+
+def _further(pieces: Sequence[Distance]) -> dict[str, float]:
+    """The further distances, as means over tokens; those that are not finite are left out.
+
+    Errors are over texts, or over the pieces of a single one, as those of the main value are.
+    """
+    several = len({piece.text for piece in pieces}) > 1
+    items: dict[int, list[Distance]] = {}
+    for piece in pieces:
+        items.setdefault(piece.text if several else piece.start, []).append(piece)
+    tokens, targets = _sum(pieces, "tokens"), _sum(pieces, "targets")
+    found = {
+        "tokens": int(tokens),
+        "soft_cross_entropy": _sum(pieces, "cross_entropy") / tokens,
+        "base_entropy": _sum(pieces, "base_entropy") / tokens,
+        **_mean("reverse_kl", [_sums(i, "reverse_kl") for i in items.values()]),
+        **_mean("top1_agreement", [_sums(i, "agreeing") for i in items.values()]),
+    }
+    if targets:
+        losses = {of: _sum(pieces, f"{of}loss") / targets for of in ("", "base_")}
+        change = losses[""] - losses["base_"]
+        found |= {f"{of}loss": loss for of, loss in losses.items()}
+        found |= {f"{of}perplexity": _exp(loss) for of, loss in losses.items()}
+        found["perplexity_ratio"] = _exp(change)
+        found |= _mean("loss_change", [_loss_change(i) for i in items.values()])
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _sum(pieces: Sequence[Distance], what: str) -> float:
+    """Of one field over pieces."""
+    return float(sum(getattr(piece, what) for piece in pieces))
+
+
+def _sums(item: Sequence[Distance], what: str) -> tuple[float, float]:
+    """An item's sum of a quantity over its tokens, and how many these are."""
+    return _sum(item, what), _sum(item, "tokens")
+
+
+def _loss_change(item: Sequence[Distance]) -> tuple[float, float]:
+    """An item's sum of what was added to the loss of each target, and how many these are."""
+    return _sum(item, "loss") - _sum(item, "base_loss"), _sum(item, "targets")
+
+
+def _mean(name: str, sums: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """The mean per token and its standard error over items; items without tokens do not count."""
+    known = [(total / tokens, tokens) for total, tokens in sums if tokens]
+    if not all(math.isfinite(value) for value, _ in known):
+        return {}
+    mean = mean_stderr([value for value, _ in known], [tokens for _, tokens in known])
+    return {name: mean.value, f"{name}_stderr": mean.stderr}
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < _LARGEST_LOSS else math.inf
 
 
 def _tokens(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

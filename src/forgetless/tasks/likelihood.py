@@ -1,32 +1,34 @@
-"""Token losses of texts and token divergences between two models, in bounded memory."""
+"""Token losses of texts, in bounded memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.data import IGNORED
-from forgetless.errors import UserError
 from forgetless.tasks.base import Item
 from forgetless.tasks.inference import (
     Ids,
-    adapter_off,
     by_length,
     device_of,
     evaluating,
     pad,
     require_causal,
 )
+from forgetless.tasks.journal import section
 from forgetless.tasks.texts import beginning
 
-__all__ = ["Piece", "divergences", "items_of", "losses"]
+if TYPE_CHECKING:
+    from forgetless.tasks.distances import Distance
+
+__all__ = ["Piece", "items_of", "losses"]
 
 # Logits (tokens x vocabulary) that one batch may have, and that are looked at in one go.
 _BATCH_LOGITS = 1 << 26
@@ -102,15 +104,18 @@ def losses(
     ]
     totals = [0.0] * len(windows)
     device = device_of(model)
+    kept = section("losses", [[window.ids, window.labels] for window in windows])
+
+    def sums(places: Sequence[int]) -> list[float]:
+        group = [windows[i] for i in places]
+        batch = pad([window.ids for window in group], 0, device)
+        # Position t predicts token t + 1, so labels move one to the left.
+        targets = pad([[*w.labels[1:], IGNORED] for w in group], IGNORED, device)["input_ids"]
+        return _row_losses(_logits(model, batch), targets)
+
     with evaluating(model):
         for places in _batches(model, [window.ids for window in windows], batch_size):
-            group = [windows[i] for i in places]
-            batch = pad([window.ids for window in group], 0, device)
-            # Position t predicts token t + 1, so labels move one to the left.
-            targets = pad([[*w.labels[1:], IGNORED] for w in group], IGNORED, device)["input_ids"]
-            for place, total in zip(
-                places, _row_losses(_logits(model, batch), targets), strict=True
-            ):
+            for place, total in zip(places, kept.batch(places, partial(sums, places)), strict=True):
                 totals[place] = total
     return [
         Piece(w.text, w.start, total, sum(label != IGNORED for label in w.labels))
@@ -118,57 +123,8 @@ def losses(
     ]
 
 
-def divergences(
-    model: nn.Module,
-    rows: Sequence[Ids],
-    *,
-    max_length: int,
-    reference: nn.Module | None = None,
-    batch_size: int | None = None,
-) -> list[Piece]:
-    """Summed KL(base || model) over the next-token distributions after every token of each text.
-
-        KL_t = sum_v p_base(v | x_1..t) * [ log p_base(v | x_1..t) - log p_model(v | x_1..t) ]
-
-    Texts longer than `max_length` tokens are cut into pieces that are read apart. Both models see
-    the same batch one after the other and only the logits of that batch are held, so the memory
-    does not grow with the texts, and a model that equals the base bit for bit has exactly 0.
-
-    Args:
-        model: the tuned model.
-        rows: token ids of each text.
-        max_length: tokens of a piece, 1 or more.
-        reference: the base; None for a PeftModel, whose base is itself with the adapter off.
-        batch_size: pieces at once; as in `losses`.
-
-    Returns:
-        One piece after the other, in the order of the texts.
-
-    Raises:
-        UserError: no reference and no adapter to switch off, two vocabularies, or not a causal
-            language model.
-    """
-    require_causal(model)
-    reference_logits = _reference_logits(model, reference)
-    cuts = [(text, i) for text, ids in enumerate(rows) for i in range(0, len(ids), max_length)]
-    pieces = [rows[text][start : start + max_length] for text, start in cuts]
-    totals = [0.0] * len(pieces)
-    with evaluating(model), evaluating(model if reference is None else reference):
-        for places in _batches(model, pieces, batch_size):
-            batch = pad([pieces[i] for i in places], 0, device_of(model))
-            tuned, base = _logits(model, batch), reference_logits(batch)
-            _check_same_vocabulary(base, tuned)
-            sums = _row_divergences(base, tuned, batch["attention_mask"])
-            for place, total in zip(places, sums, strict=True):
-                totals[place] = total
-    return [
-        Piece(text, start, total, len(piece))
-        for (text, start), piece, total in zip(cuts, pieces, totals, strict=True)
-    ]
-
-
 def items_of(
-    pieces: Sequence[Piece], rows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase
+    pieces: Sequence[Piece | Distance], rows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase
 ) -> list[Item]:
     """One item a text: the mean over its tokens, weighted by their number.
 
@@ -176,7 +132,7 @@ def items_of(
     Neighbours resemble each other, so that error is rather too small than too large.
     """
     alone = len({piece.text for piece in pieces}) == 1
-    groups: dict[tuple[int, int], list[Piece]] = {}
+    groups: dict[tuple[int, int], list[Piece | Distance]] = {}
     for piece in pieces:
         groups.setdefault((piece.text, piece.start if alone else 0), []).append(piece)
     items = []
@@ -222,35 +178,6 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return logits
 
 
-def _reference_logits(
-    model: nn.Module, reference: nn.Module | None
-) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """How to get the base's logits of a batch, on the model's device."""
-    if reference is not None:
-        base, device = reference, device_of(model)
-        return lambda batch: _logits(base, batch).to(device)
-    if not isinstance(model, PeftModel):
-        raise UserError(
-            "KL needs the base model to compare with: pass reference=base, or a PeftModel, "
-            f"whose base is itself with the adapter off; got {type(model).__name__} alone"
-        )
-    adapted = model
-
-    def with_adapter_off(batch: Mapping[str, Tensor]) -> Tensor:
-        with adapter_off(adapted):
-            return _logits(adapted, batch)
-
-    return with_adapter_off
-
-
-def _check_same_vocabulary(base: Tensor, tuned: Tensor) -> None:
-    if tuned.shape != base.shape:
-        raise UserError(
-            f"the reference has {base.shape[-1]} tokens in its vocabulary and the model "
-            f"{tuned.shape[-1]}; KL needs the base that the model was made from"
-        )
-
-
 def _row_losses(logits: Tensor, targets: Tensor) -> list[float]:
     """Cross-entropy of each row, summed over its targets."""
     counted = targets != IGNORED
@@ -260,21 +187,6 @@ def _row_losses(logits: Tensor, targets: Tensor) -> list[float]:
         return functional.cross_entropy(flat[places].float(), wanted[places], reduction="none")
 
     return _row_sums(counted, losses_at, logits.shape[-1])
-
-
-def _row_divergences(base: Tensor, tuned: Tensor, mask: Tensor) -> list[float]:
-    """KL(base || tuned) of each row, summed over the tokens that are not padding."""
-    flat_base, flat_tuned = base.flatten(0, 1), tuned.flatten(0, 1)
-
-    def divergences_at(places: Tensor) -> Tensor:
-        log_p = flat_base[places].float().log_softmax(-1)
-        log_q = flat_tuned[places].float().log_softmax(-1)
-        # What the base never says counts nothing, also where its logit is -inf.
-        terms = (log_p.exp() * (log_p - log_q)).masked_fill(log_p.isneginf(), 0.0)
-        # Rounding can push a divergence of almost nothing below 0, where none can be.
-        return terms.sum(-1).clamp(min=0)
-
-    return _row_sums(mask.bool(), divergences_at, base.shape[-1])
 
 
 def _row_sums(

@@ -41,7 +41,7 @@ class Perplexity:
     Attributes:
         path: a file that `forgetless.data.load_examples` reads, or a text of the pocket world.
         name: of the task.
-        limit: read the first so many examples only.
+        limit: read the first so many examples only; of a single document, so many windows.
         max_length: tokens that the model sees at once; less where its context is shorter.
         stride: tokens by which windows of a longer document move on; None for half a window.
             Smaller is slower and gives each token more context.
@@ -78,8 +78,15 @@ class Perplexity:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the texts, the window and the version of this task."""
-        content = self._examples.fingerprint
-        return fingerprint_of("perplexity", _VERSION, content, self.max_length, self.stride)
+        content = [self._examples.fingerprint, self.max_length, self.stride]
+        if self._windows is not None:
+            content.append({"windows": self._windows})
+        return fingerprint_of("perplexity", _VERSION, *content)
+
+    @property
+    def _windows(self) -> int | None:
+        """The most windows to read, where the limit cannot be one of documents."""
+        return self.limit if len(self._examples) == 1 else None
 
     def evaluate(
         self,
@@ -95,14 +102,13 @@ class Perplexity:
 
         started = time.perf_counter()
         length = min(self.max_length, context_of(model) or self.max_length)
+        stride = min(self.stride or length // 2, length - 1)
         rows, labels = _tokens(self._examples, tokenizer)
+        if self._windows is not None:
+            end = length + (self._windows - 1) * stride
+            rows, labels = [rows[0][:end]], labels and [labels[0][:end]]
         pieces = losses(
-            model,
-            rows,
-            labels,
-            max_length=length,
-            stride=min(self.stride or length // 2, length - 1),
-            batch_size=batch_size,
+            model, rows, labels, max_length=length, stride=stride, batch_size=batch_size
         )
         if not pieces:
             raise UserError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from forgetless.pocket.problems import Problem, final_answer, problems
 from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.questions import Questions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,6 +61,20 @@ class PocketProblems:
         """Hash of the problems, their answers and the version of this task."""
         content = [[p.prompt, p.answer] for p in self._problems]
         return fingerprint_of("pocket_problems", _VERSION, content, self.max_new_tokens)
+
+    def questions(self) -> Questions:
+        """The problems, to draw several solutions for."""
+        return Questions(
+            ids=tuple(f"test{self.seed}:{i}" for i in range(len(self._problems))),
+            prompts=tuple(problem.prompt for problem in self._problems),
+            expected=tuple(problem.answer for problem in self._problems),
+            stop="\n",
+            max_new_tokens=self.max_new_tokens,
+            right=lambda written: [
+                [final_answer(text) == problem.answer for text in each]
+                for problem, each in zip(self._problems, written, strict=True)
+            ],
+        )
 
     def evaluate(
         self,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from forgetless.pocket.knowledge import Question, matches, questions
 from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.questions import Questions
 from forgetless.tasks.texts import spread
 
 if TYPE_CHECKING:
@@ -62,6 +63,20 @@ class PocketRecall:
         """Hash of the questions, the accepted answers and the version of this task."""
         content = [[q.id, q.prompt, q.answer, *q.aliases] for q in self._questions]
         return fingerprint_of("pocket_recall", _VERSION, content, self.max_new_tokens)
+
+    def questions(self) -> Questions:
+        """The facts, to draw several answers for."""
+        return Questions(
+            ids=tuple(question.id for question in self._questions),
+            prompts=tuple(question.prompt for question in self._questions),
+            expected=tuple(question.answer for question in self._questions),
+            stop="\n",
+            max_new_tokens=self.max_new_tokens,
+            right=lambda written: [
+                [matches(text, question) for text in each]
+                for question, each in zip(self._questions, written, strict=True)
+            ],
+        )
 
     def evaluate(
         self,

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
-from forgetless.data import Examples, from_rows, read_rows
+from forgetless.calibration import read_examples as read_texts
+from forgetless.calibration import spread
 from forgetless.errors import unknown
 
 __all__ = ["POCKET_TEXTS", "beginning", "read_texts", "source_problem", "spread"]
-
-T = TypeVar("T")
 
 POCKET_TEXTS = {
     "pocket:knowledge": "every fact as a sentence, in the phrasings that the base was trained on",
     "pocket:held": "every fact as a question, in a phrasing that the base never saw",
     "pocket:problems": "the word problems for training",
     "pocket:problems:test": "the word problems for testing",
+    "pocket:functions": "the small functions for training",
+    "pocket:functions:test": "the small functions for testing",
+    "pocket:series": "the series of numbers for training",
+    "pocket:series:test": "the series of numbers for testing",
 }
 
 _BEGINNING = 100
@@ -34,46 +35,7 @@ def source_problem(path: object) -> str | None:
     return None if Path(path).exists() else f"no such file: {path}"
 
 
-def read_texts(path: str | Path, limit: int | None = None) -> Examples:
-    """The texts of a source: as training examples, and rows that hold nothing but a prompt.
-
-    Args:
-        path: what `forgetless.data.load_examples` reads, or a key of `POCKET_TEXTS`.
-        limit: the first so many examples of a file; so many facts, evenly spread, of the pocket
-            world's.
-
-    Raises:
-        FileNotFoundError: no such file.
-        UserError: an empty or broken file, or a row that holds no text.
-    """
-    if path in ("pocket:knowledge", "pocket:held"):
-        from forgetless.pocket import knowledge
-
-        texts = (
-            knowledge.knowledge_text()
-            if path == "pocket:knowledge"
-            else [question.prompt for question in knowledge.questions("held_out")]
-        )
-        return Examples("text", [{"text": text} for text in spread(texts, limit)], str(path))
-    return from_rows(_prompts_as_texts(read_rows(path, limit=limit)), source=str(path))
-
-
-def spread(values: Sequence[T], limit: int | None) -> list[T]:
-    """At most `limit` of the values, evenly spread over them, in their order."""
-    count = len(values) if limit is None else min(limit, len(values))
-    return [values[i * len(values) // count] for i in range(count)]
-
-
 def beginning(text: str) -> str:
     """The first words of a text on one line."""
     line = " ".join(text.split())
     return line if len(line) <= _BEGINNING else line[: _BEGINNING - 1] + "…"
-
-
-def _prompts_as_texts(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for place, row in rows:
-        alone = isinstance(row, Mapping) and "prompt" in row and len(row.keys() & _ANSWERS) == 0
-        yield place, {"text": row["prompt"]} if alone else row
-
-
-_ANSWERS = {"completion", "response", "messages", "text"}

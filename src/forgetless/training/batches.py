@@ -16,17 +16,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from forgetless.data import IGNORED
 
-Row = dict[str, Tensor]
+Row = dict[str, Any]
 
 
 class TokenRows(torch.utils.data.Dataset[Row]):
     """The rows of a tokenised data set, each a slice of one tensor.
 
     Args:
-        dataset: a `datasets.Dataset` with the columns ``input_ids`` and ``labels``.
+        dataset: a `datasets.Dataset` with the columns ``input_ids`` and ``labels``, and
+            ``lengths`` where rows hold several sequences.
     """
 
     def __init__(self, dataset: Any) -> None:
+        packed = "lengths" in dataset.column_names
+        self.parts: list[list[int]] | None = list(dataset["lengths"]) if packed else None
         table = dataset.with_format("arrow")[:]
         columns = {name: table.column(name).combine_chunks() for name in ("input_ids", "labels")}
         lengths = columns["input_ids"].value_lengths().to_pylist()
@@ -41,7 +44,13 @@ class TokenRows(torch.utils.data.Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         input_ids, labels = self.rows[index]
-        return {"input_ids": input_ids, "labels": labels}
+        lengths = [len(input_ids)] if self.parts is None else self.parts[index]
+        return {"input_ids": input_ids, "labels": labels, "lengths": lengths}
+
+    @property
+    def several(self) -> bool:
+        """Whether a row holds more than one sequence."""
+        return self.parts is not None and any(len(parts) > 1 for parts in self.parts)
 
     @property
     def longest(self) -> int:
@@ -49,27 +58,56 @@ class TokenRows(torch.utils.data.Dataset[Row]):
         return max(len(input_ids) for input_ids, _ in self.rows)
 
     @property
+    def largest_token(self) -> int:
+        """The largest token id."""
+        return int(self.flat["input_ids"].max())
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of all tokens, labels and lengths."""
-        digest = hashlib.sha256(str([len(input_ids) for input_ids, _ in self.rows]).encode())
+        lengths = self.parts or [[len(input_ids)] for input_ids, _ in self.rows]
+        digest = hashlib.sha256(str(lengths).encode())
         for flat in self.flat.values():
             digest.update(flat.numpy().data)
         return digest.hexdigest()
 
 
 class Padding:
-    """Joins rows into one batch, each padded at its end to the longest of them."""
+    """Joins rows into one batch, each padded at its end to the longest of them.
+
+    Where a row holds several sequences the batch has position ids and no attention mask: from
+    them transformers keeps the sequences, and the padding, apart.
+    """
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         input_ids = [row["input_ids"] for row in rows]
-        lengths = torch.tensor([len(ids) for ids in input_ids])
         padded = pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id)
         labels = [row["labels"] for row in rows]
-        return {
+        batch = {
             "input_ids": padded,
-            "attention_mask": (torch.arange(padded.shape[1]) < lengths[:, None]).long(),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         }
+        if any(len(row["lengths"]) > 1 for row in rows):
+            return batch | {
+                "position_ids": positions([row["lengths"] for row in rows], padded.shape[1])
+            }
+        lengths = torch.tensor([len(ids) for ids in input_ids])
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        return batch | {"attention_mask": mask.long()}
+
+
+def positions(lengths: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Position ids (rows, width) that begin at 0 with every sequence, and with the padding.
+
+    Args:
+        lengths: of the sequences of each row.
+        width: tokens of the longest row.
+    """
+    rows = []
+    for parts in lengths:
+        padding = width - sum(parts)
+        rows.append(torch.cat([torch.arange(n) for n in (*parts, padding)]))
+    return torch.stack(rows)

@@ -24,6 +24,7 @@ __all__ = [
     "require_origin",
     "seal",
     "step_of",
+    "trainer_state",
 ]
 
 SEAL = "complete.json"
@@ -38,6 +39,12 @@ def step_of(checkpoint: Path) -> int:
 def newest(folder: Path) -> Path | None:
     """The sealed checkpoint of the latest step, if there is one."""
     return max(filter(_is_sealed, _all(folder)), key=step_of, default=None)
+
+
+def trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """What the trainer wrote about itself and its callbacks."""
+    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state
 
 
 def seal(checkpoint: Path, origin: Mapping[str, Any]) -> None:

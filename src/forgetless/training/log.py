@@ -1,4 +1,7 @@
-"""log.jsonl: one line for every few steps of a training, never two for the same step."""
+"""log.jsonl: a line for every few steps of a training, and one for every probe on its way.
+
+Neither kind has two lines for the same step.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 from forgetless.errors import UserError
 
-__all__ = ["LogLine", "TrainingLog"]
+__all__ = ["LogLine", "ProbeLine", "TrainingLog"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,21 @@ class LogLine:
     seconds: float
 
 
+@dataclass(frozen=True)
+class ProbeLine:
+    """What was measured after a step, beside the training itself.
+
+    Attributes:
+        step: optimiser steps done; 0 is before the first.
+        probe: values by name, "learning/loss" or "forgetting/kl".
+        probe_seconds: what measuring them took.
+    """
+
+    step: int
+    probe: dict[str, float]
+    probe_seconds: float
+
+
 class TrainingLog:
     """The lines of a log file up to the step from which a training continues.
 
@@ -42,36 +60,46 @@ class TrainingLog:
         path: of the file; need not exist.
         step: the last step to keep, 0 for none.
 
+    Attributes:
+        lines: how the training stood.
+        probes: the steps of which the file has probes.
+
     Raises:
         UserError: the file has no line for that step.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.lines = [line for line in _read(path) if line.step <= step]
+        kept = [line for line in _read(path) if line.step <= step] if step else []
+        self.lines = [line for line in kept if isinstance(line, LogLine)]
+        self.probes = {line.step for line in kept if isinstance(line, ProbeLine)}
         if step and (not self.lines or self.lines[-1].step != step):
             raise UserError(
                 f"{path} has no line for step {step}, from which the training would continue; "
                 f"delete {path.parent / 'checkpoints'} to start anew"
             )
         unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text("".join(map(_json, self.lines)))
+        unfinished.write_text("".join(map(_json, kept)))
         os.replace(unfinished, path)
 
-    def append(self, line: LogLine) -> None:
+    def append(self, line: LogLine | ProbeLine) -> None:
         """Add a line and hand it to the system at once."""
-        self.lines.append(line)
+        if isinstance(line, LogLine):
+            self.lines.append(line)
+        else:
+            self.probes.add(line.step)
         with self.path.open("a") as file:
             file.write(_json(line))
 
 
-def _json(line: LogLine) -> str:
+def _json(line: LogLine | ProbeLine) -> str:
     return json.dumps(asdict(line)) + "\n"
 
 
-def _read(path: Path) -> list[LogLine]:
+def _read(path: Path) -> list[LogLine | ProbeLine]:
     """The whole lines of a file; the last one may be cut off."""
     if not path.exists():
         return []
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [LogLine(**json.loads(line)) for line in whole]
+    records = [json.loads(line) for line in whole]
+    return [ProbeLine(**r) if "probe" in r else LogLine(**r) for r in records]

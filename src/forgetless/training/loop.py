@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,12 @@ from forgetless.errors import UserError
 from forgetless.recipe import TrainingSettings
 from forgetless.training import checkpoints
 from forgetless.training.batches import Padding, TokenRows
-from forgetless.training.log import LogLine, TrainingLog
+from forgetless.training.budget import Exceeded
+from forgetless.training.forgetting import STATE_KEY, ForgettingCallback
+from forgetless.training.log import LogLine, ProbeLine, TrainingLog
+from forgetless.training.loraplus import require_both_factors, speed_up
+from forgetless.training.mixture import Mixture
+from forgetless.training.penalties import Penalty, make_penalty
 
 if TYPE_CHECKING:
     import datasets
@@ -32,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["TrainingResult", "train"]
+
+Rows = TokenRows | Mixture
 
 KEPT_CHECKPOINTS = 2
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -48,6 +56,9 @@ class TrainingResult:
         final_loss: mean over the steps of the last line of the log.
         tokens: tokens that were read, padding not counted.
         resumed_from: the step at which this call took over, or None where it began anew.
+        probe_seconds: how much of `train_seconds` the probes took.
+        exceeded: which budget of forgetting ended the training before its last step; the weights
+            are then those of its ``kept_step``. None when none did.
     """
 
     steps: int
@@ -55,16 +66,20 @@ class TrainingResult:
     final_loss: float
     tokens: int
     resumed_from: int | None = None
+    probe_seconds: float = 0.0
+    exceeded: Exceeded | None = None
 
 
 def train(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Examples | datasets.Dataset,
+    examples: Examples | datasets.Dataset | Mixture,
     settings: TrainingSettings,
     folder: str | Path,
     *,
     seed: int = 0,
+    probes: ForgettingCallback | None = None,
+    penalties: Sequence[Mapping[str, Any]] = (),
     on_step: Callable[[int, int], None] | None = None,
 ) -> TrainingResult:
     """Train the weights of `model` that ask for gradients, in place.
@@ -77,10 +92,14 @@ def train(
     Args:
         model: a causal language model, or a `PeftModel` of one.
         tokenizer: its tokenizer.
-        examples: tokens from `forgetless.data.tokenize`; or examples, which it is then called on.
+        examples: tokens from `forgetless.data.tokenize`; or examples, which it is then called on;
+            or a mixture of several sources.
         settings: how to train, and how often to write checkpoints and lines of the log.
         folder: takes ``log.jsonl`` and ``checkpoints/``, of which the newest two are kept.
         seed: of the order of the examples and of dropout.
+        probes: what to measure on the way, and the budget that may end the training.
+        penalties: terms added to the loss, as `forgetless.training.penalties` names them. They
+            see `model` as it is given, so on resuming too it must be as before its first step.
         on_step: called after every step with its number and the number of all steps.
 
     Raises:
@@ -90,14 +109,21 @@ def train(
     folder = Path(folder)
     if isinstance(examples, Examples):
         examples = tokenize(examples, tokenizer)
-    rows = TokenRows(examples)
+    rows = examples if isinstance(examples, Mixture) else TokenRows(examples)
     _check(model, rows)
+    require_both_factors(model, settings.loraplus_ratio)
     steps = _total_steps(len(rows), settings)
 
-    origin = _origin(model, rows, settings, seed)
+    terms = [make_penalty(spec) for spec in penalties]
+    origin = _origin(model, rows, settings, seed) | (probes.decides if probes else {})
+    if terms:
+        origin["penalties"] = [dict(spec) for spec in penalties]
     checkpoint = _checkpoint_of(folder / "checkpoints", origin)
     start = checkpoints.step_of(checkpoint) if checkpoint else 0
     log = TrainingLog(folder / "log.jsonl", start)
+
+    for term in terms:
+        term.prepare(model, tokenizer, seed)
 
     with _quiet(), _prepared(model, settings.gradient_checkpointing), _progress_bar() as bar:
         trainer = _Trainer(
@@ -105,19 +131,31 @@ def train(
             args=_arguments(model, settings, folder / "checkpoints", steps, seed),
             train_dataset=rows,
             data_collator=Padding(tokenizer.pad_token_id or 0),
-            callbacks=[_Record(log, origin, steps, bar, on_step)],
+            # Probes come first, so that what they decide is in the log and sealed with the rest.
+            callbacks=[
+                *([probes] if probes else []),
+                _Record(rows, log, origin, steps, bar, on_step, probes),
+            ],
         )
-        trainer.run(checkpoint, steps)
+        trainer.penalties = terms
+        trainer.loraplus_ratio = settings.loraplus_ratio
+        trainer.run(checkpoint, steps, probes)
     last = log.lines[-1]
     return TrainingResult(
-        last.step, last.seconds, last.loss, last.tokens, start if checkpoint else None
+        last.step,
+        last.seconds,
+        last.loss,
+        last.tokens,
+        start if checkpoint else None,
+        round(probes.probe_seconds, 3) if probes else 0.0,
+        probes.exceeded if probes else None,
     )
 
 
 # ---- before the first step -----------------------------------------------------------------------
 
 
-def _check(model: Any, rows: TokenRows) -> None:
+def _check(model: Any, rows: Rows) -> None:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if not trained:
         raise UserError("no weight of the model asks for gradients; attach an adapter first")
@@ -133,7 +171,13 @@ def _check(model: Any, rows: TokenRows) -> None:
             f"the longest example has {rows.longest} tokens, but the model has {positions} "
             f"positions; set max_length to {positions} or less"
         )
-    words, largest = model.get_input_embeddings().num_embeddings, int(rows.flat["input_ids"].max())
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if rows.several and "position_ids" not in inspect.signature(base.forward).parameters:
+        raise UserError(
+            f"{type(base).__name__} takes no position ids, without which packed sequences would "
+            "see each other; set data.pack to false"
+        )
+    words, largest = model.get_input_embeddings().num_embeddings, rows.largest_token
     if largest >= words:
         raise UserError(
             f"the data holds the token {largest}, but the model knows {words} tokens; "
@@ -149,7 +193,7 @@ def _total_steps(examples: int, settings: TrainingSettings) -> int:
     return math.ceil(settings.epochs * math.ceil(batches / settings.gradient_accumulation))
 
 
-def _origin(model: Any, rows: TokenRows, settings: TrainingSettings, seed: int) -> dict[str, Any]:
+def _origin(model: Any, rows: Rows, settings: TrainingSettings, seed: int) -> dict[str, Any]:
     """What must be the same for a training to continue another one's checkpoint."""
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return {
@@ -256,21 +300,48 @@ def _progress_bar() -> Progress:
 
 
 class _Trainer(Trainer):
-    """`Trainer` that stops at a loss that is no number and decays matrices only."""
+    """`Trainer` with penalties, that stops at a loss that is no number and decays matrices only."""
 
-    def run(self, checkpoint: Path | None, steps: int) -> None:
+    penalties: Sequence[Penalty] = ()
+    loraplus_ratio: float = 1.0
+
+    def run(self, checkpoint: Path | None, steps: int, probes: ForgettingCallback | None) -> None:
         """Train, from `checkpoint` on where there is one."""
-        if checkpoint is not None and checkpoints.step_of(checkpoint) >= steps:
-            self._load_from_checkpoint(str(checkpoint))  # `train` would add a step
-            return
+        if checkpoint is not None:
+            found = checkpoints.trainer_state(checkpoint)["stateful_callbacks"].get(STATE_KEY)
+            if probes is not None and found is not None:
+                probes.restore(found)
+            over = probes is not None and probes.exceeded is not None
+            if over or checkpoints.step_of(checkpoint) >= steps:
+                self._load_from_checkpoint(str(checkpoint))  # `train` would add a step
+                return
         self.remove_callback(PrinterCallback)
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch; the last batch of a step also bears the penalties."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not (self.penalties and model.training and self.accelerator.sync_gradients):
+            return loss
+        plain, step = self.accelerator.unwrap_model(model), self.state.global_step
+        terms = [penalty.weight * penalty(plain, step) for penalty in self.penalties]
+        # `training_step` divides by the batches of a step where the model does not do so itself.
+        divided = not self.model_accepts_loss_kwargs or kwargs.get("num_items_in_batch") is None
+        return loss + sum(terms) * (self.current_gradient_accumulation_steps if divided else 1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
         rate = self.lr_scheduler.get_last_lr()[0]
         _require_finite("loss", loss.item(), self.state.global_step + 1, rate)
         return loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's optimizer; with LoRA+, B in groups of its own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.loraplus_ratio != 1:
+            speed_up(optimizer, self.model if model is None else model, self.loraplus_ratio)
+        return optimizer
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         return [name for name, weight in model.named_parameters() if weight.ndim >= 2]
@@ -292,17 +363,21 @@ class _Record(TrainerCallback):
 
     def __init__(
         self,
+        rows: Rows,
         log: TrainingLog,
         origin: Mapping[str, Any],
         steps: int,
         bar: Progress,
         on_step: Callable[[int, int], None] | None,
+        probes: ForgettingCallback | None,
     ) -> None:
+        self.rows = rows
         self.log = log
         self.origin = origin
         self.steps = steps
         self.bar = bar
         self.on_step = on_step
+        self.probes = probes
         self.seconds_before = log.lines[-1].seconds if log.lines else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -310,14 +385,27 @@ class _Record(TrainerCallback):
         self.task = self.bar.add_task(
             "training", total=self.steps, completed=state.global_step, loss=math.nan
         )
+        self._keep_probes()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Accelerate tells the data set of a new epoch only where it wrapped no sampler.
+        if isinstance(self.rows, Mixture):
+            self.rows.set_epoch(int(state.epoch))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The mean loss of a line must not reach over a checkpoint, or a resumed training would
         # give another mean than an undisturbed one.
         control.should_log |= control.should_save
+        self._keep_probes()
         self.bar.advance(self.task)
         if self.on_step is not None:
             self.on_step(state.global_step, self.steps)
+
+    def _keep_probes(self) -> None:
+        """Write what the probes gave since the last time."""
+        for probe in self.probes.history if self.probes else []:
+            if probe.step not in self.log.probes:
+                self.log.append(ProbeLine(probe.step, probe.values, probe.seconds))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]

@@ -1,0 +1,56 @@
+"""`transformers.Trainer`: two lines of Forgetless around a script that stays as it is.
+
+python examples/trainer.py --out work/trainer [--steps 60] [--resume]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+import forgetless as fl
+from forgetless import calibration, data, models
+
+
+def main(arguments: Sequence[str] | None = None) -> PeftModel:
+    """Train, save, export; with --resume go on from the newest checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="pocket")
+    parser.add_argument("--data", default="pocket:problems")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args(arguments)
+
+    base, tokenizer = models.load_model(options.base), models.load_tokenizer(options.base)
+    keep = calibration.batches("self", base, tokenizer, samples=32, max_length=64)
+    model = fl.attach(base, "lora_null_v1", rank=8, alpha=8, stats=fl.collect(base, keep))
+
+    rows = data.tokenize(data.load_examples(options.data, limit=512), tokenizer, max_length=128)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(options.out / "checkpoints"),
+            max_steps=options.steps,
+            save_steps=max(1, options.steps // 2),
+            per_device_train_batch_size=8,
+            learning_rate=1e-3,
+            logging_steps=5,
+            report_to="none",
+        ),
+        train_dataset=rows.remove_columns("lengths"),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    trainer.train(resume_from_checkpoint=options.resume)
+
+    fl.save(model, options.out / "native")  # lossless: fl.load(base, folder, trainable=True)
+    print(fl.export(model, options.out / "adapter"))  # a plain LoRA for the untouched base
+    return model
+
+
+if __name__ == "__main__":
+    main()

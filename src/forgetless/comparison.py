@@ -1,0 +1,413 @@
+"""What changed between two scorings: differences, intervals and flips, item by item. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from forgetless import metrics
+from forgetless.averages import PaperAverage, paper_averages
+from forgetless.errors import UserError
+from forgetless.tasks.base import Item, TaskResult
+
+__all__ = ["Change", "Comparison", "Flip", "Row", "Verdict", "compare"]
+
+Flip = Literal["lost", "gained", "kept", "wrong"]
+Verdict = Literal["worse", "better", "noise", "unknown"]
+
+_FLIPS: Mapping[tuple[bool, bool], Flip] = {
+    (True, False): "lost",
+    (False, True): "gained",
+    (True, True): "kept",
+    (False, False): "wrong",
+}
+
+# Settings that do not make another task of it where its fingerprint is the same.
+_HARMLESS = frozenset({"path", "lm_eval"})
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One question with the answers of both models.
+
+    Attributes:
+        id: the same for both.
+        prompt: what they were given.
+        expected: the right answer.
+        before: the base's answer.
+        after: the other's.
+        flip: "lost" (right before, wrong now), "gained", "kept" (right both times) or "wrong".
+    """
+
+    id: str
+    prompt: str
+    expected: str
+    before: str
+    after: str
+    flip: Flip
+
+    def to_json(self) -> dict[str, str]:
+        """Plain JSON values, without the flip, by which changes are grouped."""
+        return {
+            "id": self.id,
+            "prompt": self.prompt,
+            "expected": self.expected,
+            "before": self.before,
+            "after": self.after,
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task under the base model and under another.
+
+    Attributes:
+        task: its name.
+        metric: what the scores are.
+        higher_is_better: their direction.
+        n: number of items.
+        base: score of the base model.
+        score: score of the other.
+        interval: of the difference.
+        paired: whether the interval comes from the same items under both models (see
+            `metrics.paired_interval`) or, without items, from the two standard errors as if they
+            were independent (wider).
+        p_value: of McNemar's exact test that nothing changed; None unless items are right or wrong.
+        detectable: the smallest true change that so many items show with a power of 80 % (see
+            `metrics.detectable_change`); nan where it is unknown.
+        changes: every item with both answers, in the order of the task; empty unless items are
+            right or wrong.
+        extra: further numbers of the other model's result, such as the top-1 agreement.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    n: int
+    base: float
+    score: float
+    interval: metrics.Interval
+    paired: bool
+    p_value: float | None = None
+    detectable: float = math.nan
+    changes: tuple[Change, ...] = ()
+    extra: Mapping[str, float] | None = None
+
+    @property
+    def difference(self) -> float:
+        """The score less the base's."""
+        return self.score - self.base
+
+    @property
+    def forgetting(self) -> float:
+        """The difference with the sign that positive is worse."""
+        return metrics.forgetting(self.score, self.base, self.higher_is_better)
+
+    @property
+    def retention(self) -> float:
+        """Share of the base's score that is left, at most 1; nan where a ratio means nothing."""
+        share = self.retention_uncapped
+        return share if math.isnan(share) else min(1.0, share)
+
+    @property
+    def retention_uncapped(self) -> float:
+        """As `retention`, with gains above 1; see `metrics.retention_uncapped`."""
+        if self.score < 0 or self.base < 0:
+            return math.nan
+        return metrics.retention_uncapped(self.score, self.base, self.higher_is_better)
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the scores are shares of items, such as an accuracy."""
+        return self.higher_is_better and 0 <= self.base <= 1 and 0 <= self.score <= 1
+
+    @property
+    def verdict(self) -> Verdict:
+        """Worse or better where no change at all is outside the interval; noise where it is inside.
+
+        Unknown where the interval is, for one item or a few that are not right or wrong.
+        """
+        low, high = self.interval
+        if math.isnan(low) or math.isnan(high):
+            return "unknown"
+        if low <= 0 <= high:
+            return "noise"
+        return "worse" if self.forgetting > 0 else "better"
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether no change at all is inside the interval, or the interval is unknown."""
+        return self.verdict in ("noise", "unknown")
+
+    @property
+    def counted(self) -> bool:
+        """Whether items are right or wrong, and so can be lost and gained."""
+        return self.p_value is not None
+
+    def flips(self, flip: Flip) -> tuple[Change, ...]:
+        """The items of one kind, in the order of the task."""
+        return tuple(change for change in self.changes if change.flip == flip)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Ids of the items right before and wrong now."""
+        return tuple(change.id for change in self.flips("lost"))
+
+    @property
+    def gained(self) -> tuple[str, ...]:
+        """Ids of the items wrong before and right now."""
+        return tuple(change.id for change in self.flips("gained"))
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Ids of the items right both times."""
+        return tuple(change.id for change in self.flips("kept"))
+
+    @property
+    def still_wrong(self) -> tuple[str, ...]:
+        """Ids of the items wrong both times."""
+        return tuple(change.id for change in self.flips("wrong"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is unknown is null. Lost and gained items with their texts."""
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            "n": self.n,
+            "base": self.base,
+            "score": self.score,
+            "difference": self.difference,
+            "low": _known(self.interval.low),
+            "high": _known(self.interval.high),
+            "paired": self.paired,
+            "verdict": self.verdict,
+            "retention": _known(self.retention),
+            "retention_uncapped": _known(self.retention_uncapped),
+            "p_value": self.p_value,
+            "detectable": _known(self.detectable),
+            "lost": [change.to_json() for change in self.flips("lost")],
+            "gained": [change.to_json() for change in self.flips("gained")],
+            "kept": list(self.kept),
+            "still_wrong": list(self.still_wrong),
+            "extra": {key: _known(value) for key, value in (self.extra or {}).items()},
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row for each task that both models were scored on.
+
+    Attributes:
+        rows: in the order of the second scores.
+        level: confidence of the rows' intervals.
+        unmatched: tasks that only one of the two was scored on, and that are not compared.
+    """
+
+    rows: tuple[Row, ...]
+    level: float
+    unmatched: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, task: str) -> Row:
+        for row in self.rows:
+            if row.task == task:
+                return row
+        raise KeyError(task)
+
+    @property
+    def averages(self) -> tuple[PaperAverage, ...]:
+        """The papers' averages of which at least one task is here."""
+        return paper_averages(
+            {row.task: row.base for row in self.rows},
+            {row.task: row.score for row in self.rows},
+            {row.task: row.interval for row in self.rows},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "level": self.level,
+            "rows": [row.to_json() for row in self.rows],
+            "averages": [average.to_json() for average in self.averages],
+            "unmatched": list(self.unmatched),
+        }
+
+    def __str__(self) -> str:
+        """The table and the lost and gained items, for people."""
+        from forgetless.showing import as_text
+
+        return as_text(self)
+
+
+def compare(
+    base_scores: Mapping[str, TaskResult],
+    scores: Mapping[str, TaskResult],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """What changed from the base's scores, task by task and item by item.
+
+    Args:
+        base_scores: of the base model.
+        scores: of the model that was made from it.
+        level: confidence of the intervals, in (0, 1).
+        resamples: of the paired bootstrap, where the items are not right or wrong.
+        seed: of the paired bootstrap.
+
+    Raises:
+        UserError: no task in common, or scores that must not be compared: the tasks differ in
+            content, settings or version, or the texts were cut into different tokens.
+    """
+    common = [task for task in scores if task in base_scores]
+    if not common:
+        raise UserError(
+            f"no task in common: the base has {', '.join(base_scores) or 'none'}, "
+            f"the other {', '.join(scores) or 'none'}"
+        )
+    if problems := [p for t in common if (p := _mismatch(base_scores[t], scores[t]))]:
+        raise UserError("; ".join(problems))
+    rows = [_row(base_scores[t], scores[t], level, resamples, seed) for t in common]
+    unmatched = [*base_scores, *scores]
+    return Comparison(
+        rows=tuple(rows),
+        level=level,
+        unmatched=tuple(task for task in dict.fromkeys(unmatched) if task not in common),
+    )
+
+
+# ------------------------------------------------------------------------- what may be compared
+
+
+def _mismatch(base: TaskResult, score: TaskResult) -> str | None:
+    """Why two results of one name must not be compared."""
+    differing = _differing_settings(base, score)
+    if base.fingerprint != score.fingerprint and not differing:
+        differing = [
+            "its texts, or the version of the task, changed "
+            f"(fingerprint {base.fingerprint} against {score.fingerprint})"
+        ]
+    if differing:
+        return (
+            f"task {base.task!r} is not the same for the two: {', '.join(differing)}; "
+            "evaluate both models with the same task"
+        )
+    if not (base.items and score.items):
+        return None
+    return _mismatch_of_items(base, score)
+
+
+def _differing_settings(base: TaskResult, score: TaskResult) -> list[str]:
+    """Each setting that differs, as "limit 100 against none"."""
+    pairs = [("metric", base.metric, score.metric), ("n", base.n, score.n)]
+    same = base.fingerprint == score.fingerprint
+    harmless = _HARMLESS if same else frozenset[str]()
+    recorded = [key for key in base.settings if key in score.settings and key not in harmless]
+    pairs[1:1] = [(key, base.settings[key], score.settings[key]) for key in recorded]
+    return [
+        f"{name} {_setting(before)} against {_setting(after)}"
+        for name, before, after in pairs
+        if before != after
+    ]
+
+
+def _setting(value: Any) -> str:
+    """A setting's value in few words."""
+    if value is None:
+        return "none"
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def _mismatch_of_items(base: TaskResult, score: TaskResult) -> str | None:
+    before, after = ({item.id: item for item in result.items} for result in (base, score))
+    if before.keys() != after.keys():
+        return f"task {base.task!r}: the items of the two are not the same; evaluate both again"
+    if any(before[i].weight != after[i].weight for i in before):
+        return (
+            f"task {base.task!r}: the same texts have different numbers of tokens; "
+            "score both models with the same tokenizer"
+        )
+    asked = [i for i in before if _question(before[i]) != _question(after[i])]
+    if asked:
+        return (
+            f"task {base.task!r}: {len(asked)} of {base.n} items have another prompt or another "
+            f"right answer (first: {asked[0]!r}); evaluate both models with the same task"
+        )
+    return None
+
+
+def _question(item: Item) -> tuple[str, str]:
+    return item.prompt, item.expected
+
+
+# ------------------------------------------------------------------------------------- one task
+
+
+def _row(base: TaskResult, score: TaskResult, level: float, resamples: int, seed: int) -> Row:
+    stderr = math.hypot(base.stderr, score.stderr)
+    row = Row(
+        task=score.task,
+        metric=score.metric,
+        higher_is_better=score.higher_is_better,
+        n=score.n,
+        base=base.value,
+        score=score.value,
+        interval=metrics.normal_interval(score.value - base.value, stderr, level),
+        paired=False,
+        detectable=metrics.detectable_change(1, spread=stderr, level=level),
+        extra=dict(score.extra),
+    )
+    if not (base.items and score.items):
+        return row
+    after = {item.id: item for item in score.items}
+    pairs = [(item, after[item.id]) for item in base.items]
+    if base.right_or_wrong and score.right_or_wrong:
+        row = replace(row, changes=tuple(_change(old, new) for old, new in pairs))
+    return _with_statistics(row, pairs, level, resamples, seed)
+
+
+def _change(old: Item, new: Item) -> Change:
+    flip = _FLIPS[old.score == 1.0, new.score == 1.0]
+    return Change(old.id, old.prompt, old.expected, old.answer, new.answer, flip)
+
+
+def _with_statistics(
+    row: Row, pairs: Sequence[tuple[Item, Item]], level: float, resamples: int, seed: int
+) -> Row:
+    """The row with the paired interval and, of right and wrong items, the test."""
+    before, after = [old.score for old, _ in pairs], [new.score for _, new in pairs]
+    weights = [old.weight for old, _ in pairs]
+    interval = metrics.paired_interval(
+        before,
+        after,
+        weights,
+        shares=row.is_share and all(0 <= score <= 1 for score in (*before, *after)),
+        level=level,
+        resamples=resamples,
+        seed=seed,
+    )
+    row = replace(row, interval=interval, paired=True)
+    if not row.changes:
+        gaps = [new - old for old, new in zip(before, after, strict=True)]
+        stderr = metrics.mean_stderr(gaps, weights).stderr
+        return replace(row, detectable=metrics.detectable_change(1, spread=stderr, level=level))
+    lost, gained = len(row.lost), len(row.gained)
+    return replace(
+        row,
+        p_value=metrics.mcnemar(lost, gained),
+        detectable=metrics.detectable_change(row.n, (lost + gained) / row.n, level=level),
+    )
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,263 @@
+"""Limits on forgetting for CI: which tasks fell further than they may, as text and as JUnit XML."""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from forgetless.comparison import Comparison, Row
+from forgetless.errors import UserError, unknown
+from forgetless.showing import sentence
+
+__all__ = ["Judgement", "Limit", "judge", "junit", "parse_limits", "to_json", "verdict"]
+
+_SHOWN = 20
+
+# Rounding of a difference of two scores is not forgetting.
+_ROUNDING = 1e-9
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that a task may lose.
+
+    Attributes:
+        size: in the unit of the score (0.02 is two points of an accuracy), or a share of the
+            base's score where `relative`; 0 or more.
+        relative: written with a percent sign.
+        task: the task that it is for; None for every task of forgetting.
+    """
+
+    size: float
+    relative: bool = False
+    task: str | None = None
+
+    def __str__(self) -> str:
+        return f"{100 * self.size:g} %" if self.relative else f"{self.size:g}"
+
+    def allowed(self, row: Row) -> float:
+        """The largest loss, in the unit of the task's score."""
+        return self.size * abs(row.base) if self.relative else self.size
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a limit says of a task.
+
+    Attributes:
+        task: its name.
+        row: what changed; None for a task that only one of the two was scored on.
+        limit: the limit that holds for it; None where none does.
+        failed: whether it lost more than the limit allows.
+        reason: in words, whatever the outcome.
+    """
+
+    task: str
+    row: Row | None
+    limit: Limit | None
+    failed: bool
+    reason: str
+
+
+def parse_limits(texts: Iterable[str]) -> list[Limit]:
+    """Limits of the command line: ``0.02``, ``5%``, ``gsm8k=0.05`` or ``prose=10%``.
+
+    Raises:
+        UserError: every text that is no such thing, and a task, or all tasks, limited twice.
+    """
+    limits: list[Limit] = []
+    problems: list[str] = []
+    for text in texts:
+        task, equals, size = text.strip().rpartition("=")
+        number = size.strip().removesuffix("%")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= 0) or (equals and not task):
+            problems.append(f"a limit is 0.02, 5%, TASK=0.02 or TASK=5%, got {text!r}")
+            continue
+        relative = size.strip().endswith("%")
+        limit = Limit(value / 100 if relative else value, relative, task.strip() or None)
+        if any(limit.task == other.task for other in limits):
+            problems.append(f"two limits for {limit.task or 'all tasks'}; give one")
+        limits.append(limit)
+    if problems:
+        raise UserError("; ".join(problems))
+    return limits
+
+
+def judge(
+    comparison: Comparison,
+    limits: Sequence[Limit],
+    *,
+    learning: Collection[str] = (),
+    certain: bool = False,
+) -> list[Judgement]:
+    """Which tasks lost more than they may.
+
+    A limit for all tasks holds for those that are not there to be learned: in points for scores
+    that are shares (an accuracy of 0.81 may fall to 0.79), relative for every score but a distance
+    to the base, which has no score of its own. A limit of one task holds for that task alone, in
+    whatever unit its score has.
+
+    Args:
+        comparison: the base's scores against the others.
+        limits: see `parse_limits`.
+        learning: tasks that training should raise; they are judged only by a limit of their own.
+        certain: fail only where the whole interval of the loss is beyond the limit, and not
+            already where the measured loss is. Where no interval is known, the loss decides.
+
+    Returns:
+        One judgement a task, those compared first.
+
+    Raises:
+        UserError: a limit of a task that was not compared, or limits that hold for no task.
+    """
+    names = [row.task for row in comparison]
+    for limit in limits:
+        if limit.task is not None and limit.task not in names:
+            if limit.task in comparison.unmatched:
+                raise UserError(
+                    f"task {limit.task!r} has a limit and was scored for one of the two only; "
+                    "evaluate both models on it"
+                )
+            raise unknown("task of a limit:", limit.task, names)
+    judged = [_judged(row, _limit_of(row, limits, learning), certain) for row in comparison]
+    if limits and not any(judgement.limit for judgement in judged):
+        raise UserError(
+            f"the limit {limits[0]} holds for none of {', '.join(names)}: a limit for all tasks is "
+            "for scores that are shares, and not for what is to be learned; name the task, as in "
+            f"--max-drop {names[0]}=0.1"
+        )
+    return judged + [
+        Judgement(task, None, None, failed=False, reason="scored for one of the two only")
+        for task in comparison.unmatched
+    ]
+
+
+def _limit_of(row: Row, limits: Sequence[Limit], learning: Collection[str]) -> Limit | None:
+    """The task's own limit, or the one for all tasks if that can hold for it."""
+    for limit in limits:
+        if limit.task == row.task:
+            return limit
+    for limit in limits:
+        if limit.task is None and row.task not in learning:
+            fits = row.base > 0 if limit.relative else row.is_share
+            return limit if fits else None
+    return None
+
+
+def _judged(row: Row, limit: Limit | None, certain: bool) -> Judgement:
+    if limit is None:
+        return Judgement(row.task, row, None, failed=False, reason=f"no limit; {sentence(row)}")
+    loss, allowed = row.forgetting, limit.allowed(row)
+    low, high = sorted((_as_loss(row, row.interval.low), _as_loss(row, row.interval.high)))
+    measured = low if certain and not math.isnan(low) else loss
+    failed = measured > allowed + _ROUNDING
+    share = f" ({allowed:.4g})" if limit.relative else ""
+    what = f"lost {loss:.4g}" if loss > 0 else f"gained {-loss:.4g}" if loss < 0 else "lost nothing"
+    ends = "unknown" if math.isnan(low) else f"{low:+.4g} to {high:+.4g}"
+    verb = "more than" if failed else "within"
+    sure = "certainly " if certain and failed and measured is not loss else ""
+    return Judgement(
+        row.task,
+        row,
+        limit,
+        failed=failed,
+        reason=f"{what} (interval of the loss {ends}), {sure}{verb} the limit of {limit}{share}",
+    )
+
+
+def _as_loss(row: Row, difference: float) -> float:
+    return -difference if row.higher_is_better else difference
+
+
+# -------------------------------------------------------------------------------- as text and JSON
+
+
+def verdict(judgements: Sequence[Judgement]) -> str:
+    """One line a task that has a limit, and whether all are within theirs."""
+    lines = [
+        f"{'FAILED' if judgement.failed else 'passed'}  {judgement.task}: {judgement.reason}"
+        for judgement in judgements
+        if judgement.limit is not None
+    ]
+    without = [judgement.task for judgement in judgements if judgement.limit is None]
+    if without:
+        lines.append(f"no limit  {', '.join(without)}")
+    return "\n".join(lines)
+
+
+def to_json(judgements: Sequence[Judgement]) -> dict[str, Any]:
+    """Plain JSON values: whether all passed, and each task's limit and reason."""
+    return {
+        "passed": not any(judgement.failed for judgement in judgements),
+        "tasks": [
+            {
+                "task": judgement.task,
+                "limit": None if judgement.limit is None else str(judgement.limit),
+                "failed": judgement.failed,
+                "reason": judgement.reason,
+            }
+            for judgement in judgements
+        ],
+    }
+
+
+# ------------------------------------------------------------------------------------ JUnit XML
+
+
+def junit(judgements: Sequence[Judgement], name: str = "forgetless compare") -> str:
+    """The judgements as JUnit XML: one test case a task, skipped where it has no limit.
+
+    A failure's message is the reason; its text lists the first items that were lost.
+    """
+    failures = sum(judgement.failed for judgement in judgements)
+    skipped = sum(judgement.limit is None for judgement in judgements)
+    counts = {"tests": str(len(judgements)), "failures": str(failures), "errors": "0"}
+    of_suite = counts | {"name": name, "skipped": str(skipped), "time": "0"}
+    root = ET.Element("testsuites", {"name": name} | counts)
+    suite = ET.SubElement(root, "testsuite", of_suite)
+    for judgement in judgements:
+        case = ET.SubElement(
+            suite, "testcase", classname="forgetting", name=_xml(judgement.task), time="0"
+        )
+        if judgement.failed:
+            failure = ET.SubElement(
+                case, "failure", type="forgetting", message=_xml(judgement.reason)
+            )
+            failure.text = _xml(_details(judgement))
+        elif judgement.limit is None:
+            ET.SubElement(case, "skipped", message=_xml(judgement.reason))
+        else:
+            ET.SubElement(case, "system-out").text = _xml(judgement.reason)
+    ET.indent(root)
+    text = ET.tostring(root, encoding="unicode")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
+
+
+def _details(judgement: Judgement) -> str:
+    if judgement.row is None:
+        return judgement.reason
+    row = judgement.row
+    lost = row.flips("lost")
+    lines = [f"{row.metric} {row.base:.4g} before, {row.score:.4g} after; {sentence(row)}"]
+    lines += [
+        f"lost {change.id}: {change.prompt!r}: {change.before!r} -> {change.after!r}"
+        for change in lost[:_SHOWN]
+    ]
+    if len(lost) > _SHOWN:
+        lines.append(f"and {len(lost) - _SHOWN} more")
+    return "\n".join(lines)
+
+
+def _xml(text: str) -> str:
+    """Without the characters that XML cannot hold, even escaped."""
+    return _NOT_XML.sub("\ufffd", text)

@@ -1,0 +1,162 @@
+"""What a method needs to know besides the weights: collected on the text to keep and the task's.
+
+need            text                                              made by
+second_moment   `calibration.source`                              statistics.collect
+task_moment     the training data                                 statistics.collect
+gradient        the training data, only the learned tokens        statistics.collect_gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from forgetless import store
+from forgetless.calibration import SELF, batches, fingerprint, training_batches
+from forgetless.data import load_examples
+from forgetless.errors import UserError
+from forgetless.recipe import (
+    DATA,
+    AdapterSettings,
+    CalibrationSettings,
+    DataSettings,
+    Recipe,
+)
+from forgetless.statistics import Gradients, Statistics, collect, collect_gradients
+
+ARGUMENT = {"second_moment": "stats", "task_moment": "task_stats", "gradient": "gradients"}
+"""Need -> the argument of `attach` that answers it."""
+
+Batches = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Collecting:
+    """Everything that decides what is collected, but for the model.
+
+    Attributes:
+        adapter: which layers, and for which method.
+        calibration: the text to keep, and how much of every text.
+        data: the training data; None where there is none.
+        seed: of what is drawn.
+    """
+
+    adapter: AdapterSettings
+    calibration: CalibrationSettings
+    data: DataSettings | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Collecting:
+        """What a recipe asks for."""
+        return cls(recipe.adapter, recipe.calibration, recipe.data, recipe.seed)
+
+    def collect(
+        self,
+        need: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        checkpoint: Path | None = None,
+    ) -> Statistics | Gradients:
+        """Collect one need of the method.
+
+        Args:
+            need: a key of `ARGUMENT`.
+            model: the base.
+            tokenizer: the base's.
+            checkpoint: a folder from which an interrupted call goes on; what is returned may read
+                from it.
+
+        Raises:
+            UserError: the training data is needed and there is none; or as `collect`.
+        """
+        targets, budget = self.adapter.target_modules, self.calibration.memory_budget
+        if need == "gradient":
+            text = self._text(DATA, model, tokenizer)
+            return collect_gradients(model, text, targets, budget)
+        sources = [(DATA, 1.0)] if need == "task_moment" else self._sources
+        parts = []
+        for number, (source, weight) in enumerate(sources):
+            folder = None if checkpoint is None else checkpoint / str(number)
+            make = partial(self._text, source, model, tokenizer)
+            text = _kept(folder, make) if source == SELF and folder is not None else make()
+            skipped = self.calibration.skip_first
+            found = collect(model, text, targets, budget, skip_first=skipped, checkpoint=folder)
+            parts.append((found, weight))
+        return parts[0][0] if len(parts) == 1 else Statistics.mixture(parts)
+
+    def check_texts(self, needs: Iterable[str]) -> None:
+        """Raise what is wrong with the texts of these needs, before any weight is loaded.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            UserError: a text that cannot be read, or no training data where it is needed.
+        """
+        sources = {DATA} if set(needs) - {"second_moment"} else set()
+        sources |= {source for source, _ in self._sources} if "second_moment" in needs else set()
+        for source in sorted(sources - {DATA}):
+            fingerprint(source)
+        if DATA in sources:
+            load_examples(self._training_data().sources[0][0], limit=1)
+
+    @property
+    def _sources(self) -> list[tuple[str, float]]:
+        return self.calibration.sources(self.adapter.method)
+
+    def _text(
+        self, source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> Batches:
+        settings = self.calibration
+        counts = {"samples": settings.samples, "batch_size": settings.batch_size}
+        if source != DATA:
+            length = settings.max_length
+            return batches(source, model, tokenizer, max_length=length, seed=self.seed, **counts)
+        data = self._training_data()
+        return training_batches(
+            data.sources[0][0],
+            tokenizer,
+            max_length=data.max_length,
+            limit=data.limit,
+            seed=self.seed,
+            **counts,
+        )
+
+    def _training_data(self) -> DataSettings:
+        if self.data is None:
+            raise UserError(
+                f"the calibration source {DATA!r} stands for the training data of a recipe, and "
+                "there is none here; name the file"
+            )
+        return self.data
+
+
+def load_inputs(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """The arguments of `attach` that hold what lies in a folder for every need."""
+    return {
+        ARGUMENT[need]: (Gradients if need == "gradient" else Statistics).load(folder)
+        for need, folder in folders.items()
+    }
+
+
+def _kept(folder: Path, make: Callable[[], Batches]) -> Batches:
+    """What the base said for an interrupted collection, so that it need not say it again.
+
+    On another machine it would say something else, and a collection goes on with one text only.
+    """
+    file = folder / "text.safetensors"
+    if not file.exists():
+        with store.new_folder(folder) as new:
+            flat = {f"{i}.{n}": v for i, batch in enumerate(make()) for n, v in batch.items()}
+            save_file(flat, new / file.name)
+    made: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(file).items():
+        number, _, name = key.partition(".")
+        made.setdefault(int(number), {})[name] = value
+    return [made[number] for number in sorted(made)]

@@ -1,0 +1,168 @@
+"""Run a Python program that nobody has read: `run_code`, and what it returns.
+
+The program cannot reach the network, other processes, the user's files or environment; it works in
+an empty folder that is thrown away, within limits on time, memory, threads, files and output. What
+it may import is the standard library. See `confine` for the layers, `guard` for what ends a program
+at once, and `supervisor` for why a program cannot pretend to have passed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forgetless.errors import UserError
+
+__all__ = ["CodeResult", "run_code"]
+
+_START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from forgetless.sandbox.supervisor import main; sys.path.pop(0); main()"
+)
+_GRACE = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class CodeResult:
+    """What became of a program.
+
+    Attributes:
+        passed: it ran to its very end: no exception, no early exit, nothing that is not allowed.
+        reason: one line that says what happened.
+    """
+
+    passed: bool
+    reason: str
+
+
+def run_code(program: str, *, seconds: float = 3.0, memory_bytes: int = 512 << 20) -> CodeResult:
+    """Run a Python program in a sandbox, whatever it may try.
+
+    Threads may be called from; each has a program of its own at a time.
+
+    Args:
+        program: source text, run as `__main__`.
+        seconds: it may take on a machine of its own. On any other, waiting for a free core does not
+            count and computing counts half, so that a right program does not fail because of its
+            neighbours; an endless loop ends after twice the time.
+        memory_bytes: address space, that of the interpreter (about 60 MiB) included; never less
+            than the interpreter and 16 MiB.
+
+    Returns:
+        Whether it ran to its very end, and a line that says what happened.
+
+    Raises:
+        UserError: settings out of range, or a system that cannot hold hostile programs: anything
+            but Linux on x86-64 or ARM64 with seccomp and either Landlock (5.13) or namespaces.
+
+    Example:
+        >>> run_code("assert sorted([2, 1]) == [1, 2]").passed
+        True
+        >>> run_code("import sys; sys.exit(0)")
+        CodeResult(passed=False, reason='left before its end, with exit status 0')
+    """
+    if not isinstance(program, str):
+        raise UserError(f"program must be text, got {type(program).__name__}")
+    if not 0 < seconds <= 3600:
+        raise UserError(f"seconds must be above 0 and at most 3600, got {seconds}")
+    if memory_bytes < 1:
+        raise UserError(f"memory_bytes must be 1 or more, got {memory_bytes}")
+    request = {"program": program, "seconds": float(seconds), "memory_bytes": int(memory_bytes)}
+    for borrow in (_borrow, _Supervisor):
+        supervisor = borrow()
+        answer = supervisor.ask(request, timeout=20 * seconds + _GRACE)
+        if answer is not None:
+            _idle.append(supervisor)
+            return CodeResult(bool(answer["passed"]), " ".join(str(answer["reason"]).split()))
+        supervisor.end()
+    return CodeResult(False, "the process that watches programs ended twice")
+
+
+class _Supervisor:
+    """The process of `supervisor.main`, and its pipe."""
+
+    def __init__(self, *options: str) -> None:
+        if sys.platform != "linux":
+            raise UserError(
+                f"generated programs run only on Linux, which can lock them in; this is "
+                f"{sys.platform}: evaluate such tasks in a Linux machine or container"
+            )
+        self.owner = os.getpid()
+        source = str(Path(__file__).resolve().parents[2])
+        keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        # One seed for the order of sets makes a score the same every time.
+        fixed = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "LC_ALL": "C.UTF-8"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-s", "-P", "-B", "-X", "utf8", "-c", _START, source, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=keep | fixed,
+            cwd="/",
+            start_new_session=True,
+        )
+        self._unread = b""
+        first = self._answer(time.monotonic() + _GRACE)
+        if first is None or "error" in first:
+            self.end()
+            raise UserError(str((first or {}).get("error", "the sandbox did not start")))
+        self.layers: list[str] = first["layers"]
+
+    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any] | None:
+        """The answer to one request; None if none comes."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            return None
+        return self._answer(time.monotonic() + timeout)
+
+    def _answer(self, deadline: float) -> dict[str, Any] | None:
+        assert self.process.stdout is not None
+        source = self.process.stdout.fileno()
+        poller = select.poll()
+        poller.register(source, select.POLLIN)
+        while b"\n" not in self._unread:
+            left = deadline - time.monotonic()
+            data = os.read(source, 1 << 16) if left > 0 and poller.poll(1000 * left) else b""
+            if not data:
+                return None
+            self._unread += data
+        line, self._unread = self._unread.split(b"\n", 1)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def end(self) -> None:
+        """Kill the process; its program goes with it."""
+        self.process.kill()
+        self.process.communicate()
+
+
+_idle: list[_Supervisor] = []
+
+
+def _borrow() -> _Supervisor:
+    """A supervisor that nobody else in this process uses; those of a parent process stay there."""
+    while True:
+        try:
+            supervisor = _idle.pop()
+        except IndexError:
+            return _Supervisor()
+        if supervisor.owner == os.getpid() and supervisor.process.poll() is None:
+            return supervisor
+
+
+@atexit.register
+def _end_all() -> None:
+    while _idle:
+        supervisor = _idle.pop()
+        if supervisor.owner == os.getpid():
+            supervisor.end()

@@ -1,0 +1,82 @@
+"""Scores that were measured once: kept by the content of the model and of the task. No torch.
+
+    <folder>/<task>-<key>.json             the score
+    <folder>/<task>-<key>.jsonl            its items
+    <folder>/<task>-<key>.partial.jsonl    what an interrupted evaluation has finished
+
+A model or a task that changes has another key, so nothing here is ever out of date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from forgetless import store
+from forgetless.tasks.base import Item, Task, TaskResult
+from forgetless.tasks.journal import resuming
+
+__all__ = ["ScoreCache", "default_folder", "digest"]
+
+
+def digest(*parts: str) -> str:
+    """16 hex digits of the SHA-256 of several words."""
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
+
+
+def default_folder() -> Path:
+    """Where scores of single evaluations are kept: $FORGETLESS_CACHE, or the user's cache."""
+    own = os.environ.get("FORGETLESS_CACHE")
+    if own:
+        return Path(own) / "scores"
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user) / "forgetless" / "scores"
+
+
+class ScoreCache:
+    """A folder of scores, which several processes may use at a time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def paths(self, task: Task, *model: str) -> tuple[Path, Path]:
+        """The files of a score and of its items, whether they exist or not.
+
+        Args:
+            task: whose fingerprint says what was asked.
+            model: what decides the model's answers: content hashes and the number format.
+        """
+        score = self.folder / f"{task.name}-{digest(*model, task.fingerprint)}.json"
+        return score, score.with_suffix(".jsonl")
+
+    def has(self, task: Task, *model: str) -> bool:
+        """Whether the score is here."""
+        return self.paths(task, *model)[0].exists()
+
+    def result(self, task: Task, *model: str, measure: Callable[[], TaskResult]) -> TaskResult:
+        """The score and items of a model on a task, measured now if nobody has.
+
+        An evaluation that was interrupted goes on with the batch that it had reached. Of several
+        processes that want the same score one measures, and the others wait for it.
+
+        Args:
+            task: to score on.
+            model: as for `paths`.
+            measure: evaluates the task.
+        """
+        score, items = self.paths(task, *model)
+        with store.lock(score.with_suffix(".lock")):
+            if not score.exists():
+                store.remove_temporaries(score.parent, score.stem)
+                partial = score.with_suffix(".partial.jsonl")
+                with resuming(partial, score.stem):
+                    found = measure()
+                store.write_jsonl(items, [item.to_json() for item in found.items])
+                store.write_json(score, found.to_json())
+                store.remove(partial)
+        kept = [Item.from_json(line) for line in store.read_jsonl(items)]
+        # The task may go by another name than when it was measured.
+        return replace(TaskResult.from_json(store.read_json(score), kept), task=task.name)

@@ -1,0 +1,118 @@
+"""Scores as files: what `forgetless eval --out` writes, and what a run keeps. No torch.
+
+`scores.json` has the numbers alone, for other programs. Beside it, `scores.records.json` has what
+a comparison needs too: fingerprints, settings and every item with its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forgetless import store
+from forgetless.errors import UserError
+from forgetless.evaluation import Scores
+from forgetless.store import PHASES, Phase, RunFolder
+from forgetless.tasks.base import Item, TaskResult
+
+__all__ = ["SavedScores", "read_scores", "records_file", "write_records"]
+
+
+@dataclass(frozen=True)
+class SavedScores:
+    """Scores that were read.
+
+    Attributes:
+        scores: with their items, where these were kept.
+        learning: the tasks that training should raise; known of runs alone.
+    """
+
+    scores: Scores
+    learning: frozenset[str] = frozenset()
+
+
+def records_file(path: str | Path) -> Path:
+    """`scores.records.json` for `scores.json`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.records.json")
+
+
+def write_records(scores: Mapping[str, TaskResult], path: str | Path) -> Path:
+    """Write everything about the scores beside the numbers in `path`; gives the file."""
+    file = records_file(path)
+    records = {
+        task: {**result.to_json(), "items": [item.to_json() for item in result.items]}
+        for task, result in scores.items()
+    }
+    store.write_json(file, records)
+    return file
+
+
+def read_scores(path: str | Path, phase: Phase = "final") -> SavedScores:
+    """The scores at `path`.
+
+    Args:
+        path: a file that `forgetless eval --out` wrote, or the records beside it; the folder of a
+            run, or a folder of scores in it.
+        phase: which scores of a run's folder to take: "base", "step0" or "final".
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        UserError: it holds no scores, or the numbers alone.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no scores at {path}: give a file of 'eval --out' or a run")
+    if path.is_file():
+        return SavedScores(_read_file(path))
+    if (path / "recipe.yaml").exists():
+        return _read_run(RunFolder(path), phase)
+    if path.name in PHASES and path.parent.name == "scores":
+        return _read_run(RunFolder(path.parent.parent), path.name)
+    raise UserError(
+        f"{path} holds no scores: give a file of 'forgetless eval --out', the folder of a run, or "
+        "its scores/base, scores/step0 or scores/final"
+    )
+
+
+def _read_file(path: Path) -> Scores:
+    """From the records, whichever of the two files was named."""
+    records = path if path.name.endswith(".records.json") else records_file(path)
+    content = store.read_json(records) if records.exists() else store.read_json(path)
+    if not content:
+        raise UserError(f"{path} holds no scores")
+    for task, record in content.items():
+        if not (isinstance(record, Mapping) and "fingerprint" in record and "value" in record):
+            raise UserError(
+                f"{path} has the numbers of {task!r} alone, which do not say whether two tasks "
+                f"were the same: keep {records.name}, which 'forgetless eval --out' writes, "
+                "beside it"
+            )
+    return Scores(
+        TaskResult.from_json({**record, "task": task}, _items(record.get("items", ())))
+        for task, record in content.items()
+    )
+
+
+def _read_run(folder: RunFolder, phase: Phase) -> SavedScores:
+    """The scores of one phase of a run, in the order of its tasks."""
+    kinds: Mapping[str, str] = store.read_json(folder.record).get("tasks", {})
+    results = []
+    for task in kinds:
+        score = store.read_json(folder.scores(phase, task))
+        if score:
+            items = _items(store.read_jsonl(folder.items(phase, task)))
+            results.append(TaskResult.from_json(score, items))
+    if not results:
+        raise UserError(
+            f"the run {folder.path} has no {phase} scores yet; 'forgetless run' measures them"
+        )
+    return SavedScores(
+        Scores(results), frozenset(task for task, kind in kinds.items() if kind == "learning")
+    )
+
+
+def _items(lines: Sequence[Mapping[str, Any]]) -> list[Item]:
+    return [Item.from_json(line) for line in lines]

@@ -1,0 +1,221 @@
+"""One end of a spectrum without the rest of it: block Krylov iteration with a check.
+
+A full eigendecomposition of an (n, n) matrix costs about 10 n³ operations, half of them bound by
+memory; a Cholesky factor costs n³ / 3. With it, (C + shift · I)⁻¹ is applied to a block of a few
+more columns than are wanted, again and again. The blocks span a Krylov space in which the smallest
+eigenvalues of C stand out; a small eigenproblem picks the vectors of that space in which they do,
+and a second one the best of these for C itself (Rayleigh-Ritz). The functions return None where
+they cannot vouch for the result, and the caller decomposes the whole matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Map = Callable[[Tensor], Tensor]
+"""A linear map of columns, (n, k) -> (n, k)."""
+
+End = Literal["smallest", "largest"]
+"""Which end of a spectrum."""
+
+
+class Pairs(NamedTuple):
+    """Eigenvalues (r,) and their vectors as columns, (n, r)."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+SMALLEST_SIZE = 1024
+"""Rows of a matrix below which the whole eigendecomposition is quick enough."""
+
+LARGEST_SHARE = 8
+"""The wanted columns must be at most one in so many."""
+
+TOLERANCE = 0.01
+"""Share of the tail's energy that may be above the least possible; the leak is its root."""
+
+_EPSILON = torch.finfo(torch.float64).eps
+_OVERSAMPLING = 4
+_LARGEST_STEPS = 24
+
+
+def pays(size: int, rank: int) -> bool:
+    """Whether `rank` columns out of `size` are few enough for an iteration."""
+    return size >= SMALLEST_SIZE and rank * LARGEST_SHARE <= size
+
+
+def smallest_eigenpairs(C: Tensor, rank: int) -> Pairs | None:
+    """Orthonormal columns, (n, rank), that hold hardly more energy of C than any others.
+
+    With N the result and λ the `rank` smallest eigenvalues, trace(Nᵀ C N) <= (1 + TOLERANCE) Σλ by
+    an estimate from the last steps, or all of it is at the level of rounding, 1e-15 ‖C‖. Columns
+    are Ritz vectors in descending order of their energy; where neighbouring eigenvalues lie closer
+    than the tolerance they are not the eigenvectors themselves.
+
+    Args:
+        C: symmetric positive semi-definite up to rounding, (n, n), float64.
+        rank: how many columns.
+
+    Returns:
+        The energies and the columns, or None: C is zero or indefinite, or the iteration did not
+        converge.
+    """
+    size = torch.linalg.matrix_norm(C)
+    factor = _shifted_cholesky(C, float(size))
+    if factor is None:
+        return None
+    lower, shift = factor
+    found = _krylov(
+        lambda block: _solve(lower.mT, _solve(lower, block, upper=False), upper=True),
+        lambda block: C @ block,
+        C,
+        rank,
+        "smallest",
+        floor=shift,
+    )
+    return None if found is None else Pairs(found.values.flip(0), found.vectors.flip(1))
+
+
+def _shifted_cholesky(C: Tensor, size: float) -> tuple[Tensor, float] | None:
+    """The Cholesky factor of C + shift · I, and the shift: the least that rounding asks for."""
+    if size == 0:
+        return None
+    for times in (4, 100, 2500):
+        shift = times * _EPSILON * size
+        shifted = C.clone()
+        shifted.diagonal().add_(shift)
+        lower, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed:
+            return lower, shift
+    return None
+
+
+def largest_eigenpairs(C: Tensor, rank: int) -> Pairs | None:
+    """The `rank` largest eigenvalues of C in descending order, and their vectors as columns.
+
+    Args:
+        C: symmetric, (n, n), float64; it may be indefinite.
+        rank: how many columns.
+
+    Returns:
+        The eigenvalues to 1e-8 and the eigenvectors to about 1e-4, where eigenvalues are apart; or
+        None: the iteration did not converge.
+    """
+    return _krylov(lambda block: C @ block, lambda block: C @ block, C, rank, "largest")
+
+
+def singular_basis(M: Tensor, rank: int, end: End) -> Tensor | None:
+    """Orthonormal columns near the singular vectors of one end, on M's shorter side.
+
+    The factor R of a QR factorisation stands for M, so that no Gram matrix squares the condition.
+
+    Args:
+        M: (out, in), float64.
+        rank: how many columns.
+        end: which singular values.
+
+    Returns:
+        (min(out, in), rank), right singular vectors if out >= in, else left ones; or None: M is
+        singular where the smallest are asked for, or the iteration did not converge.
+    """
+    R = torch.linalg.qr(M if M.shape[0] >= M.shape[1] else M.mT, mode="r").R
+    diagonal = R.diagonal().abs()
+
+    def gram(block: Tensor) -> Tensor:
+        return torch.mm(R.mT, R @ block)
+
+    def inverse(block: Tensor) -> Tensor:
+        return _solve(R, _solve(R.mT, block, upper=False), upper=True)
+
+    if end == "smallest" and diagonal.min() <= len(R) * _EPSILON * diagonal.max():
+        return None
+    found = _krylov(gram if end == "largest" else inverse, gram, R, rank, end)
+    return None if found is None else found.vectors
+
+
+def _solve(triangle: Tensor, block: Tensor, upper: bool) -> Tensor:
+    solution: Tensor = torch.linalg.solve_triangular(triangle, block, upper=upper)
+    return solution
+
+
+def _krylov(
+    expand: Map,
+    matrix: Map,
+    like: Tensor,
+    rank: int,
+    end: End,
+    floor: float = 0.0,
+) -> Pairs | None:
+    """Ritz pairs of one end of a symmetric `matrix`, that end first; None without convergence.
+
+    Args:
+        expand: the map of which that end is the top: the inverse for the smallest, else `matrix`.
+        matrix: the matrix.
+        like: of the same size, dtype and device.
+        rank: how many.
+        end: which.
+        floor: eigenvalues below it cannot be told apart.
+    """
+    size = len(like)
+    width = min(rank + _OVERSAMPLING, size)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, width, generator=generator, dtype=like.dtype).to(like.device)
+    basis = torch.linalg.qr(expand(start)).Q
+    image = expand(basis)
+    projected = basis.mT @ image
+    history: list[Tensor] = []
+    while 2 * basis.shape[1] <= size and len(history) < _LARGEST_STEPS:
+        top = torch.linalg.eigvalsh(projected).flip(0)[:rank]
+        history.append(top if end == "largest" else 1 / top)
+        if _converged(history, end, floor):
+            vectors = torch.linalg.eigh(projected).eigenvectors.flip(1)
+            # One more application of the map is there for the taking.
+            space = torch.linalg.qr(image @ vectors[:, :width]).Q
+            return _ritz(space, matrix, rank, end)
+        block = _orthonormal_to(basis, image[:, -width:])
+        basis = torch.cat([basis, block], 1)
+        image = torch.cat([image, expand(block)], 1)
+        beside = basis.mT @ image[:, -width:]
+        projected = torch.cat([torch.cat([projected, beside[:-width].mT]), beside], 1)
+    return None
+
+
+def _ritz(space: Tensor, matrix: Map, rank: int, end: End) -> Pairs:
+    """The `rank` orthonormal vectors of a space with the smallest or largest values."""
+    projected = space.mT @ matrix(space)
+    values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
+    if end == "largest":
+        values, vectors = values.flip(0), vectors.flip(1)
+    return Pairs(values[:rank], space @ vectors[:, :rank])
+
+
+def _orthonormal_to(basis: Tensor, block: Tensor) -> Tensor:
+    """Orthonormal columns that span what the block adds to an orthonormal basis."""
+    for _ in range(2):  # once leaves a rounding error as large as what the basis held of the block
+        block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+    return block
+
+
+def _converged(history: list[Tensor], end: End, floor: float) -> bool:
+    """Whether further steps would change the values by less than is allowed.
+
+    For the smallest, what is left of their sum is extrapolated from the last two steps as the
+    rest of a geometric series. The largest are followed one by one.
+    """
+    last = history[-1]
+    if len(history) < 3:
+        return False
+    if end == "smallest" and last[-1] <= floor:
+        return True
+    if end == "largest":
+        noise = len(last) * _EPSILON * last.abs().max()
+        return bool(((last - history[-2]).abs() <= 1e-8 * last.abs() + noise).all())
+    before, previous, now = (float(values.sum()) for values in history[-3:])
+    gained, earlier = previous - now, before - previous
+    rate = min(max(gained / earlier, 0.5), 0.9) if earlier > 0 else 0.5
+    return gained * rate / (1 - rate) <= TOLERANCE * abs(now)

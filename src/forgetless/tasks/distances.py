@@ -1,0 +1,339 @@
+"""How far a model's predictions are from its base's, token by token, in bounded memory.
+
+Both models read a batch once, and only its last hidden states are kept; the logits over the
+vocabulary are made for a few tokens at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from forgetless.errors import UserError
+from forgetless.tasks.inference import (
+    Ids,
+    accepts,
+    adapter_off,
+    by_length,
+    device_of,
+    evaluating,
+    pad,
+    require_causal,
+)
+from forgetless.tasks.journal import section
+
+__all__ = ["Distance", "distances"]
+
+# Logits (tokens x vocabulary) that are compared at once: 32 MB in float32, some six times over.
+_CHUNK_LOGITS = 1 << 23
+
+# Numbers that a batch may have: hidden states, or logits where a model's head cannot be had apart.
+_BATCH_NUMBERS = 1 << 26
+_MOST_ROWS = 32
+
+
+class Distance(NamedTuple):
+    """Sums over the tokens of one piece of a text, in nats.
+
+    p is the base's distribution of the next token, q the model's, x the text's own next token.
+
+    Attributes:
+        text: position of the text.
+        start: position of the piece's first token in the text.
+        tokens: how many tokens, 1 or more.
+        kl: sum_v p log(p / q), of each token 0 or more.
+        reverse_kl: sum_v q log(q / p), of each token 0 or more.
+        cross_entropy: - sum_v p log q, the soft cross-entropy: the base's entropy plus `kl`.
+        base_entropy: - sum_v p log p.
+        agreeing: tokens after which both models find the same next token likeliest.
+        targets: tokens that have a next token in the piece; the last one has none.
+        base_loss: - log p(x), over the targets.
+        loss: - log q(x), over the targets.
+    """
+
+    text: int
+    start: int
+    tokens: int
+    kl: float
+    reverse_kl: float
+    cross_entropy: float
+    base_entropy: float
+    agreeing: float
+    targets: int
+    base_loss: float
+    loss: float
+
+    @property
+    def total(self) -> float:
+        """The divergence `kl`, under the name that pieces of a loss have."""
+        return self.kl
+
+
+def distances(
+    model: nn.Module,
+    rows: Sequence[Ids],
+    *,
+    max_length: int,
+    reference: nn.Module | None = None,
+    batch_size: int | None = None,
+) -> list[Distance]:
+    """Distances from the base of the next-token distributions after every token of each text.
+
+    Texts longer than `max_length` tokens are cut into pieces that are read apart. Both models see
+    the same batches and the same chunks of tokens, so a model that equals the base bit for bit
+    is at a distance of exactly 0. Memory does not grow with the texts: next to the models it holds
+    a batch's hidden states and the logits of some tokens (at least one token's), 8 M numbers of
+    either model.
+
+    Args:
+        model: the tuned model.
+        rows: token ids of each text.
+        max_length: tokens of a piece, 1 or more.
+        reference: the base; None for a PeftModel, whose base is itself with the adapter off.
+        batch_size: pieces at once, at most; None for 32. Fewer where they would not fit.
+
+    Returns:
+        One piece after the other, in the order of the texts.
+
+    Raises:
+        UserError: no reference and no adapter to switch off, two vocabularies, or not a causal
+            language model.
+    """
+    require_causal(model)
+    if reference is None and not isinstance(model, PeftModel):
+        raise UserError(
+            "KL needs the base model to compare with: pass reference=base, or a PeftModel, "
+            f"whose base is itself with the adapter off; got {type(model).__name__} alone"
+        )
+    cuts = [(text, i) for text, ids in enumerate(rows) for i in range(0, len(ids), max_length)]
+    pieces = [rows[text][start : start + max_length] for text, start in cuts]
+    found: list[Sequence[float]] = [()] * len(pieces)
+    kept = section("distances", pieces)
+    pair = _Pair(model, reference)
+
+    def sums(places: Sequence[int]) -> list[list[float]]:
+        return _batch_sums(pair, pad([pieces[i] for i in places], 0, device_of(model)))
+
+    with evaluating(model), evaluating(model if reference is None else reference):
+        for places in by_length(pieces, _batch_size(pair, pieces, batch_size)):
+            for place, numbers in zip(
+                places, kept.batch(places, partial(sums, places)), strict=True
+            ):
+                found[place] = numbers
+    return [
+        Distance._make((text, start, len(ids), *numbers[:5], len(ids) - 1, *numbers[5:]))
+        for (text, start), ids, numbers in zip(cuts, pieces, found, strict=True)
+    ]
+
+
+def _batch_size(pair: _Pair, pieces: Sequence[Ids], wanted: int | None) -> int:
+    """Pieces at once: as many as fit where all are as long as the longest."""
+    longest = max((len(piece) for piece in pieces), default=1)
+    return max(1, min(wanted or _MOST_ROWS, _BATCH_NUMBERS // (longest * pair.numbers_a_token)))
+
+
+def _batch_sums(pair: _Pair, batch: Mapping[str, Tensor]) -> list[list[float]]:
+    """The numbers of `Distance`, without the counts, for every row of a batch."""
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    following, has_next = ids.roll(-1, 1).flatten(), (mask & mask.roll(-1, 1)).clone()
+    has_next[:, -1] = False
+    places = mask.flatten().nonzero().squeeze(1)
+    base_at, tuned_at = pair.readers(batch)
+    values = []
+    for part in torch.split(places, pair.chunk):
+        base, tuned = base_at(part), tuned_at(part)
+        _check_same_vocabulary(base, tuned)
+        values.append(_compare(base, tuned, following[part], has_next.flatten()[part]))
+    rows = (places // mask.shape[1]).cpu()
+    sums = torch.zeros(len(mask), 7, dtype=torch.float64).index_add_(0, rows, torch.cat(values))
+    numbers: list[list[float]] = sums.tolist()
+    return numbers
+
+
+def _compare(base: Tensor, tuned: Tensor, following: Tensor, has_next: Tensor) -> Tensor:
+    """The numbers of `Distance` for each token, (tokens, 7), on the CPU.
+
+        KL(p || q) = sum_v e_p (a - b) / S_p - log S_p + log S_q
+        e_p = exp(a), S_p = sum_v e_p, likewise e_q and S_q of b
+
+    with a and b the logits less their largest. Terms are float32 and sums float64: logarithms of
+    probabilities in float32 would be wrong in the sixth digit, all of one token's in the same way,
+    while the errors of these terms are in the seventh and cancel.
+
+    Args:
+        base: logits (tokens, vocabulary).
+        tuned: likewise.
+        following: the next token of the text.
+        has_next: whether there is one.
+    """
+    a, b = _Softmax(base), _Softmax(tuned)
+    gap = a.logits - b.logits
+    kl = a.mean(gap) - a.log_sum + b.log_sum
+    reverse = b.mean(gap.neg_()) - b.log_sum + a.log_sum
+    # Rounding can push a divergence of almost nothing below 0, where none can be.
+    kl, reverse = kl.clamp_(min=0), reverse.clamp_(min=0)
+    entropy = a.log_sum - a.mean(a.logits)
+    agreeing = (a.likeliest == b.likeliest).to(kl.dtype)
+    losses = [torch.where(has_next, model.loss(following), 0.0) for model in (a, b)]
+    numbers = [kl, reverse, entropy + kl, entropy, agreeing, *losses]
+    return torch.stack(numbers, dim=1).cpu().double()
+
+
+class _Softmax:
+    """The distribution of some logits (tokens, vocabulary), not normalised.
+
+    Attributes:
+        logits: less the largest of each token, float32.
+        likeliest: the token of the largest.
+        log_sum: log of the sum of their exponentials.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        largest, self.likeliest = logits.float().max(-1)
+        self.logits = logits.float() - largest[:, None]
+        self._weights = self.logits.exp()
+        # Apple's GPUs have no float64.
+        self._wide = torch.float32 if logits.device.type == "mps" else torch.float64
+        self._sum = self._weights.sum(-1, dtype=self._wide)
+        self.log_sum = self._sum.log()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of values (tokens, vocabulary); one never said counts nothing, even if infinite."""
+        terms = self._weights * values
+        total = terms.sum(-1, dtype=self._wide)
+        if not total.isfinite().all():
+            total = terms.masked_fill_(self._weights == 0, 0.0).sum(-1, dtype=self._wide)
+        return total / self._sum
+
+    def loss(self, said: Tensor) -> Tensor:
+        """- log p of one token each."""
+        return self.log_sum - self.logits.gather(1, said[:, None]).squeeze(1)
+
+
+def _check_same_vocabulary(base: Tensor, tuned: Tensor) -> None:
+    if tuned.shape != base.shape:
+        raise UserError(
+            f"the reference has {base.shape[-1]} tokens in its vocabulary and the model "
+            f"{tuned.shape[-1]}; KL needs the base that the model was made from"
+        )
+
+
+# --------------------------------------------------------------------------- logits of few tokens
+
+_Reader = Callable[[Tensor], Tensor]
+"""Positions in the flattened batch -> logits (positions, vocabulary)."""
+
+
+class _Pair:
+    """The tuned model and its base, asked for the logits of some tokens of a batch.
+
+    Args:
+        model: the tuned model.
+        reference: the base; None for `model` with its adapter off.
+    """
+
+    def __init__(self, model: nn.Module, reference: nn.Module | None) -> None:
+        self.model, self.base = model, model if reference is None else reference
+        self.off = partial(adapter_off, model) if reference is None else nullcontext
+        self.apart = _has_a_head(self.model) and _has_a_head(self.base)
+        config = getattr(model, "config", None)
+        vocabulary = int(getattr(config, "vocab_size", None) or 1 << 17)
+        hidden = int(getattr(config, "hidden_size", None) or 1 << 14)
+        self.numbers_a_token = hidden if self.apart else vocabulary
+        self.chunk = max(1, _CHUNK_LOGITS // vocabulary)
+
+    def readers(self, batch: Mapping[str, Tensor]) -> tuple[_Reader, _Reader]:
+        """How to read the logits of the base and of the tuned model, on the tuned one's device."""
+        read = _read_in_parts if self.apart else _read_whole
+        tuned = read(self.model, batch)
+        with self.off():
+            asked_off = read(self.base, batch)
+        device = device_of(self.model)
+
+        def base(places: Tensor) -> Tensor:
+            with self.off():
+                return asked_off(places).to(device)
+
+        return base, tuned
+
+
+def _read_whole(model: nn.Module, batch: Mapping[str, Tensor]) -> _Reader:
+    """From all logits of the batch, for models whose head cannot be asked alone.
+
+    Prompt-learning adapters put tokens of their own before the text; these are not of the batch.
+    """
+    inputs = {key: value.to(device_of(model)) for key, value in batch.items()}
+    length = inputs["input_ids"].shape[1]
+    logits: Tensor = model(**inputs, use_cache=False).logits[:, -length:].flatten(0, 1)
+    return lambda places: logits[places.to(logits.device)]
+
+
+def _read_in_parts(model: nn.Module, batch: Mapping[str, Tensor]) -> _Reader:
+    """From the last hidden states, through the model's own head, whatever it does to its logits.
+
+    The model reads the batch once, with the logits of one token. For others it is called again
+    with its decoder standing still: it gives the hidden states that it gave before.
+    """
+    device, decoder = device_of(model), _decoder(model)
+    inputs = {key: value.to(device) for key, value in batch.items()}
+    outputs: list[Any] = []
+    hook = decoder.register_forward_hook(lambda module, given, output: outputs.append(output))
+    try:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    if not outputs or not hasattr(outputs[0], "last_hidden_state"):
+        return _read_whole(model, batch)
+    output = outputs[0]
+    hidden: Tensor = output.last_hidden_state.flatten(0, 1)
+    one = {key: value[:1, :1] for key, value in inputs.items()}
+
+    def read(places: Tensor) -> Tensor:
+        answer = copy.copy(output)
+        answer.last_hidden_state = hidden[places.to(hidden.device)][None]
+        with _standing_still(decoder, answer):
+            logits: Tensor = model(**one, use_cache=False).logits[0]
+        return logits
+
+    return read
+
+
+def _plain(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    decoder: nn.Module = _plain(model).get_decoder()
+    return decoder
+
+
+def _has_a_head(model: nn.Module) -> bool:
+    """Whether logits can be had from hidden states, as in transformers' decoder-only models."""
+    plain = _plain(model)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False
+    if not (hasattr(plain, "get_decoder") and accepts(model, "logits_to_keep")):
+        return False
+    decoder = plain.get_decoder()
+    return isinstance(decoder, nn.Module) and decoder is not plain
+
+
+@contextmanager
+def _standing_still(decoder: nn.Module, output: Any) -> Iterator[None]:
+    """Inside, the decoder gives `output` to whatever it is asked."""
+    own = decoder.__dict__.get("forward")
+    decoder.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del decoder.forward
+        else:
+            decoder.forward = own

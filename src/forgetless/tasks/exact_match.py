@@ -1,0 +1,220 @@
+"""Questions over any file: generate an answer, and compare it with the accepted ones."""
+
+from __future__ import annotations
+
+import re
+import string
+import time
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from forgetless.errors import UserError
+from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.questions import Questions
+from forgetless.tasks.rows import (
+    Row,
+    file_problem,
+    made_prompt,
+    prompt_problem,
+    read_records,
+    the_field,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ExactMatch", "normalised"]
+
+_VERSION = 1
+_ARTICLES = frozenset({"a", "an", "the"})
+
+
+@dataclass(frozen=True)
+class _Asked:
+    prompt: str
+    accepted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """Share of questions whose greedy answer is one of the accepted ones.
+
+    The value is the accuracy, 0..1; an item has the whole text that the model wrote.
+
+    Attributes:
+        path: a .jsonl, .json, .csv or .parquet file, one question a row.
+        question: the field with the question.
+        answer: the field with the right answer, or with a list of accepted ones.
+        aliases: a field with a list of further accepted ones; None where there is none.
+        prompt: what the model reads; {question} and other fields of the row are put in.
+        pattern: a regular expression; what it finds first in the text (its group, if it has one) is
+            the answer. Accepted answers in which it is found are cut by it too.
+        normalise: compare without case, articles, and punctuation around words.
+        stop: the text that ends an answer.
+        max_new_tokens: length of an answer.
+        name: of the task.
+        limit: the first so many questions only.
+
+    Raises:
+        UserError: settings out of range, or no such file.
+    """
+
+    path: str | Path
+    question: str = "question"
+    answer: str = "answer"
+    aliases: str | None = None
+    prompt: str = "Question: {question}\nAnswer:"
+    pattern: str | None = None
+    normalise: bool = True
+    stop: str = "\n"
+    max_new_tokens: int = 32
+    name: str = "generate"
+    limit: int | None = None
+
+    needs_reference: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        problems = [
+            file_problem(self.path),
+            prompt_problem(self.prompt),
+            _pattern_problem(self.pattern),
+            None
+            if isinstance(self.stop, str) and self.stop
+            else f"stop must be the text that ends an answer, got {self.stop!r}",
+            whole_number("max_new_tokens", self.max_new_tokens),
+            whole_number("limit", self.limit, optional=True),
+        ]
+        check_settings("generate", self.name, problems)
+
+    @cached_property
+    def _asked(self) -> list[_Asked]:
+        return [
+            _Asked(
+                made_prompt(self.prompt, self.question, row, where),
+                tuple(dict.fromkeys(self._accepted(row, where))),
+            )
+            for where, row in read_records(self.path, self.limit)
+        ]
+
+    def _accepted(self, row: Row, where: str) -> list[str]:
+        answers = _words(the_field(row, self.answer, where))
+        if self.aliases is not None:
+            answers += _words(row.get(self.aliases) or [])
+        if not answers:
+            raise UserError(f"{where}: {self.answer!r} holds no answer")
+        return [self._found(answer, whole=True) for answer in answers]
+
+    def _found(self, text: str, *, whole: bool = False) -> str:
+        """What the pattern finds in a text; where that is nothing, all of it if `whole`."""
+        if self.pattern is None:
+            return text.strip()
+        match = re.search(self.pattern, text)
+        if match is None:
+            return text.strip() if whole else ""
+        return (match[1] if match.re.groups else match[0]).strip()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the prompts, the accepted answers, the settings and the version of this task."""
+        content = [[asked.prompt, *asked.accepted] for asked in self._asked]
+        settings = [self.pattern, self.normalise, self.stop, self.max_new_tokens]
+        return fingerprint_of("generate", _VERSION, content, settings)
+
+    def questions(self) -> Questions:
+        """The questions, to draw several answers to."""
+        return Questions(
+            ids=tuple(map(str, range(len(self._asked)))),
+            prompts=tuple(asked.prompt for asked in self._asked),
+            expected=tuple(" / ".join(asked.accepted) for asked in self._asked),
+            stop=self.stop,
+            max_new_tokens=self.max_new_tokens,
+            right=lambda written: [
+                [self._is_right(self._found(text), asked.accepted) for text in each]
+                for asked, each in zip(self._asked, written, strict=True)
+            ],
+        )
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reference: nn.Module | None = None,
+        batch_size: int | None = None,
+    ) -> TaskResult:
+        """The share of questions that `model` answers rightly."""
+        from forgetless.tasks.generation import generate
+
+        started = time.perf_counter()
+        texts = generate(
+            model,
+            tokenizer,
+            [asked.prompt for asked in self._asked],
+            max_new_tokens=self.max_new_tokens,
+            stop=self.stop,
+            batch_size=batch_size,
+        )
+        items = [
+            Item(
+                str(number),
+                asked.prompt,
+                " / ".join(asked.accepted),
+                text.strip(),
+                float(self._is_right(self._found(text), asked.accepted)),
+            )
+            for number, (asked, text) in enumerate(zip(self._asked, texts, strict=True))
+        ]
+        return TaskResult.of_items(
+            self,
+            items,
+            metric="accuracy",
+            higher_is_better=True,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _is_right(self, answer: str, accepted: Iterable[str]) -> bool:
+        if not self.normalise:
+            return answer in accepted
+        return normalised(answer) in {normalised(other) for other in accepted}
+
+
+def normalised(text: str) -> str:
+    """A text without case, articles, and punctuation around its words.
+
+    Punctuation inside words and numbers stays, so that 3.5 is not 35; commas between digits go.
+
+    >>> normalised("The  U.K., of course!")
+    'u.k of course'
+    >>> normalised("$1,000.50")
+    '1000.50'
+    """
+    plain = re.sub(r"(?<=\d),(?=\d)", "", unicodedata.normalize("NFKC", text).casefold())
+    words = [_bare(word) for word in plain.split()]
+    kept = [word for word in words if word and word not in _ARTICLES]
+    return " ".join(kept or [word for word in words if word])
+
+
+def _bare(word: str) -> str:
+    """A word without the punctuation around it, but with the sign of a number."""
+    bare = word.strip(string.punctuation + "“”‘’«»…")
+    negative = bare[:1].isdigit() and re.match(r"\W*[-−]", word) is not None
+    return f"-{bare}" if negative else bare
+
+
+def _words(value: Any) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def _pattern_problem(pattern: object) -> str | None:
+    if pattern is None:
+        return None
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError) as problem:
+        return f"pattern {pattern!r} is no regular expression: {problem}"
+    return None

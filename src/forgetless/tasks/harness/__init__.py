@@ -1,0 +1,159 @@
+"""Tasks of the lm-evaluation-harness by their own names, on a model in memory.
+
+Importing this package imports neither torch nor lm_eval.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from forgetless.errors import UserError, unknown
+from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.harness.index import find, is_installed, tasks_folder
+from forgetless.tasks.harness.layouts import STANDARD
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from forgetless.tasks.harness.running import Loaded
+
+__all__ = ["STANDARD", "LMEval", "find", "is_installed", "tasks_folder"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LMEval:
+    """A task, or a group of tasks, of the lm-evaluation-harness (lm-eval).
+
+    The prompts, the worked examples, the metrics and their numbers are lm-eval's own, as its
+    command line gives them for the same files. The value is one of the task's metrics under
+    lm-eval's key, such as "acc_norm,none"; the others are in the result's `extra`, and the task's
+    version, number of worked examples and limit in its `settings`. An item is a document.
+
+    Attributes:
+        task: lm-eval's name of it, or a YAML file in lm-eval's form.
+        name: of the task; empty for lm-eval's name.
+        limit: the first so many documents only, of each task of a group.
+        num_fewshot: worked examples in a prompt; None for the task's own number.
+        data_dir: a folder with the data in local files, for the tasks of `STANDARD`; None for the
+            data set on the hub or its copy in the local cache.
+        max_new_tokens: most tokens of a generated answer; None for the task's own number, which is
+            mostly 256. A smaller one saves time and is another task.
+        metric: the key that counts; None for acc_norm where the task has it, else acc, else
+            exact_match with the task's first filter, else the task's first metric.
+
+    Raises:
+        UserError: settings out of range, no such task, or lm-eval is not installed.
+
+    Reference:
+        Gao et al., "The Language Model Evaluation Harness", github.com/EleutherAI/
+        lm-evaluation-harness.
+    """
+
+    task: str
+    name: str = ""
+    limit: int | None = None
+    num_fewshot: int | None = None
+    data_dir: str | Path | None = None
+    max_new_tokens: int | None = None
+    metric: str | None = None
+
+    needs_reference: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.task, str) or not self.task:
+            raise UserError(f"task 'lm_eval': task must be a name of lm-eval, got {self.task!r}")
+        if not self.name:
+            object.__setattr__(self, "name", Path(self.task).stem if self._is_file else self.task)
+        problems = [
+            whole_number("limit", self.limit, optional=True),
+            whole_number("num_fewshot", self.num_fewshot, 0, optional=True),
+            whole_number("max_new_tokens", self.max_new_tokens, optional=True),
+            self._task_problem(),
+            self._data_problem(),
+        ]
+        check_settings("lm_eval", self.name, problems)
+
+    @property
+    def _is_file(self) -> bool:
+        return self.task.endswith((".yaml", ".yml"))
+
+    def _task_problem(self) -> str | None:
+        if not is_installed():
+            return f"{self.task!r} needs the lm-evaluation-harness: pip install 'forgetless[eval]'"
+        if self._is_file:
+            return None if Path(self.task).is_file() else f"no such file: {self.task}"
+        return None if find(self.task) else str(unknown("lm-eval task", self.task, STANDARD))
+
+    def _data_problem(self) -> str | None:
+        if self.data_dir is None:
+            return None
+        if self.task not in STANDARD:
+            return (
+                f"data_dir is for {', '.join(STANDARD)}; for {self.task!r}, write a task of your "
+                "own over the file (kind multiple_choice, generate or perplexity)"
+            )
+        return None if Path(self.data_dir).is_dir() else f"data_dir: no folder {self.data_dir}"
+
+    @cached_property
+    def _loaded(self) -> Loaded:
+        """The task with its data, and the check that it has the metric."""
+        from forgetless.tasks.harness.running import load
+
+        loaded = load(
+            self.task,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            data_dir=self.data_dir,
+            max_new_tokens=self.max_new_tokens,
+        )
+        if self.metric is not None and self.metric not in loaded.metrics:
+            raise unknown(f"metric of task {self.task!r}:", self.metric, loaded.metrics)
+        return loaded
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the documents, worked examples, settings, version and code of the task.
+
+        Raises:
+            UserError: the data cannot be had.
+        """
+        return fingerprint_of("lm_eval", _VERSION, self._loaded.content(), self._key)
+
+    @cached_property
+    def _key(self) -> str:
+        from forgetless.tasks.harness.results import primary
+
+        return primary(self._loaded.metrics) if self.metric is None else self.metric
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reference: nn.Module | None = None,
+        batch_size: int | None = None,
+    ) -> TaskResult:
+        """lm-eval's score of `model`, which may be a PeftModel; nothing of it is reloaded.
+
+        Raises:
+            UserError: not a causal language model, logits that are nan, or answers longer than
+                the model can read.
+        """
+        from forgetless.tasks.harness.results import result
+        from forgetless.tasks.inference import require_causal
+
+        started = time.perf_counter()
+        require_causal(model)
+        try:
+            outcome = self._loaded.run(model, tokenizer, batch_size)
+        except UserError as problem:
+            raise UserError(f"task {self.name!r}: {problem}") from None
+        seconds = time.perf_counter() - started
+        return result(self, self._loaded, self._key, outcome, seconds)

@@ -1,0 +1,214 @@
+"""Standard tasks from local files: found, brought to the harness's fields, and named in YAML.
+
+The harness's own task file is included and only its data are replaced, so the prompts, metrics and
+version are its own. No torch, and lm_eval is not imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from forgetless.data import read_rows
+from forgetless.errors import UserError
+from forgetless.tasks.harness.index import tasks_folder
+from forgetless.tasks.harness.layouts import STANDARD, TEST, TRAIN, VALIDATION, Standard
+
+__all__ = ["SplitFiles", "find_files", "looked_for", "write"]
+
+ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
+
+SplitFiles = Mapping[str, Path]
+"""The file of each split that was found."""
+
+
+def looked_for(task: str, data_dir: str | Path) -> str:
+    """Where the files of a standard task are looked for, in words."""
+    known = STANDARD[task]
+    names = ", ".join(f"{folder}/" for folder in known.folders)
+    words = " or ".join(map(repr, known.splits[_main(known)]))
+    word = f" and {known.word!r}" if known.word else ""
+    return (
+        f"in {data_dir}: a folder {names} or files beginning with that name, with {words}{word} "
+        f"in the file's name; {', '.join(ENDINGS)}"
+    )
+
+
+def find_files(task: str, data_dir: str | Path) -> SplitFiles:
+    """The files of a standard task below a folder, by split.
+
+    A file with no split in its name is that of the split to score, where no other is.
+
+    Raises:
+        UserError: the folder does not exist; no file to score; two files for one split.
+    """
+    known, folder = STANDARD[task], Path(data_dir)
+    if not folder.is_dir():
+        raise UserError(f"data_dir: no folder {folder}")
+    found: dict[str, Path] = {}
+    others = []
+    for path in _candidates(known, folder):
+        split = _split_of(path, known)
+        if split is None:
+            others.append(path)
+        elif split not in known.splits:
+            continue
+        elif split in found:
+            raise UserError(
+                f"task {task!r} has two files for its split {split!r}: {found[split]} and {path}; "
+                "leave one of them"
+            )
+        else:
+            found[split] = path
+    scored = {"test", "validation"} & known.splits.keys()
+    if not scored & found.keys() and len(others) == 1:
+        found[_main(known)] = others[0]
+    if not scored & found.keys():
+        raise UserError(f"task {task!r} found no file; looked {looked_for(task, folder)}")
+    return found
+
+
+def _main(known: Standard) -> str:
+    """The split that the harness scores."""
+    return "test" if "test" in known.splits else "validation"
+
+
+def _candidates(known: Standard, folder: Path) -> Iterator[Path]:
+    """Files that may belong to a task: in a folder of its name, or with its name in front."""
+    names = tuple(name.lower() for name in known.folders)
+    places = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    places = [folder] if folder.name.lower() in names else places
+    inside = [
+        path for place in places if place.name.lower() in names for path in sorted(place.rglob("*"))
+    ]
+    beside = [path for path in sorted(folder.iterdir()) if path.stem.lower().startswith(names)]
+    for path in dict.fromkeys([*inside, *beside]):
+        if path.is_file() and path.suffix.lower() in ENDINGS and known.word in path.stem.lower():
+            yield path
+
+
+def _split_of(path: Path, known: Standard) -> str | None:
+    """The split that a file's name tells, as a word of it or, for training, in its beginning.
+
+    It may be one that the task does not have; None where the name tells none.
+    """
+    words = re.findall("[a-z]+", path.stem.lower())
+    for split, wanted in [*known.splits.items(), ("validation", VALIDATION), ("test", TEST)]:
+        if any(word in wanted for word in words):
+            return split
+    return "train" if any(word.startswith(TRAIN) for word in words) else None
+
+
+# ------------------------------------------------------------------------- what the harness reads
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """The rows of one split in the harness's fields, and what the task must be told for them."""
+
+    rows: list[dict[str, Any]]
+    belongs: list[str]
+    overrides: Mapping[str, Any]
+
+
+def write(task: str, data_dir: str | Path, folder: Path) -> None:
+    """Write the YAML files by which the harness runs a standard task from local files.
+
+    ``folder`` can be given to lm-eval's own command line as ``--include_path``: the tasks in it
+    have the harness's names.
+
+    Args:
+        task: a key of `STANDARD`; a group gets a file for each of its tasks.
+        data_dir: where the data are.
+        folder: an existing folder to write to.
+
+    Raises:
+        UserError: as `find_files`; rows of an unknown form; a group's task without rows.
+    """
+    known = STANDARD[task]
+    splits = {
+        split: _converted(task, known, path) for split, path in find_files(task, data_dir).items()
+    }
+    if not known.members:
+        _write_task(task, known.yaml, known, splits, folder)
+        return
+    for value, (member, file) in known.members.items():
+        own = {split: _only(converted, value) for split, converted in splits.items()}
+        own = {split: converted for split, converted in own.items() if converted.rows}
+        if not {"test", "validation"} & own.keys():
+            raise UserError(
+                f"task {task!r}: {data_dir} has no rows of {value!r}, which is one of its "
+                f"{len(known.members)} parts"
+            )
+        _write_task(member, file, known, own, folder)
+
+
+def _converted(task: str, known: Standard, path: Path) -> _Converted:
+    """The rows of a file in the harness's fields."""
+    rows: list[dict[str, Any]] = []
+    belongs = []
+    layout = None
+    for place, row in read_rows(path):
+        keys = row.keys() if isinstance(row, Mapping) else ()
+        layout = layout or next((x for x in known.layouts if {*x.keys} <= {*keys}), None)
+        if layout is None or not {*layout.keys} <= {*keys}:
+            forms = " or ".join(", ".join(layout.keys) for layout in known.layouts)
+            raise UserError(
+                f"{path}, {place}: has the keys {', '.join(keys) or '(none)'}; task {task!r} needs "
+                f"{forms}"
+            )
+        try:
+            rows.append(layout.convert(row))
+        except (KeyError, TypeError, ValueError) as problem:
+            raise UserError(
+                f"{path}, {place}: is not a row of {task!r} ({type(problem).__name__}: {problem})"
+            ) from None
+        belongs.append(known.belongs(row) if known.belongs else "")
+    if layout is None:
+        raise UserError(f"{path} is empty; give at least one row")
+    return _Converted(rows, belongs, layout.overrides)
+
+
+def _only(converted: _Converted, value: str) -> _Converted:
+    pairs = zip(converted.rows, converted.belongs, strict=True)
+    rows = [row for row, belongs in pairs if belongs == value]
+    return _Converted(rows, [value] * len(rows), converted.overrides)
+
+
+def _write_task(
+    task: str, file: str, known: Standard, splits: Mapping[str, _Converted], folder: Path
+) -> None:
+    """One YAML file that includes the harness's, and the data beside it."""
+    data_files = {}
+    for split, converted in splits.items():
+        path = folder / f"{task}.{split}.jsonl"
+        _write_rows(path, converted.rows)
+        data_files[split] = str(path)
+    config: dict[str, Any] = {
+        "include": str(tasks_folder() / file),
+        "task": task,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": data_files, "cache_dir": str(folder / "cache")},
+        "training_split": "train" if "train" in splits else None,
+        "validation_split": "validation" if "validation" in splits else None,
+        "test_split": "test" if "test" in splits else None,
+    }
+    examples = "dev" if "dev" in known.splits else "train"
+    if examples not in splits:
+        config["fewshot_split"] = None
+    for converted in splits.values():
+        config |= converted.overrides
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")

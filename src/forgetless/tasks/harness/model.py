@@ -1,0 +1,176 @@
+"""The harness's view of a model in memory, whose finished batches are kept. Imports lm_eval."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from forgetless.errors import UserError
+from forgetless.tasks.journal import section
+
+__all__ = ["InMemory", "check_finite"]
+
+# Logits (tokens x vocabulary) of a batch whose size is ours to choose, and its most rows.
+_BATCH_LOGITS = 1 << 26
+_MOST_ROWS = 32
+
+Request = tuple[Any, list[int], list[int]]
+"""The texts of a request or None, and the tokens of its context and of its continuation."""
+
+
+class InMemory(HFLM):
+    """lm-eval's `HFLM` around a model object, batch by batch.
+
+    Requests are grouped, ordered and cut into batches as `HFLM` does it, and each batch is computed
+    by `HFLM` itself, so the numbers are its numbers to the last bit. What is added: a batch that an
+    interrupted evaluation finished is not computed again (see `forgetless.tasks.journal`), no
+    progress bars, and a count of the requests that did not fit into the model.
+
+    Attributes:
+        too_long: how many requests were cut on the left.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int | None
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            # It may be given a padding token.
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size or _MOST_ROWS,
+        )
+        self.chosen = batch_size
+        self.too_long = 0
+
+    # ------------------------------------------------------------------------------ likelihoods
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """Log-probability of each continuation, and whether it is the greedy one."""
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Log-probability of each whole text."""
+        return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[Request],
+        disable_tqdm: bool = True,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        lengths = [len(context) + len(rest) for _, context, rest in requests]
+        self.too_long += sum(length > self.max_length + 1 for length in lengths)
+        kept = section("loglikelihood", [[context, rest] for _, context, rest in requests])
+        compute: Callable[..., list[tuple[float, bool]]] = super()._loglikelihood_tokens
+        answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+
+        def one_batch(groups: int, places: Sequence[int]) -> list[tuple[float, bool]]:
+            self.batch_size_per_gpu = groups
+            return compute([requests[i] for i in places], disable_tqdm=True, override_bs=groups)
+
+        size = self.batch_size_per_gpu
+        try:
+            for groups in self._batches(requests, override_bs):
+                places = [place for group in groups for place in group]
+                found = kept.batch(places, partial(one_batch, len(groups), places))
+                for place, (value, greedy) in zip(places, found, strict=True):
+                    answers[place] = (value, greedy)
+        finally:
+            self.batch_size_per_gpu = size
+        _check_numbers([value for value, _ in answers])
+        return answers
+
+    def _batches(self, requests: Sequence[Request], size: int | None) -> Iterable[list[list[int]]]:
+        """Positions of the requests: batches of groups that one row of the batch answers.
+
+        Requests that are equal up to their last token are a group; groups come by falling length,
+        then by their tokens.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for place, (_, context, rest) in enumerate(requests):
+            groups.setdefault((*context, *rest[:-1]), []).append(place)
+
+        def tokens(group: list[int]) -> tuple[int, ...]:
+            _, context, rest = requests[max(group, key=lambda place: len(requests[place][2]))]
+            return (*context, *rest)
+
+        order = sorted(groups.values(), key=lambda group: (-len(tokens(group)), tokens(group)))
+        start = 0
+        while start < len(order):
+            rows = size or self.chosen or self._fitting(len(tokens(order[start])))
+            yield order[start : start + rows]
+            start += rows
+
+    def _fitting(self, length: int) -> int:
+        logits: int = min(length, self.max_length) * self.config.vocab_size
+        return min(_MOST_ROWS, max(1, _BATCH_LOGITS // logits))
+
+    # ------------------------------------------------------------------------------- generation
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """The continuation of each prompt up to its stop texts."""
+        prompts = [request.args[0] for request in requests]
+        settings = [request.args[1] for request in requests]
+        lengths = [len(self.tok_encode(prompt)) for prompt in prompts]
+        self._count_too_long(lengths, settings)
+        kept = section("generate_until", prompts, settings)
+        compute = super().generate_until
+        answers = [""] * len(requests)
+
+        def one_batch(places: Sequence[int]) -> list[str]:
+            return list(compute([requests[i] for i in places], disable_tqdm=True))
+
+        groups: dict[str, list[int]] = {}
+        for place, setting in enumerate(settings):
+            groups.setdefault(json.dumps(setting, sort_keys=True, default=str), []).append(place)
+        for group in groups.values():
+            order = sorted(group, key=lambda place: (-lengths[place], prompts[place]))
+            for start in range(0, len(order), self.batch_size):
+                places = order[start : start + self.batch_size]
+                found = kept.batch(places, partial(one_batch, places))
+                for place, text in zip(places, found, strict=True):
+                    answers[place] = text
+        return answers
+
+    def _count_too_long(self, lengths: Sequence[int], settings: Sequence[dict[str, Any]]) -> None:
+        new = [
+            int(normalize_gen_kwargs(setting, self.max_gen_toks)["max_gen_toks"])
+            for setting in settings
+        ]
+        if max(new) >= self.max_length:
+            raise UserError(
+                f"an answer may have {max(new)} tokens, and the model reads {self.max_length} at "
+                "most, so nothing is left for the question; give a smaller max_new_tokens"
+            )
+        self.too_long += sum(
+            length > self.max_length - steps for length, steps in zip(lengths, new, strict=True)
+        )
+
+
+def check_finite(model: nn.Module, device: torch.device) -> None:
+    """Refuse a model whose logits are not numbers; the harness would score it like any other.
+
+    Raises:
+        UserError: nan among the logits of a few tokens.
+    """
+    with torch.no_grad():
+        logits = model(torch.arange(4, device=device)[None]).logits
+    _check_numbers([math.nan if logits.isnan().any() else 0.0])
+
+
+def _check_numbers(values: Sequence[float]) -> None:
+    if any(math.isnan(value) for value in values):
+        raise UserError(
+            "the model's logits are nan: its weights may come from a training run that diverged "
+            "(try a lower learning rate), or its dtype may be too narrow"
+        )

@@ -1,0 +1,229 @@
+"""Multiple choice over any file: which of the given answers the model finds most probable."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from forgetless.data import IGNORED
+from forgetless.errors import UserError
+from forgetless.metrics import mean_stderr
+from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.rows import (
+    Row,
+    file_problem,
+    made_prompt,
+    prompt_problem,
+    read_records,
+    the_field,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Choice", "MultipleChoice", "choice_scores"]
+
+_VERSION = 1
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One question with its choices.
+
+    Attributes:
+        prompt: what the model reads.
+        choices: the answers to choose from, two or more.
+        right: position of the right one.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    right: int
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """Share of questions whose right answer is the model's most probable one.
+
+    Each choice is read after the prompt and a space; the one with the highest log-probability for
+    each of its characters is the model's answer (lm-eval's acc_norm). The value is the accuracy,
+    0..1; `extra` has "accuracy_total", by the log-probability of the whole choice (lm-eval's acc).
+
+    Attributes:
+        path: a .jsonl, .json, .csv or .parquet file, one question a row.
+        question: the field with the question.
+        choices: the field with the list of choices (or with {"text", "label"}, as ARC has it); or a
+            list: of the fields that hold one choice each, or of choices that are the same for all.
+        answer: the field with the right one: its position from 0, its letter or label, or itself.
+        prompt: what the model reads; {question} and other fields of the row are put in.
+        name: of the task.
+        limit: the first so many questions only.
+
+    Raises:
+        UserError: settings out of range, or no such file.
+    """
+
+    path: str | Path
+    question: str = "question"
+    choices: str | Sequence[str] = "choices"
+    answer: str = "answer"
+    prompt: str = "Question: {question}\nAnswer:"
+    name: str = "multiple_choice"
+    limit: int | None = None
+
+    needs_reference: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        listed = isinstance(self.choices, list | tuple) and len(self.choices) > 1
+        known = listed or (isinstance(self.choices, str) and self.choices)
+        problems = [
+            file_problem(self.path),
+            None if known else f"choices must be a field or two and more, got {self.choices!r}",
+            prompt_problem(self.prompt),
+            whole_number("limit", self.limit, optional=True),
+        ]
+        check_settings("multiple_choice", self.name, problems)
+
+    @cached_property
+    def _questions(self) -> list[Choice]:
+        return [self._question(row, where) for where, row in read_records(self.path, self.limit)]
+
+    def _question(self, row: Row, where: str) -> Choice:
+        prompt = made_prompt(self.prompt, self.question, row, where)
+        texts, labels = self._choices(row, where)
+        if len(texts) < 2:
+            raise UserError(f"{where}: has {len(texts)} choices; give two or more")
+        return Choice(
+            prompt, texts, _right(the_field(row, self.answer, where), texts, labels, where)
+        )
+
+    def _choices(self, row: Row, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The choices and their labels; letters where they have none."""
+        if isinstance(self.choices, str):
+            given = the_field(row, self.choices, where)
+        else:
+            fields = all(name in row for name in self.choices)
+            given = [row[name] for name in self.choices] if fields else list(self.choices)
+        labels: Sequence[Any] = _LETTERS
+        if isinstance(given, Mapping) and isinstance(given.get("text"), list):
+            labels = given.get("label", _LETTERS)
+            given = given["text"]
+        if not isinstance(given, list):
+            raise UserError(f"{where}: {self.choices!r} must be a list of choices, got {given!r}")
+        return tuple(map(str, given)), tuple(map(str, labels))[: len(given)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the prompts, the choices, the right answers and the version of this task."""
+        content = [[q.prompt, q.choices, q.right] for q in self._questions]
+        return fingerprint_of("multiple_choice", _VERSION, content)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reference: nn.Module | None = None,
+        batch_size: int | None = None,
+    ) -> TaskResult:
+        """The share of questions that `model` answers rightly."""
+        started = time.perf_counter()
+        scores = choice_scores(model, tokenizer, self._questions, batch_size=batch_size)
+        items, totals = [], []
+        for number, (q, totalled) in enumerate(zip(self._questions, scores, strict=True)):
+            each = [score / len(text) for score, text in zip(totalled, q.choices, strict=True)]
+            chosen = each.index(max(each))
+            right = float(chosen == q.right)
+            items.append(Item(str(number), q.prompt, q.choices[q.right], q.choices[chosen], right))
+            totals.append(float(totalled.index(max(totalled)) == q.right))
+        found = TaskResult.of_items(
+            self,
+            items,
+            metric="accuracy",
+            higher_is_better=True,
+            seconds=time.perf_counter() - started,
+        )
+        other = mean_stderr(totals)
+        return replace(
+            found,
+            extra={"accuracy_total": other.value, "accuracy_total_stderr": other.stderr},
+        )
+
+
+def choice_scores(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Choice],
+    *,
+    batch_size: int | None = None,
+) -> list[list[float]]:
+    """Log-probability of every choice after its prompt, in nats, for every question.
+
+        log p(choice | prompt) = sum_t log p(x_t | prompt, x_<t)   over the tokens of the choice
+
+    A choice is read after its prompt and a space. Prompts that do not fit into the model with
+    their choice lose their beginning.
+
+    Raises:
+        UserError: not a causal language model, logits that are nan, or a choice that is longer
+            than the model can read.
+    """
+    from forgetless.tasks.inference import context_of, encode
+    from forgetless.tasks.likelihood import losses
+
+    prompts = [q.prompt for q in questions for _ in q.choices]
+    texts = [f"{q.prompt} {choice}" for q in questions for choice in q.choices]
+    rows, labels = [], []
+    for prompt, row in zip(encode(tokenizer, prompts), encode(tokenizer, texts), strict=True):
+        start = max(1, _shared(prompt, row))
+        rows.append(row)
+        labels.append([IGNORED] * start + row[start:])
+    room = context_of(model) or max(map(len, rows))
+    if any(
+        len(row) - label.count(IGNORED) >= room for row, label in zip(rows, labels, strict=True)
+    ):
+        raise UserError(f"a choice is longer than the {room} tokens that the model can read")
+    pieces = losses(
+        model,
+        [row[-room:] for row in rows],
+        [label[-room:] for label in labels],
+        max_length=room,
+        stride=max(1, room - 1),
+        batch_size=batch_size,
+    )
+    if any(math.isnan(piece.total) for piece in pieces):
+        raise UserError(
+            "the model's logits are nan: its weights may come from a training run that diverged"
+        )
+    totals = [0.0] * len(rows)
+    for piece in pieces:
+        totals[piece.text] = -piece.total
+    found = iter(totals)
+    return [[next(found) for _ in q.choices] for q in questions]
+
+
+def _shared(prompt: Sequence[int], row: Sequence[int]) -> int:
+    """How many tokens two rows begin with in common."""
+    pairs = zip(prompt, row, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(row)))
+
+
+def _right(answer: Any, texts: Sequence[str], labels: Sequence[str], where: str) -> int:
+    """Position of the right choice from what the answer's field holds."""
+    if type(answer) is int and 0 <= answer < len(texts):
+        return answer
+    word = str(answer).strip()
+    for known in (labels, texts, [str(i) for i in range(len(texts))]):
+        if not isinstance(answer, int) and word in known:
+            return list(known).index(word)
+    raise UserError(
+        f"{where}: the answer {answer!r} is no position 0..{len(texts) - 1}, no label "
+        f"({', '.join(labels)}) and none of the choices"
+    )

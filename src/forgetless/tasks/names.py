@@ -1,0 +1,101 @@
+"""What a task may be called: a kind, a task of lm-eval, a suite of tasks, or a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from forgetless.errors import UserError, unknown
+from forgetless.tasks.harness import STANDARD, find, is_installed
+
+__all__ = ["SUITES", "resolved"]
+
+Settings = dict[str, Any]
+
+_PAPERS = {
+    "commonsense": ("hellaswag", "arc_challenge", "winogrande"),
+    "world-knowledge": ("triviaqa", "nq_open", "webqs"),
+    "math": ("gsm8k", "hendrycks_math"),
+    "code": ("humaneval", "mbpp"),
+}
+
+SUITES: Mapping[str, tuple[str, ...]] = {
+    **_PAPERS,
+    "papers": tuple(task for suite in _PAPERS.values() for task in suite),
+}
+"""Tasks that the papers on forgetting report together, by the suite's name."""
+
+_FILES = (".yaml", ".yml")
+
+
+def resolved(spec: str | Mapping[str, Any], kinds: Mapping[str, Collection[str]]) -> list[Settings]:
+    """The tasks that a spec stands for, each as a mapping with a known kind and its settings.
+
+    Args:
+        spec: the name of a kind, of a task of lm-eval or of a suite; a YAML file with a task of
+            one's own, or with one in lm-eval's form; or a mapping with such a name as its "kind"
+            (or "name") and settings, which a suite hands on to the tasks that have them.
+        kinds: the settings of each kind by its name.
+
+    Raises:
+        UserError: a name that is none of these, or a broken file.
+    """
+    settings: Settings = {"kind": spec} if isinstance(spec, str) else dict(spec)
+    kind = settings.pop("kind", settings.get("name"))
+    if kind is None:
+        raise UserError(f"a task needs a 'kind', one of {', '.join(kinds)}; got {dict(settings)!r}")
+    name = str(kind)
+    if name in kinds:
+        return [{"kind": name, **settings}]
+    if name.endswith(_FILES):
+        return _of_file(Path(name), settings, lambda inner: resolved(inner, kinds))
+    if name in SUITES:
+        settings.pop("name", None)
+        return [
+            task
+            for member in SUITES[name]
+            for task in resolved({"kind": member, **_those_of(member, settings, kinds)}, kinds)
+        ]
+    if name in STANDARD or (is_installed() and find(name) is not None):
+        return [{"kind": "lm_eval", "task": name, **settings}]
+    raise unknown("task", name, [*kinds, *SUITES, *STANDARD])
+
+
+def _those_of(
+    member: str, settings: Mapping[str, Any], kinds: Mapping[str, Collection[str]]
+) -> Settings:
+    """The settings that a member of a suite has."""
+    known = kinds.get(member, kinds["lm_eval"])
+    return {key: value for key, value in settings.items() if key in known}
+
+
+def _of_file(
+    path: Path, settings: Settings, resolve: Callable[[Settings], list[Settings]]
+) -> list[Settings]:
+    """A task of one's own, or one in lm-eval's form; given settings go over the file's."""
+    from forgetless.reading import load_yaml
+
+    content = load_yaml(path) if _is_ours(path) else None
+    if content is None:
+        return [{"kind": "lm_eval", "task": str(path), **settings}]
+    if "kind" not in content:
+        raise UserError(
+            f"{path}: a task needs a 'kind', one of multiple_choice, generate, perplexity and what "
+            "else 'forgetless tasks' lists"
+        )
+    data = content.get("path")
+    beside = path.parent / str(data)
+    if isinstance(data, str) and beside.exists():
+        content = {**content, "path": str(beside)}
+    return resolve({"name": path.stem, **content, **settings})
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file has a 'kind' of ours; lm-eval's files have none, and tags that are its own."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.startswith("kind:") for line in lines) or not any(
+        line.startswith(("task:", "include:", "group:")) for line in lines
+    )

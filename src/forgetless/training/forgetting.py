@@ -1,0 +1,430 @@
+"""`ForgettingCallback`: learning and forgetting while any `transformers.Trainer` trains."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from forgetless.errors import UserError
+from forgetless.tasks.base import whole_number
+from forgetless.training.budget import Action, Budget, Exceeded, InsideWeights
+from forgetless.training.probes import Asked, Probes, RecordedBase
+
+if TYPE_CHECKING:
+    from forgetless.recipe import ProbeSettings
+
+__all__ = ["ForgettingCallback", "Probe", "from_settings"]
+
+SHARE = 0.04
+"""Part of the training's time that probes are given where their steps are not; 5 % is promised."""
+
+MOST_PROBES = 100
+"""A curve needs no more."""
+
+USUAL_PROBES = 20
+"""Probes of a training with a budget, or of several processes, where their steps are not given."""
+
+STATE_KEY = "forgetless"
+"""Under which the trainer's own checkpoints hold what the callback needs to go on."""
+
+BASE_FILE = "base-logits.safetensors"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the probes gave after a step.
+
+    Attributes:
+        step: optimiser steps done; 0 is before the first.
+        values: by name, "learning/loss" or "forgetting/kl".
+        seconds: what it took.
+    """
+
+    step: int
+    values: dict[str, float]
+    seconds: float
+
+
+class ForgettingCallback(TrainerCallback):
+    """Scores probes of learning and forgetting every few steps, and may end the training by them.
+
+    Give it to `transformers.Trainer`, any TRL trainer or `forgetless.training.train`. The values go
+    to the trainer's `report_to` and its log history as ``learning/<name>`` and
+    ``forgetting/<name>``, and to `history`. Training with probes gives, bit for bit, the weights of
+    a training without, as long as no budget is exceeded. The probes see the model in evaluation
+    mode, as the trainer runs it (with its autocast), without gradients.
+
+    The base is the model with its adapter off. Where the weights themselves are trained it is
+    `reference`, or else what the model said to the same texts before the first step, which is kept
+    (at most 1 GiB, and written beside the checkpoints).
+
+    Probes run before the first step, after the last, and between at even distances: as many as
+    take 4 % of the training's time, 100 at most. Their steps then follow the clock. With `every`
+    they are its multiples. With a budget they decide about the weights, so without `every` they
+    are fixed too: every twentieth part of the training. So they are on several processes (DDP),
+    where each scores the same probes and the first one's values count.
+
+    Args:
+        forgetting: what is to be kept: texts (KL(base || model) per token on 32 of them), a task's
+            name or mapping as in recipes, a task; or several of these.
+        learning: what is to be learned: texts (mean token loss on 32 of them), or tasks.
+        every: steps from probe to probe; None as said above.
+        max_kl: budget; see `forgetless.training.budget.Budget` for this and the next two.
+        max_drop: budget.
+        on_exceed: "stop" or "rollback".
+        reference: the untouched base, where no adapter can be switched off.
+        tokenizer: None for the trainer's own, or that of the folder that the model is from.
+
+    Attributes:
+        history: every probe of the last training, in order.
+        exceeded: which budget ended it; None when none did.
+
+    Raises:
+        UserError: everything that is wrong with the probes and the budget, before any training.
+
+    Example:
+        >>> probes = fl.ForgettingCallback("old.txt", "held.jsonl", max_kl=0.1)  # doctest: +SKIP
+        >>> Trainer(model, arguments, train_dataset=data, callbacks=[probes])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        forgetting: Asked | Iterable[Asked] = (),
+        learning: Asked | Iterable[Asked] = (),
+        *,
+        every: int | None = None,
+        max_kl: float | None = None,
+        max_drop: float | None = None,
+        on_exceed: Action = "stop",
+        reference: nn.Module | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        if problem := whole_number("every", every, optional=True):
+            raise UserError(problem)
+        self.probes = Probes(learning, forgetting)
+        self.budget = Budget(max_kl, max_drop, on_exceed)
+        _check_budget(self.budget, self.probes)
+        self.every = every
+        self.reference = reference
+        self.tokenizer = tokenizer
+        self.history: list[Probe] = []
+        self.exceeded: Exceeded | None = None
+        self._base: dict[str, float] = {}
+        self._clock = _Clock()
+        self._several = False
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What decides the trained weights, as plain JSON values; nothing without a budget."""
+        if not self.budget.is_set:
+            return {}
+        forgetting = self.probes.fingerprint
+        return {"budget": {**asdict(self.budget), "every": self.every, "forgetting": forgetting}}
+
+    @property
+    def probe_seconds(self) -> float:
+        """What all probes of the last training took together."""
+        return sum(probe.seconds for probe in self.history)
+
+    # ------------------------------------------------------------------------ the trainer's events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The probe before the first step; on resuming, what was before."""
+        self._trainer = _trainer_of(self)
+        _refuse_shards(self._trainer)
+        self._model = _plain(kwargs["model"])
+        self._reader = self.tokenizer or _tokenizer_of(self._model, kwargs.get("processing_class"))
+        self._inside = InsideWeights(Path(args.output_dir))
+        self._several = args.world_size > 1
+        self._final: dict[str, torch.Tensor] | None = None
+        saved = state.stateful_callbacks.get(STATE_KEY)
+        if state.global_step and saved is not None:
+            self._resume(args, state, saved)
+        else:
+            self._begin(args, state, control)
+        self._clock.start(state.global_step, self._trained_before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A probe where one is due, and the end where it exceeds the budget."""
+        self._clock.tick(state.global_step)
+        if self._final is not None:  # the checkpoint was already over: this step never was
+            _set_weights(self._model, self._final)
+            control.should_training_stop = True
+            return
+        if self._is_due(state.global_step, state.max_steps):
+            self._probe(args, state, control)
+        self._save(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Every checkpoint knows the weights to which it may have to go back."""
+        if self._rolls_back and state.is_world_process_zero:
+            self._inside.add_to(_checkpoint(args, state))
+
+    # ------------------------------------------------------------------------------------- start
+
+    @property
+    def _rolls_back(self) -> bool:
+        return self.budget.is_set and self.budget.on_exceed == "rollback"
+
+    def _begin(self, args: Any, state: Any, control: Any) -> None:
+        self.history, self.exceeded, self._trained_before = [], None, 0.0
+        recorded = None
+        if self.probes.need_reference and not _has_base(self._model, self.reference):
+            if state.global_step:
+                raise UserError(
+                    "the checkpoint is of a training without probes, so the base is not known any "
+                    "more; pass reference=, the untouched base"
+                )
+            recorded = RecordedBase(self._model)
+        self._asked = recorded or self.reference
+        started = _now(self._model)
+        if self.budget.max_drop is not None:
+            self._base = self.probes.of_base(self._model, self._reader, self.reference)
+        self._probe(args, state, control)
+        seconds = round(_now(self._model) - started, 6)
+        self.history[0] = replace(self.history[0], seconds=seconds)
+        if recorded is not None:
+            recorded.close()
+            if state.is_world_process_zero:
+                recorded.save(Path(args.output_dir) / BASE_FILE)
+        self._save(state)
+
+    def _resume(self, args: Any, state: Any, saved: dict[str, Any]) -> None:
+        self.restore(saved)
+        self._asked = self.reference
+        if self.probes.need_reference and not _has_base(self._model, self.reference):
+            self._asked = RecordedBase.load(Path(args.output_dir) / BASE_FILE)
+        if self.exceeded is not None:
+            self._final = _weights(self._model)
+        elif self._rolls_back:
+            self._inside.take_from(_checkpoint(args, state))
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over history and budget from a trainer state's ``stateful_callbacks``."""
+        self.history = [Probe(**probe) for probe in saved["history"]]
+        self.exceeded = Exceeded(**saved["exceeded"]) if saved["exceeded"] else None
+        self._base = dict(saved["base"])
+        self._trained_before = float(saved["trained_seconds"])
+
+    def _save(self, state: Any) -> None:
+        """Leave in the trainer's state what `restore` needs; a checkpoint may come next."""
+        saved = state.stateful_callbacks.setdefault(STATE_KEY, {"history": []})
+        saved["history"] += [asdict(probe) for probe in self.history[len(saved["history"]) :]]
+        saved["exceeded"] = asdict(self.exceeded) if self.exceeded else None
+        saved["base"] = self._base
+        saved["trained_seconds"] = self._clock.seconds or self._trained_before
+
+    # ------------------------------------------------------------------------------------ probes
+
+    def _is_due(self, step: int, steps: int) -> bool:
+        if step >= steps:
+            return True
+        every = self.every
+        if every is None and (self.budget.is_set or self._several):
+            every = math.ceil(steps / USUAL_PROBES)
+        if every is not None:
+            return step % every == 0
+        return step - self.history[-1].step >= self._distance(step, steps)
+
+    def _distance(self, step: int, steps: int) -> float:
+        """Steps to the next probe, so that those to come fit into what is left of the share."""
+        since, cost = self.history[-1].step, self.history[-1].seconds
+        whole = self._clock.expected(step, steps)
+        if whole is None:
+            return math.inf
+        # One more is kept for the last step.
+        fitting = int((SHARE * whole - self.probe_seconds) / cost) - 1
+        return max((steps - since) / (max(fitting, 0) + 1), steps / MOST_PROBES)
+
+    def _probe(self, args: Any, state: Any, control: Any) -> None:
+        """Score, log, and compare with the budget."""
+        started = _now(self._model)
+        learning, forgetting = self.probes.measure(self._model, self._reader, self._asked)
+        if self._several:  # all must judge alike
+            learning, forgetting = broadcast_object_list([learning, forgetting])
+        values = {f"learning/{name}": result.value for name, result in learning.items()}
+        values |= {f"forgetting/{name}": result.value for name, result in forgetting.items()}
+        if self.budget.is_set:
+            self._judge(args, state, control, forgetting)
+        seconds = _now(self._model) - started
+        self._clock.go_on()
+        self.history.append(Probe(state.global_step, values, round(seconds, 6)))
+        self._log(state, control, values)
+
+    def _judge(self, args: Any, state: Any, control: Any, results: Any) -> None:
+        """End the training if the results exceed the budget."""
+        over = self.budget.overrun(results, self._base)
+        step = state.global_step
+        if over is None:
+            if self._rolls_back and state.is_world_process_zero:
+                self._inside.keep(self._model, step)
+            return
+        if step == 0:
+            raise UserError(
+                f"the budget {over[0]}={over[1]:g} is exceeded before the first step: "
+                f"{over[2]!r} gives {over[3]:.4g}; is the model already tuned?"
+            )
+        self.exceeded = Exceeded(*over, step, self.budget.on_exceed, step)
+        if self._rolls_back:
+            if self._trainer is not None:
+                self._trainer.accelerator.wait_for_everyone()
+            self.exceeded = replace(self.exceeded, kept_step=self._inside.restore(self._model))
+        control.should_training_stop = True
+        # As at the last step of a training that goes to its end.
+        control.should_save |= args.save_strategy == "steps"
+
+    def _log(self, state: Any, control: Any, values: dict[str, float]) -> None:
+        """Hand the values to the trainer's `report_to` and its log history."""
+        if self._trainer is None:
+            state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
+            return
+        # A log of ours must not swallow the trainer's own at the same step; and subclasses add to
+        # their next log what they have gathered since the last, so theirs is not called.
+        wanted = control.should_log
+        Trainer.log(self._trainer, dict(values))
+        control.should_log = wanted
+
+
+def from_settings(settings: ProbeSettings) -> ForgettingCallback | None:
+    """The callback that a recipe asks for; None where it asks for none.
+
+    Raises:
+        UserError: as `ForgettingCallback`.
+    """
+    given = settings.model_dump()
+    return ForgettingCallback(**given) if settings != type(settings)() else None
+
+
+# ----------------------------------------------------------------------------------------- helpers
+
+
+class _Clock:
+    """Time spent on steps, without that of the probes."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def start(self, step: int, before: float) -> None:
+        """Begin at a step, after so many seconds in earlier sessions."""
+        self._last = time.perf_counter()
+        self.seconds = before
+        self._warm: tuple[int, float] | None = None
+
+    def tick(self, step: int) -> None:
+        """A step has ended. The first of a session is slow, and not what the others are like."""
+        now = time.perf_counter()
+        self.seconds += now - self._last
+        self._last = now
+        if self._warm is None:
+            self._warm = step, self.seconds
+
+    def go_on(self) -> None:
+        """What went by since the last step was none of the training."""
+        self._last = time.perf_counter()
+
+    def expected(self, step: int, steps: int) -> float | None:
+        """Seconds of all steps together, as far as can be told; None after one step."""
+        if self._warm is None or step == self._warm[0]:
+            return None
+        pace = (self.seconds - self._warm[1]) / (step - self._warm[0])
+        return self.seconds + pace * (steps - step)
+
+
+def _check_budget(budget: Budget, probes: Probes) -> None:
+    """Refuse a limit for which nothing is measured."""
+    distances = [task for task in probes.forgetting.values() if task.needs_reference]
+    if budget.max_kl is not None and not distances:
+        raise UserError(
+            "max_kl needs a forgetting probe that measures KL; give texts, as in "
+            "forgetting='old.txt'"
+        )
+    if budget.max_drop is not None and len(distances) == len(probes.forgetting):
+        raise UserError(
+            "max_drop needs a forgetting probe with a score of its own, such as 'pocket_recall'; "
+            "distances to the base are limited by max_kl"
+        )
+
+
+def _trainer_of(callback: ForgettingCallback) -> Trainer | None:
+    """The trainer whose event this is.
+
+    A trainer tells its callbacks everything but itself, and only it can log to `report_to`; it is
+    found as the one that is calling. None where somebody else calls.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _refuse_shards(trainer: Trainer | None) -> None:
+    if trainer is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise UserError(
+            "ForgettingCallback needs the whole model on every device, and FSDP and DeepSpeed "
+            "spread it; train on one device or with DDP, or measure afterwards"
+        )
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model without what distributes or compiles it; its own autocast stays."""
+    plain: nn.Module = extract_model_from_parallel(
+        model, keep_fp32_wrapper=True, keep_torch_compile=False
+    )
+    return plain
+
+
+def _tokenizer_of(model: Any, processing: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer among what the trainer has, else that of the model's folder."""
+    inner = getattr(processing, "tokenizer", processing)  # a processor has one inside
+    if isinstance(inner, PreTrainedTokenizerBase):
+        return inner
+    from forgetless.models import load_tokenizer
+
+    source = getattr(model.config, "_name_or_path", "")
+    if not source:
+        raise UserError(
+            "the probes read texts, and neither the trainer nor the model says by which "
+            "tokenizer; pass tokenizer= to ForgettingCallback"
+        )
+    return load_tokenizer(source)
+
+
+def _has_base(model: nn.Module, reference: nn.Module | None) -> bool:
+    return reference is not None or isinstance(model, PeftModel)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _now(model: nn.Module) -> float:
+    """The time when the device has done all that it was given."""
+    if next(model.parameters()).is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: w.detach().clone() for n, w in model.named_parameters() if w.requires_grad}
+
+
+@torch.no_grad()
+def _set_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    for name, weight in model.named_parameters():
+        if name in weights:
+            weight.copy_(weights[name])

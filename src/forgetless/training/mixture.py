@@ -1,0 +1,99 @@
+"""Replay: training data made of several sources with exact shares."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from forgetless.errors import UserError
+from forgetless.training.batches import Row, TokenRows
+
+
+class Mixture(torch.utils.data.Dataset[Row]):
+    """An epoch of several sources, each with its share of the rows.
+
+    Every row of the first source, the new task, is in every epoch once. Of source i with share s_i
+    there are the nearest whole number to s_i / s_1 times as many rows. They come from an endless
+    shuffled walk through that source: no row comes again before all others have come, also across
+    epochs.
+
+    Args:
+        parts: the sources; a share is one of rows, which for packed data are of equal length.
+        shares: positive, one for each source; only their ratios count.
+        seed: of the walks.
+
+    Raises:
+        UserError: a share is not positive, or so small that an epoch has no row of its source.
+    """
+
+    def __init__(self, parts: Sequence[TokenRows], shares: Sequence[float], seed: int) -> None:
+        self.parts = list(parts)
+        self.counts = _counts([len(part) for part in parts], shares)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the rows of this epoch from every source."""
+        self._picked = [(0, row) for row in range(len(self.parts[0]))]
+        for source in range(1, len(self.parts)):
+            count = self.counts[source]
+            rows = self._walk(source, epoch * count, count)
+            self._picked += [(source, row) for row in rows]
+
+    def _walk(self, source: int, start: int, count: int) -> list[int]:
+        """The rows that the walk through a source meets in so many steps."""
+        length = len(self.parts[source])
+        steps = range(start, start + count)
+        orders = {turn: self._order(source, turn) for turn in {step // length for step in steps}}
+        return [orders[step // length][step % length] for step in steps]
+
+    def _order(self, source: int, turn: int) -> list[int]:
+        digest = hashlib.sha256(f"{self.seed}/{source}/{turn}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        order: list[int] = torch.randperm(len(self.parts[source]), generator=generator).tolist()
+        return order
+
+    def __len__(self) -> int:
+        return len(self._picked)
+
+    def __getitem__(self, index: int) -> Row:
+        source, row = self._picked[index]
+        return self.parts[source][row]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of any source."""
+        return max(part.longest for part in self.parts)
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id of any source."""
+        return max(part.largest_token for part in self.parts)
+
+    @property
+    def several(self) -> bool:
+        """Whether a row holds more than one sequence."""
+        return any(part.several for part in self.parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all rows of all sources and of what decides the order."""
+        content = [part.fingerprint for part in self.parts]
+        return hashlib.sha256(str([content, self.counts, self.seed]).encode()).hexdigest()
+
+
+def _counts(lengths: Sequence[int], shares: Sequence[float]) -> list[int]:
+    """Rows of each source in an epoch."""
+    if any(share <= 0 for share in shares):
+        raise UserError(f"the weights of the training data must be positive, got {list(shares)}")
+    counts = [round(lengths[0] * share / shares[0]) for share in shares]
+    counts[0] = lengths[0]
+    for number, count in enumerate(counts, start=1):
+        if count == 0:
+            raise UserError(
+                f"source {number} of the training data has so small a weight that an epoch of "
+                f"{lengths[0]} rows has none of it; give it at least {shares[0] / lengths[0]:.2g}"
+            )
+    return counts

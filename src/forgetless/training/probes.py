@@ -1,0 +1,247 @@
+"""What a training is asked on its way: tasks that are small enough to be scored again and again."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from forgetless.data import Examples
+from forgetless.errors import UserError
+from forgetless.tasks import KL, TASKS, Perplexity, Task, TaskResult, make_task
+from forgetless.tasks.inference import adapter_off
+from forgetless.tasks.texts import read_texts, spread
+
+__all__ = ["Asked", "Probes", "RecordedBase"]
+
+LIMIT = 32
+"""Texts of a probe that is given as texts alone, evenly spread over what there is."""
+
+CHARACTERS = 1024
+"""Longer texts among them are cut into pieces of so many characters."""
+
+RECORDED_BYTES = 1 << 30
+"""Most memory for the base's logits where it cannot be asked again."""
+
+Asked = str | Path | Mapping[str, Any] | Task
+"""Texts (a file, or one of the pocket world's), a task's name or mapping, or a task."""
+
+
+class Probes:
+    """The tasks of a training's probes, by the names under which they are logged.
+
+    Texts alone stand for the mean token loss on them where something is to be learned, and for
+    KL(base || model) on them where it is not to be forgotten.
+
+    Args:
+        learning: one or several of `Asked`.
+        forgetting: likewise.
+
+    Raises:
+        UserError: no probe at all, or what is wrong with one.
+    """
+
+    def __init__(self, learning: Asked | Iterable[Asked], forgetting: Asked | Iterable[Asked]):
+        self.learning = _tasks(learning, _HeldLoss, "loss")
+        self.forgetting = _tasks(forgetting, _HeldKL, "kl")
+        if not (self.learning or self.forgetting):
+            raise UserError(
+                "no probe given; name texts or tasks, as in "
+                "ForgettingCallback(forgetting='old.txt', learning='held.jsonl')"
+            )
+
+    @property
+    def need_reference(self) -> bool:
+        """Whether any probe is a distance to the base."""
+        return any(t.needs_reference for t in (*self.learning.values(), *self.forgetting.values()))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the forgetting probes, for those are what a budget looks at."""
+        content = [f"{name}:{task.fingerprint}" for name, task in self.forgetting.items()]
+        return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+
+    def measure(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        reference: nn.Module | None,
+    ) -> tuple[dict[str, TaskResult], dict[str, TaskResult]]:
+        """The results of the learning and of the forgetting probes; nothing random moves on."""
+        with _random_state_kept():
+            learning, forgetting = (
+                {
+                    name: task.evaluate(
+                        model, tokenizer, reference=reference if task.needs_reference else None
+                    )
+                    for name, task in tasks.items()
+                }
+                for tasks in (self.learning, self.forgetting)
+            )
+        return learning, forgetting
+
+    def of_base(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        reference: nn.Module | None,
+    ) -> dict[str, float]:
+        """The base's own score on the forgetting probes that are no distance to it.
+
+        The base is `reference`, or a PeftModel with its adapter off, or the model as it is.
+        """
+        tasks = {n: task for n, task in self.forgetting.items() if not task.needs_reference}
+        with _random_state_kept():
+            if reference is not None:
+                model = reference
+            elif hasattr(model, "disable_adapter"):
+                with adapter_off(model):
+                    return {n: task.evaluate(model, tokenizer).value for n, task in tasks.items()}
+            return {n: task.evaluate(model, tokenizer).value for n, task in tasks.items()}
+
+
+class _HeldLoss(Perplexity):
+    """The token loss on a few of the texts."""
+
+    @cached_property
+    def _examples(self) -> Examples:
+        return _few(self.path)
+
+
+class _HeldKL(KL):
+    """The divergence on a few of the texts."""
+
+    @cached_property
+    def _examples(self) -> Examples:
+        return _few(self.path)
+
+
+def _few(path: str | Path) -> Examples:
+    """At most `LIMIT` examples of a source; of raw texts, pieces of them."""
+    examples = read_texts(path)
+    records = list(examples)
+    if examples.kind == "text":
+        records = [
+            {"text": record["text"][start : start + CHARACTERS]}
+            for record in records
+            for start in range(0, len(record["text"]), CHARACTERS)
+        ]
+    return Examples(examples.kind, spread(records, LIMIT), str(path))
+
+
+def _tasks(
+    asked: Asked | Iterable[Asked], of_texts: Callable[[str, str], Task], name: str
+) -> dict[str, Task]:
+    """Tasks by name; texts become a task of the kind `of_texts` with that name."""
+    one = isinstance(asked, str | Path | Mapping) or not isinstance(asked, Iterable)
+    several: list[Any] = [asked] if one else list(asked)  # type: ignore[arg-type]
+    tasks: dict[str, Task] = {}
+    for entry in several:
+        if isinstance(entry, Path) or (isinstance(entry, str) and entry not in TASKS):
+            named = name if name not in tasks else f"{name}_{len(tasks) + 1}"
+            entry = of_texts(str(entry), named)
+        task = make_task(entry)
+        if task.name in tasks:
+            raise UserError(f"two probes are named {task.name!r}; give each a 'name' of its own")
+        tasks[task.name] = task
+    return tasks
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Whatever is drawn inside, the generators of Python, NumPy and torch go on as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+class RecordedBase(nn.Module):
+    """A base that answers what it was asked before its weights were trained, and nothing else.
+
+    When the weights themselves are trained there is no adapter to switch off. As long as `model`
+    is the base, every batch that passes through is written down, logits and all; afterwards the
+    same batches get the same logits, bit for bit.
+
+    Args:
+        model: the base, before its first step.
+
+    Raises:
+        UserError: the logits need more than 1 GiB, or a batch that was never seen.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(1), requires_grad=False)  # says: on the CPU
+        self.kept: dict[str, Tensor] = {}
+        self._ask: Any = model.__call__ if model is not None else None  # no submodule of this one
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> SimpleNamespace:
+        """What the base says to a batch: ``.logits``, (rows, tokens, vocabulary)."""
+        digest = hashlib.sha256(repr(tuple(input_ids.shape)).encode())
+        digest.update(input_ids.cpu().numpy().data)
+        digest.update(attention_mask.cpu().numpy().data)
+        key = digest.hexdigest()
+        if key not in self.kept:
+            self.kept[key] = self._answer(input_ids, attention_mask, options)
+        return SimpleNamespace(logits=self.kept[key])
+
+    def _answer(self, input_ids: Tensor, attention_mask: Tensor, options: Any) -> Tensor:
+        if self._ask is None:
+            raise UserError(
+                "the base's predictions on these texts were not kept; pass reference=, the "
+                "untouched base"
+            )
+        device = self._ask.__self__.device
+        output = self._ask(
+            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **options
+        )
+        logits: Tensor = output.logits.detach().cpu()
+        size = logits.nbytes + sum(kept.nbytes for kept in self.kept.values())
+        if size > RECORDED_BYTES:
+            raise UserError(
+                f"the base's predictions on the texts of the probes need more than "
+                f"{RECORDED_BYTES >> 30} GiB; give fewer or shorter texts, as in "
+                "{'kind': 'kl', 'path': ..., 'limit': 16, 'max_length': 64}, or pass reference=, "
+                "the untouched base"
+            )
+        return logits
+
+    def close(self) -> None:
+        """From now on, nothing new is asked: the model is no longer the base."""
+        self._ask = None
+
+    def save(self, file: Path) -> None:
+        """Write the logits, for a training that is stopped and continued."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: logits.contiguous() for key, logits in self.kept.items()}, file)
+
+    @classmethod
+    def load(cls, file: Path) -> RecordedBase:
+        """The logits that `save` wrote.
+
+        Raises:
+            UserError: there is no such file.
+        """
+        if not file.is_file():
+            raise UserError(
+                f"{file} is gone, which has the base's predictions from before the first step; "
+                "pass reference=, the untouched base, or start the training anew"
+            )
+        recorded = cls(None)
+        recorded.kept = dict(load_file(file))
+        return recorded

@@ -1,0 +1,633 @@
+"""Tasks of the lm-evaluation-harness: its own numbers, from local files, on a model in memory."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import forgetless as fl
+from forgetless.errors import UserError
+from forgetless.models import load_model, load_tokenizer
+from forgetless.tasks import Item, LMEval, MultipleChoice, TaskResult, make_task, make_tasks
+from forgetless.tasks.harness import STANDARD, index, local
+from forgetless.tasks.harness.results import _weighted as weighted
+
+pytest_plugins = ["tests.tiny_fixtures"]
+
+Rows = list[dict[str, Any]]
+
+COMPARED = ("hellaswag", "arc_challenge", "winogrande", "triviaqa", "nq_open", "webqs", "gsm8k")
+
+
+def write(path: Path, rows: Rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def choices(*texts: str) -> dict[str, list[str]]:
+    return {"text": list(texts), "label": list("ABCD"[: len(texts)])}
+
+
+WINOGRANDE: Rows = [
+    {
+        "sentence": f"The {a} did not fit into the {b} because the _ was too {how}.",
+        "option1": a,
+        "option2": b,
+        "answer": answer,
+    }
+    for a, b in [("cup", "box"), ("ball", "bag"), ("dog", "car"), ("hat", "sack")]
+    for how, answer in [("big", "1"), ("small", "2")]
+]
+SCIENCE: Rows = [
+    {"question": f"What is {a} and {b}?", "choices": choices(str(a), str(a + b)), "answerKey": "B"}
+    for a in (1, 2)
+    for b in (3, 4)
+]
+NATURAL: Rows = [
+    {"question": f"who wrote book {i}", "answer": [f"Writer {i}", "Anon"]} for i in range(5)
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Local files of three standard tasks."""
+    folder = tmp_path_factory.mktemp("data")
+    write(folder / "winogrande" / "winogrande_xl_validation.jsonl", WINOGRANDE)
+    write(folder / "arc" / "ARC-Easy_test.jsonl", SCIENCE)
+    write(folder / "nq_open.dev.jsonl", NATURAL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base, with room for the harness's prompts and answers."""
+    folder = tmp_path_factory.mktemp("long") / "base"
+    shutil.copytree(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 640}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short_answers(data: Path) -> str:
+    """A task in the harness's own form that generates a few tokens only."""
+    file = data / "short_answers.yaml"
+    file.write_text(
+        "task: short_answers\ndataset_path: json\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {data / 'nq_open.dev.jsonl'}}}}}\n"
+        "output_type: generate_until\ndoc_to_text: 'Q: {{question}}'\n"
+        "doc_to_target: '{{answer}}'\n"
+        "generation_kwargs: {until: ['.'], max_gen_toks: 6}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+        "metadata: {version: 7}\n"
+    )
+    return str(file)
+
+
+@pytest.fixture
+def model(long_base: Path) -> Any:
+    return load_model(str(long_base))
+
+
+@pytest.fixture
+def tokenizer(long_base: Path) -> Any:
+    return load_tokenizer(str(long_base))
+
+
+def adapted(model: Any) -> PeftModel:
+    """The model with a LoRA that changes its answers."""
+    torch.manual_seed(3)
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.3)
+    return tuned
+
+
+# ------------------------------------------------------------------------ the harness's own numbers
+
+DRIVER = """
+import json, sys, torch
+from functools import partial
+from lm_eval import tasks
+from lm_eval.tasks import manager
+torch.set_num_threads(1)
+# The 14 000 other tasks need not be read to find these seven.
+tasks.TaskManager = manager.TaskManager = partial(manager.TaskManager, include_defaults=False)
+from lm_eval.__main__ import cli_evaluate
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["lm_eval", "run", *words]
+    cli_evaluate()
+"""
+
+
+def command_line(folder: Path, limit: int, models: dict[Path, list[str]]) -> None:
+    """lm-eval's own command line, once a model, in one process; results go below the paths."""
+    common = ["--model", "hf", "--tasks", ",".join(COMPARED), "--include_path", str(folder)]
+    common += ["--limit", str(limit), "--batch_size", "8", "--device", "cpu", "--log_samples"]
+    calls = [[*common, "--output_path", str(out), *words] for out, words in models.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def theirs(out: Path) -> tuple[dict[str, Any], dict[str, Rows]]:
+    """What the command line wrote: its results, and its samples by task."""
+    (file,) = out.parent.rglob(f"{out.stem}_*.json")
+    samples = {
+        task: [
+            json.loads(line) for line in next(out.parent.rglob(f"samples_{task}_*.jsonl")).open()
+        ]
+        for task in COMPARED
+    }
+    return json.loads(file.read_text()), samples
+
+
+def check_equal(scores: fl.Scores, results: dict[str, Any], samples: dict[str, Rows]) -> None:
+    """Every metric, standard error, version, number of shots and answer is the same."""
+    for task, found in scores.items():
+        reported = {k: v for k, v in results["results"][task].items() if "," in k}
+        ours = {}
+        for key, cell in found.metrics.items():
+            metric, _, name = key.partition(",")
+            ours[key] = cell["value"]
+            ours[f"{metric}_stderr,{name}"] = cell["stderr"]
+        assert ours == reported, task
+        assert found.settings["version"] == results["versions"][task]
+        assert found.settings["num_fewshot"] == results["n-shot"][task]
+        assert found.n == results["n-samples"][task]["effective"]
+        name = found.metric.partition(",")[2]
+        written = {str(s["doc_id"]): s for s in samples[task] if s["filter"] == name}
+        for item in found.items:
+            sample = written[item.id]
+            assert item.score == sample[found.metric.partition(",")[0]]
+            if task in ("triviaqa", "nq_open", "gsm8k"):
+                assert item.answer == sample["resps"][0][0].strip()
+
+
+def test_scores_equal_those_of_the_harness_s_own_command_line(
+    shared_data: Path, long_base: Path, tmp_path: Path
+) -> None:
+    limit, stories = 6, str(shared_data / "stories260K" / "hf")
+    (tmp_path / "tasks").mkdir()
+    for task in COMPARED:
+        local.write(task, shared_data, tmp_path / "tasks")
+    tuned = adapted(load_model(stories))
+    tuned.save_pretrained(str(tmp_path / "adapter"))
+    real, tiny = tmp_path / "real" / "out.json", tmp_path / "tiny" / "out.json"
+    command_line(
+        tmp_path / "tasks",
+        limit,
+        {
+            real: ["--model_args", f"pretrained={stories},peft={tmp_path / 'adapter'}"],
+            tiny: ["--model_args", f"pretrained={long_base}", "--gen_kwargs", "max_gen_toks=24"],
+        },
+    )
+
+    def ours(model: nn.Module, **settings: Any) -> fl.Scores:
+        tasks = [LMEval(task, limit=limit, data_dir=shared_data, **settings) for task in COMPARED]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return fl.evaluate(model, tasks, batch_size=8)
+
+    found = ours(tuned)
+    check_equal(found, *theirs(real))
+    assert found["hellaswag"].value > 0
+    assert len({item.answer for item in found["gsm8k"].items}) > 1
+    check_equal(ours(load_model(str(long_base)), max_new_tokens=24), *theirs(tiny))
+
+
+def test_multiple_choice_of_our_own_has_the_harness_s_numbers(
+    data: Path, model: Any, tokenizer: Any
+) -> None:
+    theirs = LMEval("arc_easy", data_dir=data).evaluate(model, tokenizer)
+    own = MultipleChoice(data / "arc" / "ARC-Easy_test.jsonl", answer="answerKey")
+    ours = own.evaluate(model, tokenizer)
+    assert ours.value == theirs.value
+    assert ours.extra["accuracy_total"] == theirs.extra["acc,none"]
+    assert [i.answer for i in ours.items] == [i.answer for i in theirs.items]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_batch_size_changes_nothing(
+    batch_size: int, data: Path, short_answers: str, model: Any, tokenizer: Any
+) -> None:
+    for task in make_tasks([spec("winogrande", data), short_answers]):
+        assert without_time(task.evaluate(model, tokenizer, batch_size=batch_size)) == without_time(
+            task.evaluate(model, tokenizer)
+        )
+
+
+def spec(task: str, data: Path, **settings: Any) -> dict[str, Any]:
+    return {"kind": task, "data_dir": str(data), **settings}
+
+
+def without_time(result: TaskResult) -> TaskResult:
+    return replace(result, seconds=0.0)
+
+
+# ------------------------------------------------------------------------------ what a result holds
+
+
+def test_each_document_is_an_item(data: Path, model: Any, tokenizer: Any) -> None:
+    found = make_task(spec("winogrande", data, limit=3)).evaluate(model, tokenizer)
+    first = found.items[0]
+    assert first.prompt == "The cup did not fit into the box because the _ was too big."
+    assert first.expected == "cup"
+    assert first.answer in ("cup", "box")
+    assert first.score == (first.answer == "cup")
+    assert (found.metric, found.n, found.higher_is_better) == ("acc,none", 3, True)
+    assert found.value == pytest.approx(sum(i.score for i in found.items) / 3)
+    assert found.settings["version"] == 1.0
+    assert (found.settings["num_fewshot"], found.settings["limit"]) == (0, 3)
+    assert list(found.metrics) == ["acc,none"]
+    assert found.metrics["acc,none"]["stderr"] == found.stderr
+
+
+def test_generated_answers_are_shown_as_they_were_written(
+    data: Path, model: Any, tokenizer: Any
+) -> None:
+    found = make_task(spec("nq_open", data)).evaluate(model, tokenizer)
+    assert found.metric == "exact_match,remove_whitespace"
+    assert found.items[1].prompt == "Q: who wrote book 1?\nA:"
+    assert found.items[1].expected == "Writer 1 / Anon"
+    assert any(item.answer for item in found.items)
+
+
+def test_a_group_is_one_task_with_the_documents_of_all(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {"type": subject, "problem": f"What is {i}?", "solution": f"It is \\boxed{{{i}}}."}
+        for subject in STANDARD["hendrycks_math"].members
+        for i in range(3)
+    ]
+    write(tmp_path / "MATH_test.jsonl", rows)
+    task = make_task(spec("hendrycks_math", tmp_path, limit=1))
+    found = task.evaluate(model, tokenizer)
+    assert (found.metric, found.n) == ("exact_match,none", 7)
+    assert found.items[1].id == "hendrycks_math_counting_and_prob:0"
+    assert found.settings["version"] == 1.0
+    write(tmp_path / "MATH_test.jsonl", rows[3:])
+    with pytest.raises(UserError, match="no rows of 'Algebra', which is one of its 7 parts"):
+        make_task(spec("hendrycks_math", tmp_path))
+
+
+def test_the_metric_that_counts_may_be_chosen(data: Path, model: Any, tokenizer: Any) -> None:
+    length = make_task(spec("arc_easy", data))
+    plain = make_task(spec("arc_easy", data, metric="acc,none"))
+    assert (length.evaluate(model, tokenizer).metric, plain.evaluate(model, tokenizer).metric) == (
+        "acc_norm,none",
+        "acc,none",
+    )
+    assert length.fingerprint != plain.fingerprint
+    with pytest.raises(UserError, match=r"unknown metric of task 'arc_easy': 'f1'.*acc_norm,none"):
+        make_task(spec("arc_easy", data, metric="f1"))
+
+
+def test_a_perplexity_over_all_documents_has_no_items(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    write(tmp_path / "lambada_test.jsonl", [{"text": f"one two {word}"} for word in ("a", "bc")])
+    accuracy = make_task(spec("lambada_openai", tmp_path)).evaluate(model, tokenizer)
+    assert (accuracy.metric, len(accuracy.items)) == ("acc,none", 2)
+    found = make_task(spec("lambada_openai", tmp_path, metric="perplexity,none"))
+    result = found.evaluate(model, tokenizer)
+    assert (result.items, result.n, result.higher_is_better) == ((), 2, False)
+    assert result.value == accuracy.extra["perplexity,none"] > 1
+
+
+def test_items_weigh_as_the_group_averages() -> None:
+    items = [Item(f"{task}:{i}", "", "", "", float(score)) for task, i, score in
+             [("a", 0, 1), ("a", 1, 0), ("a", 2, 0), ("b", 0, 1)]]  # fmt: skip
+    assert weighted(items, None) == items
+    assert weighted(items, 2 / 4) == items
+    by_task = weighted(items, (1 / 3 + 1) / 2)
+    assert [item.weight for item in by_task] == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2])
+    assert weighted(items, 0.9) == []
+
+
+def test_worked_examples_are_shown(data: Path, tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"'arc_easy' shows 2 worked examples.*'train' in its name"):
+        make_task(spec("arc_easy", data, num_fewshot=2))
+    shutil.copytree(data / "arc", tmp_path / "arc")
+    write(tmp_path / "arc" / "ARC-Easy_train.jsonl", SCIENCE)
+    none, two = (make_task(spec("arc_easy", tmp_path, num_fewshot=shots)) for shots in (0, 2))
+    assert none.fingerprint != two.fingerprint
+    assert two.evaluate(model, tokenizer).settings["num_fewshot"] == 2
+
+
+def test_prompts_that_do_not_fit_are_counted_and_said(
+    data: Path, model: Any, tokenizer: Any
+) -> None:
+    model.config.max_position_embeddings = 40
+    with pytest.warns(UserWarning, match="16 requests are longer than the model can read"):
+        found = make_task(spec("winogrande", data)).evaluate(model, tokenizer)
+    assert found.settings["requests_cut"] == 16
+    with pytest.raises(UserError, match="an answer may have 256 tokens, and the model reads 40"):
+        make_task(spec("nq_open", data)).evaluate(model, tokenizer)
+
+
+def test_the_length_of_an_answer_may_be_chosen(data: Path, model: Any, tokenizer: Any) -> None:
+    own, short = (make_task(spec("nq_open", data, max_new_tokens=n)) for n in (None, 3))
+    assert own.fingerprint != short.fingerprint
+    found = short.evaluate(model, tokenizer)
+    assert '"max_gen_toks": 3' in found.settings["generation"]
+    assert max(len(tokenizer(item.answer)["input_ids"]) for item in found.items) == 3
+
+
+def test_logits_that_are_nan_are_no_score(
+    data: Path, short_answers: str, model: Any, tokenizer: Any
+) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    for task in make_tasks([spec("winogrande", data), short_answers]):
+        with pytest.raises(UserError, match="the model's logits are nan"):
+            task.evaluate(model, tokenizer)
+
+
+# ------------------------------------------------------------------------------ the model in memory
+
+
+def test_the_model_and_everything_random_are_left_as_they_were(
+    data: Path, short_answers: str, model: Any, tokenizer: Any
+) -> None:
+    tuned = adapted(model).train()
+    tuned.base_model.model.model.layers[0].eval()
+    frozen = next(weight for name, weight in tuned.named_parameters() if "lora_A" in name)
+    frozen.requires_grad_(False)
+
+    def state() -> tuple[Any, ...]:
+        numbers = np.random.get_state()
+        return (
+            [module.training for module in tuned.modules()],
+            [weight.requires_grad for weight in tuned.parameters()],
+            [float(weight.detach().sum()) for weight in tuned.parameters()],
+            (torch.get_rng_state().tolist(), random.getstate(), [str(part) for part in numbers]),
+            (len(tokenizer), tokenizer.padding_side, tokenizer.pad_token),
+            torch.is_grad_enabled(),
+            sys.stderr,
+        )
+
+    before = state()
+    for task in make_tasks([spec("winogrande", data, limit=2), short_answers]):
+        task.evaluate(tuned, tokenizer)
+    for now, then in zip(state(), before, strict=True):
+        assert now == then
+
+
+def test_the_base_is_scored_by_switching_the_adapter_off(
+    data: Path, short_answers: str, model: Any, tokenizer: Any
+) -> None:
+    tasks = make_tasks([spec("arc_easy", data), short_answers])
+    base = fl.evaluate(model, tasks, tokenizer)
+    tuned = adapted(model)
+    assert [i.answer for i in fl.evaluate(tuned, tasks, tokenizer)["short_answers"].items] != [
+        i.answer for i in base["short_answers"].items
+    ]
+    again = fl.evaluate(tuned, tasks, tokenizer, as_base=True)
+    assert [without_time(r) for r in again.values()] == [without_time(r) for r in base.values()]
+    with pytest.raises(UserError, match="as_base needs a PeftModel, got LlamaForCausalLM"):
+        fl.evaluate(load_model(model.config._name_or_path), tasks, tokenizer, as_base=True)
+
+
+# -------------------------------------------------------------------------------------- local files
+
+
+def test_the_fingerprint_is_of_what_is_asked(data: Path, tmp_path: Path) -> None:
+    def of(folder: Path, **settings: Any) -> str:
+        return make_task(spec("winogrande", folder, **settings)).fingerprint
+
+    moved = tmp_path / "moved"
+    write(moved / "winogrande" / "val.jsonl", [row | {"id": 1} for row in WINOGRANDE])
+    changed = tmp_path / "changed"
+    write(changed / "winogrande" / "val.jsonl", WINOGRANDE[::-1])
+    assert of(data) == of(moved) == of(data, limit=100) == of(data, name="w")
+    assert len({of(data), of(changed), of(data, limit=3)}) == 3
+
+
+PREPARED = {"query": "Question: Which is 2?\nAnswer:", "choices": ["one", "two"], "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "row", "expected"),
+    [
+        (
+            "hellaswag",
+            "hellaswag_val.jsonl",
+            {"query": "Cooking: He", "choices": ["eats", "flies"], "label": 0},
+            {"query": "Cooking: He", "choices": ["eats", "flies"], "label": 0},
+        ),
+        (
+            "arc_challenge",
+            "arc_challenge_test.jsonl",
+            PREPARED,
+            {
+                "question": "Which is 2?",
+                "choices": {"text": ["one", "two"], "label": ["A", "B"]},
+                "answerKey": "B",
+            },
+        ),
+        (
+            "triviaqa",
+            "triviaqa/sub.jsonl",
+            {"context": "Question: A fish?\nAnswer:", "answer": "Cod", "aliases": ["cods"]},
+            {"question": "A fish?", "answer": {"value": "Cod", "aliases": ["Cod", "cods"]}},
+        ),
+        (
+            "webqs",
+            "webquestions/test.json",
+            {"qId": "w1", "qText": "where is it?", "answers": ["Here"]},
+            {"question": "where is it?", "answers": ["Here"]},
+        ),
+        (
+            "boolq",
+            "boolq_validation.jsonl",
+            {"question": "is it", "passage": "It is.", "answer": True},
+            {"question": "is it", "passage": "It is.", "label": 1},
+        ),
+        (
+            "lambada_openai",
+            "lambada.jsonl",
+            {"context": "He ate the", "continuation": "cake"},
+            {"text": "He ate the cake"},
+        ),
+    ],
+)
+def test_forms_that_data_come_in_become_the_harness_s(
+    task: str, file: str, row: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    write(tmp_path / "data" / file, [row])
+    (tmp_path / "out").mkdir()
+    local.write(task, tmp_path / "data", tmp_path / "out")
+    split = "validation" if "validation" in STANDARD[task].splits else "test"
+    split = "test" if "test" in STANDARD[task].splits else split
+    (line,) = (tmp_path / "out" / f"{task}.{split}.jsonl").read_text().splitlines()
+    assert json.loads(line) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"'winogrande' found no file; looked in .*a folder winogrande/ or files beginning"),
+        ({"winogrande_test.jsonl": WINOGRANDE}, "with 'validation' or 'valid' or 'val' or 'dev'"),
+        (
+            {"winogrande_val.jsonl": WINOGRANDE, "winogrande/dev.jsonl": WINOGRANDE},
+            "two files for its split 'validation'.*leave one",
+        ),
+        (
+            {"winogrande_val.jsonl": [{"text": "a"}]},
+            "line 1: has the keys text; task 'winogrande' needs sentence, option1, option2, answer",
+        ),
+        ({"winogrande_val.jsonl": []}, "is empty; give at least one row"),
+    ],
+)
+def test_what_is_wrong_with_local_files_is_said(
+    files: dict[str, Rows], message: str, tmp_path: Path
+) -> None:
+    for name, rows in files.items():
+        write(tmp_path / name, rows)
+    with pytest.raises(UserError, match=message):
+        make_task(spec("winogrande", tmp_path))
+
+
+def test_every_standard_task_is_one_of_the_harness_s() -> None:
+    for name, task in STANDARD.items():
+        entry = index.find(name)
+        assert entry is not None, name
+        assert entry.path == index.tasks_folder() / task.yaml
+        assert entry.is_group == bool(task.members)
+        for member, file in task.members.values():
+            assert (index.tasks_folder() / file).is_file(), member
+
+
+def test_offline_without_files_the_way_out_is_said() -> None:
+    with pytest.raises(UserError) as caught:
+        make_task("winogrande")
+    assert "not in the local cache and cannot be downloaded" in str(caught.value)
+    assert "--data-dir" in str(caught.value)
+    assert "a folder winogrande/ or files beginning" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_harness_the_way_to_install_it_is_said(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'forgetless\[eval\]'"):
+        make_task(spec("winogrande", data))
+    with pytest.raises(UserError, match="unknown task 'winograde'; did you mean 'winogrande'"):
+        make_task("winograde")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "winogrande", "limit": 0}, "limit must be a whole number of at least 1"),
+        ({"task": "winogrande", "num_fewshot": -1}, "num_fewshot must be a whole number of at"),
+        ({"task": "winogrande", "data_dir": "/absent"}, "data_dir: no folder /absent"),
+        ({"task": "no_such_task_at_all"}, "unknown lm-eval task 'no_such_task_at_all'"),
+        (
+            {"task": "sciq", "data_dir": "."},
+            "data_dir is for hellaswag, .*write a task of your own",
+        ),
+        ({"task": "absent.yaml"}, "no such file: absent.yaml"),
+        ({"task": 3}, "task must be a name of lm-eval, got 3"),
+        ({}, "task 'lm_eval' needs a 'task'"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_task({"kind": "lm_eval", **settings})
+
+
+def test_a_task_in_the_harness_s_own_form(short_answers: str, model: Any, tokenizer: Any) -> None:
+    found = make_task(short_answers).evaluate(model, tokenizer)
+    assert (found.task, found.metric, found.n) == ("short_answers", "exact_match,none", 5)
+    assert found.settings["version"] == 7
+
+
+# ----------------------------------------------------------------------------- never computed twice
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
+    """Count the harness's batches, and stop it in the middle."""
+    from lm_eval.models.huggingface import HFLM
+
+    calls: list[int] = []
+    limit: list[int | None] = [None]
+
+    def watched(name: str) -> None:
+        original = getattr(HFLM, name)
+
+        def call(self: Any, *arguments: Any, **settings: Any) -> Any:
+            if limit[0] is not None and len(calls) >= limit[0]:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return original(self, *arguments, **settings)
+
+        monkeypatch.setattr(HFLM, name, call)
+
+    watched("_model_generate")
+    watched("_loglikelihood_tokens")
+
+    def stop_after(batches: int | None) -> list[int]:
+        calls.clear()
+        limit[0] = batches
+        return calls
+
+    return stop_after
+
+
+@pytest.mark.parametrize(("name", "batches"), [("winogrande", 8), ("short_answers", 3)])
+def test_an_interrupted_evaluation_goes_on_with_the_same_numbers(
+    name: str,
+    batches: int,
+    data: Path,
+    short_answers: str,
+    model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    counted: Callable[[int | None], list[int]],
+) -> None:
+    from forgetless.tasks.journal import resuming
+
+    task = make_task(short_answers if name == "short_answers" else spec(name, data))
+    calls = counted(None)
+    whole = task.evaluate(model, tokenizer, batch_size=2)
+    assert len(calls) == batches
+    path = tmp_path / "partial.jsonl"
+    counted(2)
+    with pytest.raises(KeyboardInterrupt), resuming(path, "key"):
+        task.evaluate(model, tokenizer, batch_size=2)
+    with path.open("a") as file:
+        file.write('{"batch": "half a li')
+    calls = counted(None)
+    with resuming(path, "key"):
+        again = task.evaluate(model, tokenizer, batch_size=2)
+    assert len(calls) == batches - 2
+    assert without_time(again) == without_time(whole)
+    calls = counted(None)
+    with resuming(path, "another model"):
+        task.evaluate(model, tokenizer, batch_size=2)
+    assert len(calls) == batches

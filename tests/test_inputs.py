@@ -1,0 +1,208 @@
+"""What methods need of the text to keep and of the new task, collected by runs and commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forgetless import commands
+from forgetless.calibration import batches, training_batches
+from forgetless.errors import UserError
+from forgetless.inputs import Collecting
+from forgetless.models import load_model, load_tokenizer
+from forgetless.recipe import (
+    AdapterSettings,
+    CalibrationSettings,
+    DataSettings,
+    Recipe,
+    check,
+    input_keys,
+)
+from forgetless.runs import run
+from forgetless.statistics import Gradients, Statistics, collect, collect_gradients
+from tests.tiny import recipe_of
+
+pytest_plugins = ["tests.tiny_fixtures"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than they have inputs")
+
+NO_TASKS = {"tasks": {"learning": [], "forgetting": []}, "training.steps": 1}
+
+
+def tiny(base: Path, files: Path, method: str, **changes: Any) -> Recipe:
+    return Recipe.parse(recipe_of(base, files, **NO_TASKS, **{"adapter.method": method}, **changes))
+
+
+def same(a: Statistics, b: Statistics) -> bool:
+    return list(a) == list(b) and all(
+        torch.allclose(a[n].second_moment, b[n].second_moment, rtol=1e-10) for n in a
+    )
+
+
+# ---- which text ----------------------------------------------------------------------------------
+
+
+def test_auto_is_the_task_where_the_method_looks_at_the_task_alone() -> None:
+    settings = CalibrationSettings()
+    assert settings.sources("lora_null_v1") == [("self", 1.0)]
+    assert settings.sources("sc_lora") == [("self", 1.0)]
+    assert settings.sources("eva") == settings.sources("corda_ipm") == [("data", 1.0)]
+    assert CalibrationSettings(source="a.txt").sources("eva") == [("a.txt", 1.0)]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["", 3, [], ["a.txt"], [{"source": "a.txt"}], [{"source": "a.txt", "weight": 0}]],
+)
+def test_sources_that_cannot_be(source: Any) -> None:
+    with pytest.raises(ValueError, match="must be a file, 'self', 'data', 'auto', or a list"):
+        CalibrationSettings(source=source)
+
+
+def test_training_batches_are_what_training_sees(tiny_base: Path, tiny_files: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_base))
+    made = training_batches(str(tiny_files / "train.jsonl"), tokenizer, samples=5, batch_size=2)
+    assert [len(batch["input_ids"]) for batch in made] == [2, 2, 1]
+    for batch in made:
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+        assert all(value.shape == batch["input_ids"].shape for value in batch.values())
+    labels = made[0]["labels"][0]
+    learned = tokenizer.decode(labels[labels != -100])
+    prompt, _, answer = tokenizer.decode(made[0]["input_ids"][0]).partition("=")
+    assert "+" in prompt
+    assert learned == answer
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "needs"),
+    [
+        ("sc_lora", {"second_moment", "task_moment"}),
+        ("lora_ga", {"gradient"}),
+        ("eva", {"second_moment"}),
+        ("corda_ipm", {"second_moment"}),
+    ],
+)
+def test_methods_of_the_task_run_from_a_recipe(
+    method: str, needs: set[str], tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    changes = {"calibration.source": "auto"} if method in ("eva", "corda_ipm") else {}
+    recipe = tiny(tiny_base, tiny_files, method, **changes)
+    assert check(recipe) == []
+    assert set(input_keys(recipe)) == needs
+    done = run(recipe, tmp_path)
+    assert (done.folder / "adapter" / "adapter_model.safetensors").is_file()
+    kept = tmp_path / done.folder.parent / "shared" / "statistics"
+    folders = [path for path in kept.iterdir() if path.is_dir()]
+    assert len(folders) == len(needs)  # and nothing unfinished is left
+    model, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
+    task = training_batches(str(tiny_files / "train.jsonl"), tokenizer, samples=8, max_length=32)
+    if method == "lora_ga":
+        found, expected = Gradients.load(folders[0]), collect_gradients(model, task)
+        assert all(torch.allclose(found[name], expected[name]) for name in expected)
+    else:
+        moments = [Statistics.load(folder) for folder in folders]
+        assert any(same(found, collect(model, task)) for found in moments)
+
+
+def test_several_texts_count_by_their_weights(tiny_base: Path, tiny_files: Path) -> None:
+    old, new = str(tiny_files / "old.txt"), str(tiny_files / "test.jsonl")
+    source = [{"source": old, "weight": 3}, {"source": new, "weight": 1}]
+    recipe = tiny(tiny_base, tiny_files, "lora_null_v1", **{"calibration.source": source})
+    assert check(recipe) == []
+    model, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
+    found = Collecting.of(recipe).collect("second_moment", model, tokenizer)
+    parts = [
+        collect(model, batches(text, model, tokenizer, samples=8, max_length=32))
+        for text in (old, new)
+    ]
+    assert isinstance(found, Statistics)
+    assert same(found, Statistics.mixture(list(zip(parts, (3, 1), strict=True))))
+
+
+def test_every_text_is_looked_for(tiny_base: Path, tiny_files: Path) -> None:
+    source = [{"source": "self", "weight": 1}, {"source": "absent.txt", "weight": 1}]
+    recipe = tiny(tiny_base, tiny_files, "lora_null_v1", **{"calibration.source": source})
+    assert any("calibration.source: no such file: absent.txt" in line for line in check(recipe))
+
+
+def test_an_interrupted_stage_goes_on_with_the_same_text(
+    tiny_base: Path, tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny(tiny_base, tiny_files, "lora_null_v1", **{"calibration.source": "self"})
+    model, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
+    collecting = Collecting.of(recipe)
+    whole = collecting.collect("second_moment", model, tokenizer)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr("forgetless.inputs.collect", stop)
+        with pytest.raises(KeyboardInterrupt):
+            collecting.collect("second_moment", model, tokenizer, tmp_path / "kept")
+    monkeypatch.setattr("forgetless.inputs.batches", stop)
+    found = collecting.collect("second_moment", model, tokenizer, tmp_path / "kept")
+    assert isinstance(found, Statistics)
+    assert isinstance(whole, Statistics)
+    assert same(found, whole)
+
+
+# ---- what decides --------------------------------------------------------------------------------
+
+
+def digest(recipe: Recipe) -> str:
+    return json.dumps(input_keys(recipe), sort_keys=True)
+
+
+def test_settings_without_effect_do_not_change_the_key(tiny_base: Path, tiny_files: Path) -> None:
+    def key(changes: dict[str, Any] | None = None, method: str = "lora_null_v1") -> str:
+        return digest(tiny(tiny_base, tiny_files, method, **(changes or {})))
+
+    assert key() == key({"calibration.memory_budget": "1GiB"})
+    assert key() == key({"calibration.skip_first": 0})
+    assert key() != key({"calibration.skip_first": 1})
+    assert key() == key({"data.max_length": 16})
+    assert key(method="sc_lora") != key()
+    assert key(method="sc_lora") != key({"data.max_length": 16}, "sc_lora")
+    auto, data = ({"calibration.source": source} for source in ("auto", "data"))
+    assert key(auto, "eva") == key(data, "eva") != key(auto)
+
+
+def test_the_key_of_one_text_is_that_of_earlier_versions(tiny_base: Path, tiny_files: Path) -> None:
+    (key,) = input_keys(tiny(tiny_base, tiny_files, "lora_null_v1")).values()
+    assert set(key) == {
+        *("base", "dtype", "target_modules", "seed", "source"),
+        *("samples", "max_length", "batch_size"),
+    }
+    assert isinstance(key["source"], str)
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "eva", "sc_lora"])
+def test_init_takes_the_training_data(
+    method: str, tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    settings = AdapterSettings(method=method, rank=2)
+    keep = CalibrationSettings(source=str(tiny_files / "old.txt"), samples=4, max_length=32)
+    source = keep if method == "sc_lora" else None
+    with pytest.raises(UserError, match="give its training data by --data FILE"):
+        commands.init(str(tiny_base), settings, tmp_path / "new", source=source)
+    data = DataSettings(train=str(tiny_files / "train.jsonl"))
+    start = commands.init(str(tiny_base), settings, tmp_path / "new", source=source, data=data)
+    config: Mapping[str, Any] = json.loads((start.folder / "adapter_config.json").read_text())
+    assert config["r"] == 2
+
+
+def test_data_needs_a_recipe(tiny_base: Path) -> None:
+    settings = CalibrationSettings(source="data")
+    with pytest.raises(UserError, match="stands for the training data of a recipe"):
+        commands.collect_statistics(str(tiny_base), settings)

@@ -1,0 +1,220 @@
+"""Penalties: their values, and what they do to a training."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forgetless.adapters import adapted_layers, attach, export, plain_factors
+from forgetless.data import load_examples, tokenize
+from forgetless.errors import UserError
+from forgetless.models import load_model, load_tokenizer
+from forgetless.recipe import TrainingSettings
+from forgetless.training import train
+from forgetless.training.penalties import make_penalty
+
+pytest_plugins = ["tests.tiny_fixtures"]
+
+
+@pytest.fixture
+def full(tiny_base: Path) -> Any:
+    return load_model(str(tiny_base), dtype="float32")
+
+
+@pytest.fixture
+def adapted(tiny_base: Path) -> Any:
+    return attach(load_model(str(tiny_base), dtype="float32"), "pissa", rank=2, alpha=2)
+
+
+@pytest.fixture
+def tokenizer(tiny_base: Path) -> Any:
+    return load_tokenizer(str(tiny_base))
+
+
+def shaken(model: Any) -> Any:
+    """Every trained weight moved a little."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def prepared(model: nn.Module, tokenizer: Any, **spec: Any) -> Any:
+    penalty = make_penalty(spec)
+    penalty.prepare(model, tokenizer, 0)
+    return penalty
+
+
+@pytest.mark.parametrize("kind", ["l2_start", "kl", "ewc"])
+@pytest.mark.parametrize("which", ["full", "adapted"])
+def test_the_start_costs_nothing_and_pulls_nowhere(
+    kind: str, which: str, tokenizer: Any, tiny_files: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(which).train()
+    texts = {} if kind == "l2_start" else {"source": str(tiny_files / "old.txt"), "samples": 4}
+    penalty = prepared(model, tokenizer, kind=kind, weight=1, **texts)
+    before = penalty(model, 0)
+    assert before.item() == pytest.approx(0, abs=1e-6)
+    before.backward()
+    gradients = [w.grad for w in model.parameters() if w.grad is not None]
+    assert gradients
+    assert all(gradient.abs().max() < 1e-5 for gradient in gradients)
+    assert penalty(shaken(model), 0).item() > 1e-4
+
+
+def test_l2_pulls_towards_the_start(adapted: Any, tokenizer: Any) -> None:
+    start = {n: w.detach().clone() for n, w in adapted.named_parameters() if w.requires_grad}
+    penalty = prepared(adapted, tokenizer, kind="l2_start", weight=1)
+    penalty(shaken(adapted), 0).backward()
+    for name, weight in adapted.named_parameters():
+        if weight.requires_grad:
+            assert torch.allclose(weight.grad, weight - start[name])
+
+
+@pytest.mark.parametrize("which", ["full", "adapted"])
+def test_kl_is_that_of_the_base_on_the_texts(
+    which: str, tokenizer: Any, tiny_base: Path, tiny_files: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(which)
+    base = load_model(str(tiny_base), dtype="float32")
+    source = str(tiny_files / "old.txt")
+    penalty = prepared(
+        model, tokenizer, kind="kl", weight=1, source=source, samples=4, max_length=20, batch_size=2
+    )
+    shaken(model)
+    for step in range(2):
+        batch = penalty._batches[step]
+        with torch.no_grad():
+            p = base(**batch).logits.double().softmax(-1)
+            q = model(**batch).logits.double().softmax(-1)
+        kl = (p * (p / q).log()).sum(-1)[batch["attention_mask"].bool()].mean()
+        assert penalty(model, step).item() == pytest.approx(kl.item(), rel=1e-4)
+    assert penalty(model, 0).item() != penalty(model, 1).item()
+    assert penalty(model, 0).item() == penalty(model, len(penalty._batches)).item()
+
+
+def test_a_penalty_leaves_the_model_as_it_was(
+    adapted: Any, tokenizer: Any, tiny_files: Path
+) -> None:
+    needs = {name: w.requires_grad for name, w in adapted.named_parameters()}
+    adapted.train()
+    for kind in ("kl", "ewc"):
+        penalty = prepared(
+            adapted, tokenizer, kind=kind, weight=1, source=str(tiny_files / "old.txt"), samples=4
+        )
+        penalty(adapted, 0)
+    assert {name: w.requires_grad for name, w in adapted.named_parameters()} == needs
+    assert all(module.training for module in adapted.modules())
+    assert all(w.grad is None for w in adapted.parameters())
+
+
+def test_ewc_weighs_by_the_mean_squared_gradient(
+    full: Any, tokenizer: Any, tiny_files: Path
+) -> None:
+    texts = {"source": str(tiny_files / "old.txt"), "samples": 3, "max_length": 12}
+    reader = prepared(full, tokenizer, kind="kl", weight=1, **texts)
+    expected = torch.zeros_like(full.lm_head.weight)
+    for batch in reader._batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            ids = ids[mask.bool()][None]
+            logits = full(input_ids=ids).logits[0, :-1]
+            likelihood = -F.cross_entropy(logits, ids[0, 1:], reduction="sum")
+            (gradient,) = torch.autograd.grad(likelihood, full.lm_head.weight)
+            expected += gradient.square() / 3
+    penalty = prepared(full, tokenizer, kind="ewc", weight=1, **texts)
+    start = full.lm_head.weight.detach().clone()
+    moved: Tensor = torch.randn_like(start) * 0.1
+    with torch.no_grad():
+        full.lm_head.weight += moved
+    value = (expected * moved.square()).sum() / 2
+    assert penalty(full, 0).item() == pytest.approx(value.item(), rel=1e-3)
+
+
+def test_orthogonality_is_the_overlap_of_the_inputs(
+    adapted: Any, tokenizer: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    earlier = attach(load_model(str(tiny_base), dtype="float32"), "milora", rank=2, alpha=2)
+    export(shaken(earlier), tmp_path / "earlier")
+    penalty = prepared(
+        adapted, tokenizer, kind="orthogonality", weight=1, adapters=[str(tmp_path / "earlier")]
+    )
+    shaken(adapted)
+    overlap = sum(
+        (plain_factors(old, "default")[0] @ plain_factors(new, "default")[0].T).square().sum()
+        for old, new in zip(
+            adapted_layers(earlier).values(), adapted_layers(adapted).values(), strict=True
+        )
+    )
+    assert penalty(adapted, 0).item() == pytest.approx(float(overlap), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "l3", "weight": 1}, "unknown penalty 'l3'"),
+        ({"kind": "kl"}, "penalty 'kl' needs a positive weight, got None"),
+        ({"kind": "kl", "weight": -1}, "needs a positive weight, got -1"),
+        ({"kind": "kl", "weight": 1, "sauce": "a"}, "did you mean 'source'"),
+    ],
+)
+def test_mistakes_in_a_penalty(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_penalty(spec)
+
+
+def test_full_fine_tuning_has_no_inputs_to_keep_apart(full: Any, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="full has none"):
+        prepared(full, tokenizer, kind="orthogonality", weight=1, adapters=["a"])
+
+
+def distance(model: Any, base: Any) -> float:
+    pairs = zip(model.parameters(), base.parameters(), strict=True)
+    squares = [float((w - b).detach().square().sum()) for w, b in pairs]
+    return math.sqrt(sum(squares))
+
+
+def test_a_stronger_penalty_keeps_the_model_nearer(
+    tokenizer: Any, tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    examples = load_examples(tiny_files / "train.jsonl")
+    rows = tokenize(examples, tokenizer, max_length=32)
+    base = load_model(str(tiny_base), dtype="float32")
+    found = []
+    for number, weight in enumerate((0, 10, 30)):
+        model = load_model(str(tiny_base), dtype="float32")
+        penalties = [{"kind": "l2_start", "weight": weight}] if weight else []
+        settings = TrainingSettings(learning_rate=1e-2, steps=20, batch_size=4, optimizer="sgd")
+        train(model, tokenizer, rows, settings, tmp_path / str(number), penalties=penalties)
+        found.append(distance(model, base))
+    assert found[0] > found[1] > found[2]
+
+
+def test_accumulation_does_not_change_a_penalised_step(
+    tokenizer: Any, tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    rows = tokenize(load_examples(tiny_files / "train.jsonl"), tokenizer, max_length=32)
+    penalties = [
+        {"kind": "kl", "weight": 5.0, "source": str(tiny_files / "old.txt"), "samples": 4},
+        {"kind": "l2_start", "weight": 10.0},
+    ]
+    models = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        model = load_model(str(tiny_base), dtype="float32")
+        settings = TrainingSettings(
+            learning_rate=1e-2,
+            steps=3,
+            batch_size=batch_size,
+            gradient_accumulation=accumulation,
+            optimizer="sgd",
+        )
+        train(model, tokenizer, rows, settings, tmp_path / str(accumulation), penalties=penalties)
+        models.append(model)
+    assert distance(*models) < 1e-5

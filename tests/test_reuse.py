@@ -1,0 +1,209 @@
+"""Nothing is decomposed twice, and what is kept is what was made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from forgetless import linalg, subspace
+from forgetless.adapters import attach
+from forgetless.core import decompose
+from forgetless.reuse import cached_spectra, content_key, once, shared_inputs
+from forgetless.stages import Stages
+from forgetless.statistics import LayerStatistics, Statistics
+from forgetless.store import RunFolder, write_json
+
+GENERATOR = torch.Generator().manual_seed(0)
+W = torch.randn(24, 16, generator=GENERATOR)
+
+SLICES: list[tuple[str, dict[str, Any]]] = [
+    ("pissa", {}),
+    ("milora", {}),
+    ("intermediate", {"position": 0.3}),
+    ("intermediate", {"energy": 0.5}),
+    ("random_slice", {"seed": 1}),
+    ("mica", {}),
+]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """The arguments of every call of a function of `linalg` from now on."""
+    calls: list[Any] = []
+    function: Callable[..., Any] = getattr(linalg, name)
+
+    def call(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr(linalg, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("weight", [W, W.mT.contiguous(), W.double(), W.bfloat16()])
+@pytest.mark.parametrize(("method", "options"), SLICES)
+def test_a_cached_slice_is_the_fresh_one(
+    weight: Tensor, method: str, options: dict[str, Any]
+) -> None:
+    fresh = decompose(weight, 3, method, 2.0, **options)
+    with cached_spectra():
+        cached = decompose(weight, 3, method, 2.0, **options)
+    torch.testing.assert_close(cached.A, fresh.A)
+    torch.testing.assert_close(cached.B, fresh.B)
+
+
+def test_a_weight_is_decomposed_once_for_all_methods_ranks_and_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = counted(monkeypatch, "_all_rows")
+    with cached_spectra():
+        for rank in (1, 2, 8):
+            for method, options in SLICES:
+                decompose(W.clone(), rank, method, **options)
+        assert len(calls) == 1
+        decompose(W + 1, 2, "pissa")
+        assert len(calls) == 2
+
+
+def test_a_folder_serves_other_times_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = counted(monkeypatch, "_all_rows")
+    with cached_spectra(tmp_path / "spectra"):
+        first = decompose(W, 3, "milora")
+    with cached_spectra(tmp_path / "spectra"):
+        again = decompose(W, 3, "milora")
+    assert len(calls) == 1
+    assert torch.equal(again.A, first.A)
+    assert torch.equal(again.B, first.B)
+    (file,) = (tmp_path / "spectra").iterdir()
+    assert file.suffix == ".safetensors"
+
+
+def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
+    with cached_spectra(tmp_path):
+        first = decompose(W, 3, "milora")
+        (file,) = tmp_path.iterdir()
+        file.write_bytes(file.read_bytes()[:100])
+        again = decompose(W, 3, "milora")
+        assert file.stat().st_size > 100
+    assert torch.equal(again.A, first.A)
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch, "_all_rows")
+    size = linalg._all_rows(W.double()).nbytes
+    calls.clear()
+    with cached_spectra(memory_bytes=size):
+        for weight in (W, W, W + 1, W + 1, W):
+            decompose(weight, 1, "pissa")
+    assert len(calls) == 3
+
+
+def test_the_innermost_cache_counts_and_ends_with_its_block(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with cached_spectra(), cached_spectra(tmp_path):
+        decompose(W, 1, "pissa")
+    assert len(list(tmp_path.iterdir())) == 1
+    calls = counted(monkeypatch, "_all_rows")
+    decompose(W, 1, "pissa")
+    assert not calls
+
+
+def test_keys_follow_the_content() -> None:
+    other = W.clone()
+    other[-1, -1] = torch.nextafter(other[-1, -1], torch.tensor(9.0))
+    keys = {content_key(M) for M in (W, other, W.mT, W.double(), W[:-1], -W)}
+    assert len(keys) == 6
+    assert content_key(W.clone()) == content_key(W)
+    assert content_key(torch.tensor([[1.0]])) != content_key(torch.tensor([[2.0]]))
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30)])
+@pytest.mark.parametrize("lowest", [1e-3, 1e-9, 0.0])
+def test_both_sides_from_a_gram_matrix_are_an_svd(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], lowest: float
+) -> None:
+    monkeypatch.setattr(subspace, "SMALLEST_SIZE", 8)
+    U = torch.linalg.qr(torch.randn(shape[0], 30, dtype=torch.float64, generator=GENERATOR)).Q
+    V = torch.linalg.qr(torch.randn(shape[1], 30, dtype=torch.float64, generator=GENERATOR)).Q
+    S = torch.linspace(1, lowest, 30, dtype=torch.float64)
+    S[20:] = lowest
+    M = torch.mm(U * S, V.mT)
+    rows = linalg._all_rows(M)
+    torch.testing.assert_close(rows.S, S, atol=1e-14, rtol=1e-6)
+    torch.testing.assert_close((rows.left.mT * rows.S) @ rows.right, M, atol=1e-12, rtol=0)
+    for side in (rows.left, rows.right):
+        eye = torch.eye(30, dtype=torch.float64)
+        torch.testing.assert_close(side @ side.mT, eye, atol=1e-7, rtol=0)
+
+
+def test_once_tells_tensors_apart_and_sees_changes() -> None:
+    made: list[str] = []
+    one, two = torch.ones(2), torch.ones(2)
+
+    def work(M: Tensor, what: str) -> int:
+        return once(M, what, lambda: made.append(what) or len(made))  # type: ignore[func-returns-value]
+
+    assert [work(one, "a"), work(one, "a")] == [1, 2]  # nothing is remembered outside
+    with shared_inputs():
+        assert [work(one, "a"), work(one, "a"), work(one, "b"), work(one, "a")] == [3, 3, 4, 3]
+        assert [work(two, "a"), work(two, "a"), work(one, "a")] == [5, 5, 3]
+        one += 1
+        assert work(one, "a") == 6
+
+
+class Block(nn.Module):
+    """Three layers with one input and one with another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, nn.Linear(16, 8, bias=False))
+
+
+def shared_statistics() -> Statistics:
+    X = torch.randn(2, 40, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    one, other = (LayerStatistics(x.mT @ x / 40, 40) for x in X)
+    return Statistics({"q_proj": one, "k_proj": one, "v_proj": one, "o_proj": other})
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_attach_decomposes_a_shared_input_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loaded: bool
+) -> None:
+    statistics = shared_statistics()
+    if loaded:
+        statistics = Statistics.load(statistics.save(tmp_path))
+    calls = counted(monkeypatch, "_eigenpairs")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    attach(Block(), "lora_null_v1", rank=2, target_modules=targets, stats=statistics)
+    assert len(calls) == 2
+
+
+def test_sharing_changes_no_number() -> None:
+    statistics, block = shared_statistics(), Block()
+    first, weight = (block.get_parameter(f"{name}.weight") for name in ("q_proj", "k_proj"))
+    moment = statistics["k_proj"].second_moment
+    alone = decompose(weight, 2, "corda_kpm", second_moment=moment)
+    with shared_inputs():
+        decompose(first, 2, "corda_kpm", second_moment=moment)
+        beside = decompose(weight, 2, "corda_kpm", second_moment=moment)
+    assert torch.equal(alone.A, beside.A)
+    assert torch.equal(alone.B, beside.B)
+
+
+@pytest.mark.parametrize(("runs", "shared"), [(1, False), (3, True)])
+def test_the_runs_of_a_study_share_the_spectra(tmp_path: Path, runs: int, shared: bool) -> None:
+    """A run on its own keeps none: nobody would use it."""
+    entries = [{"run_id": f"pissa-{number}"} for number in range(runs)]
+    write_json(tmp_path / "runs.json", {"runs": entries})
+    unused: Any = None
+    stages = Stages(RunFolder(tmp_path / "pissa-0"), unused, unused)
+    with stages._spectra():
+        decompose(W, 2, "pissa")
+    assert (tmp_path / "shared" / "spectra").exists() == shared
