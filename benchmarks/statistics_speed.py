@@ -23,6 +23,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,6 +171,10 @@ def measure(what: str, hidden: int, layers: int) -> None:
 
 
 def _peak() -> int:
+    """Most bytes that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would begin with what the parent held when it forked
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     scale = 1 if sys.platform == "darwin" else 1024
     return scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -205,15 +210,15 @@ def _memory_row(model: str, side: str, held: int, everything: int) -> dict[str, 
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description="Collecting statistics against a bare forward.")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--memory-hidden", type=int, default=1024)
+    parser.add_argument("--memory-hidden", type=int, default=512)
     parser.add_argument("--memory-layers", type=int, default=16)
     parser.add_argument("--no-peft", action="store_true", help="leave out PEFT's slow SVDs")
     parser.add_argument("--measure", help=argparse.SUPPRESS)

@@ -10,12 +10,10 @@ computes from its second moment alone is computed once for the three.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -112,15 +111,11 @@ class SpectrumCache:
 
 
 def content_key(M: Tensor) -> str:
-    """A hash of shape, dtype and every entry of a matrix."""
+    """A 128-bit hash of shape, dtype and every entry of a matrix."""
     content = M.detach().cpu().contiguous()
-    header = f"{tuple(content.shape)} {content.dtype}".encode()
-    pieces = content.numpy().reshape(-1).view("uint8")
-    length = max(1, -(-len(pieces) // 16))
-    parts = [pieces[i : i + length] for i in range(0, len(pieces), length)]
-    with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run
-        digests = pool.map(lambda part: hashlib.sha256(part).digest(), parts)
-        return hashlib.sha256(header + b"".join(digests)).hexdigest()[:32]
+    digest = xxhash.xxh3_128(f"{tuple(content.shape)} {content.dtype}".encode())
+    digest.update(content.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 _spectra: ContextVar[SpectrumCache | None] = ContextVar("spectra", default=None)
