@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from forgetless import METHODS, decompose
+from forgetless.reuse import shared_inputs
 from timing import report, timed
 
 HIDDEN, INTERMEDIATE, RANK = 4096, 11008, 128
@@ -58,10 +59,11 @@ def _moment(size: int, kind: str, device: str) -> Tensor:
 
 
 def start(layers: dict[str, dict[str, Tensor]], method: str, rank: int) -> None:
-    """The method's start on every layer."""
-    for layer in layers.values():
-        needs: dict[str, Any] = {name: layer[name] for name in METHODS[method].needs}
-        decompose(layer["W"], rank, method, **needs)
+    """The method's start on every layer; work on a shared input is done once, as in `attach`."""
+    with shared_inputs():
+        for layer in layers.values():
+            needs: dict[str, Any] = {name: layer[name] for name in METHODS[method].needs}
+            decompose(layer["W"], rank, method, **needs)
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
