@@ -7,13 +7,15 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forgetless.errors import UserError
 from forgetless.metrics import mean_stderr, pass_at_k
 from forgetless.sandbox import CodeResult, run_code
-from forgetless.tasks.base import Item, Task, TaskResult, whole_number
+from forgetless.tasks.base import Item, Task, TaskResult, fingerprint_of, whole_number
 from forgetless.tasks.questions import Questions
+from forgetless.tasks.rows import file_problem
 from forgetless.tasks.sampling import Sampling, sampling_problems
 
 if TYPE_CHECKING:
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 __all__ = [
     "CodeTask",
     "Program",
+    "code_fingerprint",
     "code_problems",
+    "data_file",
+    "downloaded_problems",
     "execution_problem",
     "hub_rows",
     "judge",
@@ -104,6 +109,39 @@ def code_problems(task: CodeTask) -> list[str | None]:
         if task.samples > 1 and task.temperature == 0:
             found.append(f"{task.samples} samples at temperature 0 are all the same; set it above")
     return found
+
+
+class DownloadedCodeTask(CodeTask, Protocol):
+    """The further settings of a code task whose data are in a file or on the hub."""
+
+    @property
+    def path(self) -> str | Path | None:
+        """The data; None to look elsewhere."""
+
+    @property
+    def limit(self) -> int | None:
+        """The first so many problems only."""
+
+    @property
+    def allow_code_execution(self) -> bool:
+        """Whether what a model writes may be run."""
+
+
+def downloaded_problems(task: DownloadedCodeTask) -> list[str | None]:
+    """What is wrong with the settings of a code task whose data are in a file or on the hub."""
+    return [
+        execution_problem(task.allow_code_execution),
+        whole_number("limit", task.limit, optional=True),
+        None if task.path is None else file_problem(task.path),
+        *code_problems(task),
+    ]
+
+
+def code_fingerprint(kind: str, version: int, task: CodeTask, programs: Sequence[Program]) -> str:
+    """Hash of the problems, of the settings of `task` and of the version of its code."""
+    content = [[program.prompt, program.after] for program in programs]
+    drawn = [task.samples, list(task.k), task.temperature, task.top_p, task.seed]
+    return fingerprint_of(kind, version, content, drawn, task.max_new_tokens)
 
 
 def execution_problem(allowed: object) -> str | None:
@@ -211,3 +249,19 @@ def hub_rows(name: str, split: str, configuration: str | None = None) -> list[Ma
             f"{name} could not be loaded from the hub ({line}); give the task a file: "
             "path, or --data-dir with a folder that holds it"
         ) from problem
+
+
+def data_file(path: str | Path | None, folder: str | Path | None, name: str) -> Path | None:
+    """The file that was given, or `name`.jsonl in or below a folder; None for the hub.
+
+    Raises:
+        UserError: the folder has no such file.
+    """
+    if path is not None:
+        return Path(path)
+    if folder is None:
+        return None
+    found = [f for f in sorted(Path(folder).rglob("*.jsonl")) if f.stem.lower() == name.lower()]
+    if not found:
+        raise UserError(f"data_dir {folder}: no {name}.jsonl in it or below it")
+    return found[0]

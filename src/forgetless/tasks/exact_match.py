@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import string
-import time
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from forgetless.errors import UserError
-from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
-from forgetless.tasks.questions import Questions
+from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.questions import Questions, score_answers
 from forgetless.tasks.rows import (
     Row,
     file_problem,
@@ -148,34 +147,7 @@ class ExactMatch:
         batch_size: int | None = None,
     ) -> TaskResult:
         """The share of questions that `model` answers rightly."""
-        from forgetless.tasks.generation import generate
-
-        started = time.perf_counter()
-        texts = generate(
-            model,
-            tokenizer,
-            [asked.prompt for asked in self._asked],
-            max_new_tokens=self.max_new_tokens,
-            stop=self.stop,
-            batch_size=batch_size,
-        )
-        items = [
-            Item(
-                str(number),
-                asked.prompt,
-                " / ".join(asked.accepted),
-                text.strip(),
-                float(self._is_right(self._found(text), asked.accepted)),
-            )
-            for number, (asked, text) in enumerate(zip(self._asked, texts, strict=True))
-        ]
-        return TaskResult.of_items(
-            self,
-            items,
-            metric="accuracy",
-            higher_is_better=True,
-            seconds=time.perf_counter() - started,
-        )
+        return score_answers(model, tokenizer, self, self.questions(), batch_size)
 
     def _is_right(self, answer: str, accepted: Iterable[str]) -> bool:
         if not self.normalise:

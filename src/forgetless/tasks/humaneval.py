@@ -8,18 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from forgetless.errors import UserError
-from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.base import TaskResult, check_settings
 from forgetless.tasks.code import (
     Program,
-    code_problems,
-    execution_problem,
+    code_fingerprint,
+    data_file,
+    downloaded_problems,
     hub_rows,
     questions,
     score_code,
 )
 from forgetless.tasks.questions import Questions
-from forgetless.tasks.rows import file_problem, read_records, the_field
+from forgetless.tasks.rows import read_records, the_field
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,13 +78,7 @@ class HumanEval:
     needs_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        problems = [
-            execution_problem(self.allow_code_execution),
-            whole_number("limit", self.limit, optional=True),
-            None if self.path is None else file_problem(self.path),
-            *code_problems(self),
-        ]
-        check_settings("humaneval", self.name, problems)
+        check_settings("humaneval", self.name, downloaded_problems(self))
 
     @cached_property
     def _programs(self) -> list[Program]:
@@ -103,9 +97,7 @@ class HumanEval:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the problems, the settings and the version of this task."""
-        content = [[p.prompt, p.after] for p in self._programs]
-        drawn = [self.samples, list(self.k), self.temperature, self.top_p, self.seed]
-        return fingerprint_of("humaneval", _VERSION, content, drawn, self.max_new_tokens)
+        return code_fingerprint("humaneval", _VERSION, self, self._programs)
 
     def evaluate(
         self,
@@ -117,22 +109,6 @@ class HumanEval:
     ) -> TaskResult:
         """The share of programs of `model` that pass."""
         return score_code(model, tokenizer, self, self.questions(), batch_size)
-
-
-def data_file(path: str | Path | None, folder: str | Path | None, name: str) -> Path | None:
-    """The file that was given, or `name`.jsonl in or below a folder; None for the hub.
-
-    Raises:
-        UserError: the folder has no such file.
-    """
-    if path is not None:
-        return Path(path)
-    if folder is None:
-        return None
-    found = [f for f in sorted(Path(folder).rglob("*.jsonl")) if f.stem.lower() == name.lower()]
-    if not found:
-        raise UserError(f"data_dir {folder}: no {name}.jsonl in it or below it")
-    return found[0]
 
 
 def _program(row: Mapping[str, Any], where: str) -> Program:

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from forgetless.errors import UserError
-from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.base import TaskResult, check_settings
 from forgetless.tasks.code import (
     Program,
-    code_problems,
-    execution_problem,
+    code_fingerprint,
+    data_file,
+    downloaded_problems,
     hub_rows,
     questions,
     score_code,
 )
-from forgetless.tasks.humaneval import data_file
 from forgetless.tasks.questions import Questions
-from forgetless.tasks.rows import file_problem, read_records, the_field
+from forgetless.tasks.rows import read_records, the_field
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,13 +84,7 @@ class MBPP:
     needs_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        problems = [
-            execution_problem(self.allow_code_execution),
-            whole_number("limit", self.limit, optional=True),
-            None if self.path is None else file_problem(self.path),
-            *code_problems(self),
-        ]
-        check_settings("mbpp", self.name, problems)
+        check_settings("mbpp", self.name, downloaded_problems(self))
 
     @cached_property
     def _programs(self) -> list[Program]:
@@ -125,9 +119,7 @@ class MBPP:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the problems, the settings and the version of this task."""
-        content = [[p.prompt, p.after] for p in self._programs]
-        drawn = [self.samples, list(self.k), self.temperature, self.top_p, self.seed]
-        return fingerprint_of("mbpp", _VERSION, content, drawn, self.max_new_tokens)
+        return code_fingerprint("mbpp", _VERSION, self, self._programs)
 
     def evaluate(
         self,

@@ -8,8 +8,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from forgetless.pocket.functions import Function, functions
-from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
-from forgetless.tasks.code import Program, code_problems, questions, score_code
+from forgetless.tasks.base import TaskResult, check_settings, whole_number
+from forgetless.tasks.code import (
+    Program,
+    code_fingerprint,
+    code_problems,
+    questions,
+    score_code,
+)
 from forgetless.tasks.questions import Questions
 
 if TYPE_CHECKING:
@@ -72,9 +78,7 @@ class PocketFunctions:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the problems, the settings and the version of this task."""
-        content = [[p.prompt, p.after] for p in self._programs]
-        drawn = [self.samples, list(self.k), self.temperature, self.top_p, self.seed]
-        return fingerprint_of("pocket_functions", _VERSION, content, drawn, self.max_new_tokens)
+        return code_fingerprint("pocket_functions", _VERSION, self, self._programs)
 
     def evaluate(
         self,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from forgetless.pocket.problems import Problem, final_answer, problems
-from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
-from forgetless.tasks.questions import Questions
+from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.questions import Questions, score_answers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,30 +84,4 @@ class PocketProblems:
         batch_size: int | None = None,
     ) -> TaskResult:
         """The share of problems that `model` solves."""
-        from forgetless.tasks.generation import generate
-
-        started = time.perf_counter()
-        solutions = generate(
-            model,
-            tokenizer,
-            [problem.prompt for problem in self._problems],
-            max_new_tokens=self.max_new_tokens,
-            batch_size=batch_size,
-        )
-        items = [
-            Item(
-                f"test{self.seed}:{i}",
-                problem.prompt,
-                problem.answer,
-                solution.strip(),
-                float(final_answer(solution) == problem.answer),
-            )
-            for i, (problem, solution) in enumerate(zip(self._problems, solutions, strict=True))
-        ]
-        return TaskResult.of_items(
-            self,
-            items,
-            metric="accuracy",
-            higher_is_better=True,
-            seconds=time.perf_counter() - started,
-        )
+        return score_answers(model, tokenizer, self, self.questions(), batch_size)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from forgetless.pocket.knowledge import Question, matches, questions
-from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
-from forgetless.tasks.questions import Questions
+from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.questions import Questions, score_answers
 from forgetless.tasks.texts import spread
 
 if TYPE_CHECKING:
@@ -87,24 +86,4 @@ class PocketRecall:
         batch_size: int | None = None,
     ) -> TaskResult:
         """The share of facts that `model` recalls."""
-        from forgetless.tasks.generation import generate
-
-        started = time.perf_counter()
-        answers = generate(
-            model,
-            tokenizer,
-            [question.prompt for question in self._questions],
-            max_new_tokens=self.max_new_tokens,
-            batch_size=batch_size,
-        )
-        items = [
-            Item(q.id, q.prompt, q.answer, answer.strip(), float(matches(answer, q)))
-            for q, answer in zip(self._questions, answers, strict=True)
-        ]
-        return TaskResult.of_items(
-            self,
-            items,
-            metric="accuracy",
-            higher_is_better=True,
-            seconds=time.perf_counter() - started,
-        )
+        return score_answers(model, tokenizer, self, self.questions(), batch_size)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from forgetless.pocket.series import Series, same_sums, series
-from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
-from forgetless.tasks.questions import Questions
+from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.questions import Questions, score_answers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,19 +85,4 @@ class PocketSeries:
         batch_size: int | None = None,
     ) -> TaskResult:
         """The share of series that `model` gets right."""
-        started = time.perf_counter()
-        asked = self.questions()
-        answers = asked.answers(model, tokenizer, 1, None, batch_size)
-        items = [
-            Item(*asked.item(place), text.strip(), float(right))
-            for place, ((text,), (right,)) in enumerate(
-                zip(answers, asked.right(answers), strict=True)
-            )
-        ]
-        return TaskResult.of_items(
-            self,
-            items,
-            metric="accuracy",
-            higher_is_better=True,
-            seconds=time.perf_counter() - started,
-        )
+        return score_answers(model, tokenizer, self, self.questions(), batch_size)

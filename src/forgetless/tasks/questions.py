@@ -1,18 +1,20 @@
-"""The questions of a task that generates, apart from how it scores one answer to each. No torch."""
+"""The questions of a task that generates, and the score of one answer to each. No torch."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from forgetless.tasks.base import Item, Task, TaskResult
 from forgetless.tasks.sampling import Sampling
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Generating", "Questions"]
+__all__ = ["Generating", "Questions", "score_answers"]
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,27 @@ class Generating(Protocol):
 
     def questions(self) -> Questions:
         """Them."""
+
+
+def score_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    asked: Questions,
+    batch_size: int | None,
+) -> TaskResult:
+    """The share of questions whose most probable answer is right."""
+    started = time.perf_counter()
+    written = asked.answers(model, tokenizer, 1, None, batch_size)
+    judged = zip(written, asked.right(written), strict=True)
+    items = [
+        Item(*asked.item(place), text.strip(), float(right))
+        for place, ((text,), (right,)) in enumerate(judged)
+    ]
+    return TaskResult.of_items(
+        task,
+        items,
+        metric="accuracy",
+        higher_is_better=True,
+        seconds=time.perf_counter() - started,
+    )
