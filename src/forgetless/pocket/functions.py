@@ -4,15 +4,15 @@ A function is put together from parts, each with its words, its code and its mea
 are thousands of them and every one has tests.
 """
 
-import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from forgetless.pocket.splits import Split, different
 
 __all__ = ["Function", "functions"]
 
-_TEST_SHARE = 5
 _TESTS = 6
 
 Part = tuple[str, str, Callable[[Any], Any]]
@@ -37,7 +37,7 @@ class Function:
         return "\n".join((self.head + body, *self.tests, ""))
 
 
-def functions(count: int, seed: int, split: Literal["train", "test"] = "train") -> list[Function]:
+def functions(count: int, seed: int, split: Split = "train") -> list[Function]:
     """`count` different functions, always the same for a seed.
 
     No sentence is in both splits, whatever the seeds: a hash of the sentence decides where it
@@ -46,24 +46,15 @@ def functions(count: int, seed: int, split: Literal["train", "test"] = "train") 
     Raises:
         ValueError: an unknown split, or a negative count.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    if count < 0:
-        raise ValueError(f"count must be 0 or more, got {count}")
     rng = random.Random(f"functions {split} {seed}")
-    found: dict[str, Function] = {}
-    while len(found) < count:
-        function = rng.choice(_KINDS)(rng)
-        sentence = function.prompt.partition("\n")[0]
-        if _split(sentence) == split:
-            found.setdefault(sentence, function)
-    shuffled = list(found.values())
-    rng.shuffle(shuffled)
-    return shuffled
-
-
-def _split(text: str) -> Literal["train", "test"]:
-    return "test" if hashlib.sha256(text.encode()).digest()[0] % _TEST_SHARE == 0 else "train"
+    found = different(
+        count,
+        split,
+        lambda _: rng.choice(_KINDS)(rng),
+        lambda function: function.prompt.partition("\n")[0],
+    )
+    rng.shuffle(found)
+    return found
 
 
 def _function(

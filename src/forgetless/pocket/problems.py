@@ -1,18 +1,16 @@
 """The first skill to learn: arithmetic word problems with worked steps and an exact answer."""
 
-import hashlib
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
+from forgetless.pocket.splits import Split, different
 from forgetless.pocket.words import CONTAINERS, NAMES, OBJECTS
 
 __all__ = ["TEMPLATES", "Problem", "final_answer", "problems"]
 
 _LARGEST = 100
-_TEST_SHARE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ Story = tuple[str, list[str], int]
 Template = Callable[[random.Random, _Cast], Story]
 
 
-def problems(count: int, seed: int, split: Literal["train", "test"] = "train") -> list[Problem]:
+def problems(count: int, seed: int, split: Split = "train") -> list[Problem]:
     """`count` different problems, always the same for a seed.
 
     No text is in both splits, whatever the seeds: a hash of the text decides where it belongs.
@@ -46,19 +44,15 @@ def problems(count: int, seed: int, split: Literal["train", "test"] = "train") -
     Raises:
         ValueError: an unknown split, or a negative count.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    if count < 0:
-        raise ValueError(f"count must be 0 or more, got {count}")
     rng = random.Random(f"{split} {seed}")
-    found: dict[str, Problem] = {}
-    while len(found) < count:
-        problem = _problem(TEMPLATES[len(found) % len(TEMPLATES)], rng)
-        if _split(problem.prompt) == split:
-            found.setdefault(problem.prompt, problem)
-    shuffled = list(found.values())
-    rng.shuffle(shuffled)
-    return shuffled
+    found = different(
+        count,
+        split,
+        lambda made: _problem(TEMPLATES[made % len(TEMPLATES)], rng),
+        lambda problem: problem.prompt,
+    )
+    rng.shuffle(found)
+    return found
 
 
 def final_answer(text: str) -> str | None:
@@ -76,10 +70,6 @@ def _problem(template: Template, rng: random.Random) -> Problem:
             break
     completion = "".join(f" {step}." for step in steps) + f" The answer is {answer}."
     return Problem(f"Q: {story}\nA:", completion, str(answer))
-
-
-def _split(text: str) -> Literal["train", "test"]:
-    return "test" if hashlib.sha256(text.encode()).digest()[0] % _TEST_SHARE == 0 else "train"
 
 
 def _gift(rng: random.Random, cast: _Cast) -> Story:

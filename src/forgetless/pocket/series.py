@@ -1,16 +1,15 @@
 """The third skill to learn: series of numbers, of which each comes from the one before."""
 
-import hashlib
 import random
 import re
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal
+
+from forgetless.pocket.splits import Split, check_split, different
 
 __all__ = ["Series", "same_sums", "series"]
 
 _LARGEST = 100
-_TEST_SHARE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +21,7 @@ class Series:
     answer: str
 
 
-def series(count: int, seed: int, split: Literal["train", "test"] = "train") -> list[Series]:
+def series(count: int, seed: int, split: Split = "train") -> list[Series]:
     """`count` different instructions, always the same for a seed.
 
     No instruction is in both splits, whatever the seeds: a hash of it decides where it belongs.
@@ -30,18 +29,12 @@ def series(count: int, seed: int, split: Literal["train", "test"] = "train") -> 
     Raises:
         ValueError: an unknown split, or a count below 0 or beyond what there is.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    check_split(split)
     most = 4000 if split == "train" else 500
     if not 0 <= count <= most:
         raise ValueError(f"count must be 0 to {most} for {split!r}, got {count}")
     rng = random.Random(f"series {split} {seed}")
-    found: dict[str, Series] = {}
-    while len(found) < count:
-        made = _series(rng)
-        if _split(made.prompt) == split:
-            found.setdefault(made.prompt, made)
-    return list(found.values())
+    return different(count, split, lambda _: _series(rng), lambda made: made.prompt)
 
 
 def same_sums(text: str, answer: str) -> bool:
@@ -68,7 +61,3 @@ def _series(rng: random.Random) -> Series:
     sums = [f"{x} {'+' if y > x else '-'} {abs(y - x)} = {y}." for x, y in pairwise(numbers)]
     answer = " ".join(sums)
     return Series(f"Q: {asked}.\nA:", f" {answer}", answer)
-
-
-def _split(text: str) -> Literal["train", "test"]:
-    return "test" if hashlib.sha256(text.encode()).digest()[0] % _TEST_SHARE == 0 else "train"

@@ -1,0 +1,51 @@
+"""Training and test split of what the pocket world makes: a hash of a text decides for good."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+__all__ = ["Split", "check_split", "different"]
+
+Split = Literal["train", "test"]
+Made = TypeVar("Made")
+
+_TEST_SHARE = 5
+
+
+def check_split(split: str) -> None:
+    """Refuse a name that is no split.
+
+    Raises:
+        ValueError: it is neither "train" nor "test".
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+
+
+def different(
+    count: int, split: Split, make: Callable[[int], Made], text: Callable[[Made], str]
+) -> list[Made]:
+    """`count` things of a split whose texts differ, in the order in which they were made.
+
+    Args:
+        count: 0 or more.
+        split: no text is in both, whatever made it.
+        make: the next thing, given how many there are already.
+        text: of a thing; a fifth of all texts are of the test split.
+
+    Raises:
+        ValueError: an unknown split, or a negative count.
+    """
+    check_split(split)
+    if count < 0:
+        raise ValueError(f"count must be 0 or more, got {count}")
+    found: dict[str, Made] = {}
+    while len(found) < count:
+        made = make(len(found))
+        if _split(text(made)) == split:
+            found.setdefault(text(made), made)
+    return list(found.values())
+
+
+def _split(text: str) -> Split:
+    return "test" if hashlib.sha256(text.encode()).digest()[0] % _TEST_SHARE == 0 else "train"
