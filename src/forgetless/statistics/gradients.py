@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,8 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,13 +20,12 @@ from forgetless.errors import UserError
 from forgetless.models import as_base, target_layers, weight_shape
 from forgetless.statistics.budget import parse_budget, passes
 from forgetless.statistics.collector import Batch
+from forgetless.statistics.files import FileFormat
 from forgetless.statistics.moments import OnDisk, Spilled
 from forgetless.statistics.padding import device_and_dtype, prepare
 from forgetless.statistics.ranks import Ranks, refuse_sharded, refuse_shared_out
 
-FILE_NAME = "gradients.safetensors"
-_FORMAT = "forgetless-gradients"
-_VERSION = 1
+_FORMAT = FileFormat("gradients", version=1, make="forgetless.statistics.collect_gradients")
 _IGNORED = -100
 
 
@@ -69,20 +65,7 @@ class Gradients(Mapping[str, Tensor]):
         Returns:
             The file.
         """
-        file = _gradients_file(Path(path))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        header = {
-            "format": _FORMAT,
-            "version": str(_VERSION),
-            "metadata": json.dumps(self.metadata),
-        }
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            save_file(dict(self), unfinished, metadata=header)
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return file
+        return _FORMAT.write(path, self, metadata=json.dumps(self.metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Gradients:
@@ -91,19 +74,8 @@ class Gradients(Mapping[str, Tensor]):
         Raises:
             UserError: there is no such file, or it does not hold gradients.
         """
-        file = _gradients_file(Path(path))
-        if not file.is_file():
-            raise UserError(
-                f"no gradients at {file}; make them with forgetless.statistics.collect_gradients"
-            )
-        try:
-            with safe_open(file, framework="pt") as opened:
-                header, names = opened.metadata() or {}, list(opened.keys())
-        except SafetensorError as problem:
-            raise UserError(f"{file} is damaged or no safetensors file: {problem}") from None
-        if header.get("format") != _FORMAT or header.get("version") != str(_VERSION):
-            raise UserError(f"{file} does not hold gradients of version {_VERSION}")
-        return cls(OnDisk(dict.fromkeys(names, file)), json.loads(header["metadata"]))
+        header, names = _FORMAT.header(path)
+        return cls(OnDisk(dict.fromkeys(names, _FORMAT.file(path))), json.loads(header["metadata"]))
 
 
 def collect_gradients(
@@ -292,7 +264,3 @@ def _learned(base: nn.Module, labels: Tensor) -> int:
     if causal and labels.ndim == 2:
         labels = labels[:, 1:]
     return int((labels != _IGNORED).sum())
-
-
-def _gradients_file(path: Path) -> Path:
-    return path if path.suffix == ".safetensors" else path / FILE_NAME

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shutil
 import tempfile
 import weakref
@@ -15,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from forgetless.errors import UserError
+from forgetless.statistics.files import FileFormat
 
-FILE_NAME = "statistics.safetensors"
-_FORMAT = "forgetless-statistics"
-_VERSION = 1
+_FORMAT = FileFormat("statistics", version=1, make="'forgetless stats'")
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,21 +186,9 @@ class Statistics(Mapping[str, LayerStatistics]):
         Returns:
             The file.
         """
-        file = _statistics_file(Path(path))
-        file.parent.mkdir(parents=True, exist_ok=True)
         layers = {n: {"matrix": self._matrix_of[n], "tokens": self._tokens[n]} for n in self}
-        header = {
-            "format": _FORMAT,
-            "version": str(_VERSION),
-            "statistics": json.dumps({"metadata": self.metadata, "layers": layers}),
-        }
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            save_file(dict(self._matrices), unfinished, metadata=header)
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return file
+        content = json.dumps({"metadata": self.metadata, "layers": layers})
+        return _FORMAT.write(path, self._matrices, statistics=content)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -212,21 +197,12 @@ class Statistics(Mapping[str, LayerStatistics]):
         Raises:
             UserError: there is no such file, or it does not hold statistics.
         """
-        file = _statistics_file(Path(path))
-        if not file.is_file():
-            raise UserError(f"no statistics at {file}; make them with 'forgetless stats'")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                header = opened.metadata() or {}
-        except SafetensorError as problem:
-            raise UserError(f"{file} is damaged or no safetensors file: {problem}") from None
-        if header.get("format") != _FORMAT or header.get("version") != str(_VERSION):
-            raise UserError(f"{file} does not hold statistics of version {_VERSION}")
+        header, _ = _FORMAT.header(path)
         saved = json.loads(header["statistics"])
         layers = saved["layers"]
         matrix_of = {name: layer["matrix"] for name, layer in layers.items()}
         return cls.of(
-            OnDisk(dict.fromkeys(matrix_of.values(), file)),
+            OnDisk(dict.fromkeys(matrix_of.values(), _FORMAT.file(path))),
             matrix_of,
             {name: layer["tokens"] for name, layer in layers.items()},
             saved["metadata"],
@@ -285,10 +261,6 @@ class Mixed(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._parts)
-
-
-def _statistics_file(path: Path) -> Path:
-    return path if path.suffix == ".safetensors" else path / FILE_NAME
 
 
 def _check_same_layers(a: Statistics, b: Statistics) -> None:
