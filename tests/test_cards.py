@@ -17,10 +17,10 @@ import forgetless as fl
 from forgetless import store
 from forgetless.cards import Card, _base_name, write_run_card
 from forgetless.commands import export
-from forgetless.comparison import compare
 from forgetless.models import load_model
 from forgetless.recipe import Recipe
 from forgetless.runs import run as run_recipe
+from forgetless.scores.comparison import compare
 from forgetless.store import RunFolder
 from tests.families import FAMILIES
 from tests.test_comparison import answers

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 import forgetless as fl
-from forgetless.averages import paper_averages
-from forgetless.comparison import Row
 from forgetless.errors import UserError
 from forgetless.metrics import (
     Interval,
@@ -22,7 +20,9 @@ from forgetless.metrics import (
     paired_bootstrap_interval,
     paired_proportions_interval,
 )
-from forgetless.showing import as_text, sentence
+from forgetless.scores.averages import paper_averages
+from forgetless.scores.comparison import Row
+from forgetless.scores.showing import as_text, sentence
 from forgetless.tasks import KL, Item, PocketRecall, TaskResult
 from forgetless.tasks.base import settings_of
 

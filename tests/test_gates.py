@@ -13,11 +13,11 @@ import pytest
 
 from forgetless import store
 from forgetless.cli import main
-from forgetless.comparison import Comparison, compare
 from forgetless.errors import UserError
 from forgetless.evaluation import Scores
-from forgetless.gates import Limit, judge, junit, parse_limits, to_json, verdict
-from forgetless.scorefiles import read_scores, write_records
+from forgetless.scores.comparison import Comparison, compare
+from forgetless.scores.files import read_scores, write_records
+from forgetless.scores.gates import Limit, judge, junit, parse_limits, to_json, verdict
 from forgetless.store import RunFolder
 from tests.test_comparison import answers, documents
 

@@ -17,7 +17,7 @@ from forgetless.commands import Measurement, measure, task_specs, write_scores
 from forgetless.models import load_model, load_tokenizer
 from forgetless.recipe import base_hash, weights_hash
 from forgetless.runs import run
-from forgetless.score_cache import ScoreCache, default_folder
+from forgetless.scores.cache import ScoreCache, default_folder
 from forgetless.tasks import TaskResult, make_task
 from forgetless.tasks.journal import resuming, section
 from tests.tiny import recipe_of, save_base

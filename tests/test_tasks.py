@@ -589,7 +589,8 @@ def test_kinds_describe_themselves() -> None:
 
 def test_no_torch_until_a_task_is_evaluated() -> None:
     code = (
-        "import sys; from forgetless.comparison import compare; from forgetless.tasks import "
-        "make_task; make_task('pocket_recall'); sys.exit('torch' in sys.modules)"
+        "import sys; from forgetless.scores.comparison import compare; "
+        "from forgetless.tasks import make_task; make_task('pocket_recall'); "
+        "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from forgetless.adapters import ExportReport, attach, export, load, save
-    from forgetless.comparison import Comparison, compare
     from forgetless.core import Decomposition, Factors, Method, decompose
     from forgetless.evaluation import Scores, evaluate
     from forgetless.methods import METHODS
     from forgetless.recipe import Recipe
     from forgetless.reports import report
     from forgetless.runs import Run, run
+    from forgetless.scores.comparison import Comparison, compare
     from forgetless.statistics import Statistics, collect
     from forgetless.studies import Study, study
     from forgetless.training import ForgettingCallback
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "METHODS": "methods",
-    "Comparison": "comparison",
+    "Comparison": "scores.comparison",
     "Decomposition": "core",
     "ExportReport": "adapters",
     "Factors": "core",
@@ -38,7 +38,7 @@ _HOME = {
     "Study": "studies",
     "attach": "adapters",
     "collect": "statistics",
-    "compare": "comparison",
+    "compare": "scores.comparison",
     "decompose": "core",
     "evaluate": "evaluation",
     "export": "adapters",

@@ -19,10 +19,10 @@ from typing import Any
 import yaml
 
 from forgetless import store
-from forgetless.comparison import Comparison, Row, compare
 from forgetless.errors import UserError
-from forgetless.scorefiles import read_scores
-from forgetless.showing import sentence
+from forgetless.scores.comparison import Comparison, Row, compare
+from forgetless.scores.files import read_scores
+from forgetless.scores.showing import sentence
 from forgetless.store import RunFolder
 
 __all__ = ["Card", "write_export_card", "write_run_card"]

@@ -17,9 +17,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from forgetless.comparison import Comparison
     from forgetless.recipe import CalibrationSettings
     from forgetless.runs import Run
+    from forgetless.scores.comparison import Comparison
     from forgetless.studies import Study
 
 STOPPED = 130
@@ -480,10 +480,10 @@ def compare(
     junit: Annotated[str | None, typer.Option(help="JUnit XML file: a test case a task.")] = None,
 ) -> None:
     """Show what was lost and gained between two scorings, and fail if it is too much."""
-    from forgetless import gates
-    from forgetless.comparison import compare as do
     from forgetless.errors import UserError
-    from forgetless.scorefiles import read_scores
+    from forgetless.scores import gates
+    from forgetless.scores.comparison import compare as do
+    from forgetless.scores.files import read_scores
     from forgetless.store import write_json, write_text
 
     limits = gates.parse_limits(max_drop or [])
@@ -620,15 +620,15 @@ def _print_run(done: Run) -> None:
     if not done.scores:
         print("nothing was measured: the recipe names no tasks")
         return
-    from forgetless.comparison import compare
-    from forgetless.scorefiles import read_scores
+    from forgetless.scores.comparison import compare
+    from forgetless.scores.files import read_scores
 
     base, final = (read_scores(done.folder, phase).scores for phase in ("base", "final"))
     _print_comparison(compare(base, final), items=5)
 
 
 def _print_comparison(comparison: Comparison, items: int) -> None:
-    from forgetless.showing import render
+    from forgetless.scores.showing import render
 
     console = _console()
     console.print(render(comparison, items, console.width))

@@ -13,7 +13,6 @@ from forgetless import adapters, store
 from forgetless.adapters import ExportReport
 from forgetless.cards import write_run_card
 from forgetless.checking import Checker
-from forgetless.comparison import Comparison, compare
 from forgetless.core import Method, find_method
 from forgetless.errors import RecipeError, UserError
 from forgetless.evaluation import Scores, evaluate
@@ -28,8 +27,9 @@ from forgetless.recipe import (
     base_hash,
     weights_hash,
 )
-from forgetless.score_cache import ScoreCache, default_folder
-from forgetless.scorefiles import write_records
+from forgetless.scores.cache import ScoreCache, default_folder
+from forgetless.scores.comparison import Comparison, compare
+from forgetless.scores.files import write_records
 from forgetless.stages import attached
 from forgetless.statistics import Statistics
 from forgetless.store import RunFolder
@@ -248,8 +248,8 @@ def measure(
         dtype: number format of the weights.
         batch_size: texts at once; None lets each task choose.
         cache: folder of scores that were measured before, by the content of model and task; None
-            for `forgetless.score_cache.default_folder`. No model is loaded where all are there, and
-            an evaluation that was interrupted goes on where it was.
+            for `forgetless.scores.cache.default_folder`. No model is loaded where all are there,
+            and an evaluation that was interrupted goes on where it was.
         listen: told, in words, what is measured next.
     """
     tasks = make_tasks(specs)
@@ -278,7 +278,7 @@ def write_scores(found: Measurement, path: Path) -> None:
 
     With an adapter, the file has the adapter's scores; the base's are beside it, in a file of the
     same form: ``scores.json`` and ``scores.base.json``. Each has its records beside it, see
-    `forgetless.scorefiles`.
+    `forgetless.scores.files`.
     """
     base = path
     if found.adapted is not None:

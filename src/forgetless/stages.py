@@ -42,7 +42,7 @@ from forgetless.recipe import (
     input_keys,
 )
 from forgetless.reuse import cached_spectra
-from forgetless.score_cache import ScoreCache
+from forgetless.scores.cache import ScoreCache
 from forgetless.statistics import Statistics
 from forgetless.store import Phase, RunFolder
 from forgetless.tasks import Task, TaskResult, make_tasks

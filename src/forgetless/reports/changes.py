@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from forgetless.averages import PaperAverage, paper_averages
-from forgetless.comparison import Row, Verdict, compare
 from forgetless.errors import UserError
 from forgetless.metrics import Interval
 from forgetless.reports.arms import Arm
 from forgetless.reports.evidence import Evidence, Run, Task, number
 from forgetless.reports.intervals import over_seeds
+from forgetless.scores.averages import PaperAverage, paper_averages
+from forgetless.scores.comparison import Row, Verdict, compare
 from forgetless.store import Phase
 from forgetless.tasks.base import Item, TaskResult
 

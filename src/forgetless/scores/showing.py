@@ -13,10 +13,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from forgetless.averages import PaperAverage
+from forgetless.scores.averages import PaperAverage
 
 if TYPE_CHECKING:
-    from forgetless.comparison import Change, Comparison, Row
+    from forgetless.scores.comparison import Change, Comparison, Row
 
 __all__ = ["as_text", "render", "sentence"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from forgetless import metrics
-from forgetless.averages import PaperAverage, paper_averages
 from forgetless.errors import UserError
+from forgetless.scores.averages import PaperAverage, paper_averages
 from forgetless.tasks.base import Item, TaskResult
 
 __all__ = ["Change", "Comparison", "Flip", "Row", "Verdict", "compare"]
@@ -242,7 +242,7 @@ class Comparison:
 
     def __str__(self) -> str:
         """The table and the lost and gained items, for people."""
-        from forgetless.showing import as_text
+        from forgetless.scores.showing import as_text
 
         return as_text(self)
 

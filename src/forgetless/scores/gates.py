@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forgetless.comparison import Comparison, Row
 from forgetless.errors import UserError, unknown
-from forgetless.showing import sentence
+from forgetless.scores.comparison import Comparison, Row
+from forgetless.scores.showing import sentence
 
 __all__ = ["Judgement", "Limit", "judge", "junit", "parse_limits", "to_json", "verdict"]
 

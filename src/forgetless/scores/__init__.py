@@ -1,0 +1,1 @@
+"""Scores once they are measured: kept, looked up, compared, limited and shown."""
