@@ -1,4 +1,7 @@
-"""Writes the pages of docs/ that follow from the code: docs/methods.md.
+"""Writes what follows from the code and from committed results: methods.md, results pages.
+
+A page of results is written by hand around its tables. These stand between two marks, one pair for
+each CSV file, and are what this script writes; a file without marks gets them at the page's end.
 
 python docs/make.py
 """
@@ -6,13 +9,32 @@ python docs/make.py
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from forgetless.method_table import as_markdown
+from forgetless.reports.durations import Course, Matched, course_of_rows, matched_over_steps
+from forgetless.reports.evidence import Task, read_csv, tasks_of
+from forgetless.reports.figures import draw_course
+from forgetless.reports.intervals import Estimate
+from forgetless.reports.rates import tried
+from forgetless.reports.words import (
+    NOT_MEASURED,
+    amount,
+    interval_words,
+    level_words,
+    unit,
+    unit_in_full,
+)
 
 DOCS = Path(__file__).parent
-TIMES = DOCS / "results" / "start.json"
+RESULTS = DOCS / "results"
+TIMES = RESULTS / "start.json"
 """What `benchmarks/start.py --full` writes; the column of times is empty without it."""
+
+PAGES = {"pocket-curves.md": "pocket-curves-*.csv"}
+"""Pages of results, and the results.csv and curve.csv files of studies whose tables they hold."""
 
 
 def seconds() -> dict[str, float]:
@@ -23,11 +45,99 @@ def seconds() -> dict[str, float]:
     return {row["method"]: row["block s"] for row in rows if row["method"]}
 
 
+def with_tables(page: str, files: Iterable[Path]) -> str:
+    """The page with the tables of these files in their places."""
+    for file in files:
+        first, last = f"<!-- {file.name} -->", f"<!-- /{file.name} -->"
+        part = f"{first}\n\n{tables(file)}\n\n{last}"
+        if first in page:
+            old = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
+            page = old.sub(lambda _, part=part: part, page)
+        else:
+            page = f"{page.rstrip()}\n\n{part}\n"
+    return page
+
+
+def tables(file: Path) -> str:
+    """The tables of a curve.csv, over the steps, or of a results.csv, over the learning rates."""
+    rows = read_csv(file)
+    if not rows or "step" not in rows[0]:
+        return _rates(rows)
+    course = course_of_rows(rows)
+    if course is None:
+        raise ValueError(f"{file.name} has no run with both kinds of task at two steps or more")
+    matched = matched_over_steps(course)
+    parts = [f"![Learned against kept, a line an arm]({file.with_suffix('.png').name})"]
+    parts += [_by_step(course, task) for task in (*course.learning, *course.forgetting)]
+    return "\n\n".join([*parts, *([_matched(matched)] if matched else [])])
+
+
+def draw(file: Path) -> None:
+    """The figure of a curve.csv, beside it."""
+    course = course_of_rows(read_csv(file))
+    if course is not None:
+        draw_course(course, file.with_suffix(".png"))
+
+
+def _by_step(course: Course, task: Task) -> str:
+    base = next((m for track in course.tracks for m in track.moments if m.step == 0), None)
+    heads = ["arm", *(f"step {step}" for step in course.steps)]
+    rows = []
+    for track in course.tracks:
+        at = {moment.step: moment.scores.get(task.name) for moment in track.moments}
+        rows.append([track.label, *(_cell(at.get(step), task) for step in course.steps)])
+    known = f"; base {_cell(base.scores.get(task.name), task)}" if base else ""
+    return f"{task.kind.capitalize()}: {unit_in_full(task)}{known}.\n\n{_table(heads, rows)}"
+
+
+def _matched(matched: Matched) -> str:
+    heads = ["arm", *(level_words(matched.learning, level) for level in matched.levels)]
+    rows = [[label, *(_cell(estimate, matched.kept) for estimate in at)]
+            for label, at in matched.kept_at.items()]  # fmt: skip
+    about = f"Kept at matched learning: {unit_in_full(matched.kept)}, by {unit(matched.learning)}."
+    return f"{about}\n\n{_table(heads, rows)}"
+
+
+def _rates(rows: Sequence[dict[str, object]]) -> str:
+    tasks = tasks_of([row for row in rows if row["task"]])
+    heads = ["arm", "learning rate", *(unit(task) for task in tasks)]
+    lines = [
+        [
+            rate.arm,
+            f"{rate.learning_rate:g}{' **chosen**' if rate.is_chosen else ''}",
+            *(_cell(rate.scores.get(task.name), task) for task in tasks),
+        ]
+        for rate in tried(rows)
+    ]
+    return _table(heads, lines)
+
+
+def _cell(estimate: Estimate | None, task: Task) -> str:
+    if estimate is None:
+        return NOT_MEASURED
+    interval = f" ({interval_words(estimate, task)})" if estimate.has_error else ""
+    return f"{amount(task, estimate.value)}{interval}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["--:"] * (len(heads) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *rows))
+
+
 def main() -> None:
-    """Write the page."""
-    page = DOCS / "methods.md"
-    page.write_text(as_markdown(seconds()), encoding="utf-8")
-    print(page)
+    """Write the pages."""
+    methods = DOCS / "methods.md"
+    methods.write_text(as_markdown(seconds()), encoding="utf-8")
+    print(methods)
+    for name, pattern in PAGES.items():
+        page, files = RESULTS / name, sorted(RESULTS.glob(pattern))
+        if not files:
+            continue
+        for file in files:
+            draw(file)
+        text = page.read_text(encoding="utf-8") if page.is_file() else f"# {page.stem}\n"
+        page.write_text(with_tables(text, files), encoding="utf-8")
+        print(page)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 `lora_null_zero` starts from the base itself (B = 0), so `forgetless init` writes it as a plain
 LoRA. The second half of this script knows nothing of Forgetless: it could be any trainer that
-continues a LoRA. What comes out is measured like one of our own.
+continues a LoRA. What comes out is a LoRA for the original base, with no step in between. It is
+measured like one of our own, and exported at half its rank with the error of that.
 
     python examples/peft_only.py --out work/peft [--steps 60]
 """
@@ -57,11 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
     trained = options.out / "trained"
     train_with_peft_alone(base, Path(start.folder), trained, texts, options.steps)
 
+    # What any trainer made: a folder that PEFT wrote.
     model = fl.load(models.load_model(options.base), trained)
     tokenizer = models.load_tokenizer(options.base)
     with model.disable_adapter():
         before = fl.evaluate(model, {"kind": "pocket_recall", "limit": 40}, tokenizer)
     print(fl.compare(before, fl.evaluate(model, {"kind": "pocket_recall", "limit": 40}, tokenizer)))
+    print(fl.export(model, options.out / "small", rank=4))
     return model
 
 

@@ -169,7 +169,7 @@ MISTAKES: list[tuple[str, str]] = [
     ),
     (
         "run {here}/recipe.yaml --set training.steps=null",
-        "give either steps or epochs, got neither",
+        "give one of steps, epochs and tokens, got none of them",
     ),
     ("run {here}/recipe.yaml --set dtype=int4", "must be 'auto', 'float32', 'bfloat16'"),
     # base
@@ -208,6 +208,12 @@ MISTAKES: list[tuple[str, str]] = [
     ("eval {base} --tasks kl", "task 'kl' needs a 'path'"),
     ("eval {here}/nothing --tasks pocket_recall", "is no model"),
     ("eval {base} --tasks kl:{files}/old.txt --adapter {here}/nothing", "neither a run nor an"),
+    ("eval {base} --tasks pocket_recall --learning pocket_recall", "give --report too"),
+    (
+        "eval {base} --tasks pocket_recall --adapter {run} --report {here}/new "
+        "--learning pocket_series",
+        "pocket_series cannot be learned: not among the tasks pocket_recall",
+    ),
     ("stats {base} --calibration {here}/absent.txt --out {here}/new", "no such file"),
     ("stats {base} --samples 0 --out {here}/new", "samples: must be greater than or equal to 1"),
     ("init {base} --method lora_nul --out {here}/new", "did you mean 'lora_null_v"),
@@ -443,6 +449,14 @@ def test_eval_scores_a_base_and_a_run_beside_it(
     assert plain["kl_test"]["kl"]["value"] == pytest.approx(
         scores["kl_test"]["kl"]["value"], rel=1e-4
     )
+    page = ["--adapter", place["run"], "--report", tmp_path / "page"]
+    learned = ["--learning", tasks.partition(",")[0]]
+    assert forgetless(*arguments, *page, *learned).code == 0
+    rows = store.results(tmp_path / "page")
+    assert {row["task"]: row["kind"] for row in rows} == {
+        "perplexity_old": "learning",
+        "kl_test": "forgetting",
+    }
 
 
 def test_export_of_a_run_and_of_an_adapter(

@@ -16,9 +16,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from forgetless.chat import PLAIN_CHAT_TEMPLATE
 from forgetless.data import (
     IGNORED,
-    PLAIN_CHAT_TEMPLATE,
     Examples,
     from_rows,
     load_examples,
@@ -206,6 +206,10 @@ GOOD = '{"question": "q", "answer": "a"}\n'
         ('{"messages": "hello"}', "'messages' must be a list of turns, got str 'hello'"),
         ('{"messages": [{"role": "bot", "content": "x"}]}', "turn 1: .* system, user, assistant"),
         ('{"messages": [{"role": "assistant"}]}', "turn 1: 'content' must be text"),
+        (
+            '{"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}]}',
+            "turn 1: 'tool_calls' are not read",
+        ),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no turn of the assistant"),
         ("\x00\udcff", "not UTF-8"),
     ],
@@ -291,8 +295,11 @@ def test_truncation_keeps_the_beginning_of_the_answer() -> None:
         {"prompt": "12345678", "completion": "9"},
         {"prompt": "1", "completion": "2"},
     ]
-    with pytest.warns(UserWarning, match=r"1 of 3 examples are left out: .* max_length=7"):
+    with pytest.warns(UserWarning, match="1 of 3 examples do not fit max_length=7") as said:
         tokenized = tokenize(examples(*rows), tokenizer, max_length=7)
+    left_out, cut_off = (str(warning.message) for warning in said)
+    assert left_out.endswith("with their prompts alone and are left out")
+    assert cut_off.endswith("; the ends of their answers are cut off and not learned")
     assert [learned(tokenizer, row) for row in tokenized] == ["67", "2</s>"]
     with (
         pytest.warns(UserWarning, match="3 of 3"),
@@ -399,9 +406,9 @@ def test_a_plain_template_stands_in_where_there_is_none(bos: bool) -> None:
     assert conversation(PLAIN_CHAT_TEMPLATE)[0][1] == answers
 
 
-def test_a_template_that_cannot_be_split_is_an_error() -> None:
-    with pytest.raises(ValueError, match="does not continue its own generation prompt"):
-        conversation(CHATML.replace("<|start|>assistant\n", "<|go|>"))
+def test_a_template_that_does_not_continue_its_own_generation_prompt() -> None:
+    [(_, answers)] = conversation(CHATML.replace("<|start|>assistant\n", "<|go|>"))
+    assert answers == "Hi<|end|>Ciao<|end|>"
 
 
 def test_long_conversations_are_cut() -> None:

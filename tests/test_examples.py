@@ -64,7 +64,15 @@ def test_a_start_goes_through_a_tool_that_knows_only_peft(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = importlib.import_module("peft_only").main(["--out", str(tmp_path), "--steps", "2"])
-    assert "pocket_recall" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pocket_recall" in said
+    assert "small: rank 4, relative error" in said
+    served, small = (
+        PeftModel.from_pretrained(load_model("pocket"), str(tmp_path / folder))
+        for folder in ("trained", "small")
+    )
+    assert torch.allclose(logits(served), logits(model), atol=1e-5)
+    assert not torch.equal(logits(small), logits(model))
     with model.disable_adapter():
         base = logits(model)
     assert torch.equal(base, logits(load_model("pocket")))

@@ -12,12 +12,15 @@ from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
+from forgetless.adapters import attach, export
+from forgetless.blocks import shortest_endings
 from forgetless.errors import UserError
 from forgetless.models import (
     as_base,
+    find_targets,
     linear_weight,
     load_model,
     load_tokenizer,
@@ -75,6 +78,91 @@ def test_a_peft_model_gives_the_layers_of_its_base(family: str) -> None:
     found = target_layers(wrapped)
     assert list(found) == list(plain)
     assert all(found[name] is plain[name] for name in plain)
+
+
+PARTS_OF = {
+    "llama": ("k_proj o_proj q_proj v_proj", "down_proj gate_proj up_proj"),
+    "qwen2": ("k_proj o_proj q_proj v_proj", "down_proj gate_proj up_proj"),
+    "gpt2": ("attn.c_proj c_attn", "c_fc mlp.c_proj"),
+    "t5": ("k o q v", "wi wo"),
+    "bert": (
+        "attention.output.dense key query value",
+        "0.output.dense 1.output.dense intermediate.dense",
+    ),
+    "vit": ("k_proj o_proj q_proj v_proj", "fc1 fc2"),
+}
+PART = pytest.mark.parametrize("part", ["attention", "mlp"])
+
+
+@FAMILY
+@PART
+def test_a_part_of_a_block_is_a_list_that_peft_alone_understands(family: str, part: str) -> None:
+    model = FAMILIES[family].model()
+    found = find_targets(model, part)
+    assert found.given == PARTS_OF[family][part == "mlp"].split()
+    assert target_layers(model, found.given) == found.layers
+    outside = {"bert": ["cls.predictions.transform.dense"], "vit": ["classifier"]}
+    parts = [name for each in ("attention", "mlp") for name in target_layers(model, each)]
+    assert sorted(parts + outside.get(family, [])) == sorted(target_layers(model))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=found.given))
+    modules = wrapped.get_base_model().named_modules()
+    assert [name for name, m in modules if isinstance(m, LoraLayer)] == list(found.layers)
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "mlp"),
+    [
+        ("gemma", "k_proj o_proj q_proj v_proj", "down_proj gate_proj up_proj"),
+        ("phi", "dense k_proj q_proj v_proj", "fc1 fc2"),
+        ("gpt_neox", "dense query_key_value", "dense_4h_to_h dense_h_to_4h"),
+        ("opt", "k_proj out_proj q_proj v_proj", "fc1 fc2"),
+        ("qwen2_moe", "k_proj o_proj q_proj v_proj", "gate_proj shared_expert.down_proj up_proj"),
+        ("jamba", "k_proj o_proj q_proj v_proj", "feed_forward.down_proj gate_proj up_proj"),
+    ],
+)
+def test_other_families_have_both_parts(kind: str, attention: str, mlp: str) -> None:
+    more = {"num_hidden_layers": 6} if kind == "jamba" else {}  # the fifth is its first attention
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL | more))
+    assert find_targets(model, "attention").given == attention.split()
+    assert find_targets(model, "mlp").given == mlp.split()
+    assert bool(find_targets(model, "mlp").skipped) == (kind in ("qwen2_moe", "jamba"))
+
+
+@PART
+def test_a_model_whose_blocks_cannot_be_told_apart_is_refused(part: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **SMALL))
+    with pytest.raises(UserError, match=f"{part!r}: no linear layer.*end in: dt_proj, in_proj"):
+        target_layers(model, part)
+
+
+def test_only_routers_beside_stacked_experts_are_no_mlp() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("phimoe", **SMALL))
+    with pytest.raises(UserError, match=r"experts are stacked tensors: model.layers.\*.mlp.exp"):
+        target_layers(model, "mlp")
+
+
+def test_an_exported_adapter_names_the_modules(tmp_path: Path) -> None:
+    export(attach(FAMILIES["gpt2"].model(), "pissa", 2, 2, target_modules="mlp"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["c_fc", "mlp.c_proj"]
+
+
+def test_the_shortest_endings_name_nothing_else() -> None:
+    everything = ["0.a.x", "0.b.x", "0.b.y", "1.a.x", "1.b.x", "1.b.y", "x"]
+    assert shortest_endings(["0.b.y", "1.b.y"], everything) == ["y"]
+    assert shortest_endings(["0.b.x", "1.b.x", "1.b.y"], everything) == ["1.b.y", "b.x"]
 
 
 def test_modules_to_save_keep_their_plain_names() -> None:

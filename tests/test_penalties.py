@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forgetless.adapters import adapted_layers, attach, export, plain_factors
+from forgetless.adapters import (
+    adapted_layers,
+    attach,
+    down_projections,
+    export,
+    plain_factors,
+    save,
+)
 from forgetless.data import load_examples, tokenize
 from forgetless.errors import UserError
 from forgetless.models import load_model, load_tokenizer
-from forgetless.recipe import TrainingSettings
+from forgetless.recipe import Recipe, TrainingSettings, check
+from forgetless.statistics import collect
 from forgetless.training import train
+from forgetless.training.log import TrainingLog
 from forgetless.training.penalties import make_penalty
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -156,6 +167,35 @@ def test_orthogonality_is_the_overlap_of_the_inputs(
     assert penalty(adapted, 0).item() == pytest.approx(float(overlap), rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["milora", "lora", "lora_null_v2"])
+def test_a_native_folder_has_the_inputs_of_the_exported_one(
+    method: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = load_model(str(tiny_base), dtype="float32")
+    stats = collect(base, [{"input_ids": torch.arange(4, 60)[None]}])
+    model = shaken(attach(base, method, rank=2, alpha=2, stats=stats))
+    save(model, tmp_path / "native")
+    export(model, tmp_path / "exported")
+    native = down_projections(tmp_path / "native")
+    exported = down_projections(tmp_path / "exported")
+    assert native.keys() == exported.keys() == adapted_layers(model).keys()
+    assert all(torch.equal(native[name], exported[name]) for name in native)
+
+
+def test_ewc_leaves_the_modes_as_they_were_when_it_fails(
+    full: Any, tokenizer: Any, tiny_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: nn.Module, ids: Tensor) -> Tensor:
+        assert not model.training
+        raise KeyError
+
+    monkeypatch.setattr("forgetless.training.penalties._log_likelihood", fail)
+    full.train()
+    with pytest.raises(KeyError):
+        prepared(full, tokenizer, kind="ewc", weight=1, source=str(tiny_files / "old.txt"))
+    assert all(module.training for module in full.modules())
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -168,6 +208,14 @@ def test_orthogonality_is_the_overlap_of_the_inputs(
 def test_mistakes_in_a_penalty(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_penalty(spec)
+
+
+def test_a_folder_that_is_no_adapter_is_named_before_anything_is_loaded(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = {"kind": "orthogonality", "weight": 1.0, "adapters": [str(tmp_path)]}
+    (found,) = check(Recipe.parse(tiny_recipe, {"penalties": [spec]}))
+    assert found == f"penalties.0: {tmp_path} is no adapter: it has no adapter_config.json"
 
 
 def test_full_fine_tuning_has_no_inputs_to_keep_apart(full: Any, tokenizer: Any) -> None:
@@ -218,3 +266,68 @@ def test_accumulation_does_not_change_a_penalised_step(
         train(model, tokenizer, rows, settings, tmp_path / str(accumulation), penalties=penalties)
         models.append(model)
     assert distance(*models) < 1e-5
+
+
+# ---- in the log ----------------------------------------------------------------------------------
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_log_has_the_penalty_beside_the_loss(
+    accumulation: int, adapted: Any, tokenizer: Any, tiny_files: Path, tmp_path: Path
+) -> None:
+    rows = tokenize(load_examples(tiny_files / "train.jsonl"), tokenizer, max_length=32)
+    shaken(adapted)
+    penalty = {"kind": "kl", "weight": 5.0, "source": str(tiny_files / "old.txt"), "samples": 4}
+    expected = 5 * prepared(adapted, tokenizer, **penalty)(adapted.train(), 0).item()
+    start = copy.deepcopy(adapted.state_dict())
+    settings = TrainingSettings(
+        learning_rate=1e-3, steps=2, batch_size=4, gradient_accumulation=accumulation, log_every=2
+    )
+    train(adapted, tokenizer, rows, settings, tmp_path / "with", penalties=[penalty])
+    adapted.load_state_dict(start)
+    train(adapted, tokenizer, rows, settings, tmp_path / "without")
+    (first, second), (alone, _) = lines(tmp_path / "with"), lines(tmp_path / "without")
+    assert first["penalty"] == pytest.approx(expected, rel=1e-5)
+    assert first["loss"] - first["penalty"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert 0 < second["penalty"] < second["loss"]
+    assert "penalty" not in alone
+
+
+def test_a_resumed_training_gives_the_same_penalties(
+    tokenizer: Any, tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    rows = tokenize(load_examples(tiny_files / "train.jsonl"), tokenizer, max_length=32)
+    settings = TrainingSettings(
+        learning_rate=1e-2, steps=8, batch_size=4, checkpoint_every=3, log_every=2
+    )
+
+    def fit(folder: str, on_step: Any = None) -> None:
+        model = load_model(str(tiny_base), dtype="float32")
+        penalties = [{"kind": "l2_start", "weight": 3.0}]
+        more = {"penalties": penalties, "on_step": on_step}
+        train(model, tokenizer, rows, settings, tmp_path / folder, **more)
+
+    def stop(done: int, steps: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    fit("a")
+    with pytest.raises(KeyboardInterrupt):
+        fit("b", stop)
+    fit("b")
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    assert all(line["penalty"] > 0 for line in lines(tmp_path / "a")[2:])
+
+
+def test_a_log_from_before_penalties_were_written_is_read(tmp_path: Path) -> None:
+    line = {"step": 1, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 9}
+    written = json.dumps(line | {"seconds": 0.5}) + "\n"
+    (tmp_path / "log.jsonl").write_text(written)
+    (read,) = TrainingLog(tmp_path / "log.jsonl", 1).lines
+    assert (read.loss, read.penalty) == (2.5, None)
+    assert (tmp_path / "log.jsonl").read_text() == written

@@ -220,7 +220,7 @@ def test_the_default_folder_is_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_a_run_goes_on_in_the_middle_of_a_task(
     tiny_base: Path, tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from forgetless.tasks import likelihood
+    from forgetless.tasks import inference, likelihood
 
     recipe = recipe_of(tiny_base, tiny_files)
     whole = run(recipe, tmp_path / "whole").scores
@@ -233,7 +233,7 @@ def test_a_run_goes_on_in_the_middle_of_a_task(
         return original(*arguments)
 
     monkeypatch.setattr(likelihood, "_row_losses", counted)
-    monkeypatch.setattr(likelihood, "_MOST_ROWS", 4)
+    monkeypatch.setitem(inference._MOST_ROWS, "cpu", 4)
     run(recipe, tmp_path / "counted")
     total, (calls[0], stop_at[0]) = calls[0], (0, calls[0] - 2)
     with pytest.raises(KeyboardInterrupt):

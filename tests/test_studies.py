@@ -167,7 +167,7 @@ def test_a_failed_run_does_not_stop_the_others(tiny_recipe: dict[str, Any], tmp_
     definition = {"name": "s", "recipe": recipe, "axes": {"training.learning_rate": rates}}
     done = study(definition, tmp_path)
     (failed,) = done.failed
-    assert failed.record["reason"].startswith("UserError: ")
+    assert failed.record["reason"].startswith("DivergenceError: the loss became nan")
     assert [row["status"] for row in done.results()] == ["failed"] * 3 + ["done"] * 3
     assert [row["score"] is None for row in done.results()] == [True] * 3 + [False] * 3
 

@@ -23,6 +23,8 @@ SWITCHES: dict[str, Any] = {
     "adapter.rank_pattern": {"q_proj": 4},
     "adapter.alpha_pattern": {"q_proj": 8.0},
     "training.loraplus_ratio": 4.0,
+    "training.betas": [0.8, 0.95],
+    "training.eps": 1e-6,
 }
 
 
@@ -30,12 +32,14 @@ def test_switches_that_are_off_leave_the_run_its_name(tiny_recipe: dict[str, Any
     plain = Recipe.parse(tiny_recipe).run_id
     off = {"adapter.use_rslora": False, "adapter.rank_pattern": {}, "training.loraplus_ratio": 1.0}
     assert Recipe.parse(tiny_recipe, off).run_id == plain
-    changed = {Recipe.parse(tiny_recipe, {key: value}).run_id for key, value in SWITCHES.items()}
-    assert len(changed | {plain}) == len(SWITCHES) + 1
+    switches = SWITCHES | {"training.compile": True, "adapter.target_modules": "mlp"}
+    changed = {Recipe.parse(tiny_recipe, {key: value}).run_id for key, value in switches.items()}
+    assert len(changed | {plain}) == len(switches) + 1
 
 
 def test_a_run_uses_every_switch(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
-    recipe = Recipe.parse(tiny_recipe, SWITCHES | {"tasks.learning": [], "tasks.forgetting": []})
+    changes = {"tasks.learning": [], "tasks.forgetting": [], "adapter.target_modules": "attention"}
+    recipe = Recipe.parse(tiny_recipe, SWITCHES | changes)
     assert check(recipe) == []
     done = run(recipe, tmp_path, "study")
     model = load(load_model(recipe.base), done.folder / "native")
@@ -45,6 +49,7 @@ def test_a_run_uses_every_switch(tiny_recipe: dict[str, Any], tmp_path: Path) ->
         assert module.scaling["default"] == alpha / rank**0.5
         assert module.lora_magnitude_vector["default"].weight.shape == (module.out_features,)
     exported = json.loads((done.folder / "adapter" / "adapter_config.json").read_text())
+    assert sorted(exported["target_modules"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert (exported["r"], exported["use_dora"], exported["use_rslora"]) == (8, True, False)
     record = json.loads((done.folder / "run.json").read_text())
     assert record["start"]["equals_base"] is True
@@ -85,12 +90,13 @@ def command(*arguments: object) -> int:
 def test_init_has_a_flag_for_each(tiny_base: Path, tmp_path: Path) -> None:
     flags = ["--rslora", "--dora", "--rank-pattern", "layers.0.*=3", "--alpha-pattern", "q_proj=6"]
     start = ["init", tiny_base, "--method", "pissa", "--rank", 4, "--out", tmp_path / "start"]
-    assert command(*start, *flags) == 0
+    assert command(*start, *flags, "--target-modules", "attention") == 0
     config = json.loads((tmp_path / "start" / "adapter_config.json").read_text())
     assert config["use_rslora"] is config["use_dora"] is True
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({"layers.0.*": 3}, {"q_proj": 6})
     model = load(load_model(str(tiny_base)), tmp_path / "start")
     assert {m.r["default"] for m in adapted_layers(model).values()} == {3, 4}
+    assert all(".self_attn." in name for name in adapted_layers(model))
 
 
 def test_init_refuses_a_layer_without_a_number(

@@ -28,7 +28,7 @@ from forgetless.recipe import TrainingSettings
 from forgetless.training import TrainingResult, remove_checkpoints, train
 from forgetless.training import checkpoints as ckpt
 from forgetless.training.batches import Padding, TokenRows
-from forgetless.training.loop import _Trainer
+from forgetless.training.trainer import ExactTrainer
 from tests.families import FAMILIES, VOCAB
 from tests.test_data import PAIRS, byte_tokenizer, examples
 
@@ -330,7 +330,7 @@ def test_weight_decay_is_decoupled_and_spares_vectors(tmp_path: Path) -> None:
 
 def test_weight_decay_reaches_every_matrix_of_an_adapter() -> None:
     model = lora()
-    decayed = set(_Trainer.get_decay_parameter_names(cast("_Trainer", None), model))
+    decayed = set(ExactTrainer.get_decay_parameter_names(cast("ExactTrainer", None), model))
     assert {n for n, w in model.named_parameters() if w.requires_grad} <= decayed
 
 

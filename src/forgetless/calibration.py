@@ -9,25 +9,27 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from forgetless.chat import Chat
 from forgetless.data import (
-    PLAIN_CHAT_TEMPLATE,
+    POCKET_KNOWLEDGE,
     POCKET_SKILLS,
     Examples,
+    Kind,
     from_rows,
     load_examples,
     read_rows,
     tokenize,
 )
 from forgetless.errors import UserError, unknown
+from forgetless.progress import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SELF = "self"
-POCKET_KNOWLEDGE = "pocket:knowledge"
 POCKET_FACTS = (POCKET_KNOWLEDGE, "pocket:held")
 POCKET_SOURCES = (
     *POCKET_FACTS,
@@ -119,6 +121,7 @@ def training_batches(
     max_length: int = 512,
     batch_size: int = 8,
     limit: int | None = None,
+    kind: Kind | Literal["auto"] = "auto",
     seed: int = 0,
 ) -> list[dict[str, Tensor]]:
     """Batches of training data as training sees it: one sequence a row, labels on what is learned.
@@ -130,6 +133,7 @@ def training_batches(
         max_length: tokens of the longest sequence; raw text is cut into pieces of it.
         batch_size: sequences a batch; sequences of similar length go together.
         limit: read no more than the first rows of the file.
+        kind: see `forgetless.data.load_examples`.
         seed: decides which sequences are drawn.
 
     Returns:
@@ -141,7 +145,7 @@ def training_batches(
     """
     from forgetless.training.batches import Padding, TokenRows
 
-    examples = load_examples(path, limit=limit)
+    examples = load_examples(path, limit=limit, kind=kind)
     rows = TokenRows(tokenize(examples, tokenizer, max_length=max_length, pack=False))
     drawn = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))
     longest_first = sorted((rows[i] for i in drawn), key=lambda row: -len(row["input_ids"]))
@@ -266,11 +270,8 @@ def _sequence(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     if "messages" not in record:
         text, add_special_tokens = record["prompt"] + record["completion"], True
     else:
-        template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
-        text = tokenizer.apply_chat_template(
-            record["messages"], chat_template=template, tokenize=False
-        )
-        add_special_tokens = not tokenizer.chat_template  # a template writes them itself
+        chat = Chat(tokenizer)
+        text, add_special_tokens = chat.render(record["messages"]), not chat.is_own
     ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)[
         "input_ids"
     ]
@@ -325,12 +326,12 @@ def self_text(
     from forgetless.models import as_base
 
     firsts = _first_tokens(model, tokenizer, samples, random.Random(seed))
-    together = _sampled_together(model, max_length)
+    together = sampled_together(model, max_length)
     sampled: list[list[int]] = []
     with as_base(model) as base:
         device = next(base.parameters()).device
         cuda = [device] if device.type == "cuda" else []
-        for start in range(0, samples, together):
+        for start in counted(range(0, samples, together), "sampling text", "batches"):
             begin = torch.tensor(firsts[start : start + together], device=device)[:, None]
             if start == 0 and not base(input_ids=begin).logits.isfinite().all():
                 raise UserError("the base gives NaN or infinity instead of text; check its weights")
@@ -357,7 +358,7 @@ def _first_tokens(
     return draw.choices(usual, k=samples)
 
 
-def _sampled_together(model: PreTrainedModel, max_length: int) -> int:
+def sampled_together(model: PreTrainedModel, max_length: int) -> int:
     config = model.config.get_text_config()
     row_bytes: int = 2 * 4 * config.num_hidden_layers * config.hidden_size * max_length
     return max(_SAMPLED_TOGETHER[0], min(_CACHE_BYTES // row_bytes, _SAMPLED_TOGETHER[-1]))

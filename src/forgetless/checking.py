@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from forgetless.adapters import down_projections
 from forgetless.adapters.ranks import layer_ranks
 from forgetless.calibration import fingerprint
+from forgetless.chat import Chat
 from forgetless.core import find_method
-from forgetless.data import load_examples
+from forgetless.data import as_kind, load_examples
+from forgetless.launch import this_launch
 from forgetless.methods import METHODS
 from forgetless.models import load_tokenizer, meta_model, target_layers, weight_shape
 from forgetless.recipe import (
@@ -20,8 +23,11 @@ from forgetless.recipe import (
     TaskSettings,
 )
 from forgetless.tasks import make_tasks
+from forgetless.training.compiling import compile_problems
 from forgetless.training.forgetting import from_settings
+from forgetless.training.optimizers import optimizer_problems
 from forgetless.training.penalties import make_penalty
+from forgetless.training.trackers import tracker_problems
 
 
 class Checker:
@@ -35,10 +41,18 @@ class Checker:
         found = [
             *self._adapter(recipe.base, recipe.adapter),
             *self._loraplus(recipe),
-            *self._data(recipe.data),
+            *optimizer_problems(recipe.training),
+            *compile_problems(recipe.training),
+            *tracker_problems(recipe.training),
+            *self._data(recipe.base, recipe.data),
             *self._statistics(recipe),
             *self._penalties(recipe),
             *self._probes(recipe.probes),
+            *this_launch().obstacles(
+                recipe.training,
+                penalties=bool(recipe.penalties),
+                probes=recipe.probes != ProbeSettings(),
+            ),
             *self._tasks(recipe.tasks),
         ]
         return list(dict.fromkeys(found))
@@ -105,13 +119,25 @@ class Checker:
                 "alone, so there is no ratio of rates; leave it at 1 and set learning_rate"
             )
 
-    def _data(self, settings: DataSettings) -> Iterator[str]:
+    def _data(self, base: str, settings: DataSettings) -> Iterator[str]:
         for path, _ in settings.sources:
             examples, problem = self._attempt(load_examples, path)
+            if problem is None and examples.kind == "messages":
+                _, problem = self._attempt(self._require_chats, base, path)
             if problem is not None:
                 yield f"data.train: {problem}"
-            elif settings.format not in ("auto", examples.kind):
-                yield f"data.format: {settings.format!r} given, but {path} is {examples.kind!r}"
+            else:
+                try:
+                    as_kind(settings.format, examples)
+                except ValueError as problem:
+                    yield f"data.format: {problem}"
+
+    def _require_chats(self, base: str, path: str) -> None:
+        """Raise what the base's chat template has against a file's conversations."""
+        examples, _ = self._attempt(load_examples, path)
+        tokenizer, problem = self._attempt(load_tokenizer, base)
+        if problem is None:
+            Chat(tokenizer).check([record["messages"] for record in examples], examples.where)
 
     def _statistics(self, recipe: Recipe) -> Iterator[str]:
         method = METHODS.get(recipe.adapter.method)
@@ -129,6 +155,8 @@ class Checker:
                 _, problem = self._attempt(fingerprint, spec["source"])
             if problem is None and recipe.adapter.method == "full" and "adapters" in spec:
                 problem = f"{spec['kind']!r} needs an adapter; full has none"
+            for folder in spec.get("adapters", ()) if problem is None else ():
+                problem = problem or self._attempt(down_projections, folder)[1]
             if problem is not None:
                 yield f"penalties.{position}: {problem}"
 

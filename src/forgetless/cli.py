@@ -6,17 +6,26 @@ A user's mistake is one line on standard error and exit code 2; a run that faile
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from forgetless.errors import OtherProcessError, UserError
+from forgetless.launch import process_index, this_launch
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from forgetless.rate_search import RateSearch
     from forgetless.recipe import CalibrationSettings
     from forgetless.runs import Run
     from forgetless.scores.comparison import Comparison
@@ -24,6 +33,9 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 """The exit code after Ctrl-C."""
+
+_TOGETHER = ("run", "train", "stats")
+"""The commands that several processes can share."""
 
 app = typer.Typer(
     name="forgetless",
@@ -55,7 +67,10 @@ MaxLength = Annotated[int, typer.Option(help="Tokens of the longest calibration 
 BatchSize = Annotated[int, typer.Option(help="Calibration texts at a time.")]
 Targets = Annotated[
     str,
-    typer.Option("--target-modules", help="all-linear, endings such as q_proj,v_proj, or a regex."),
+    typer.Option(
+        "--target-modules",
+        help="all-linear, attention, mlp, endings such as q_proj,v_proj, or a regex.",
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Items = Annotated[int, typer.Option(min=0, help="Lost and gained items of a task to show.")]
@@ -67,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     warnings.showwarning = _show_warning
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clusters send it
     try:
         code = app([word for word in given if word != "--debug"], standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -75,9 +92,27 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if debug:
             raise
         sys.exit(_say(*_explain(error)))
-    if code == STOPPED:
-        _say("stopped; the same command goes on where it was", code)
+    finally:
+        _clear_screen()
+    if code == STOPPED and process_index() == 0:
+        _say(f"stopped; to go on: {_as_typed(given)}", code)
     sys.exit(code)
+
+
+def _clear_screen() -> None:
+    """Take away the bar of work that was stopped or failed."""
+    if "forgetless.progress" in sys.modules:
+        from forgetless.progress import clear
+
+        clear()
+
+
+def _as_typed(given: Sequence[str]) -> str:
+    """The command line, to be copied."""
+    if "WORLD_SIZE" in os.environ:
+        return "start the same launch again"
+    program = "python -m forgetless" if sys.argv[0].endswith("__main__.py") else "forgetless"
+    return f"{program} {shlex.join(given)}"
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -87,12 +122,16 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"error: {usage()}; see 'forgetless --help'", 2
     if isinstance(error, KeyError) or not isinstance(error, ValueError | OSError):
         return f"error: {type(error).__name__}: {error} (--debug shows where)", 1
+    if isinstance(error, OtherProcessError) and process_index() > 0:
+        return "", 1  # that process says it
     # A gathered list of one is one line.
     return f"error: {error}".replace(": 1 problem\n  - ", ": "), 2
 
 
 def _say(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    who = f"process {process_index()}: " if process_index() > 0 else ""
+    if message:
+        print(f"{who}{message}", file=sys.stderr)
     return code
 
 
@@ -124,6 +163,15 @@ def _options(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
+    if process_index() > 0:  # what all processes would say alike, the first one says
+        sys.stdout, os.environ["TTY_COMPATIBLE"] = StringIO(), "0"
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice to programmers
+    if this_launch().processes > 1 and context.invoked_subcommand not in _TOGETHER:
+        raise UserError(
+            f"{context.invoked_subcommand!r} is the work of one process; of several, as "
+            f"'accelerate launch' starts them, are only {', '.join(_TOGETHER)}"
+        )
 
 
 # ------------------------------------------------------------------------------- the main verbs
@@ -151,9 +199,23 @@ def run(
     study: Annotated[str | None, typer.Option(help="Folder of the run; the recipe's name.")] = None,
     threads: Threads = None,
     check: Check = False,
+    find_lr: Annotated[
+        bool,
+        typer.Option("--find-lr", help="Try rates briefly first; go on with the highest stable."),
+    ] = False,
+    rates: Annotated[
+        str | None,
+        typer.Option(metavar="RATE,RATE,...", help="To be tried; six around the recipe's own."),
+    ] = None,
+    find_steps: Annotated[
+        int | None, typer.Option(min=2, help="At each rate; a twentieth of the training's.")
+    ] = None,
 ) -> None:
     """Train by a recipe and measure what was learned and forgotten."""
-    _run(recipe, changes, out, study, threads, check, evaluate=True)
+    if not find_lr and (rates or find_steps):
+        raise typer.BadParameter("--rates and --find-steps are for --find-lr; add that")
+    trials = {"rates": _rates(rates), "steps": find_steps} if find_lr else None
+    _run(recipe, changes, out, study, threads, check, evaluate=True, trials=trials)
 
 
 @app.command()
@@ -178,6 +240,7 @@ def _run(
     check_only: bool,
     *,
     evaluate: bool,
+    trials: dict[str, Any] | None = None,
 ) -> None:
     from forgetless.errors import RecipeError
     from forgetless.reading import parse_assignments
@@ -196,6 +259,12 @@ def _run(
     from forgetless.runs import run as do
 
     with _watch() as listen:
+        if trials is not None:
+            from forgetless.rate_search import find_rate
+
+            found = find_rate(recipe, out, study, **trials, threads=threads, listen=listen)
+            _print_rates(found)
+            recipe = found.recipe
         done = do(recipe, out, study, evaluate=evaluate, threads=threads, listen=listen)
     if evaluate:
         _print_run(done)
@@ -293,8 +362,10 @@ def stats(
     )
     from forgetless.commands import collect_statistics
     from forgetless.store import remove
+    from forgetless.training.devices import join
 
     _hush()
+    ranks = join()
     unfinished = Path(out).with_name(f".{Path(out).name}.unfinished")
     collected = collect_statistics(
         base,
@@ -304,8 +375,9 @@ def stats(
         seed=seed,
         unfinished=unfinished,
     )
-    file = collected.save(out)
-    remove(unfinished)
+    ranks.wait()  # until none needs what is unfinished
+    file = ranks.first(lambda: collected.save(out))
+    ranks.first(lambda: remove(unfinished))
     print(f"{file}: {len(collected)} layers, {collected.metadata['tokens']} tokens")
 
 
@@ -416,16 +488,23 @@ def eval_(
         str | None,
         typer.Option("--report", help="Folder for a page of what the adapter lost and learned."),
     ] = None,
+    learning: Annotated[
+        str,
+        typer.Option(
+            metavar="TASKS", help="Those of the tasks that were to be learned, for --report."
+        ),
+    ] = "",
     items: Items = 10,
     dtype: Dtype = "auto",
 ) -> None:
     """Score a base, and an adapter on it, on tasks."""
-    from forgetless.commands import measure, task_specs, write_scores
+    from forgetless.commands import learned_among, measure, task_specs, write_scores
+    from forgetless.errors import UserError
 
     if page is not None and adapter is None:
-        from forgetless.errors import UserError
-
         raise UserError("--report shows an adapter against its base; give --adapter too")
+    if learning and page is None:
+        raise UserError("--learning is about the page of --report; give --report too")
     _hush()
     specs = task_specs(
         tasks,
@@ -435,6 +514,7 @@ def eval_(
         data_dir=data_dir,
         allow_code_execution=allow_code_execution or None,
     )
+    learned = learned_among(specs, learning)
     found = measure(
         base,
         specs,
@@ -451,7 +531,10 @@ def eval_(
         from forgetless.reports import report, write_evaluation
 
         command = f"forgetless eval {base} --adapter {adapter} --tasks {tasks} --report {page}"
-        write_evaluation(page, base, adapter, found.base, found.adapted, command=command)
+        command += f" --learning {learning}" if learned else ""
+        write_evaluation(
+            page, base, adapter, found.base, found.adapted, learning=learned, command=command
+        )
         print(f"report: {report(page)}")
 
 
@@ -522,6 +605,51 @@ def export(
 
 
 @app.command()
+def plan(
+    base: Base,
+    data: Annotated[str, typer.Option(help="Training data of the new task, or raw text.")],
+    keep: Annotated[
+        str | None, typer.Option(help="Text of what is to be kept: replayed and measured.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Held-out examples of the new task: measured.")
+    ] = None,
+    goal: Annotated[str, typer.Option(help="learn, balance or keep.")] = "balance",
+    method: Annotated[str | None, typer.Option(help="Instead of the advised one.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What the run may take, such as 24GB; the batch is fitted.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="YAML file for the recipe.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For other programs.")] = False,
+) -> None:
+    """Advise how to train a base on some data, with reasons, costs and a recipe."""
+    from forgetless.errors import UserError
+    from forgetless.planning import Wishes, recipe_text, render
+    from forgetless.planning import plan as do
+    from forgetless.statistics.budget import parse_bytes
+    from forgetless.store import write_text
+
+    if out is not None and Path(out).exists():
+        raise UserError(f"{out} is there already; give another name, or remove it")
+    _hush()
+    most = None if memory is None else parse_bytes(memory, "--memory")
+    made = do(base, data, Wishes(goal, method, rank, keep, test, most))
+    if out is not None:
+        write_text(Path(out), recipe_text(made, f"forgetless plan {base} --data {data}"))
+    if as_json:
+        import json
+
+        print(json.dumps(made.to_json(), indent=2, ensure_ascii=False))
+        return
+    _console().print(render(made))
+    if out is not None:
+        print(f"recipe: {out}")
+    else:
+        print("--out recipe.yaml writes this as a recipe; --json is for programs")
+
+
+@app.command()
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="For other programs.")] = False,
 ) -> None:
@@ -569,10 +697,20 @@ def worker(
 # ------------------------------------------------------------------------------------- printing
 
 
+def _rates(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(rate) for rate in text.split(",")]
+    except ValueError:
+        message = f"--rates takes numbers with commas between, as 1e-4,3e-4; got {text!r}"
+        raise typer.BadParameter(message) from None
+
+
 def _targets(text: str) -> str | list[str]:
     """A list where commas stand between names, else the word or regular expression itself."""
+    from forgetless.blocks import PARTS
+
     names = [name.strip() for name in text.split(",")]
-    return names if len(names) > 1 or text.isidentifier() else text
+    return names if len(names) > 1 or (text.isidentifier() and text not in PARTS) else text
 
 
 def _by_layer(assignments: list[str] | None) -> dict[str, Any]:
@@ -613,6 +751,26 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     _console().print(table)
+
+
+def _print_rates(found: RateSearch) -> None:
+    """The rates that were tried, and what is to be said of the one that is taken."""
+    names = list(dict.fromkeys(name for trial in found.trials for name in trial.forgetting))
+    rows = [
+        [
+            f"{verdict.learning_rate:g}",
+            _number(verdict.final_loss),
+            _number(verdict.rise),
+            *(_number(trial.forgetting.get(name)) for name in names),
+            verdict.why + (" <- taken" if verdict.learning_rate == found.rate else ""),
+        ]
+        for trial, verdict in zip(found.trials, found.verdicts, strict=True)
+    ]
+    _print_table(["learning rate", "last loss", "highest rise", *names, "verdict"], rows)
+    print(f"{found.steps} steps at each rate; {found.file}")
+    if found.rate == found.trials[-1].learning_rate:
+        print("The highest rate that was tried is stable; there may be higher ones (--rates).")
+    print("A higher rate learns faster and forgets more; a study of several shows at what price.")
 
 
 def _print_run(done: Run) -> None:
@@ -663,8 +821,11 @@ def _watch(several: bool = False) -> Any:
 
 
 def _hush() -> None:
-    """No bars and notes of transformers, which says the same for every load of a model."""
+    """Our own bars, and none of transformers, nor what it says alike for every model it loads."""
     from transformers.utils import logging
 
+    from forgetless.progress import draw
+
+    draw()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -314,6 +314,21 @@ def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
     return specs
 
 
+def learned_among(specs: Sequence[Any], names: str) -> list[str]:
+    """The tasks of ``specs`` that ``names``, written as for `task_specs`, mean; by their own names.
+
+    Raises:
+        UserError: a name that is none of them.
+    """
+    known = [task.name for task in make_tasks(specs)]
+    learned = [task.name for task in make_tasks(task_specs(names))]
+    if missing := [name for name in learned if name not in known]:
+        raise UserError(
+            f"{', '.join(missing)} cannot be learned: not among the tasks {', '.join(known)}"
+        )
+    return learned
+
+
 # --------------------------------------------------------------------------------------- export
 
 

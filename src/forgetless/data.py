@@ -22,7 +22,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from forgetless.chat import Chat, Tokens
 from forgetless.errors import UserError
 from forgetless.packing import IGNORED, Row, packed, wrapped
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORED",
-    "PLAIN_CHAT_TEMPLATE",
     "Examples",
     "from_rows",
     "load_examples",
@@ -50,28 +49,11 @@ __all__ = [
 
 Kind = Literal["prompt_completion", "messages", "text"]
 Record = Mapping[str, Any]
-Tokens = tuple[list[int], list[int]]
-"""Token ids and, as long, the labels: the id where it is learned, IGNORED elsewhere."""
 
 POCKET = "pocket:"
 POCKET_SKILLS = ("problems", "functions", "series")
+POCKET_KNOWLEDGE = "pocket:knowledge"
 POCKET_SIZES = {"train": 4000, "test": 500}
-
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}Assistant: {{ message['content'] }}{{ eos_token }}\n"
-    "{% elif message['role'] == 'system' %}{{ message['content'] }}\n\n"
-    "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-"""What `messages` become where the tokenizer has no chat template::
-
-    You are kind.
-
-    User: Hello
-    Assistant: Hi</s>
-"""
 
 
 @dataclass(frozen=True)
@@ -82,17 +64,25 @@ class Examples:
         kind: what every record holds: ``prompt`` and ``completion``, ``messages``, or ``text``.
         records: the examples, in the order of the file.
         source: where they came from, for messages.
+        places: of each record in the source (``"line 7"``), for messages; empty for its number.
     """
 
     kind: Kind
     records: Sequence[Record]
     source: str
+    places: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
+
+    @property
+    def where(self) -> list[str]:
+        """For each record, the source and the place in it: ``"train.jsonl, line 7"``."""
+        places = self.places or [f"example {number + 1}" for number in range(len(self))]
+        return [f"{self.source}, {place}" for place in places]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -108,26 +98,43 @@ class Examples:
         return _import("datasets").Dataset.from_list([dict(record) for record in self.records])
 
 
-def load_examples(path: str | Path, *, limit: int | None = None) -> Examples:
+def load_examples(
+    path: str | Path, *, limit: int | None = None, kind: Kind | Literal["auto"] = "auto"
+) -> Examples:
     """The training examples of a file, checked row by row.
 
     Args:
         path: a .jsonl, .json, .csv, .parquet or .txt file (a text file is one document), a folder
             written by ``datasets.save_to_disk``, or a pocket skill: ``pocket:problems``,
-            ``pocket:functions``, ``pocket:series``, each also with ``:test``.
+            ``pocket:functions``, ``pocket:series``, each also with ``:test``; or
+            ``pocket:knowledge``, the facts of the pocket world as raw text.
         limit: read no more than the first rows.
+        kind: what the examples have to be; prompts with completions can be read as ``text``, in
+            which every token is learned.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: the file is empty or broken, or a row has no form of this module; the message
-            names the line or row.
+        UserError: the file is empty or broken, of another kind, or a row has no form of this
+            module; the message names the line or row.
     """
-    return from_rows(read_rows(path, limit=limit), source=str(path))
+    examples = from_rows(read_rows(path, limit=limit), source=str(path))
+    return as_kind(kind, examples)
+
+
+def as_kind(kind: Kind | Literal["auto"], examples: Examples) -> Examples:
+    """The examples as a kind that they can be read as, see `load_examples`."""
+    if kind in ("auto", examples.kind):
+        return examples
+    if (examples.kind, kind) != ("prompt_completion", "text"):
+        raise UserError(f"{kind!r} given, but {examples.source} is {examples.kind!r}")
+    records = [{"text": record["prompt"] + record["completion"]} for record in examples]
+    return Examples("text", records, examples.source)
 
 
 def from_rows(rows: Iterable[tuple[str, Any]], source: str) -> Examples:
     """Examples from raw rows, each with its place in the source (``"line 7"``)."""
     records: list[Record] = []
+    places: list[str] = []
     form: _Form | None = None
     for place, row in rows:
         where = f"{source}, {place}"
@@ -141,9 +148,10 @@ def from_rows(rows: Iterable[tuple[str, Any]], source: str) -> Examples:
                 "all rows of a file need the same form"
             )
         records.append(form.convert(row, where))
+        places.append(place)
     if form is None:
         raise UserError(f"{source} is empty; give at least one example")
-    return Examples(form.kind, records, source)
+    return Examples(form.kind, records, source, places)
 
 
 # ---- forms: what the keys of a row mean ----------------------------------------------------------
@@ -203,6 +211,11 @@ def _conversation(row: Record, where: str) -> Record:
             raise UserError(
                 f"{turn}: must be an object with 'content' and a 'role' of {', '.join(_ROLES)}, "
                 f"got {_show(message)}"
+            )
+        if message.get("tool_calls"):
+            raise UserError(
+                f"{turn}: 'tool_calls' are not read; write the call into 'content', in the words "
+                "that the model should say"
             )
         turns.append({"role": message["role"], "content": _text(message, "content", turn)})
     if not any(turn["role"] == "assistant" for turn in turns):
@@ -357,14 +370,22 @@ def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_pocket(name: str) -> Iterator[tuple[str, Any]]:
     from forgetless.pocket.functions import functions
+    from forgetless.pocket.knowledge import knowledge_text
     from forgetless.pocket.problems import problems
     from forgetless.pocket.series import series
 
+    if name == POCKET_KNOWLEDGE:
+        for number, text in enumerate(knowledge_text(), start=1):
+            yield f"row {number}", {"text": text}
+        return
     skill, _, split = name.removeprefix(POCKET).partition(":")
     split = split or "train"
     if skill not in POCKET_SKILLS or split not in POCKET_SIZES:
         known = ", ".join(f"'{POCKET}{known}'" for known in POCKET_SKILLS)
-        raise UserError(f"unknown pocket data {name!r}; give {known}, or one with ':test'")
+        raise UserError(
+            f"unknown pocket data {name!r}; give {known}, or one with ':test', or "
+            f"'{POCKET_KNOWLEDGE}'"
+        )
     split = cast("Literal['train', 'test']", split)
     count = POCKET_SIZES[split]
     made: dict[str, Callable[[], Sequence[Any]]] = {
@@ -421,14 +442,14 @@ def tokenize(
     """Token ids and labels of every example; labels are IGNORED where nothing is learned.
 
     Prompt and completion are joined as they stand and the completion ends in the end-of-sequence
-    token. What is longer than `max_length` loses its end, so the beginning of the answer stays;
-    an example whose prompt alone fills `max_length` has nothing to learn and is left out, with a
-    warning that counts them. Raw text loses nothing: it is cut into blocks.
+    token; of `messages` the assistant's turns are learned (`forgetless.chat`). What is longer than
+    `max_length` loses its end, so the beginning of the answer stays; an example whose prompt alone
+    fills `max_length` has nothing to learn and is left out. Warnings count both. Raw text loses
+    nothing: it is cut into blocks.
 
     Args:
         examples: what to turn into tokens.
-        tokenizer: of the model that will be trained. Its chat template renders `messages`;
-            without one PLAIN_CHAT_TEMPLATE does.
+        tokenizer: of the model that will be trained.
         max_length: tokens of the longest example.
         pack: fill rows of `max_length` tokens with several examples that do not see each other
             (`forgetless.packing`). Raw text is packed into full rows, documents ending in the
@@ -440,7 +461,8 @@ def tokenize(
         sequences of each row.
 
     Raises:
-        UserError: nothing is left to learn, or a setting does not fit the examples.
+        UserError: nothing is left to learn, a setting does not fit the examples, or the tokenizer's
+            chat template does not fit a conversation; the message names its line or row.
     """
     if max_length < 2:
         raise UserError(f"max_length must be 2 or more, got {max_length}")
@@ -449,8 +471,8 @@ def tokenize(
         packs = pack is not False
         rows = wrapped(documents, max_length) if packs else _cut(documents, max_length)
     else:
-        pairs = _pairs if examples.kind == "prompt_completion" else _conversations
-        rows = _truncated(pairs(examples, tokenizer), max_length)
+        tokens = _pairs if examples.kind == "prompt_completion" else _conversations
+        rows = _truncated(tokens(examples, tokenizer), max_length)
         rows = packed(rows, max_length) if rows and pack is True else rows
     if not rows:
         raise UserError(
@@ -499,6 +521,11 @@ def _pairs(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[Token
     return rows
 
 
+def _conversations(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+    conversations = [record["messages"] for record in examples]
+    return Chat(tokenizer).tokens(conversations, examples.where)
+
+
 def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
 ) -> list[list[int]]:
@@ -517,103 +544,22 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _truncated(rows: Sequence[Tokens], max_length: int) -> list[Row]:
-    cut = [(ids[:max_length], labels[:max_length]) for ids, labels in rows]
-    kept = [
-        Row(ids, labels, [len(ids)])
-        for ids, labels in cut
-        if any(label != IGNORED for label in labels[1:])
-    ]
-    if len(kept) < len(rows):
+    kept = [(ids, labels) for ids, labels in rows if _learns(labels[1:max_length])]
+    fitting = f"of {len(rows)} examples do not fit max_length={max_length}"
+    if left_out := len(rows) - len(kept):
         warnings.warn(
-            f"{len(rows) - len(kept)} of {len(rows)} examples are left out: their prompts alone "
-            f"fill max_length={max_length}",
+            f"{left_out} {fitting} with their prompts alone and are left out", stacklevel=3
+        )
+    if cut_short := sum(_learns(labels[max_length:]) for _, labels in kept):
+        warnings.warn(
+            f"{cut_short} {fitting}; the ends of their answers are cut off and not learned",
             stacklevel=3,
         )
-    return kept
-
-
-# ---- conversations -------------------------------------------------------------------------------
-
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Span = tuple[int, int]
-
-
-def _conversations(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
-    own = bool(tokenizer.chat_template)
-    template = tokenizer.get_chat_template() if own else PLAIN_CHAT_TEMPLATE
-    if _GENERATION_MARK.search(template):
-        return [_marked(record["messages"], tokenizer) for record in examples]
-    if not tokenizer.is_fast:
-        raise UserError("'messages' need a fast tokenizer, which knows the place of each token")
-    rendered = [
-        part for record in examples for part in _rendered(record["messages"], tokenizer, template)
-    ]
-    encoded = tokenizer(
-        [text for text, _ in rendered],
-        add_special_tokens=not own,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
     return [
-        (ids, _labels(ids, offsets, spans))
-        for ids, offsets, (_, spans) in zip(
-            encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True
-        )
+        Row(ids[:max_length], labels[:max_length], [min(len(ids), max_length)])
+        for ids, labels in kept
     ]
 
 
-def _marked(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Tokens of a conversation whose template marks the assistant's part itself."""
-    encoded = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids = encoded["input_ids"]
-    learned = encoded["assistant_masks"]
-    return ids, [i if keep else IGNORED for i, keep in zip(ids, learned, strict=True)]
-
-
-def _rendered(
-    messages: list[Any], tokenizer: PreTrainedTokenizerBase, template: str
-) -> list[tuple[str, list[Span]]]:
-    """The text of a conversation and where in it the assistant speaks.
-
-    An assistant's turn is what the template adds to the conversation before it and its own opening
-    (``add_generation_prompt``). Some templates rewrite earlier turns as a conversation goes on
-    (they drop old thoughts); then every turn of the assistant becomes a text of its own.
-    """
-
-    def render(turns: list[Any], opening: bool = False) -> str:
-        text = tokenizer.apply_chat_template(
-            turns, chat_template=template, tokenize=False, add_generation_prompt=opening
-        )
-        return cast("str", text)
-
-    parts: list[tuple[str, Span]] = []
-    for number, turn in enumerate(messages):
-        if turn["role"] == "assistant":
-            before, after = render(messages[:number], opening=True), render(messages[: number + 1])
-            if not after.startswith(before):
-                raise UserError(
-                    "the tokenizer's chat template does not continue its own generation prompt, so "
-                    "the assistant's tokens cannot be told apart; give it {% generation %} marks"
-                )
-            parts.append((after, (len(before), _turn_end(after, tokenizer))))
-    whole = render(messages)
-    if all(whole.startswith(text) for text, _ in parts):
-        return [(whole, [span for _, span in parts])]
-    return [(text, [span]) for text, span in parts]
-
-
-def _turn_end(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where the last turn ends: after its closing token, not after the line end that follows."""
-    stripped = text.rstrip()
-    closed = any(stripped.endswith(token) for token in tokenizer.all_special_tokens)
-    return len(stripped) if closed else len(text)
-
-
-def _labels(ids: list[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
-    labels = []
-    for token, (start, end) in zip(ids, offsets, strict=True):
-        learned = any(start < stop and end > begin for begin, stop in spans)
-        labels.append(token if learned else IGNORED)
-    return labels
+def _learns(labels: Sequence[int]) -> bool:
+    return any(label != IGNORED for label in labels)

@@ -23,6 +23,10 @@ class RecipeError(UserError):
         super().__init__("\n  - ".join([f"{source}: {count}", *self.problems]))
 
 
+class OtherProcessError(UserError):
+    """Another process of this launch failed, and says itself why."""
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     """The error for a name that does not exist, with the nearest name that does.
 

@@ -109,7 +109,7 @@ def evaluate(
 
 
 def _adapter_off(model: Any) -> AbstractContextManager[None]:
-    from forgetless.tasks.inference import adapter_off
+    from forgetless.models import adapter_off
 
     return adapter_off(model)
 

@@ -30,6 +30,7 @@ from forgetless.recipe import (
     Recipe,
 )
 from forgetless.statistics import Gradients, Statistics, collect, collect_gradients
+from forgetless.statistics.ranks import Ranks
 
 ARGUMENT = {"second_moment": "stats", "task_moment": "task_stats", "gradient": "gradients"}
 """Need -> the argument of `attach` that answers it."""
@@ -124,6 +125,7 @@ class Collecting:
             tokenizer,
             max_length=data.max_length,
             limit=data.limit,
+            kind=data.format,
             seed=self.seed,
             **counts,
         )
@@ -151,10 +153,14 @@ def _kept(folder: Path, make: Callable[[], Batches]) -> Batches:
     On another machine it would say something else, and a collection goes on with one text only.
     """
     file = folder / "text.safetensors"
-    if not file.exists():
-        with store.new_folder(folder) as new:
-            flat = {f"{i}.{n}": v for i, batch in enumerate(make()) for n, v in batch.items()}
-            save_file(flat, new / file.name)
+
+    def write() -> None:
+        if not file.exists():
+            with store.new_folder(folder) as new:
+                flat = {f"{i}.{n}": v for i, batch in enumerate(make()) for n, v in batch.items()}
+                save_file(flat, new / file.name)
+
+    Ranks.current().first(write)
     made: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(file).items():
         number, _, name = key.partition(".")

@@ -1,41 +1,81 @@
-"""What a training step takes in memory, from the shapes of a model alone.
+"""What a run takes in memory, from a recipe's settings and the shapes of its base alone.
 
-The step is run on tensors that have shapes and no content (`FakeTensorMode`), and every storage
-that is alive is counted. So activations, logits and their gradients are those of the model's own
-code, for any architecture, and nothing large is ever held.
+A training step is run on tensors that have shapes and no content (`FakeTensorMode`), and every
+storage that is alive is counted. So activations, logits and their gradients are those of the
+model's own code, for any architecture, and nothing large is ever held.
+
+Only tensors are counted. A process holds more: the interpreter with its libraries, and what the
+allocator keeps of memory that was freed.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import TaskType
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
 
-__all__ = ["StepMemory", "step_memory"]
+from forgetless.adapters.anchored import Anchor
+from forgetless.adapters.layer import Start, StartConfig, adapted_layers, add_adapter, install
+from forgetless.calibration import SELF, sampled_together
+from forgetless.method_table import entries
+from forgetless.methods import METHODS
+from forgetless.models import (
+    checkpoint_activations,
+    find_targets,
+    target_layers,
+    weight_shape,
+)
+from forgetless.recipe import AdapterSettings, CalibrationSettings, Recipe, TrainingSettings
+from forgetless.statistics.budget import matrix_bytes, parse_budget
 
-MOMENTS = {"adamw": 2, "lion": 1, "sgd": 0}
-"""Numbers that an optimiser keeps for each trained weight."""
+__all__ = [
+    "RunMemory",
+    "StepMemory",
+    "around_step",
+    "run_memory",
+    "statistics_matrices",
+    "step_memory",
+]
+
+STATE_BYTES = {
+    "adamw": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "lion": 4,
+    "adafactor": 0,
+    "sgd": 0,
+}
+"""What an optimiser keeps for each trained weight; adafactor's rows and columns are left out."""
+
+START_MATRICES = 7
+"""Float64 matrices, of the widest input squared, that the start of one layer holds at a time."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a training step, by part.
+    """Bytes at the peak of a training step, by part.
 
     Attributes:
         weights: of the base model.
-        adapter: trained matrices and the frozen start that they move away from.
-        gradients: of what is trained, float32.
-        optimizer: its moments.
-        activations: most that is alive at once besides, at the turn from forward to backward or
-            inside the backward pass; logits included.
+        adapter: trained matrices, frozen ones, and the start that they move away from.
+        gradients: of what is trained.
+        optimizer: its state.
+        activations: what is alive besides at the peak, logits included. Where no gradient is kept
+            from one batch to the next, those of the weights are not there yet when the forward
+            pass ends, and the peak is less than the two together: that much is taken off here.
+        trained: how many numbers are trained.
     """
 
     weights: int
@@ -43,6 +83,7 @@ class StepMemory:
     gradients: int
     optimizer: int
     activations: int
+    trained: int
 
     @property
     def total(self) -> int:
@@ -50,70 +91,139 @@ class StepMemory:
         return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
 
 
+@dataclass(frozen=True)
+class RunMemory:
+    """Bytes at the peak of each stage of a run that holds a model.
+
+    Attributes:
+        statistics: collecting the activations of the text to keep; 0 where the method needs none.
+        start: computing the adapter's start; 0 where there is no adapter.
+        step: training.
+        matrices: float64 matrices that the statistics hold at a time, a part of `statistics`.
+    """
+
+    statistics: int
+    start: int
+    step: StepMemory
+    matrices: int
+
+    @property
+    def peak(self) -> int:
+        """The most of them."""
+        return max(self.statistics, self.start, self.step.total)
+
+
+def run_memory(model: Any, recipe: Recipe, length: int, *, several: bool = False) -> RunMemory:
+    """The memory of a run, from its stages; measuring the tasks is not looked at.
+
+    Args:
+        model: the base on the meta device, in the number format that the recipe loads it in; it
+            is left as it is.
+        recipe: the run.
+        length: tokens of the longest row of a batch.
+        several: whether rows hold several sequences, which needs a mask between them.
+    """
+    step = step_memory(
+        deepcopy(model), recipe.adapter, recipe.training, length=length, masked=several
+    )
+    return around_step(model, recipe, step)
+
+
+def around_step(model: Any, recipe: Recipe, step: StepMemory) -> RunMemory:
+    """The memory of a run whose training step is known; see `run_memory`."""
+    method = METHODS[recipe.adapter.method]
+    if method.factors is None:
+        return RunMemory(0, 0, step, 0)
+    start = step.weights + step.adapter
+    if not method.needs:
+        return RunMemory(0, start, step, 0)
+    held = [_held(model, need, recipe.adapter, recipe.calibration) for need in method.needs]
+    widest = max(weight_shape(layer)[1] for layer in _targets(model, recipe.adapter).values())
+    return RunMemory(
+        statistics=_statistics(model, recipe, max(held)),
+        start=start + START_MATRICES * matrix_bytes((widest, widest)),
+        step=step,
+        matrices=max(held),
+    )
+
+
+# ---- a training step -----------------------------------------------------------------------------
+
+
 def step_memory(
     model: Any,
+    adapter: AdapterSettings,
+    training: TrainingSettings,
     *,
-    rank: int | None,
-    anchored: bool = False,
-    target_modules: str | list[str] = "all-linear",
-    batch_size: int,
     length: int,
-    optimizer: str = "adamw",
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
+    masked: bool = False,
 ) -> StepMemory:
-    """The memory of one step on batches of `batch_size` x `length` tokens.
+    """The memory of a training step on batches of `training.batch_size` x `length` tokens.
 
     Args:
         model: a causal language model, on the meta device or not; it gets adapters of its own, so
             give one that is not needed otherwise. Its number format is that of the base.
-        rank: of the adapter; None for full fine-tuning.
-        anchored: whether the adapter has a frozen start beside what is trained.
-        target_modules: as in PEFT.
-        batch_size: sequences of a forward pass.
-        length: tokens of each.
-        optimizer: a key of `MOMENTS`.
-        bf16: whether the forward pass runs under bfloat16 autocast.
-        gradient_checkpointing: whether layers are recomputed in the backward pass.
-
-    Returns:
-        What the tensors hold. A process holds more: the interpreter with its libraries, and what
-        the allocator keeps of memory that was freed.
+        adapter: what is trained; method `full` for the weights themselves.
+        training: how.
+        length: tokens of each row.
+        masked: whether attention gets a mask of tokens by tokens, as between packed sequences.
     """
     weights = _bytes(model.parameters()) + _bytes(model.buffers())
-    if gradient_checkpointing:
-        # The name before transformers 5.20 was gradient_checkpointing_enable.
-        new = hasattr(model, "activation_checkpointing_enable")
-        switch = "activation_checkpointing" if new else "gradient_checkpointing"
-        getattr(model, switch + "_enable")({"use_reentrant": False})
-    if rank is not None:
-        config = LoraConfig(r=rank, target_modules=target_modules, task_type="CAUSAL_LM")
-        model = get_peft_model(model, config)
-        if gradient_checkpointing:
+    if training.gradient_checkpointing:
+        checkpoint_activations(model)
+    if METHODS[adapter.method].factors is not None:
+        model = _adapted(model, adapter)
+        if training.gradient_checkpointing:
             model.enable_input_require_grads()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    count, gradients = sum(weight.numel() for weight in trained), _bytes(trained)
+    accumulates = training.gradient_accumulation > 1
+    most = _most_alive(
+        _Step(model.train()),
+        torch.Size((training.batch_size, length)),
+        bf16=training.precision == "bf16",
+        gradients=accumulates,
+        masked=masked,
+    )
     return StepMemory(
         weights=weights,
-        adapter=0 if rank is None else 4 * trained * (2 if anchored else 1),
-        gradients=4 * trained,
-        optimizer=4 * trained * MOMENTS[optimizer],
-        activations=_activations(model.train(), batch_size, length, bf16),
+        adapter=_bytes(model.parameters()) + _bytes(model.buffers()) - weights,
+        gradients=gradients,
+        optimizer=count * STATE_BYTES[training.optimizer],
+        activations=most if accumulates else max(0, most - gradients),
+        trained=count,
     )
 
 
-def _activations(model: nn.Module, batch_size: int, length: int, bf16: bool) -> int:
-    """Most bytes alive at once in a forward and a backward pass, weights and gradients aside."""
-    step = _Step(model)
-    with FakeTensorMode():
-        content = {name: _fake(p, p.requires_grad) for name, p in step.named_parameters()}
-        content |= {name: _fake(b, False) for name, b in step.named_buffers()}
-        for weight in content.values():
-            if weight.requires_grad:
-                weight.grad = torch.empty_like(weight)
-        tokens = torch.zeros((batch_size, length), dtype=torch.long)
-        with _Alive() as alive, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            functional_call(step, content, (tokens,))
-    return int(alive.most)
+def _adapted(model: nn.Module, settings: AdapterSettings) -> Any:
+    """The model with an adapter of the right shapes, whose values mean nothing."""
+    method, targets = METHODS[settings.method], find_targets(model, settings.target_modules)
+    start = Start(settings.method, method.trains, anchored=settings.method in _anchored_methods())
+    config = StartConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=targets.given,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in targets.layers.values()),
+        task_type=TaskType.CAUSAL_LM,
+        start=asdict(start),
+    )
+    adapted = add_adapter(model, config, "default")
+    for module in adapted_layers(adapted).values():
+        A, B = (getattr(module, f"lora_{name}")["default"].weight.data for name in ("A", "B"))
+        anchor = Anchor(A.clone(), B.clone()) if start.anchored else None
+        install(module, "default", start, A, B, anchor)
+    return adapted
+
+
+@cache
+def _anchored_methods() -> frozenset[str]:
+    """Methods whose start is kept beside what is trained, and doubles the rank of the export."""
+    return frozenset(entry.name for entry in entries() if entry.export_rank == "2r")
 
 
 class _Step(nn.Module):
@@ -123,24 +233,143 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
 
+    def forward(self, tokens: Tensor, **more: Any) -> None:
+        found = self.model(input_ids=tokens, labels=tokens, use_cache=False, **more)
+        if torch.is_autocast_enabled("cpu"):
+            found.logits = found.logits.float()  # so does accelerate
+        loss = found.loss
+        del found
+        loss.backward()
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def statistics_matrices(model: nn.Module, adapter: AdapterSettings, need: str) -> list[int]:
+    """Bytes of the float64 matrices that one need of the method comes to.
+
+    Layers of a block that get the same input share a matrix, which only a run of the model can
+    tell; here those do that are called q, k and v, or gate and up, as in most models.
+    """
+    shapes, seen = [], set()
+    for name, layer in _targets(model, adapter).items():
+        out_features, in_features = weight_shape(layer)
+        block, _, ending = name.rpartition(".")
+        shared = next((group for group in _SAME_INPUT if ending in group), None)
+        if need == "gradient":
+            shapes.append((out_features, in_features))
+        elif (block, shared) not in seen or shared is None:
+            shapes.append((in_features, in_features))
+            seen.add((block, shared))
+    return [matrix_bytes(shape) for shape in shapes]
+
+
+_SAME_INPUT = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"query", "key", "value"}),
+    frozenset({"gate_proj", "up_proj"}),
+)
+
+
+def _held(
+    model: nn.Module, need: str, adapter: AdapterSettings, settings: CalibrationSettings
+) -> int:
+    """Bytes of the matrices held at a time: all of them, or what the budget allows."""
+    needed = sum(statistics_matrices(model, adapter, need))
+    if settings.memory_budget is None:
+        return needed
+    layers = _targets(model, adapter)
+    shapes = {name: (weight_shape(layer)[1],) * 2 for name, layer in layers.items()}
+    return min(needed, parse_budget(settings.memory_budget, shapes))
+
+
+def _statistics(model: Any, recipe: Recipe, matrices: int) -> int:
+    """The most of: sampling text from the base, a whole forward pass, a pass with the matrices."""
+    settings, weights = recipe.calibration, _bytes(model.parameters()) + _bytes(model.buffers())
+    shape = torch.Size((settings.batch_size, settings.max_length))
+    whole = _most_alive(_Forward(model), shape)
+    inner = _most_alive(_Forward(model.base_model), shape)
+    sampling = 0
+    if SELF in [source for source, _ in settings.sources(recipe.adapter.method)]:
+        sampling = _sampling(model, settings)
+    return int(weights) + max(whole, inner + matrices, sampling)
+
+
+def _sampling(model: Any, settings: CalibrationSettings) -> int:
+    """Keys and values of the texts that are sampled together, for every layer and token."""
+    config, length = model.config.get_text_config(), settings.max_length
+    rows = min(settings.samples, sampled_together(model, length))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next(model.parameters()).element_size()
+    return int(2 * size * config.num_hidden_layers * heads * width * length * rows)
+
+
+class _Forward(nn.Module):
+    """A forward pass without gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
     def forward(self, tokens: Tensor) -> None:
-        self.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        with torch.no_grad():
+            self.model(input_ids=tokens, use_cache=False)
+
+
+# ---- counting ------------------------------------------------------------------------------------
+
+
+def _most_alive(
+    work: nn.Module,
+    shape: torch.Size,
+    *,
+    bf16: bool = False,
+    gradients: bool = False,
+    masked: bool = False,
+) -> int:
+    """Most bytes alive at once while `work` runs on tokens of a shape; its weights aside.
+
+    Args:
+        work: called with tokens, and with a mask where there is one.
+        shape: (batch, tokens).
+        bf16: whether it runs under bfloat16 autocast.
+        gradients: whether those of the weights are there before; they are then not counted.
+        masked: whether to give a mask (batch, 1, tokens, tokens).
+    """
+    with FakeTensorMode():
+        content = {name: _fake(p, p.requires_grad) for name, p in work.named_parameters()}
+        content |= {name: _fake(b, False) for name, b in work.named_buffers()}
+        for weight in content.values():
+            if gradients and weight.requires_grad:
+                weight.grad = torch.empty_like(weight)
+        tokens = torch.zeros(shape, dtype=torch.long)
+        more = {}
+        if masked:
+            more["attention_mask"] = torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool)
+        there = [*content.values(), *(w.grad for w in content.values() if w.grad is not None)]
+        with _Alive(there) as alive, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            functional_call(work, content, (tokens,), more)
+    return int(alive.most)
 
 
 def _fake(like: Tensor, trained: bool) -> Tensor:
     """A weight of that shape without content, where the CPU would hold it."""
-    dtype = torch.float32 if trained else like.dtype
-    return torch.empty(like.shape, dtype=dtype, device="cpu").requires_grad_(trained)
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu").requires_grad_(trained)
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of every storage from when it is made to when it is let go."""
+    """Counts the bytes of every storage from when it is made to when it is let go.
 
-    def __init__(self) -> None:
+    Args:
+        before: tensors that are there already, whose views are not counted either.
+    """
+
+    def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: int = 0
         self.most: int = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -160,6 +389,10 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _release(self, size: int) -> None:
         self.now -= size
+
+
+def _targets(model: nn.Module, adapter: AdapterSettings) -> dict[str, nn.Module]:
+    return target_layers(model, adapter.target_modules)
 
 
 def _bytes(tensors: Any) -> int:

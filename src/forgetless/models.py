@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from forgetless.blocks import PARTS, part_of, shortest_endings
 from forgetless.errors import UserError, unknown
 from forgetless.weights import (
     hold_packing,
@@ -45,9 +46,13 @@ __all__ = [
     "DTYPES",
     "POCKET",
     "Targets",
+    "adapter_off",
     "as_base",
     "base_of",
+    "checkpoint_activations",
+    "evaluating",
     "find_targets",
+    "has_weights",
     "linear_weight",
     "load_model",
     "load_tokenizer",
@@ -72,12 +77,13 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
-def resolve_base(base: str) -> str:
+def resolve_base(base: str, *, weights: bool = True) -> str:
     """The folder or hub id that `base` stands for, without loading or downloading anything.
 
     Args:
         base: "pocket" for the shipped model, a folder with config.json and weights, or the id of
             a model on the Hugging Face hub.
+        weights: whether a folder must hold them; for shapes its config.json is enough.
 
     Raises:
         UserError: a folder that is no model, a path that does not exist, a name that cannot be a
@@ -89,7 +95,7 @@ def resolve_base(base: str) -> str:
         return str(base_path())
     folder = Path(base).expanduser()
     if folder.is_dir():
-        _check_model_folder(folder)
+        _check_model_folder(folder, weights)
         return str(folder)
     hint = f"Give {POCKET!r}, a folder with config.json and *.safetensors, or a hub id."
     if folder.is_file():
@@ -104,14 +110,28 @@ def resolve_base(base: str) -> str:
     return base
 
 
-def _check_model_folder(folder: Path) -> None:
+def _check_model_folder(folder: Path, weights: bool) -> None:
     if not (folder / "config.json").is_file():
         holds = f"; it holds {_some_names(folder)}"
         raise UserError(f"folder {str(folder)!r} is no model: it has no config.json{holds}")
-    if not any((folder / name).is_file() for name in _WEIGHTS):
+    if weights and not _holds_weights(folder):
         raise UserError(
             f"folder {str(folder)!r} has a config.json but no weights ({' or '.join(_WEIGHTS[:2])})"
         )
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _WEIGHTS)
+
+
+def has_weights(base: str) -> bool:
+    """Whether a base can be loaded; a folder may hold a config alone.
+
+    Raises:
+        UserError: as `resolve_base`.
+    """
+    folder = Path(resolve_base(base, weights=False))
+    return not folder.is_dir() or _holds_weights(folder)
 
 
 def _some_names(folder: Path) -> str:
@@ -188,7 +208,7 @@ def _first_line(problem: BaseException) -> str:
     return lines[0] if lines else type(problem).__name__
 
 
-def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: str, *, weights: bool = True) -> PreTrainedTokenizerBase:
     """The base's tokenizer, always with a padding token.
 
     Where the base has none, its end-of-text token pads (padding is masked, so it is never
@@ -197,7 +217,7 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: the base comes without a tokenizer, or the tokenizer has no special token.
     """
-    source = resolve_base(base)
+    source = resolve_base(base, weights=weights)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (*_LOADING_ERRORS, ImportError) as problem:
@@ -216,13 +236,17 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def meta_model(base: str) -> PreTrainedModel:
+def meta_model(base: str, *, weights: bool = True) -> PreTrainedModel:
     """The base's architecture on the meta device: every shape, not one weight.
+
+    Args:
+        base: see `resolve_base`.
+        weights: whether a folder without any is refused.
 
     Raises:
         UserError: as `load_model`.
     """
-    source = resolve_base(base)
+    source = resolve_base(base, weights=weights)
     config = _load_config(base, source)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
@@ -235,18 +259,20 @@ def target_layers(
 
     PEFT's own matching decides: "all-linear" is every Linear and Conv1D but the output head; a
     list holds whole names or their endings ("q_proj"); any other string is a regular expression
-    for the whole name.
+    for the whole name. Of our own are "attention" and "mlp": of all linear layers those inside of
+    the attention, or of the feed-forward part, of every block.
 
     Args:
         model: a plain model or a PeftModel; both give the same names, those of the plain model.
-        target_modules: "all-linear", a list, or one regular expression.
+        target_modules: "all-linear", "attention", "mlp", a list, or one regular expression.
 
     Returns:
         name -> layer, for instance "model.layers.0.self_attn.q_proj". For a PeftModel the layer
         is the one below the adapters.
 
     Raises:
-        UserError: nothing matches, or something matches that is not a linear layer.
+        UserError: nothing matches, something matches that is not a linear layer, or it cannot be
+            told which layers of this model are the attention or the MLP.
     """
     return find_targets(model, target_modules).layers
 
@@ -258,8 +284,8 @@ class Targets:
     Attributes:
         layers: name -> linear layer, see `target_layers`.
         given: what PEFT's config must hold so that PEFT adapts these layers and nothing else.
-        skipped: the expert tensors of a mixture of experts that "all-linear" does not reach, with
-            a star for layer numbers.
+        skipped: the expert tensors of a mixture of experts that "all-linear" and "mlp" do not
+            reach, with a star for layer numbers.
     """
 
     layers: dict[str, nn.Module]
@@ -269,6 +295,8 @@ class Targets:
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-linear") -> Targets:
     """The target layers, how to name them to PEFT, and what is left out; see `target_layers`."""
+    if isinstance(target_modules, str) and target_modules in PARTS:
+        return _part_targets(model, target_modules)
     base = base_of(model)
     require_readable(base)
     wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -290,6 +318,23 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
                 f"only linear layers can be adapted. {_what_there_is(linear)}"
             )
     return Targets(found, given, experts if _is_all_linear(wanted) else [])
+
+
+def _part_targets(model: nn.Module, part: str) -> Targets:
+    """The targets of "attention" or "mlp"."""
+    everything, base = find_targets(model, "all-linear"), base_of(model)
+    found = everything.layers.items()
+    layers = {name: layer for name, layer in found if part_of(base, name) == part}
+    if not layers:
+        stacked = f" (its experts are stacked tensors: {', '.join(everything.skipped)})"
+        raise UserError(
+            f"target_modules {part!r}: no linear layer of this model can be told to belong to that "
+            f"part of a block{stacked if everything.skipped else ''}; name the layers. "
+            + _what_there_is(set(everything.layers))
+        )
+    modules = [name for name, _ in _named_base_modules(base)]
+    given = shortest_endings(layers, [*modules, *everything.skipped])
+    return Targets(layers, given, everything.skipped if part == "mlp" else [])
 
 
 def _is_all_linear(wanted: str | list[str]) -> bool:
@@ -354,6 +399,34 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module has its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """The base alone; afterwards parameters need gradients exactly as before.
+
+    PEFT's own `disable_adapter` lets every adapter weight train when it ends, frozen ones too.
+    """
+    needed = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+            yield
+    finally:
+        for weight, need in needed:
+            weight.requires_grad_(need)
+
+
+@contextmanager
 def as_base(model: nn.Module) -> Iterator[nn.Module]:
     """The base in evaluation mode, without gradients and adapters; everything is restored."""
     modules = list(model.modules())
@@ -362,21 +435,20 @@ def as_base(model: nn.Module) -> Iterator[nn.Module]:
     if any(_has_no_weights(module) for module in modules):
         raise UserError("the model has weights on the meta device; load it first")
     hold_packing(model)
-    training = [module.training for module in modules]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            if isinstance(model, PeftModel):
-                stack.enter_context(model.disable_adapter())
-            model.eval()
-            yield base_of(model)
-    finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+    with torch.inference_mode(False), evaluating(model), adapter_off(model):
+        yield base_of(model)
+
+
+def checkpoint_activations(model: Any, on: bool = True) -> None:
+    """Recompute activations in the backward pass of this model, or keep them again."""
+    # The name before transformers 5.20 was gradient_checkpointing_enable.
+    new = hasattr(model, "activation_checkpointing_enable")
+    switch = "activation_checkpointing" if new else "gradient_checkpointing"
+    if on:
+        getattr(model, switch + "_enable")({"use_reentrant": False})
+    else:
+        getattr(model, switch + "_disable")()
+        model.disable_input_require_grads()
 
 
 def _has_no_weights(module: nn.Module) -> bool:

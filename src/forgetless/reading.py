@@ -94,10 +94,10 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 def with_overrides(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A deep copy of ``content`` with dotted keys set.
 
-    Setting ``training.steps`` clears ``training.epochs`` and the other way round.
+    Setting one of ``training.steps``, ``.epochs`` and ``.tokens`` clears the others.
     """
     merged: dict[str, Any] = json.loads(json.dumps(content, default=str))
-    other = {"training.steps": "training.epochs", "training.epochs": "training.steps"}
+    durations = {f"training.{name}" for name in ("steps", "epochs", "tokens")}
     for key, value in overrides.items():
         *parents, last = key.split(".")
         section = merged
@@ -107,8 +107,9 @@ def with_overrides(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
                 section[parent] = below = {}
             section = below
         section[last] = value
-        if key in other and value is not None and other[key] not in overrides:
-            section.pop(other[key].rpartition(".")[2], None)
+        if key in durations and value is not None:
+            for other in durations - overrides.keys():
+                section.pop(other.rpartition(".")[2], None)
     return merged
 
 

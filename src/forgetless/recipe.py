@@ -31,6 +31,7 @@ class Section(BaseModel):
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdapterSettings(Section):
@@ -57,7 +58,10 @@ class AdapterSettings(Section):
             return value
         if isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
             return list(value)
-        raise ValueError("must be 'all-linear', one regular expression or a list of layer names")
+        raise ValueError(
+            "must be 'all-linear', 'attention', 'mlp', one regular expression or a list of layer "
+            "names"
+        )
 
 
 DATA = "data"
@@ -107,6 +111,7 @@ class CalibrationSettings(Section):
 class DataSettings(Section):
     """The training data, and how its examples become tokens.
 
+    ``format`` ``text`` reads prompts with completions as raw text, every token of which is learned.
     ``train`` is one source, or a list of ``{path, weight}`` for replay: the first is the new task,
     of which every example is in every epoch, the others have their exact share of an epoch's rows.
     """
@@ -153,37 +158,75 @@ def _is_weighted_source(value: Any, name: str = "path") -> bool:
     )
 
 
-class TrainingSettings(Section):
-    """How to train, for so many ``steps`` or for so many ``epochs``.
+RECORDING = frozenset({"checkpoint_every", "log_every", "report_to"})
+"""Settings of a training that say what is written of it, and decide no weight."""
 
+
+class TrainingSettings(Section):
+    """How to train, for so many ``steps``, ``epochs`` or ``tokens``.
+
+    ``batch_size`` counts the rows of all processes together, so that any number of them do the
+    same training; a step has ``gradient_accumulation`` such batches.
     ``loraplus_ratio`` is LoRA+'s rate of B over that of A, which is the learning rate.
+    ``attention_dropout`` drops attention weights while training. The schedules ``constant`` and
+    ``inverse_sqrt`` end, over the last ``cooldown_ratio`` of the steps, in a straight line to 0.
+    After the shares ``measure_at`` of the training, such as 0.25 and 0.5, the weights are kept and
+    scored as points of the learning-forgetting curve; the schedule takes no notice of them.
+    ``weight_decay`` is that of AdamW, on matrices alone: an adapter's move, and so the model, is
+    pulled towards the base, but the weights that ``full`` trains are pulled towards 0 (the penalty
+    ``l2_start`` pulls those to the base). ``betas`` and ``eps`` are the optimiser's own where they
+    are not given. ``compile`` runs the training, and nothing else, through `torch.compile`: the
+    losses are the same up to rounding, and a resumed training too. ``report_to`` names trackers,
+    which get what the log gets.
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     loraplus_ratio: Annotated[float, Field(gt=0)] = 1.0
     steps: Count | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
+    tokens: Count | None = None
+    measure_at: list[Annotated[float, Field(gt=0, lt=1)]] = []
     batch_size: Count = 32
     gradient_accumulation: Count = 1
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    cooldown_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "adafactor", "sgd"] = (
+        "adamw"
+    )
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] | None = None
+    eps: Annotated[float, Field(gt=0)] | None = None
     precision: Literal["float32", "bf16"] = "float32"
+    compile: bool = False
     gradient_checkpointing: bool = False
     checkpoint_every: Count = 100
     log_every: Count = 10
+    report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = []
 
     @model_validator(mode="after")
     def _one_duration(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            got = (
-                "neither"
-                if self.steps is None
-                else f"steps={self.steps} and epochs={self.epochs:g}"
+        durations = {name: getattr(self, name) for name in ("steps", "epochs", "tokens")}
+        given = [f"{name}={value:g}" for name, value in durations.items() if value is not None]
+        if len(given) != 1:
+            got = " and ".join(given) or "none of them"
+            raise ValueError(f"give one of steps, epochs and tokens, got {got}")
+        return self
+
+    @model_validator(mode="after")
+    def _cooldown_of_a_flat_schedule(self) -> Self:
+        if self.cooldown_ratio and self.schedule in ("cosine", "linear"):
+            raise ValueError(
+                f"cooldown_ratio is for the schedules constant and inverse_sqrt; {self.schedule!r} "
+                "falls to 0 anyway"
             )
-            raise ValueError(f"give either steps or epochs, got {got}")
+        if self.warmup_ratio + self.cooldown_ratio > 1:
+            raise ValueError(
+                "warmup_ratio and cooldown_ratio together must be at most 1, got "
+                f"{self.warmup_ratio:g} and {self.cooldown_ratio:g}"
+            )
         return self
 
 
@@ -418,7 +461,9 @@ def _calibration_key(recipe: Recipe, source: str) -> Any:
     if source != DATA:
         return _source_hash(source, fingerprint)
     path = recipe.data.sources[0][0]
+    as_text = {"format": "text"} if recipe.data.format == "text" else {}
     return {
+        **as_text,
         "data": _source_hash(path, lambda name: load_examples(name).fingerprint),
         "max_length": recipe.data.max_length,
         "limit": recipe.data.limit,
@@ -431,12 +476,24 @@ _SWITCHES: Mapping[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
     "loraplus_ratio": 1.0,
+    "tokens": None,
+    "measure_at": [],
+    "cooldown_ratio": 0.0,
+    "attention_dropout": 0.0,
+    "betas": None,
+    "eps": None,
+    "compile": False,
 }
 """Settings that decide nothing at these values; a run without them keeps its id."""
 
 
 def _without_idle(values: dict[str, Any], idle: Mapping[str, Any]) -> dict[str, Any]:
     return {key: v for key, v in values.items() if key not in idle or v != idle[key]}
+
+
+def what_decides_a_training(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings without those that only record, and without switches that are off."""
+    return _without_idle(settings.model_dump(mode="json", exclude=set(RECORDING)), _SWITCHES)
 
 
 def _what_decides_the_weights(recipe: Recipe) -> dict[str, Any]:
@@ -460,9 +517,7 @@ def _what_decides_the_weights(recipe: Recipe) -> dict[str, Any]:
         "adapter": adapter,
         "calibration": alone or inputs or None,
         "data": data,
-        "training": _without_idle(
-            recipe.training.model_dump(exclude={"checkpoint_every", "log_every"}), _SWITCHES
-        ),
+        "training": what_decides_a_training(recipe.training),
     }
     if recipe.penalties:
         found["penalties"] = [_penalty_key(spec) for spec in recipe.penalties]

@@ -7,7 +7,7 @@ import platform
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 import forgetless
 from forgetless import store
 from forgetless.errors import RecipeError
+from forgetless.launch import this_launch
 from forgetless.models import meta_model
 from forgetless.recipe import Recipe, check
 from forgetless.stages import Listener, Stages
+from forgetless.statistics.ranks import Ranks
 from forgetless.store import RunFolder
+from forgetless.training.devices import join, naming_lost_processes
 
 SMALL_MODEL = 50_000_000
 """Weights below which one thread is faster than several."""
@@ -68,6 +72,8 @@ def run(
 ) -> Run:
     """Do whatever of a recipe's seven stages is not done yet.
 
+    Under `accelerate launch` or torchrun all processes call this alike; see docs/devices.md.
+
     Args:
         recipe: a `Recipe`, the mapping that one is written as, or the path of a YAML file.
         out: the folder that holds studies.
@@ -84,16 +90,16 @@ def run(
         Exception: what went wrong in a stage; it is kept in run.json, and a new call goes on from
             the last finished stage.
     """
-    recipe = as_recipe(recipe)
-    problems = check(recipe)
+    checked, ranks = as_recipe(recipe), join()
+    problems = ranks.first(lambda: check(checked))
     if problems:
-        raise RecipeError(recipe.name or "recipe", problems)
+        raise RecipeError(checked.name or "recipe", problems)
     folder = RunFolder(
-        Path(out) / store.folder_name(study or recipe.name or "single") / recipe.run_id
+        Path(out) / store.folder_name(study or checked.name or "single") / checked.run_id
     )
-    with store.lock(folder.lock):
-        prepare(folder, recipe)
-        execute(folder, evaluate=evaluate, threads=threads, listen=listen)
+    with store.lock(folder.lock) if ranks.index == 0 else nullcontext():
+        ranks.first(lambda: prepare(folder, checked))
+        execute(folder, evaluate=evaluate, threads=threads, listen=listen, ranks=ranks)
     return Run(folder.path)
 
 
@@ -118,38 +124,46 @@ def execute(
     threads: int | None = None,
     session: str | None = None,
     listen: Listener | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 - it is frozen
 ) -> None:
     """Take a prepared run through its stages; for the holder of its lock.
 
-    Whatever goes wrong is written into run.json and raised again.
+    Whatever goes wrong is written into run.json and raised again. Of several processes the first
+    holds the lock and writes.
     """
     recipe = Recipe.load(folder.recipe)
-    store.remove_temporaries(folder.path)
-    stages = Stages(folder, recipe, listen or (lambda event: None))
-    folder.update(
-        status="running",
-        reason=None,
-        seed=recipe.seed,
-        session=session,
-        started=store.read_json(folder.record).get("started") or _now(),
-        versions=_versions(),
-        hardware=_hardware(),
-    )
+    is_first, hardware = ranks.index == 0, _hardware(ranks)
+    stages = Stages(folder, recipe, listen if listen and is_first else (lambda event: None), ranks)
+    if is_first:
+        store.remove_temporaries(folder.path)
+        record = store.read_json(folder.record)
+        folder.update(
+            status="running",
+            reason=None,
+            seed=recipe.seed,
+            session=session,
+            started=record.get("started") or _now(),
+            versions=_versions(),
+            # Once it is trained, that is where; a later evaluation may be done elsewhere.
+            hardware=record["hardware"] if "training" in record else hardware,
+        )
     began = time.perf_counter()
     try:
-        with _torch_threads(threads, recipe.base):
+        with torch_threads(threads, recipe.base), naming_lost_processes():
             stages.run(evaluate=evaluate)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        folder.update(status="failed", reason=reason, traceback=traceback.format_exc())
+        if is_first:
+            folder.update(status="failed", reason=reason, traceback=traceback.format_exc())
         stages.tell("failed", reason)
         raise
-    folder.update(status="done", finished=_now(), traceback=None)
+    if is_first:
+        folder.update(status="done", finished=_now(), traceback=None)
     stages.tell("done", f"{time.perf_counter() - began:.0f} s")
 
 
 @contextmanager
-def _torch_threads(threads: int | None, base: str) -> Iterator[None]:
+def torch_threads(threads: int | None, base: str) -> Iterator[None]:
     """Run with so many threads: one on a small model, where more are slower."""
     before = torch.get_num_threads()
     if threads is None and meta_model(base).num_parameters() < SMALL_MODEL:
@@ -176,11 +190,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _hardware() -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+def _hardware(ranks: Ranks) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found = {
+        "device": device,
         "machine": platform.machine(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
+        "processes": ranks.count,
+    }
+    if ranks.count == 1:
+        return found
+    return found | {
+        "strategy": this_launch().strategy,
+        "backend": distributed.get_backend(),
+        "devices": ranks.everyones(f"{platform.node()}: {device}"),
     }

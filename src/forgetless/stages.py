@@ -19,8 +19,8 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from forgetless.adapters import attach, delta_weights, export, load, save
 from forgetless.cards import write_run_card
 from forgetless.data import load_examples, tokenize
 from forgetless.inputs import Collecting, load_inputs
+from forgetless.launch import this_launch
 from forgetless.models import linear_weight, load_model, load_tokenizer, target_layers
 from forgetless.recipe import (
     AdapterSettings,
@@ -44,11 +45,13 @@ from forgetless.recipe import (
 from forgetless.reuse import cached_spectra
 from forgetless.scores.cache import ScoreCache
 from forgetless.statistics import Statistics
+from forgetless.statistics.ranks import Ranks
 from forgetless.store import Phase, RunFolder
 from forgetless.tasks import Task, TaskResult, make_tasks
 from forgetless.tasks.journal import resuming
 from forgetless.training import train
 from forgetless.training.batches import TokenRows
+from forgetless.training.devices import gathered, is_sharded
 from forgetless.training.forgetting import from_settings
 from forgetless.training.mixture import Mixture
 
@@ -85,32 +88,41 @@ class Stages:
     folder: RunFolder
     recipe: Recipe
     listen: Listener
+    ranks: Ranks = field(default_factory=Ranks)
     _held: tuple[str, Any] | None = None
 
     def run(self, *, evaluate: bool) -> None:
-        """All stages in order; the measuring ones only when asked."""
+        """All stages in order; the measuring ones only when asked.
+
+        Several processes collect statistics and train together. All else is the first one's work,
+        for which the others wait, and it alone writes.
+        """
         if evaluate:
-            self.folder.update(tasks={task.name: kind for task, kind in self.tasks})
+            self._note(lambda: {"tasks": {task.name: kind for task, kind in self.tasks}})
             self._timed("base scores", self.base_scores)
-        self._timed("statistics", self.collect_statistics)
+        self._timed("statistics", self.collect_statistics, together=True)
         self._timed("start", self.start)
         if evaluate:
             self._timed("step 0", self.step0)
-        self._timed("train", self.train)
+        self._timed("train", self.train, together=True)
         self._timed("export", self.export)
         if evaluate:
             self._timed("evaluate", self.evaluate)
         self._timed("analyse", self.analyse)
-        write_run_card(self.folder)
+        self.ranks.first(lambda: write_run_card(self.folder))
 
-    def _timed(self, stage: str, work: Callable[[], str | None]) -> None:
+    def _timed(self, stage: str, work: Callable[[], str | None], *, together: bool = False) -> None:
         """Do a stage; its time is kept only where it had something to do."""
         started = time.perf_counter()
-        message = work()
+        message = work() if together else self.ranks.first(work)
         if message is not None:
             seconds = round(time.perf_counter() - started, 3)
-            self.folder.update(seconds={**self.record.get("seconds", {}), stage: seconds})
+            self._note(lambda: {"seconds": {**self.record.get("seconds", {}), stage: seconds}})
             self.tell(stage, f"{message} ({seconds:.1f} s)")
+
+    def _note(self, changes: Callable[[], Mapping[str, Any]]) -> None:
+        """Change entries of run.json."""
+        self.ranks.first(lambda: self.folder.update(**changes()))
 
     def tell(self, stage: str, message: str = "", step: int = 0, steps: int = 0) -> None:
         """Pass an event on to the listener."""
@@ -143,7 +155,10 @@ class Stages:
     @property
     def trained(self) -> Path:
         """Where the trained weights lie."""
-        path: Path = self.folder.model if self.full else self.folder.native
+        return self._weights(self.folder)
+
+    def _weights(self, run: RunFolder) -> Path:
+        path: Path = run.model if self.full else run.native
         return path
 
     @property
@@ -156,13 +171,17 @@ class Stages:
         """run.json as it is now."""
         return store.read_json(self.folder.record)
 
-    def _load_base(self) -> Any:
-        return load_model(self.recipe.base, dtype=self.recipe.dtype)
+    def _load_base(self, device: str = "auto") -> Any:
+        return load_model(self.recipe.base, dtype=self.recipe.dtype, device=device)
 
     def _load_trained(self) -> Any:
+        return self._read_back(self.folder)
+
+    def _read_back(self, folder: RunFolder) -> Any:
+        """The trained weights of a run, or of a step on its way."""
         if self.full:
-            return load_model(str(self.folder.model), dtype=self.recipe.dtype)
-        return load(self._load_base(), self.folder.native)
+            return load_model(str(folder.model), dtype=self.recipe.dtype)
+        return load(self._load_base(), folder.native)
 
     def _model(self, which: str, load: Callable[[], Any]) -> Any:
         """The model called ``which``; the one held before is let go first."""
@@ -176,27 +195,26 @@ class Stages:
 
     # ------------------------------------------------------------------------------- measuring
 
-    def _measured(self, phase: Phase, task: Task) -> bool:
+    def _measured(self, phase: Phase, task: Task, run: RunFolder | None = None) -> bool:
         """Whether this very task was scored; a task that has changed has another fingerprint."""
-        score = store.read_json(self.folder.scores(phase, task.name))
+        score = store.read_json((run or self.folder).scores(phase, task.name))
         return score.get("fingerprint") == task.fingerprint
 
-    def _keep(self, phase: Phase, kind: str, result: TaskResult) -> None:
-        """Write a result; the score comes last, for it says that the items are there."""
+    def _measure(
+        self, run: RunFolder, phase: Phase, task: Task, kind: str, model: Any, weights: Path
+    ) -> None:
+        """Score a model and write the result down; the score comes last, for it says that the
+        items are there. An earlier attempt on the same weights is gone on with.
+        """
+        # For an adapter the reference is the same model with the adapter off.
+        reference = self._load_base() if self.full and task.needs_reference else None
+        unfinished = run.scores(phase, task.name).with_suffix(".partial.jsonl")
+        with resuming(unfinished, f"{task.fingerprint} {weights.stat().st_mtime_ns}"):
+            result = task.evaluate(model, self.tokenizer, reference=reference)
         items = [item.to_json() for item in result.items]
-        store.write_jsonl(self.folder.items(phase, result.task), items)
-        score = {**result.to_json(), "kind": kind}
-        store.write_json(self.folder.scores(phase, result.task), score)
-        store.remove(self._partial(phase, result.task))
-
-    def _partial(self, phase: Phase, task: str) -> Path:
-        """What an interrupted evaluation has finished."""
-        return self.folder.scores(phase, task).with_suffix(".partial.jsonl")
-
-    def _resuming(self, phase: Phase, task: Task, weights: Path) -> AbstractContextManager[None]:
-        """Go on with the batch that an earlier attempt at this task had reached."""
-        key = f"{task.fingerprint} {weights.stat().st_mtime_ns}"
-        return resuming(self._partial(phase, task.name), key)
+        store.write_jsonl(run.items(phase, result.task), items)
+        store.write_json(run.scores(phase, result.task), {**result.to_json(), "kind": kind})
+        store.remove(unfinished)
 
     def _copy(self, task: Task, kind: str, source: tuple[Path, Path], phase: Phase) -> None:
         """Take over a score that was measured elsewhere."""
@@ -241,21 +259,22 @@ class Stages:
                 self._copy(task, kind, base, "step0")
             else:
                 model = self._model("start", lambda: load(self._load_base(), self.folder.start))
-                with self._resuming("step0", task, self.folder.start):
-                    result = task.evaluate(model, self.tokenizer)
-                self._keep("step0", kind, result)
+                self._measure(self.folder, "step0", task, kind, model, self.folder.start)
         return "the base's own scores" if is_base else _counted(missing, "task")
 
     def evaluate(self) -> str | None:
-        """Score the trained model, as it was read back from the disk."""
-        missing = [(task, kind) for task, kind in self.tasks if not self._measured("final", task)]
-        for task, kind in missing:
-            model = self._model("trained", self._load_trained)
-            # For an adapter the reference is the same model with the adapter off.
-            reference = self._load_base() if self.full and task.needs_reference else None
-            with self._resuming("final", task, self.trained):
-                result = task.evaluate(model, self.tokenizer, reference=reference)
-            self._keep("final", kind, result)
+        """Score the trained model, and its weights on the way, as they were read back."""
+        on_the_way = [self.folder.point(step) for step in self.folder.points]
+        missing = [
+            (run, task, kind)
+            for run in (*on_the_way, self.folder)
+            for task, kind in self.tasks
+            if not self._measured("final", task, run)
+        ]
+        for run, task, kind in missing:
+            name = "trained" if run is self.folder else f"step {run.path.name}"
+            model = self._model(name, partial(self._read_back, run))
+            self._measure(run, "final", task, kind, model, self._weights(run))
         return _counted(missing, "task") if missing else None
 
     # -------------------------------------------------------------------------------- training
@@ -271,22 +290,25 @@ class Stages:
 
     def collect_statistics(self) -> str | None:
         """Collect what the method needs to know of the text to keep and of the new task."""
-        if self.trained.exists():
+        if self.ranks.first(self.trained.exists):
             return None
         made = [self._collect(need, folder) for need, folder in self._inputs.items()]
         return f"{max(made)} layers" if any(made) else None
 
     def _collect(self, need: str, folder: Path) -> int:
         """Collect one need, from where an interrupted run left off; of how many layers."""
-        with store.lock(folder.with_suffix(".lock")):
-            if folder.exists():
+        is_first = self.ranks.index == 0
+        with store.lock(folder.with_suffix(".lock")) if is_first else nullcontext():
+            if self.ranks.first(folder.exists):
                 return 0
             unfinished = folder.with_suffix(".unfinished")
             collecting = Collecting.of(self.recipe)
             found = collecting.collect(need, self._base(), self.tokenizer, unfinished)
-            with store.new_folder(folder) as new:
-                found.save(new)
-            store.remove(unfinished)
+            self.ranks.wait()  # until none needs what is unfinished
+            if is_first:
+                with store.new_folder(folder) as new:
+                    found.save(new)
+                store.remove(unfinished)
         return len(found)
 
     def start(self) -> str | None:
@@ -317,37 +339,53 @@ class Stages:
         planned = store.read_json(self.folder.path.parent / "runs.json").get("runs", [])
         return cached_spectra(self.shared / "spectra") if len(planned) > 1 else nullcontext()
 
-    def train(self) -> str | None:
-        """Train, from the newest checkpoint if there is one, and write the result down."""
-        record = self.record
-        if self.trained.exists() and "training" in record:
-            self._tidy()
-            return None
+    def to_train(self) -> tuple[Any, Any]:
+        """The model before its first step, and the tokens to train it on."""
         self._held = None
-        recipe, model = self.recipe, self._load_base()
+        # What is to be sharded comes to the devices in shards.
+        device = "cpu" if this_launch().strategy == "FSDP2" else "auto"
+        model = self._load_base(device)
         if not self.full:
             model = load(model, self.folder.start, trainable=True)
+        return model, self._tokens()
+
+    def train(self) -> str | None:
+        """Train, from the newest checkpoint if there is one, and write the result down."""
+        if self.ranks.first(lambda: self.trained.exists() and "training" in self.record):
+            self.ranks.first(self._tidy)
+            return None
+        recipe, (model, tokens) = self.recipe, self.to_train()
         result = train(
             model,
             self.tokenizer,
-            self._tokens(),
+            tokens,
             recipe.training,
             self.folder.path,
             seed=recipe.seed,
             penalties=recipe.penalties,
             probes=from_settings(recipe.probes),
             on_step=lambda step, steps: self.tell("train", step=step, steps=steps),
+            on_point=lambda step: self._write_down(model, self.folder.point(step)),
         )
-        with store.new_folder(self.trained) as folder:
-            if self.full:
-                model.save_pretrained(folder)
-                self.tokenizer.save_pretrained(folder)
-            else:
-                save(model, folder)
-        self.folder.update(training=asdict(result))
-        self._tidy()
+        self._write_down(model, self.folder)
+        self._note(lambda: {"training": asdict(result)})
+        self.ranks.first(self._tidy)
         over = f"; {result.exceeded}" if result.exceeded else ""
         return f"{result.steps} steps, loss {result.final_loss:.4g}{over}"
+
+    def _write_down(self, model: Any, run: RunFolder) -> None:
+        """Save the weights as they are now, for `_read_back`."""
+        weights = gathered(model) if is_sharded(model) else None
+
+        def write() -> None:
+            with store.new_folder(self._weights(run)) as folder:
+                if self.full:
+                    model.save_pretrained(folder, state_dict=weights)
+                    self.tokenizer.save_pretrained(folder)
+                else:
+                    save(model, folder, weights=weights)
+
+        self.ranks.first(write)
 
     def _tidy(self) -> None:
         """Remove what only an unfinished training needs."""
@@ -358,7 +396,7 @@ class Stages:
     def _tokens(self) -> Any:
         data, tokens = self.recipe.data, []
         for path, _ in data.sources:
-            examples = load_examples(path, limit=data.limit)
+            examples = load_examples(path, limit=data.limit, kind=data.format)
             tokens.append(
                 tokenize(examples, self.tokenizer, max_length=data.max_length, pack=data.pack)
             )

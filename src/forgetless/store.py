@@ -63,6 +63,29 @@ COLUMNS = (
 )
 """The columns of results.csv, one row a run and task."""
 
+CURVE_COLUMNS = (
+    "study",
+    "run_id",
+    "arm",
+    "method",
+    "rank",
+    "learning_rate",
+    "seed",
+    "steps",
+    "step",
+    "tokens",
+    "task",
+    "kind",
+    "metric",
+    "higher_is_better",
+    "base_score",
+    "score",
+    "stderr",
+    "n",
+    "status",
+)
+"""The columns of curve.csv, one row a run, measured step and task."""
+
 _TEMPORARY = ".tmp-"
 
 
@@ -209,6 +232,7 @@ class RunFolder:
     adapter/        the trained adapter as a plain PEFT LoRA
     scores/ items/  {base,step0,final}/<task>.json and .jsonl
     analysis.json   how far the weights moved
+    points/<step>/  weights, scores and items of a step on the way, named as above
     """
 
     path: Path
@@ -231,6 +255,15 @@ class RunFolder:
     def items(self, phase: Phase, task: str) -> Path:
         """What was asked, expected and answered, one line an item."""
         return self.path / "items" / phase / f"{task}.jsonl"
+
+    def point(self, step: int) -> RunFolder:
+        """The folder of a step on the way, laid out like a run's; its scores are final ones."""
+        return RunFolder(self.path / "points" / str(step))
+
+    @property
+    def points(self) -> list[int]:
+        """The steps on the way whose weights were kept, in order."""
+        return sorted(int(folder.name) for folder in self.path.glob("points/[0-9]*"))
 
     def update(self, **changes: Any) -> None:
         """Change entries of run.json."""
@@ -336,12 +369,48 @@ def _words(names: str | Sequence[str]) -> str:
     return names if isinstance(names, str) else " ".join(names)
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def curve(study_folder: str | Path) -> list[dict[str, Any]]:
+    """One row per run, measured step and task with the columns of `CURVE_COLUMNS`.
+
+    Runs that were measured at their end only are left out. The first step of a run is 0, with the
+    base's scores, and the last one its end.
+    """
+    study_folder = Path(study_folder)
+    if not study_folder.is_dir():
+        raise FileNotFoundError(f"no study folder {study_folder}")
+    return [row for folder in run_folders(study_folder) for row in _curve_rows(folder)]
+
+
+def _curve_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    if not folder.points:
+        return
+    recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+    record = read_json(folder.record)
+    common = _run_columns(folder, recipe, record)
+    tokens = {line["step"]: line["tokens"] for line in read_jsonl(folder.log) if "tokens" in line}
+    last = common["steps"]
+    for step in [0, *(step for step in folder.points if step < last), last]:
+        read = record.get("training", {}).get("tokens") if step == last else tokens.get(step)
+        place = {"step": step, "tokens": 0 if step == 0 else read}
+        for task, kind in record.get("tasks", {}).items():
+            base = read_json(folder.scores("base", task))
+            if step == 0:
+                score = base
+            else:
+                measured = folder if step == last else folder.point(step)
+                score = read_json(measured.scores("final", task))
+            found = _task_columns(task, kind, {"base": base, "step0": {}, "final": score})
+            yield {key: (common | place | found).get(key) for key in CURVE_COLUMNS}
+
+
+def write_csv(
+    path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = COLUMNS
+) -> None:
     """Write rows as CSV, atomically; an unmeasured value is an empty field."""
     import io
 
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

@@ -88,6 +88,8 @@ def study(
     else:
         _Team(folder, session, threads, listen).work(min(workers, len(store.run_folders(folder))))
     store.write_csv(folder / "report" / "results.csv", store.results(folder))
+    if points := store.curve(folder):
+        store.write_csv(folder / "report" / "curve.csv", points, store.CURVE_COLUMNS)
     return Study(folder)
 
 
@@ -186,7 +188,8 @@ class _Team:
                 worker.wait()
         finally:
             for worker in team:
-                worker.terminate()
+                worker.terminate()  # one that trains finishes and saves its step
+            for worker in team:
                 worker.wait()
             for reader in readers:
                 reader.join()
@@ -209,11 +212,14 @@ def serve(study_folder: Path, session: str, threads: int | None) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which terminates us
     output = sys.stdout
     sys.stdout = sys.stderr  # whatever else is printed is no event
 
     def report(event: Event) -> None:
         print(json.dumps(asdict(event)), file=output, flush=True)
 
-    work(study_folder, session, threads=threads, listen=report)
+    try:
+        work(study_folder, session, threads=threads, listen=report)
+    except KeyboardInterrupt:  # the parent says what there is to say
+        sys.exit(1)

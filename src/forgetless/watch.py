@@ -14,6 +14,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def watch(*, several: bool) -> Iterator[Listener]:
         yield lambda event: _print(console, event)
     else:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
+        times = TimeElapsedColumn(), TimeRemainingColumn()
+        with Progress(*columns, *times, console=console, transient=True) as bars:
             yield _Bars(bars).show
 
 

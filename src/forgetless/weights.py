@@ -53,7 +53,8 @@ def linear_weight(module: nn.Module) -> Tensor:
     """W (out, in) of a linear layer: a view of the parameter itself, also for GPT-2's Conv1D.
 
     A quantised weight (bitsandbytes, torchao) comes as a new tensor with the values that the layer
-    computes with. A layer that carries PEFT adapters gives the weight of its base layer.
+    computes with, an offloaded one from where it is kept. A layer that carries PEFT adapters gives
+    the weight of its base layer.
 
     Raises:
         TypeError: the module is not a linear layer, or its weight is packed in another way.
@@ -61,7 +62,8 @@ def linear_weight(module: nn.Module) -> Tensor:
     module = _below_adapters(module)
     if not is_linear(module):
         raise TypeError(f"need a Linear or Conv1D layer, got {type(module).__name__}")
-    weight: Any = module.weight
+    hook = _offloading(module)
+    weight: Any = module.weight if hook is None else hook.weights_map["weight"]
     if is_quantised(module):
         dense = _dequantised(module)
     elif weight.dtype in DENSE:
@@ -111,10 +113,8 @@ def unreadable(module: nn.Module) -> str | None:
     if hasattr(weight, "ds_id"):
         return f"is sharded (DeepSpeed ZeRO-3); {_BEFORE_WRAPPING}"
     if is_offloaded(module):
-        return (
-            "is offloaded, and an adapter on it could not be trained; load the model without "
-            "device_map='auto', or with smaller weights (load_in_4bit)"
-        )
+        dense = not is_quantised(module) and weight.dtype in DENSE
+        return None if dense else "is quantised and offloaded; load it quantised on one device"
     if weight.is_meta:
         return (
             "has no weights: it is on the meta device; load them first (from_pretrained, or "
@@ -166,9 +166,23 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate loads the module's weights for each forward only."""
+    return _offloading(module) is not None
+
+
+def computing_device(module: nn.Module) -> torch.device:
+    """Where the layer computes, also when its weight lies elsewhere until then."""
+    hook = _offloading(module)
+    if hook is not None:
+        return torch.device(hook.execution_device)
+    device: torch.device = _below_adapters(module).weight.device
+    return device
+
+
+def _offloading(module: nn.Module) -> Any:
+    """The hook that loads the module's weights for each forward; None without one."""
     hook = getattr(_below_adapters(module), "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])
-    return any(getattr(each, "offload", False) for each in hooks)
+    return next((each for each in hooks if getattr(each, "offload", False)), None)
 
 
 def require_readable(model: nn.Module) -> None:

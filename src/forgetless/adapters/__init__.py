@@ -6,7 +6,7 @@ reads adapters.
 
 from forgetless.adapters.anchored import plain_factors
 from forgetless.adapters.attachment import attach
-from forgetless.adapters.folders import ExportReport, export, load, save
+from forgetless.adapters.folders import ExportReport, down_projections, export, load, save
 from forgetless.adapters.layer import adapted_layers, delta_weights
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "adapted_layers",
     "attach",
     "delta_weights",
+    "down_projections",
     "export",
     "load",
     "plain_factors",

@@ -29,9 +29,10 @@ from forgetless.errors import UserError, first_few, unknown
 from forgetless.linalg import eigen_top
 from forgetless.methods import METHODS
 from forgetless.models import Targets, base_of, find_targets
+from forgetless.progress import counted
 from forgetless.reuse import shared_inputs
 from forgetless.statistics import Statistics
-from forgetless.weights import linear_weight, unreadable, weight_shape
+from forgetless.weights import is_offloaded, linear_weight, unreadable, weight_shape
 
 Source = Callable[[str], Tensor]
 """Layer name -> what a method needs of it; KeyError where there is nothing."""
@@ -74,7 +75,8 @@ def attach(
         rank: r, in 1..min(out, in) of every target layer.
         alpha: scaling = alpha / rank, or alpha / √rank with `use_rslora`.
         target_modules: "all-linear" (every linear layer but the output head), a list of name
-            endings, or one regular expression, as in PEFT.
+            endings, or one regular expression, as in PEFT; or "attention" or "mlp", of all linear
+            layers those inside of that part of every block.
         stats: activations of the knowledge to keep, from `collect`. This and the next two are
             ignored by methods that do not need them.
         task_stats: activations on the new task's data, for `eva` and the like.
@@ -120,7 +122,7 @@ def attach(
         given, names = patterns(ranks, rank, alpha), list(layers)
     factors: dict[str, Factors] = {}
     with shared_inputs():  # what follows from the input of q, k and v alone is computed once
-        for name, layer in layers.items():
+        for name, layer in counted(layers.items(), "decomposing", "layers"):
             made = _decompose_layer(name, layer, method, ranks[name], sources, seed, options)
             factors[name] = Factors(made.A.float(), made.B.float())  # and not the weight's copy
     trains = METHODS[method].trains
@@ -197,7 +199,12 @@ def _check_layers(
         except ValueError as problem:
             problems.append(str(problem))
             continue
-        if use_dora and not linear_weight(layer).any(dim=1).all():
+        if use_dora and is_offloaded(layer):
+            problems.append(
+                f"layer {name!r} is offloaded, and DoRA needs its weight at any time; leave "
+                "use_dora off, or load the model whole"
+            )
+        elif use_dora and not linear_weight(layer).any(dim=1).all():
             problems.append(
                 f"layer {name!r} has a row of zeros, whose direction DoRA cannot train; leave "
                 "the layer out of target_modules or use_dora off"

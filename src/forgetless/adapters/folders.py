@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,9 @@ from forgetless.weights import is_linear, weight_shape
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 START_FILE = "forgetless.json"
+
+_CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""What PEFT's `init_lora_weights` begins with where it subtracts the start from the base."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,11 @@ def export(
         The rank that was written and the error of cutting, measured per layer.
 
     Raises:
-        UserError: rank is not one of these.
+        UserError: rank is not one of these, or the adapter has more than a plain LoRA can say.
     """
     config = _lora_config(model, adapter_name)
     layers = adapted_layers(model, adapter_name)
+    _require_plain(model, config, adapter_name)
     factors = {name: plain_factors(module, adapter_name) for name, module in layers.items()}
     kept = {
         name: _export_rank(rank, layers[name].r[adapter_name], len(A))
@@ -143,6 +148,26 @@ def _lora_config(model: PeftModel, adapter_name: str) -> LoraConfig:
     return config
 
 
+def _require_plain(model: PeftModel, config: LoraConfig, adapter_name: str) -> None:
+    """Refuse what would be lost: whole layers, embeddings, biases, other kinds of LoRA."""
+    plain = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    more = [name for name in state if not name.endswith(plain) and ".lora_anchor." not in name]
+    more += [f"{key} = {value}" for key, value in _other_kinds(config).items()]
+    if more:
+        raise UserError(
+            "this adapter has more than the A and B of linear layers, which an export would lose: "
+            f"{first_few(more)}; keep the folder that PEFT wrote"
+        )
+
+
+def _other_kinds(config: LoraConfig) -> dict[str, object]:
+    """Settings of PEFT under which A and B do not act as a plain LoRA's or DoRA's."""
+    kinds = ("alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "kasa_config")
+    found = {kind: getattr(config, kind, None) for kind in (*kinds, "target_parameters")}
+    return {kind: value for kind, value in found.items() if value}
+
+
 def _export_rank(rank: str | int, requested: int, exact: int) -> int:
     if rank == "exact":
         return exact
@@ -167,6 +192,9 @@ def _plain_config(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
         **patterns(layers, largest, largest),
         use_dora=config.use_dora,
         target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
         lora_dropout=config.lora_dropout,
         fan_in_fan_out=config.fan_in_fan_out,
         task_type=config.task_type,
@@ -202,8 +230,20 @@ def _truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return A_cut.to(A.dtype), B_cut.to(B.dtype), float(S[rank:].norm())
 
 
-def save(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> Path:
+def save(
+    model: PeftModel,
+    folder: str | Path,
+    adapter_name: str = "default",
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write the adapter as it is, anchor and moves, so that `load` continues without any loss.
+
+    Args:
+        model: a PeftModel made by `attach` or `load`, or any PEFT LoRA.
+        folder: where to; created.
+        adapter_name: which adapter.
+        weights: the model's by name where it has only shards of them itself.
 
     Returns:
         The folder. `adapter_model.safetensors` and `adapter_config.json` are PEFT's (an anchored
@@ -214,7 +254,7 @@ def save(model: PeftModel, folder: str | Path, adapter_name: str = "default") ->
     start = config.start if isinstance(config, StartConfig) else None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state = get_peft_model_state_dict(model, state_dict=weights, adapter_name=adapter_name)
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if start is not None:
@@ -241,13 +281,14 @@ def load(
     config = _read_config(folder)
     state = load_file(folder / WEIGHTS_FILE)
     _check_fits(folder, state, base)
+    _name_base(folder, config, base)
     config.inference_mode = not trainable
     model = add_adapter(base, config, adapter_name)
     if config.start:
         start = Start.from_dict(config.start)
         for name, module in adapted_layers(model, adapter_name).items():
             install(module, adapter_name, start, *_saved_parameters(state, name, start.anchored))
-    set_peft_model_state_dict(model, state, adapter_name=adapter_name)
+    _require_complete(folder, set_peft_model_state_dict(model, state, adapter_name=adapter_name))
     model.set_requires_grad(adapter_name, requires_grad=trainable)
     return model.train(trainable)
 
@@ -262,6 +303,26 @@ def _saved_parameters(
     return A, B, Anchor(state[f"{key}anchor.anchor_A"], state[f"{key}anchor.anchor_B"])
 
 
+def down_projections(folder: str | Path) -> dict[str, Tensor]:
+    """Layer name -> A (rank, in) of the plain LoRA that the adapter of a folder amounts to.
+
+    For an anchored adapter that is [A0 + dA ; dA], of twice its rank.
+
+    Raises:
+        UserError: the folder is no LoRA adapter.
+    """
+    folder = Path(folder)
+    _read_config(folder)  # refuses what is no LoRA
+    state = load_file(folder / WEIGHTS_FILE)
+    found = {}
+    for key, A in state.items():
+        name, is_A, _ = key.partition(".lora_A.")
+        if is_A:
+            A0 = state.get(f"{name}.lora_anchor.anchor_A")
+            found[name.removeprefix(PREFIX)] = A if A0 is None else torch.cat([A0 + A, A])
+    return found
+
+
 def _read_config(folder: Path) -> StartConfig:
     try:
         values = json.loads((folder / CONFIG_FILE).read_text())
@@ -270,14 +331,58 @@ def _read_config(folder: Path) -> StartConfig:
     except json.JSONDecodeError as problem:
         raise UserError(f"{folder / CONFIG_FILE} is not valid JSON: {problem}") from None
     if not (folder / WEIGHTS_FILE).is_file():
-        raise UserError(f"{folder} is no complete adapter: it has no {WEIGHTS_FILE}")
+        pickled = (folder / "adapter_model.bin").is_file()
+        hint = "; its adapter_model.bin is a pickle, so save it with safetensors" if pickled else ""
+        raise UserError(f"{folder} is no complete adapter: it has no {WEIGHTS_FILE}{hint}")
     kind = values.pop("peft_type", None)
     if kind not in (ANCHORED_TYPE, "LORA"):
         raise UserError(f"{folder} holds an adapter of type {kind!r}; only LoRA can be loaded")
     if (folder / START_FILE).is_file():
         values["start"] = json.loads((folder / START_FILE).read_text())
+    if str(values.get("init_lora_weights")).startswith(_CHANGES_THE_BASE):
+        raise UserError(
+            f"{folder} was saved with init_lora_weights={values['init_lora_weights']!r}: it is for "
+            "a base that PEFT changes as it loads; in the tool that trained it, save it with "
+            "path_initial_model_for_weight_conversion, which makes it a LoRA for the original base"
+        )
     known = StartConfig.__dataclass_fields__
+    if ignored := sorted(key for key in values.keys() - known.keys() if values[key]):
+        warnings.warn(f"{folder}: this PEFT does not know {', '.join(ignored)}", stacklevel=3)
     return StartConfig(**{key: value for key, value in values.items() if key in known})
+
+
+def _require_complete(folder: Path, loaded: Any) -> None:
+    """Every tensor has its place in the model, and every adapted layer its tensors."""
+    missing = [key for key in loaded.missing_keys if ".lora_" in key]
+    for keys, problem in ((loaded.unexpected_keys, "fit nowhere"), (missing, "are missing")):
+        if keys:
+            raise UserError(
+                f"the tensors and {CONFIG_FILE} of {folder} do not belong together: these "
+                f"{problem}: {first_few(keys)}"
+            )
+
+
+def _name_base(folder: Path, config: LoraConfig, base: nn.Module) -> None:
+    """Name this base in the config, and say so where it was another; that may be a copy of it."""
+    inner: Any = base.get_base_model() if isinstance(base, PeftModel) else base
+    given, wanted = getattr(inner, "name_or_path", ""), config.base_model_name_or_path
+    if not given:
+        return
+    config.base_model_name_or_path = given
+    if wanted and _model_name(given) != _model_name(wanted):
+        warnings.warn(
+            f"{folder} says that it is for the base {wanted}, and this is {given}; on another "
+            "base than its own an adapter does something else",
+            stacklevel=3,
+        )
+
+
+def _model_name(path: str) -> str:
+    """The last part of a hub id or a path; the model's name in the hub's cache."""
+    parts = Path(path).parts
+    if "snapshots" in parts[:-1]:
+        return parts[parts.index("snapshots") - 1].split("--")[-1]
+    return parts[-1] if parts else ""
 
 
 def _check_fits(folder: Path, state: Mapping[str, Tensor], base: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from forgetless.adapters.anchored import Anchor, AnchoredVariant, low_rank_move
 from forgetless.adapters.dora import dora_update, is_dora, set_magnitude
 from forgetless.errors import UserError
-from forgetless.weights import hold_packing, linear_weight, untouched
+from forgetless.weights import computing_device, hold_packing, linear_weight, untouched
 
 _BITS_AND_BYTES = ("Linear4bit", "Linear8bitLt")
 
@@ -98,10 +98,17 @@ def add_adapter(model: nn.Module, config: StartConfig, adapter_name: str) -> Pef
     """PEFT's wrapping, without its random start leaving a trace in the global generator."""
     hold_packing(model)
     with untouched(model), torch.random.fork_rng(devices=[]):
-        if not isinstance(model, PeftModel):
-            return get_peft_model(model, config, adapter_name=adapter_name)
-        model.add_adapter(adapter_name, config)
-    model.set_adapter(adapter_name)
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config)
+            model.set_adapter(adapter_name)
+        else:
+            model = get_peft_model(model, config, adapter_name=adapter_name)
+    for module in adapted_layers(model, adapter_name).values():
+        for part in (module.lora_A[adapter_name], module.lora_B[adapter_name]):
+            if (
+                part.weight.is_meta
+            ):  # PEFT puts it where the weight of an offloaded layer is: nowhere
+                part.to_empty(device=computing_device(module))
     return model
 
 

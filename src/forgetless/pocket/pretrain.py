@@ -11,7 +11,7 @@ import math
 import platform
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from forgetless.pocket.corpus import documents, tokenizer_documents
 from forgetless.pocket.knowledge import RELATIONS, Question, matches, questions
 from forgetless.pocket.problems import final_answer, problems
 
-__all__ = ["Settings", "main", "make_tokenizer", "pretrain"]
+__all__ = ["Settings", "decayed", "main", "make_model", "make_tokenizer", "pretrain"]
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
@@ -74,7 +74,7 @@ def pretrain(out: Path, settings: Settings, *, recall_every: int = 500) -> dict[
     model = make_model(settings, tokenizer)
     batches = _batches(tokenizer, settings)
     optimizer = torch.optim.AdamW(
-        _decayed(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.95)
+        decayed(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.95)
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup, settings.steps)
     sample = random.Random(settings.seed).sample(questions("held_out"), 200)
@@ -97,10 +97,16 @@ def pretrain(out: Path, settings: Settings, *, recall_every: int = 500) -> dict[
     return scores
 
 
-def make_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on the corpus, that never joins two digits.
+def make_tokenizer(
+    settings: Settings, texts: Iterable[str] | None = None
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that never joins two digits.
 
     It starts every text with `<bos>` and pads on the left.
+
+    Args:
+        settings: the size of the vocabulary, the context and the seed.
+        texts: what it is trained on; None for the pocket corpus.
     """
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -116,7 +122,8 @@ def make_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(tokenizer_documents(settings.seed), trainer)
+    texts = tokenizer_documents(settings.seed) if texts is None else texts
+    core.train_from_iterator(texts, trainer)
     core.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS} $B",
@@ -151,7 +158,7 @@ def make_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaF
     return LlamaForCausalLM(config)
 
 
-def _decayed(model: LlamaForCausalLM, weight_decay: float) -> list[dict[str, Any]]:
+def decayed(model: LlamaForCausalLM, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups in which only the matrices of the layers decay."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]

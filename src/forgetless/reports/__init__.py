@@ -13,6 +13,7 @@ from forgetless import store
 from forgetless.reports import evidence as _evidence
 from forgetless.reports import figures, terminal
 from forgetless.reports.arms import gather
+from forgetless.reports.durations import course, matched
 from forgetless.reports.evaluated import write_evaluation
 from forgetless.reports.flips import find
 from forgetless.reports.page import page
@@ -26,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 def report(study_folder: str | Path) -> Path:
     """Write `report/` into a study's folder: the page, results.csv and .parquet, figures.
+
+    Where runs were scored on the way, curve.csv lies beside them.
 
     Nothing but the files of the study is read, so a report can be made anywhere and again. What
     needs a package that is not installed is left out, with a note at the foot of the page.
@@ -42,18 +45,23 @@ def report(study_folder: str | Path) -> Path:
     evidence = _evidence.read(study_folder)
     arms = gather(evidence)
     place = standing(evidence, arms)
-    words = answer(evidence, arms, place)
+    over_steps = course(evidence, arms)
+    equal = matched(evidence, arms, over_steps)
+    words = answer(evidence, arms, place, equal)
     folder = evidence.folder / "report"
     store.write_csv(folder / "results.csv", evidence.rows)
+    if evidence.curve:
+        store.write_csv(folder / "curve.csv", evidence.curve, store.CURVE_COLUMNS)
     notes = [note for note in (_write_parquet(folder / "results.parquet", evidence.rows),) if note]
     drawings: dict[str, str] = {}
     try:
-        drawings = figures.draw(evidence, arms, place, folder / "figures")
+        drawings = figures.draw(arms, place, over_steps, folder / "figures")
     except ImportError:
         notes.append("No figures: matplotlib is not installed (pip install 'forgetless[report]').")
     index = folder / "index.html"
+    flips = find(evidence, arms)
     store.write_text(
-        index, page(evidence, arms, place, words, find(evidence, arms), drawings, notes)
+        index, page(evidence, arms, place, words, over_steps, equal, flips, drawings, notes)
     )
     for note in notes:
         _log.info(note)
@@ -65,7 +73,7 @@ def summary(study_folder: str | Path) -> RenderableType:
     evidence = _evidence.read(study_folder)
     arms = gather(evidence)
     place = standing(evidence, arms)
-    words = answer(evidence, arms, place)
+    words = answer(evidence, arms, place, matched(evidence, arms, course(evidence, arms)))
     return terminal.render(evidence, arms, place, words, find(evidence, arms))
 
 

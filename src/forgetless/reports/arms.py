@@ -16,7 +16,8 @@ from forgetless.store import Phase
 # The seed and the learning rate are the points of an arm; the rest does not decide the weights.
 NOT_THE_ARM = (
     *("seed", "training.learning_rate", "name", "tasks.", "export."),
-    *("training.checkpoint_every", "training.log_every"),
+    *("training.checkpoint_every", "training.log_every", "training.report_to"),
+    "training.measure_at",
 )
 
 
@@ -76,7 +77,9 @@ def gather(evidence: Evidence) -> list[Arm]:
     """The arms with at least one finished run, in the order of the study."""
     groups: dict[str, list[Run]] = {}
     for run in evidence.with_status("done"):
-        groups.setdefault(_identity(run), []).append(run)
+        # What a study calls by two names are two arms, also where only the rate differs.
+        own = f"{_given_name(run)} " if evidence.study_text else ""
+        groups.setdefault(own + _identity(run), []).append(run)
     labels = _labels(groups, evidence.name)
     return [_arm(labels[key], runs, evidence) for key, runs in groups.items()]
 
@@ -94,6 +97,34 @@ def best_of(task: Task, estimates: Sequence[Estimate]) -> int:
 def pareto(points: Sequence[tuple[Estimate, Estimate]], kept: Task, learned: Task) -> list[int]:
     """Positions of the (kept, learned) points that no other beats, by rising share kept."""
     return metrics.pareto_front((_signed(kept, x), _signed(learned, y)) for x, y in points)
+
+
+def chosen(
+    pairs: Sequence[tuple[Estimate | None, Estimate | None]],
+    learning: Task | None,
+    forgetting: Task | None,
+) -> int:
+    """The position of the (learned, kept) pair, one a learning rate, at which an arm stands.
+
+    Of the rates whose 95 % interval on learning overlaps that of the rate that learned most, the
+    one that kept most; of equals the one that learned more.
+    """
+
+    def signed(task: Task | None, estimate: Estimate | None) -> float:
+        return _signed(task, estimate) if task and estimate else float("-inf")
+
+    def is_level(learned: Estimate | None) -> bool:
+        if learning is None or learned is None or top is None:
+            return learned is top
+        same = learned.value == top.value
+        return same or (learned.has_error and top.has_error and learned.overlaps(top))
+
+    first = max(range(len(pairs)), key=lambda i: signed(learning, pairs[i][0]))
+    top = pairs[first][0]
+    level = [i for i in range(len(pairs)) if i == first or is_level(pairs[i][0])]
+    return max(
+        level, key=lambda i: (signed(forgetting, pairs[i][1]), signed(learning, pairs[i][0]))
+    )
 
 
 def is_of_arm(key: str) -> bool:
@@ -133,9 +164,13 @@ def _labels(groups: Mapping[str, Sequence[Run]], study: str) -> dict[str, str]:
 
 
 def _given_name(run: Run) -> str:
-    """The name that the study gave, without the learning rate, which is not the arm's."""
-    words = str(run.recipe.get("name") or "").split()
-    return " ".join(word for word in words if not word.startswith("learning_rate="))
+    """The name that the study gave, without the learning rate."""
+    return without_rate(str(run.recipe.get("name") or ""))
+
+
+def without_rate(name: str) -> str:
+    """An arm's name in a study without its learning rate, which does not make another arm."""
+    return " ".join(word for word in name.split() if not word.startswith("learning_rate="))
 
 
 def _described(run: Run, firsts: Iterable[Run]) -> str:
@@ -167,34 +202,9 @@ def _arm(label: str, runs: Sequence[Run], evidence: Evidence) -> Arm:
         by_rate.setdefault(number(run.settings.get("training.learning_rate")), []).append(run)
     rates = sorted(by_rate, key=lambda rate: (rate is None, rate or 0.0))
     settings = tuple(_setting(rate, by_rate[rate], evidence.tasks) for rate in rates)
-    best = _best(settings, evidence.first("learning"), evidence.first("forgetting"))
-    return Arm(label, settings, best)
-
-
-def _best(settings: Sequence[Setting], learning: Task | None, forgetting: Task | None) -> Setting:
-    """Of the settings that learned as much as the best one, as far as can be told, the keeper."""
-
-    def signed(task: Task | None, estimate: Estimate | None) -> float:
-        return _signed(task, estimate) if task and estimate else float("-inf")
-
-    top = max(settings, key=lambda setting: signed(learning, setting.final(learning)))
-    level = [setting for setting in settings if _is_level(setting, top, learning)]
-    return max(
-        level,
-        key=lambda setting: (
-            signed(forgetting, setting.kept(forgetting)),
-            signed(learning, setting.final(learning)),
-        ),
-    )
-
-
-def _is_level(setting: Setting, top: Setting, learning: Task | None) -> bool:
-    if setting is top or learning is None:
-        return True
-    own, best = setting.final(learning), top.final(learning)
-    if own is None or best is None:
-        return own is best
-    return own.value == best.value or (own.has_error and best.has_error and own.overlaps(best))
+    learning, forgetting = evidence.first("learning"), evidence.first("forgetting")
+    pairs = [(setting.final(learning), setting.kept(forgetting)) for setting in settings]
+    return Arm(label, settings, settings[chosen(pairs, learning, forgetting)])
 
 
 def _setting(rate: float | None, runs: Sequence[Run], tasks: Sequence[Task]) -> Setting:

@@ -121,3 +121,50 @@ function tipRows(tip, rows) {
     make(list, "dd", {}, value);
   }
 }
+
+const unit = (task) => `${task.metric} on ${task.name}${task.higher ? "" : ", lower is better"}`;
+const ends = (estimate) => (estimate.low === null ? [estimate.value] : [estimate.low, estimate.high, estimate.value]);
+
+function withInterval(estimate, task) {
+  const range = interval(estimate, task.share);
+  return number(estimate.value, task.share) + (range && ` (${range})`);
+}
+
+// From the worst to the best of some scores of a task, with a margin.
+function taskRange(values, task) {
+  let low = Math.min(...values), high = Math.max(...values);
+  const pad = (high - low) * 0.08 || Math.abs(high) * 0.1 || 0.1;
+  low -= pad;
+  high += pad;
+  if (task.share) [low, high] = [Math.max(low, -0.03), Math.min(high, 1.03)];
+  return task.higher ? [low, high] : [high, low];
+}
+
+// The intervals of a point on both axes; gives the boxes that they take up.
+function errorBars({ svg, px, py }, x, y, index) {
+  const lines = [];
+  if (x.low !== null) lines.push([px(x.low), py(y.value), px(x.high), py(y.value)]);
+  if (y.low !== null) lines.push([px(x.value), py(y.low), px(x.value), py(y.high)]);
+  return lines.map(([x1, y1, x2, y2]) => {
+    make(svg, "line", { class: `error c${colour(index)}`, x1, y1, x2, y2 });
+    return { x: Math.min(x1, x2) - 2, y: Math.min(y1, y2) - 2, w: Math.abs(x2 - x1) + 4, h: Math.abs(y2 - y1) + 4 };
+  });
+}
+
+// The mark of an arm that shows its numbers when it is pointed at or focused.
+function armPoint(svg, tip, { index, cx, cy, size, minor = false, title, rows }) {
+  const label = `${title}: ${rows.map((row) => row.join(" ")).join(", ")}`;
+  const group = make(svg, "g", { class: `point c${colour(index)}`, tabindex: 0, role: "img", "aria-label": label });
+  make(group, "circle", { cx, cy, r: Math.max(9, size), fill: "transparent" });
+  make(group, "circle", { class: "halo", cx, cy, r: 12 });
+  make(group, "use", { class: `shape${minor ? " minor" : ""}`, href: `#mark-${shape(index)}`, x: cx - size / 2, y: cy - size / 2, width: size, height: size });
+  const show = () => tip.show(cx, cy, (card) => {
+    const name = make(card, "span", { class: "arm" });
+    mark(name, index);
+    name.append(title);
+    tipRows(card, rows);
+  });
+  for (const event of ["pointerenter", "focus", "click"]) group.addEventListener(event, show);
+  for (const event of ["pointerleave", "blur"]) group.addEventListener(event, tip.hide);
+  group.addEventListener("keydown", (event) => event.key === "Escape" && tip.hide());
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ class Task:
     Attributes:
         kind: learning or forgetting.
         is_share: every score seen lies in 0..1 and higher is better, so it reads as a percentage.
+        mean_of: the tasks of which this is the average; empty for a task that was asked itself.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Task:
     metric: str
     higher_is_better: bool
     is_share: bool
+    mean_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the report is made from."""
+    """Everything the report is made from; `curve` has the scores on the way, see `store.curve`."""
 
     folder: Path
     name: str
@@ -111,6 +114,7 @@ class Evidence:
     runs: Sequence[Run]
     tasks: Sequence[Task]
     study_text: str
+    curve: Sequence[Row] = ()
 
     def first(self, kind: str) -> Task | None:
         """The first learning or forgetting task of the recipe: the one the words are about."""
@@ -149,7 +153,30 @@ def read(study_folder: str | Path) -> Evidence:
     runs = [_read_run(run_folder, rows) for run_folder in folders]
     study_file = folder / "study.yaml"
     text = study_file.read_text("utf-8") if study_file.is_file() else ""
-    return Evidence(folder, folder.resolve().name, rows, runs, _tasks(rows), text)
+    return Evidence(
+        folder, folder.resolve().name, rows, runs, tasks_of(rows), text, store.curve(folder)
+    )
+
+
+def read_csv(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a results.csv or curve.csv with the types that they had; an empty field is None.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        return [{key: _typed(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _typed(field: str) -> str | float | bool | None:
+    if field in ("", "True", "False"):
+        return {"": None, "True": True, "False": False}[field]
+    for kind in (int, float):
+        try:
+            return kind(field)
+        except ValueError:
+            continue
+    return field
 
 
 def number(value: object) -> float | None:
@@ -188,7 +215,8 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def _tasks(rows: Sequence[Row]) -> list[Task]:
+def tasks_of(rows: Sequence[Row]) -> list[Task]:
+    """The tasks of rows of results.csv or curve.csv, in the order of their first row."""
     by_name: dict[str, list[Row]] = {}
     for row in rows:
         if row["task"]:
@@ -202,6 +230,6 @@ def _task(name: str, rows: Sequence[Row]) -> Task:
     told = [row["higher_is_better"] for row in rows if row["higher_is_better"] is not None]
     higher = bool(told[0]) if told else True
     columns = ("base_score", "step0_score", "score")
-    seen = [value for row in rows for c in columns if (value := number(row[c])) is not None]
+    seen = [value for row in rows for c in columns if (value := number(row.get(c))) is not None]
     is_share = higher and all(0.0 <= value <= 1.0 for value in seen)
     return Task(name, str(rows[0]["kind"]), metric, higher, is_share)

@@ -10,13 +10,15 @@ from typing import Any
 
 from forgetless import store
 from forgetless.reports.arms import Arm, Setting
-from forgetless.reports.evidence import Evidence, Task
+from forgetless.reports.durations import Course
+from forgetless.reports.evidence import Task
 from forgetless.reports.intervals import Estimate
 from forgetless.reports.standing import Standing
-from forgetless.reports.words import probe_words
+from forgetless.reports.words import probe_words, unit
 
 COLOURS = ("#0069a8", "#c45100", "#00805c", "#a3418a", "#8a6d00", "#3a8fd6", "#4d5566", "#d14a6b")
 MARKERS = "os^DvP*H"
+MAX_NAMED = 12
 SOFT, LINE, INK = "#565c69", "#e3e3df", "#17191e"
 STYLE = {
     "font.family": "sans-serif",
@@ -34,7 +36,9 @@ STYLE = {
 }
 
 
-def draw(evidence: Evidence, arms: Sequence[Arm], place: Standing, folder: Path) -> dict[str, str]:
+def draw(
+    arms: Sequence[Arm], place: Standing, course: Course | None, folder: Path
+) -> dict[str, str]:
     """Write the figures that the study has numbers for.
 
     Returns:
@@ -47,17 +51,34 @@ def draw(evidence: Evidence, arms: Sequence[Arm], place: Standing, folder: Path)
 
     drawings = {}
     with matplotlib.rc_context(STYLE), store.new_folder(folder) as new:
-        figures = {"plane": _plane(arms, place), "curves": _curves(arms), "probes": _probes(arms)}
+        figures = {
+            "plane": _plane(arms, place),
+            "course": _course(course) if course else None,
+            "curves": _curves(arms),
+            "probes": _probes(arms),
+        }
         for name, figure in figures.items():
             if figure is None:
                 continue
-            figure.set_layout_engine("none")
-            figure.savefig(new / f"{name}.png", dpi=200, metadata={"Software": None})
+            _save_png(figure, new / f"{name}.png")
             text = io.StringIO()
             figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
             (new / f"{name}.svg").write_text(text.getvalue(), "utf-8")
             drawings[name] = _inline(text.getvalue())
     return drawings
+
+
+def draw_course(course: Course, path: Path) -> None:
+    """Write the figure of scores over the steps as one PNG; raises as `draw`."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        _save_png(_course(course), path)
+
+
+def _save_png(figure: Any, path: Path) -> None:
+    figure.set_layout_engine("none")
+    figure.savefig(path, dpi=200, metadata={"Software": None})
 
 
 def _inline(svg: str) -> str:
@@ -101,9 +122,47 @@ def _plane(arms: Sequence[Arm], place: Standing) -> Any:
         axes.plot(x, y, "o", mfc="white", mec=INK, mew=1.4, ms=7, clip_on=False, zorder=4)
         names.append((x, y, "base"))
     _front(axes, place, forgetting, learning)
-    _label_axes(axes, forgetting, learning)
+    share = f"share of {forgetting.name}" if forgetting.is_share else unit(forgetting)
+    _label_axes(axes, forgetting, learning, share)
     figure.draw_without_rendering()
     _names(figure, axes, names, bars)
+    return figure
+
+
+def _course(course: Course) -> Any:
+    """A line an arm through its steps, points growing with them, from the base on."""
+    learning, kept = course.learning[0], course.forgetting[0]
+    is_crowded = len(course.tracks) > MAX_NAMED
+    figure, axes = _figure(10.4 if is_crowded else 7.6, 6.0 if is_crowded else 4.8)
+    names, bars = {}, []
+    for track in course.tracks:
+        i = course.labels.index(track.label)
+        spots = {
+            moment.step: (x, y)
+            for moment in track.moments
+            if (x := moment.scores.get(kept.name)) and (y := moment.scores.get(learning.name))
+        }
+        places = {step: (x.value, y.value) for step, (x, y) in spots.items()}
+        axes.plot(*zip(*places.values(), strict=True), color=_colour(i), lw=1.4, alpha=0.75)
+        if 0 in places:
+            names["base"] = places[0]
+        last = max(spots, default=0)
+        for step, spot in spots.items():
+            if step:
+                size = 4.5 + 5 * (step / course.steps[-1]) ** 0.5
+                _point(axes, spot, i, size, track.label if step == last else None)
+                bars += _bars(*spot)
+        if last:
+            names[track.label] = places[last]
+    if "base" in names:
+        axes.plot(*names["base"], "o", mfc="white", mec=INK, mew=1.4, ms=7, clip_on=False, zorder=4)
+    _label_axes(axes, kept, learning, unit(kept))
+    if is_crowded:
+        names = {name: place for name, place in names.items() if name == "base"}
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left",
+                    bbox_to_anchor=(1, 1))  # fmt: skip
+    figure.draw_without_rendering()
+    _names(figure, axes, [(x, y, name) for name, (x, y) in names.items()], bars)
     return figure
 
 
@@ -112,7 +171,13 @@ def _spot(setting: Setting, forgetting: Task, learning: Task) -> tuple[Estimate,
     return (kept, learned) if kept is not None and learned is not None else None
 
 
-def _point(axes: Any, spot: tuple[Estimate, Estimate], index: int) -> None:
+def _point(
+    axes: Any,
+    spot: tuple[Estimate, Estimate],
+    index: int,
+    size: float = 8,
+    label: str | None = None,
+) -> None:
     x, y = spot
     axes.errorbar(
         x.value, y.value,
@@ -120,9 +185,9 @@ def _point(axes: Any, spot: tuple[Estimate, Estimate], index: int) -> None:
         yerr=[[y.value - y.low], [y.high - y.value]],
         fmt="none", ecolor=_colour(index), elinewidth=1.1, alpha=0.55, zorder=2,
     )  # fmt: skip
-    size = 11 if _marker(index) == "*" else 8
-    axes.plot(x.value, y.value, _marker(index), color=_colour(index), ms=size, mec="white",
-              mew=0.9, zorder=3)  # fmt: skip
+    wide = 1.375 if _marker(index) == "*" else 1.0
+    axes.plot(x.value, y.value, _marker(index), color=_colour(index), ms=size * wide, mec="white",
+              mew=0.9, zorder=3, label=label)  # fmt: skip
 
 
 def _bars(x: Estimate, y: Estimate) -> list[list[tuple[float, float]]]:
@@ -136,12 +201,11 @@ def _front(axes: Any, place: Standing, forgetting: Task, learning: Task) -> None
         axes.plot(*zip(*found, strict=True), color="#8a909c", lw=1.1, ls=(0, (5, 3)), zorder=1)
 
 
-def _label_axes(axes: Any, forgetting: Task, learning: Task) -> None:
+def _label_axes(axes: Any, forgetting: Task, learning: Task, kept: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    kept = f"share of {forgetting.name}" if forgetting.is_share else _unit(forgetting)
     axes.set_xlabel(f"Kept: {kept} →", loc="right")
-    axes.set_title(f"↑ Learned: {_unit(learning)}", loc="left", fontsize=10, color=INK, pad=12)
+    axes.set_title(f"↑ Learned: {unit(learning)}", loc="left", fontsize=10, color=INK, pad=12)
     for task, axis, invert in (
         (forgetting, axes.xaxis, axes.invert_xaxis),
         (learning, axes.yaxis, axes.invert_yaxis),
@@ -150,11 +214,6 @@ def _label_axes(axes: Any, forgetting: Task, learning: Task) -> None:
             axis.set_major_formatter(PercentFormatter(1.0))
         if not task.higher_is_better:
             invert()
-
-
-def _unit(task: Task) -> str:
-    better = "" if task.higher_is_better else ", lower is better"
-    return f"{task.metric} on {task.name}{better}"
 
 
 def _names(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,6 +9,7 @@ from typing import Any
 
 from forgetless.reports.arms import Arm
 from forgetless.reports.evidence import Evidence, Run, Task
+from forgetless.scores.showing import question
 
 # What the page holds; the rest stays in the items folder of the runs.
 MAX_TEXT = 320
@@ -75,8 +75,8 @@ def _of_arm(arm: Arm, task: str, questions: dict[str, tuple[str, str]]) -> ArmFl
         return None
     for base, _ in pairs:
         for item, record in base.items():
-            asked, expected = _question(record.get("prompt")), _text(record.get("expected"))
-            questions.setdefault(item, (asked, expected))
+            asked = _text(question(str(record.get("prompt") or "")))
+            questions.setdefault(item, (asked, _text(record.get("expected"))))
     lost = [_changed(base, final, was_right=True) for base, final in pairs]
     gained = [_changed(base, final, was_right=False) for base, final in pairs]
     known = [[item for item in base if _is_right(base[item])] for base, _ in pairs]
@@ -134,13 +134,6 @@ def _merged(seeds: Sequence[Mapping[str, str]]) -> tuple[Flip, ...]:
             counts[item] = counts.get(item, 0) + 1
     order = sorted(answers, key=lambda item: -counts[item])
     return tuple(Flip(item, answers[item], counts[item]) for item in order)
-
-
-def _question(prompt: Any) -> str:
-    """What a prompt asks: its last paragraph, without the letters around question and answer."""
-    last = str(prompt or "").strip().split("\n\n")[-1]
-    bare = re.sub(r"^(Q|Question):\s*|\s*\b(A|Answer):?\s*$", "", last)
-    return _text(bare)
 
 
 def _text(value: Any) -> str:

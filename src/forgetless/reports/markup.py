@@ -9,7 +9,7 @@ from typing import Any
 
 from forgetless.reports.evidence import Task, number
 from forgetless.reports.intervals import Estimate
-from forgetless.reports.words import NOT_MEASURED, amount
+from forgetless.reports.words import NOT_MEASURED, amount, interval_words
 
 NUM_MARKS = 8
 
@@ -57,14 +57,6 @@ def estimate_cell(estimate: Estimate | None, task: Task) -> str:
         return value_cell(None, "")
     interval = f'<span class="interval">{interval_words(estimate, task)}</span>'
     return value_cell(estimate.value, amount(task, estimate.value), interval)
-
-
-def interval_words(estimate: Estimate, task: Task) -> str:
-    """The interval without its unit; a dash when no error is known."""
-    if not estimate.has_error:
-        return NOT_MEASURED
-    low, high = (amount(task, end).replace("\N{NO-BREAK SPACE}%", "") for end in estimate.ends)
-    return f"{low} to {high}" if "-" in low + high else f"{low}–{high}"
 
 
 def plain_cell(value: Any) -> str:

@@ -14,17 +14,22 @@ import forgetless
 from forgetless.reports.arms import Arm
 from forgetless.reports.change_tables import changes_section, tries_section
 from forgetless.reports.changes import find_averages, find_changes
+from forgetless.reports.course_tables import course_table, matched_section, rates_section
+from forgetless.reports.durations import Course, Matched
 from forgetless.reports.evidence import Evidence
 from forgetless.reports.flips import TaskFlips
 from forgetless.reports.intervals import Estimate
 from forgetless.reports.made import how_it_was_made, seeds_of, when
-from forgetless.reports.markup import arm_name, interval_words, prose, text
+from forgetless.reports.markup import arm_name, prose, text
 from forgetless.reports.payload import payload
 from forgetless.reports.standing import Standing
 from forgetless.reports.tables import arms_table, flips_table, runs_table
-from forgetless.reports.words import Answer, amount
+from forgetless.reports.words import Answer, amount, interval_words
 
-SCRIPTS = ("base.js", "chart.js", "plane.js", "curves.js", "probes.js", "flips.js", "tables.js")
+SCRIPTS = tuple(
+    f"{name}.js"
+    for name in ("base", "chart", "plane", "course", "curves", "probes", "flips", "tables")
+)
 NUM_STATIC_CASES = 6
 
 
@@ -33,6 +38,8 @@ def page(
     arms: Sequence[Arm],
     place: Standing,
     words: Answer,
+    course: Course | None,
+    matched: Matched | None,
     flips: Sequence[TaskFlips],
     figures: Mapping[str, str],
     notes: Sequence[str],
@@ -44,6 +51,8 @@ def page(
         arms: its arms.
         place: who stands where.
         words: the answer.
+        course: the scores over the steps, where runs were scored on the way.
+        matched: what the arms keep at equal learning, where that can be told.
         flips: what changed item by item.
         figures: drawings in SVG by name, for browsers without scripts; may be empty.
         notes: what could not be made beside the page, and why.
@@ -52,9 +61,11 @@ def page(
     changes = find_changes(evidence, arms)
     changed = changes_section(changes, find_averages(changes), places)
     changed += tries_section(arms, evidence.tasks, places)
-    numbers = payload(evidence, arms, flips)
+    equal = matched_section(matched, places) if matched else ""
+    numbers = payload(evidence, arms, course, flips)
     sections = {
         "plane": _has_plane(arms, evidence),
+        "course": bool(course),
         "changes": bool(changed),
         "flips": bool(flips),
         "numbers": True,
@@ -76,7 +87,10 @@ def page(
             "caveats": _caveats(words, places),
             "links": _links(sections),
             "plane": figures.get("plane", ""),
+            "course": figures.get("course", ""),
+            "course_tables": course_table(course, places) + equal if course else "",
             "changes": changed,
+            "rates": rates_section(evidence, arms, places) + (equal if not course else ""),
             "arms_table": arms_table(evidence, arms),
             "runs_table": runs_table(evidence),
             "curves": figures.get("curves", ""),
@@ -92,6 +106,7 @@ def page(
 
 LINKS = {
     "plane": "Plane",
+    "course": "Steps",
     "changes": "Changes",
     "flips": "Lost",
     "numbers": "Numbers",

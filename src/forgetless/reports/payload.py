@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from forgetless.reports.arms import Arm
+from forgetless.reports.durations import Course
 from forgetless.reports.evidence import Evidence, Run, Task, number
 from forgetless.reports.flips import MAX_KEPT, MAX_LISTED, ArmFlips, Flip, TaskFlips
 from forgetless.reports.intervals import Estimate
@@ -14,12 +15,15 @@ from forgetless.reports.intervals import Estimate
 MAX_CURVE_POINTS = 240
 
 
-def payload(evidence: Evidence, arms: Sequence[Arm], flips: Sequence[TaskFlips]) -> dict[str, Any]:
+def payload(
+    evidence: Evidence, arms: Sequence[Arm], course: Course | None, flips: Sequence[TaskFlips]
+) -> dict[str, Any]:
     """Tasks, arms with their settings, curves and flips; None where nothing was measured."""
     return {
         "tasks": [_task(task) for task in evidence.tasks],
         "arms": [_arm(arm, evidence.tasks) for arm in arms],
         "bases": _bases(arms, evidence.tasks),
+        "course": _course(course) if course else None,
         "curves": [curve for i, arm in enumerate(arms) for curve in _curves(i, arm)],
         "probes": [probed for i, arm in enumerate(arms) for probed in _probes(i, arm)],
         "flips": [_flips(of_task) for of_task in flips],
@@ -82,6 +86,28 @@ def _bases(arms: Sequence[Arm], tasks: Sequence[Task]) -> list[dict[str, Any]]:
             if base is not None:
                 scores.setdefault(task.name, _estimate(base))
     return [{"name": name, "scores": scores} for name, scores in found.items()]
+
+
+def _course(course: Course) -> dict[str, Any]:
+    """What the arms learned and kept at every step."""
+    return {
+        "learning": [_task(task) for task in course.learning],
+        "forgetting": [_task(task) for task in course.forgetting],
+        "tracks": [
+            {
+                "arm": course.labels.index(track.label),
+                "moments": [
+                    {
+                        "step": moment.step,
+                        "tokens": _round(moment.tokens),
+                        "scores": {name: _estimate(e) for name, e in moment.scores.items()},
+                    }
+                    for moment in track.moments
+                ],
+            }
+            for track in course.tracks
+        ],
+    }
 
 
 def _curves(index: int, arm: Arm) -> list[dict[str, Any]]:

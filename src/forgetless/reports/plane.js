@@ -40,22 +40,11 @@
     });
   }
 
-  function range(values, task, isShare) {
-    let low = Math.min(...values), high = Math.max(...values);
-    const pad = (high - low) * 0.08 || Math.abs(high) * 0.1 || 0.1;
-    low -= pad;
-    high += pad;
-    if (isShare) [low, high] = [Math.max(low, -0.03), Math.min(high, 1.03)];
-    return task.higher ? [low, high] : [high, low];
-  }
-
   function front(points) {
     const up = (p) => [p.x.value * (state.kept.higher ? 1 : -1), p.y.value * (state.learned.higher ? 1 : -1)];
     const beats = (a, b) => a[0] >= b[0] && a[1] >= b[1] && (a[0] > b[0] || a[1] > b[1]);
     return points.filter((p) => !points.some((q) => beats(up(q), up(p)))).sort((p, q) => p.x.value - q.x.value);
   }
-
-  const ends = (estimate) => (estimate.low === null ? [estimate.value] : [estimate.low, estimate.high, estimate.value]);
 
   function draw(width) {
     const points = visible(), grounds = bases();
@@ -64,10 +53,9 @@
     const xs = [...points.flatMap((p) => ends(p.x)), ...grounds.map((b) => b.x)];
     const ys = [...points.flatMap((p) => ends(p.y)), ...grounds.map((b) => b.y)];
     if (!xs.length) [xs[0], ys[0]] = [1, 0.5];
-    const direction = (task) => (task.higher ? "" : ", lower is better");
     const chart = axes(figure, width, height,
-      { range: range(xs, kept, kept.share), isShare: kept.share, title: kept.share ? `Kept: share of ${kept.name} →` : `Kept: ${kept.metric} on ${kept.name}${direction(kept)} →` },
-      { range: range(ys, learned, learned.share), isShare: learned.share, title: `↑ Learned: ${learned.metric} on ${learned.name}${direction(learned)}` });
+      { range: taskRange(xs, kept), isShare: kept.share, title: kept.share ? `Kept: share of ${kept.name} →` : `Kept: ${unit(kept)} →` },
+      { range: taskRange(ys, learned), isShare: learned.share, title: `↑ Learned: ${unit(learned)}` });
     drawBases(chart, grounds);
     const line = front(points);
     if (line.length > 1) make(chart.svg, "polyline", { class: "front", points: line.map((p) => `${chart.px(p.x.value)},${chart.py(p.y.value)}`).join(" ") });
@@ -109,38 +97,13 @@
 
   function drawErrors({ svg, px, py }, { x, y, index, setting }) {
     if (!setting.best) return [];
-    const lines = [];
-    if (x.low !== null) lines.push([px(x.low), py(y.value), px(x.high), py(y.value)]);
-    if (y.low !== null) lines.push([px(x.value), py(y.low), px(x.value), py(y.high)]);
-    return lines.map(([x1, y1, x2, y2]) => {
-      make(svg, "line", { class: `error c${colour(index)}`, x1, y1, x2, y2 });
-      return { x: Math.min(x1, x2) - 2, y: Math.min(y1, y2) - 2, w: Math.abs(x2 - x1) + 4, h: Math.abs(y2 - y1) + 4 };
-    });
+    return errorBars({ svg, px, py }, x, y, index);
   }
 
   function drawPoint({ svg }, point) {
     const { arm, index, setting, cx, cy } = point;
-    const rows = details(point);
-    const label = `${arm.label}: ${rows.map((row) => row.join(" ")).join(", ")}`;
-    const group = make(svg, "g", { class: `point c${colour(index)}`, tabindex: 0, role: "img", "aria-label": label });
-    make(group, "circle", { cx, cy, r: 16, fill: "transparent" });
-    make(group, "circle", { class: "halo", cx, cy, r: 12 });
-    const size = setting.best ? 17 : 11;
-    make(group, "use", { class: `shape${setting.best ? "" : " minor"}`, href: `#mark-${shape(index)}`, x: cx - size / 2, y: cy - size / 2, width: size, height: size });
-    const show = () => tip.show(cx, cy, (card) => {
-      const name = make(card, "span", { class: "arm" });
-      mark(name, index);
-      name.append(arm.label);
-      tipRows(card, rows);
-    });
-    for (const event of ["pointerenter", "focus", "click"]) group.addEventListener(event, show);
-    for (const event of ["pointerleave", "blur"]) group.addEventListener(event, tip.hide);
-    group.addEventListener("keydown", (event) => event.key === "Escape" && tip.hide());
-  }
-
-  function withInterval(estimate, task) {
-    const range = interval(estimate, task.share);
-    return number(estimate.value, task.share) + (range && ` (${range})`);
+    const kind = setting.best ? { size: 17 } : { size: 11, minor: true };
+    armPoint(svg, tip, { ...kind, index, cx, cy, title: arm.label, rows: details(point) });
   }
 
   function details({ x, y, setting }) {

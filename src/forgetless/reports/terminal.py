@@ -14,9 +14,8 @@ from forgetless.reports.arms import Arm, Setting
 from forgetless.reports.evidence import Evidence, Task
 from forgetless.reports.flips import ArmFlips, TaskFlips
 from forgetless.reports.intervals import Estimate
-from forgetless.reports.markup import interval_words
 from forgetless.reports.standing import Standing
-from forgetless.reports.words import NOT_MEASURED, Answer, amount
+from forgetless.reports.words import NOT_MEASURED, Answer, amount, interval_words
 
 NUM_EXAMPLES = 4
 

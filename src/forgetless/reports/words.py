@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forgetless.reports.arms import Arm
+from forgetless.reports.arms import Arm, best_of
+from forgetless.reports.durations import Matched
 from forgetless.reports.evidence import Evidence, Task
 from forgetless.reports.intervals import Estimate
 from forgetless.reports.standing import Standing, leaders
@@ -26,7 +27,9 @@ class Answer:
 # ---------------------------------------------------------------------------------------- words
 
 
-def answer(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Answer:
+def answer(
+    evidence: Evidence, arms: Sequence[Arm], place: Standing, matched: Matched | None = None
+) -> Answer:
     """The answer to the question of the study, with the caveats that belong to it."""
     caveats = tuple(_caveats(evidence, arms, place))
     if not place.placed:
@@ -37,7 +40,9 @@ def answer(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Answer:
         return Answer(_one_side(place), (*_budgets(arms), *_about(place)), caveats)
     title = _most_kept(place, place.forgetting, place.learning)
     cost = _most_learned(place, place.forgetting, place.learning)
-    return Answer(title, (*cost, *_compared(place), *_budgets(arms), *_about(place)), caveats)
+    equal = _at_equal_learning(matched) if matched else []
+    sentences = (*cost, *_compared(place), *equal, *_budgets(arms), *_about(place))
+    return Answer(title, sentences, caveats)
 
 
 def amount(task: Task, value: float) -> str:
@@ -50,6 +55,30 @@ def amount(task: Task, value: float) -> str:
 def percent(share: float) -> str:
     """A share as per cent with one decimal."""
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def interval_words(estimate: Estimate, task: Task) -> str:
+    """The interval without its unit; a dash when no error is known."""
+    if not estimate.has_error:
+        return NOT_MEASURED
+    low, high = (amount(task, end).replace("\N{NO-BREAK SPACE}%", "") for end in estimate.ends)
+    return f"{low} to {high}" if "-" in low + high else f"{low}–{high}"
+
+
+def level_words(task: Task, level: float) -> str:
+    """A round score: 80 % of a share, else the number."""
+    return f"{100 * level:g}\N{NO-BREAK SPACE}%" if task.is_share else f"{level:g}"
+
+
+def unit(task: Task) -> str:
+    """What a score of the task is: its metric, its name, and whether lower is better."""
+    better = "" if task.higher_is_better else ", lower is better"
+    return f"{task.metric} on {task.name}{better}"
+
+
+def unit_in_full(task: Task) -> str:
+    """As `unit`, with the tasks that an average is of."""
+    return f"{unit(task)} ({', '.join(task.mean_of)})" if task.mean_of else unit(task)
 
 
 def named(arms: Iterable[Arm]) -> str:
@@ -183,6 +212,31 @@ def _compared(place: Standing) -> list[str]:
             f"so what {'it' if len(place.idle) == 1 else 'they'} kept is not counted as a win."
         )
     return sentences
+
+
+def _at_equal_learning(matched: Matched) -> list[str]:
+    """Who keeps most where most arms have learned as much; of arms with several seeds alone."""
+    at_levels = [
+        {label: at[i] for label, at in matched.kept_at.items()} for i in range(len(matched.levels))
+    ]
+    known = [
+        {label: estimate for label, estimate in at.items() if estimate and estimate.seeds > 1}
+        for at in at_levels
+    ]
+    most = max(range(len(known)), key=lambda i: (len(known[i]), i))
+    found = list(known[most].items())
+    if len(found) < 2:
+        return []
+    leader, top = found[best_of(matched.kept, [estimate for _, estimate in found])]
+    tied = [f"`{label}`" for label, e in found if label != leader and e.overlaps(top)]
+    level = f"{level_words(matched.learning, matched.levels[most])} on {matched.learning.name}"
+    average = "average over " if matched.kept.mean_of else ""
+    kept = f"{amount(matched.kept, top.value)} on {average}{matched.kept.name}"
+    also = f", not distinguishable from {listed(tied)}" if tied else ""
+    return [
+        f"At equal learning, {level}, `{leader}` kept the most of the {len(found)} arms that got "
+        f"there with several seeds: {kept} ({interval_words(top, matched.kept)}){also}."
+    ]
 
 
 def _about(place: Standing) -> list[str]:

@@ -18,7 +18,7 @@ from forgetless.scores.averages import PaperAverage
 if TYPE_CHECKING:
     from forgetless.scores.comparison import Change, Comparison, Row
 
-__all__ = ["as_text", "render", "sentence"]
+__all__ = ["as_text", "question", "render", "sentence"]
 
 ITEMS = 10
 """Lost and gained items of a task that are shown unless more are asked for."""
@@ -220,16 +220,17 @@ def _items_table(changes: Sequence[Change]) -> Table:
         before = change.before or (change.expected if change.flip == "lost" else "")
         after = change.after or (change.expected if change.flip == "gained" else "")
         table.add_row(
-            Text(_asked(change.prompt)), Text(_line(before)), Text(_line(after) or "(nothing)")
+            Text(_line(question(change.prompt), keep_end=True)),
+            Text(_line(before)),
+            Text(_line(after) or "(nothing)"),
         )
     return table
 
 
-def _asked(prompt: str) -> str:
-    """The question of a prompt: its last paragraph, without what only marks it as a question."""
+def question(prompt: str) -> str:
+    """What a prompt asks: its last paragraph, without the letters around question and answer."""
     last = prompt.strip().split("\n\n")[-1]
-    line = _line(re.sub(r"\s*\b(A|Answer):?\s*$", "", last), keep_end=True)
-    return re.sub(r"^(Q|Question):\s*", "", line)
+    return re.sub(r"^(Q|Question):\s*|\s*\b(A|Answer):?\s*$", "", last)
 
 
 def _line(text: str, *, keep_end: bool = False) -> str:

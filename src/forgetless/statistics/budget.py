@@ -25,7 +25,7 @@ def parse_budget(budget: int | str, shapes: Mapping[str, tuple[int, int]]) -> in
     Raises:
         UserError: no such unit, or too little for the largest matrix.
     """
-    number = _bytes_of(budget) if isinstance(budget, str) else budget
+    number = parse_bytes(budget) if isinstance(budget, str) else budget
     largest = max(shapes, key=lambda name: shapes[name][0] * shapes[name][1])
     need = matrix_bytes(shapes[largest])
     if number < need:
@@ -38,12 +38,19 @@ def parse_budget(budget: int | str, shapes: Mapping[str, tuple[int, int]]) -> in
     return number
 
 
-def _bytes_of(text: str) -> int:
+def parse_bytes(text: str, name: str = "memory_budget") -> int:
+    """The bytes that a text such as "2GiB" means.
+
+    Args:
+        text: a number and, if need be, a unit.
+        name: of the setting, for messages.
+
+    Raises:
+        UserError: no such unit, or no number.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", text.lower())
     if not match or (match[2] or "b") not in _UNITS:
-        raise UserError(
-            f"memory_budget must be bytes or text such as '2GiB' or '500MB', got {text!r}"
-        )
+        raise UserError(f"{name} must be bytes or text such as '2GiB' or '500MB', got {text!r}")
     return int(float(match[1]) * _UNITS[match[2] or "b"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from operator import length_hint
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from forgetless.errors import UserError
 from forgetless.models import as_base, target_layers, weight_shape
+from forgetless.progress import counted
 from forgetless.statistics.budget import parse_budget, passes
 from forgetless.statistics.collector import Batch, Collector
 from forgetless.statistics.moments import Spilled, Statistics
@@ -114,7 +116,7 @@ def collect(
 def _checked(batches: Iterable[Batch]) -> Iterable[tuple[int, Batch]]:
     """The batches with their numbers; there must be one."""
     number = -1
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(counted(batches, "statistics", "batches")):
         yield number, batch
     if number < 0:
         raise UserError("there are no batches to collect statistics from")
@@ -141,7 +143,9 @@ class _Passes:
         planned = passes(groups, shapes, budget)
         stack = self.relay.stack if self.relay else None
         spilled = Spilled()
-        for names, leg in zip(planned, legs(stack, planned), strict=True):
+        for number, (names, leg) in enumerate(zip(planned, legs(stack, planned), strict=True), 1):
+            several = f", pass {number} of {len(planned)}" if len(planned) > 1 else ""
+            self.work = f"statistics{several}"
             with self.ranks.together():
                 self._sum(names, leg)
             self.collector.add_up(names, self.ranks)
@@ -201,7 +205,8 @@ class _Passes:
 
     def _left(self, names: list[str]) -> Iterable[tuple[int, Batch]]:
         """The batches of this process that a pass has not seen yet."""
-        mine = self.ranks.share(self.batches)
+        number = length_hint(self.batches) // self.ranks.count
+        mine = counted(self.ranks.share(self.batches), self.work, "batches", number)
         return mine if self.progress is None else self.progress.follow(mine, self.collector, names)
 
 

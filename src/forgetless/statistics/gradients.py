@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from forgetless.errors import UserError
 from forgetless.models import as_base, target_layers, weight_shape
+from forgetless.progress import counted
 from forgetless.statistics.budget import parse_budget, passes
 from forgetless.statistics.collector import Batch
 from forgetless.statistics.files import FileFormat
@@ -129,7 +131,8 @@ def collect_gradients(
         for names in planned:
             run = _Pass(base, {name: layers[name] for name in names}, shapes)
             with ranks.together():
-                run.over(ranks.share(batches))
+                number = length_hint(batches) // ranks.count
+                run.over(counted(ranks.share(batches), "gradients", "batches", number))
             run.add_up(ranks)
             for name, gradient in run.means():
                 if len(planned) == 1:

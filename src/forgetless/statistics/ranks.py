@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
-from forgetless.errors import UserError
+from forgetless.errors import OtherProcessError, UserError
 
 T = TypeVar("T")
 
@@ -57,6 +57,33 @@ class Ranks:
         values: list[Any] = [None] * self.count
         distributed.all_gather_object(values, value)
         return values
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What the first process gets by this work; the others wait for it.
+
+        Raises:
+            OtherProcessError: in the others, where it fails in the first.
+        """
+        if self.count == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        problem = None
+        if self.index == 0:
+            try:
+                outcome = [work(), None]
+            except Exception as error:
+                problem, outcome = error, [None, str(error)]
+        distributed.broadcast_object_list(outcome, src=0)
+        if problem is not None:
+            raise problem
+        if outcome[1] is not None:
+            raise OtherProcessError(outcome[1])
+        result: T = outcome[0]
+        return result
+
+    def wait(self) -> None:
+        """Go on when every process has come here."""
+        self.everyones(None)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -17,13 +17,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from forgetless.errors import UserError
+from forgetless.models import adapter_off, evaluating
 from forgetless.tasks.inference import (
     Ids,
     accepts,
-    adapter_off,
     by_length,
     device_of,
-    evaluating,
     pad,
     require_causal,
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.errors import UserError
+from forgetless.models import evaluating
 from forgetless.tasks.inference import (
     Ids,
     accepts,
@@ -18,16 +19,14 @@ from forgetless.tasks.inference import (
     context_of,
     device_of,
     encode,
-    evaluating,
     pad,
     require_causal,
+    rows_with_cache,
 )
 from forgetless.tasks.journal import section
 from forgetless.tasks.sampling import Sampling
 
 __all__ = ["generate"]
-
-_SMALL_MODEL = 50_000_000
 
 # Steps between two looks for a longer stop, each of which decodes all that was written.
 _LOOK = 8
@@ -56,7 +55,7 @@ def generate(
         prompts: given as they are, with the tokenizer's own beginning of text.
         max_new_tokens: 1 or more.
         stop: a text, usually the newline, or several of which the first that comes ends it.
-        batch_size: prompts at once; None for 256 on a model below 50 M parameters, else 32.
+        batch_size: prompts at once; None for as many as `rows_with_cache` says, 32 to 256.
         sampling: draw each token instead of taking the most probable one.
 
     Raises:
@@ -76,7 +75,8 @@ def generate(
         steps=max_new_tokens,
         stopped=_stopped(tokenizer, [text for text in stops if len(text) > 1]),
     )
-    size = batch_size or _default_batch_size(model)
+    longest = max(map(len, rows), default=0) + max_new_tokens
+    size = batch_size or rows_with_cache(model, longest)
     answers = [""] * len(rows)
     drawn = [] if sampling is None else [[sampling.temperature, sampling.top_p, sampling.seed]]
     kept = section("generate", rows, max_new_tokens, stop, *drawn)
@@ -213,10 +213,6 @@ class _State:
         self.ids, self.mask = self.ids[rows], self.mask[rows]
         if self.cache is not None:
             self.cache.reorder_cache(rows)
-
-
-def _default_batch_size(model: nn.Module) -> int:
-    return 256 if sum(w.numel() for w in model.parameters()) < _SMALL_MODEL else 32
 
 
 def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:

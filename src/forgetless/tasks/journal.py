@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from forgetless.progress import bar
+
 __all__ = ["Section", "resuming", "section"]
 
 T = TypeVar("T")
@@ -76,8 +78,9 @@ def resuming(path: Path, key: str) -> Iterator[None]:
 class Section:
     """The batches of one pass of a model over one set of texts."""
 
-    def __init__(self, journal: _Journal | None, name: str) -> None:
+    def __init__(self, journal: _Journal | None, name: str, texts: int) -> None:
         self._journal, self._name = journal, name
+        self._bar = bar("evaluation", texts, "texts")
 
     def batch(self, places: Sequence[int], compute: Callable[[], Sequence[T]]) -> Sequence[T]:
         """The values of a batch: those on disk, or computed now and written down.
@@ -86,6 +89,11 @@ class Section:
             places: which texts are in the batch.
             compute: gives one value a text: a string, a number, or a list of these.
         """
+        values = self._values(places, compute)
+        self._bar.advance(len(places))
+        return values
+
+    def _values(self, places: Sequence[int], compute: Callable[[], Sequence[T]]) -> Sequence[T]:
         if self._journal is None:
             return compute()
         name = f"{self._name}:{_hash([len(places), *places])}"
@@ -94,18 +102,20 @@ class Section:
         return self._journal.done[name]
 
 
-def section(*content: Any) -> Section:
+def section(kind: str, texts: Sequence[Any] = (), *settings: Any) -> Section:
     """The next pass of the evaluation that is under way; outside of `resuming` nothing is kept.
 
     Args:
-        content: what is asked of the model, JSON-ready: texts or token ids, and settings. Passes
-            are told apart by it and by their order, so that two models may be asked the same.
+        kind: of pass.
+        texts: what is asked of the model, JSON-ready: texts or token ids.
+        settings: with which it is asked, likewise. Passes are told apart by all three and by their
+            order, so that two models may be asked the same.
     """
     journal = _active.get()
     if journal is None:
-        return Section(None, "")
+        return Section(None, "", len(texts))
     journal.sections += 1
-    return Section(journal, f"{journal.sections}:{_hash(content)}")
+    return Section(journal, f"{journal.sections}:{_hash((kind, texts, *settings))}", len(texts))
 
 
 def _hash(content: Any) -> str:

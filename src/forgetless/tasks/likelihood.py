@@ -13,14 +13,15 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.data import IGNORED
+from forgetless.models import evaluating
 from forgetless.tasks.base import Item
 from forgetless.tasks.inference import (
     Ids,
     by_length,
     device_of,
-    evaluating,
     pad,
     require_causal,
+    rows_that_fit,
 )
 from forgetless.tasks.journal import section
 from forgetless.tasks.texts import beginning
@@ -30,10 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Piece", "items_of", "losses"]
 
-# Logits (tokens x vocabulary) that one batch may have, and that are looked at in one go.
-_BATCH_LOGITS = 1 << 26
+# Logits (tokens x vocabulary) that are looked at in one go.
 _CHUNK_LOGITS = 1 << 21
-_MOST_ROWS = 32
 
 # Tokens of a text that are enough for its beginning.
 _HEAD = 48
@@ -87,8 +86,8 @@ def losses(
         labels: of the same lengths, `IGNORED` where a token is context only; None for `rows`.
         max_length: 2 or more.
         stride: in 1..max_length - 1.
-        batch_size: windows at once; None for 32. Batches are smaller where their logits, tokens
-            times vocabulary, would be more than 64 M numbers.
+        batch_size: windows at once, fewer where their logits have no room; None for as many as
+            `rows_that_fit` says.
 
     Returns:
         One piece a window that has targets, in the order of the texts.
@@ -162,13 +161,7 @@ def _windows(text: int, ids: Ids, labels: Ids, max_length: int, stride: int) -> 
 def _batches(model: nn.Module, rows: Sequence[Ids], batch_size: int | None) -> Iterator[list[int]]:
     """Positions of rows in batches whose logits fit; the longest row decides how many that are."""
     longest = max((len(row) for row in rows), default=1)
-    fitting = max(1, _BATCH_LOGITS // (longest * _vocabulary(model)))
-    return by_length(rows, min(batch_size or _MOST_ROWS, fitting))
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
-    return int(getattr(config, "vocab_size", None) or 1 << 17)
+    return by_length(rows, rows_that_fit(model, longest, batch_size))
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

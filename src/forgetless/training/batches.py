@@ -58,6 +58,11 @@ class TokenRows(torch.utils.data.Dataset[Row]):
         return max(len(input_ids) for input_ids, _ in self.rows)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return self.flat["input_ids"].numel()
+
+    @property
     def largest_token(self) -> int:
         """The largest token id."""
         return int(self.flat["input_ids"].max())

@@ -68,8 +68,11 @@ def require_origin(checkpoint: Path, origin: Mapping[str, Any]) -> None:
     """
     found = json.loads((checkpoint / SEAL).read_text())["origin"]
     wanted = json.loads(json.dumps(origin))
-    if differing := [key for key in wanted if found.get(key) != wanted[key]]:
-        listed = ", ".join(f"{key} {found.get(key)!r} (now {wanted[key]!r})" for key in differing)
+    keys = dict.fromkeys([*wanted, *found])  # a switch that is off has none
+    if differing := [key for key in keys if found.get(key) != wanted.get(key)]:
+        listed = ", ".join(
+            f"{key} {found.get(key)!r} (now {wanted.get(key)!r})" for key in differing
+        )
         raise UserError(
             f"{checkpoint} belongs to another training, with {listed}; give another folder, or "
             f"delete {checkpoint.parent} to start anew"

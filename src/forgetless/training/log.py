@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from forgetless.errors import UserError
@@ -21,7 +21,9 @@ class LogLine:
 
     Attributes:
         step: optimiser steps done.
-        loss: mean over the steps since the line before.
+        loss: mean over the steps since the line before; what was minimised, penalties included.
+        penalty: the part of it that penalties are, each times its weight, so that the task's own
+            loss is the difference; None for a training without any, and left out of the file.
         learning_rate: the rate of this step.
         grad_norm: of this step, before clipping.
         tokens: tokens that were read so far, padding not counted.
@@ -30,6 +32,7 @@ class LogLine:
 
     step: int
     loss: float
+    penalty: float | None = field(default=None, kw_only=True)
     learning_rate: float
     grad_norm: float
     tokens: int
@@ -63,13 +66,14 @@ class TrainingLog:
     Attributes:
         lines: how the training stood.
         probes: the steps of which the file has probes.
+        is_kept: whether new lines are written to the file, which one process alone may do.
 
     Raises:
         UserError: the file has no line for that step.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+        self.path, self.is_kept = path, True
         kept = [line for line in _read(path) if line.step <= step] if step else []
         self.lines = [line for line in kept if isinstance(line, LogLine)]
         self.probes = {line.step for line in kept if isinstance(line, ProbeLine)}
@@ -88,12 +92,13 @@ class TrainingLog:
             self.lines.append(line)
         else:
             self.probes.add(line.step)
-        with self.path.open("a") as file:
-            file.write(_json(line))
+        if self.is_kept:
+            with self.path.open("a") as file:
+                file.write(_json(line))
 
 
 def _json(line: LogLine | ProbeLine) -> str:
-    return json.dumps(asdict(line)) + "\n"
+    return json.dumps({key: v for key, v in asdict(line).items() if v is not None}) + "\n"
 
 
 def _read(path: Path) -> list[LogLine | ProbeLine]:

@@ -68,6 +68,12 @@ class Mixture(torch.utils.data.Dataset[Row]):
         return max(part.longest for part in self.parts)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of an epoch, where every source has rows of its mean length."""
+        mean = [part.tokens / len(part) for part in self.parts]
+        return round(sum(m * count for m, count in zip(mean, self.counts, strict=True)))
+
+    @property
     def largest_token(self) -> int:
         """The largest token id of any source."""
         return max(part.largest_token for part in self.parts)

@@ -24,20 +24,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.adapters import adapted_layers, plain_factors
+from forgetless.adapters import adapted_layers, down_projections, plain_factors
 from forgetless.calibration import batches
 from forgetless.errors import UserError, unknown
-from forgetless.tasks.inference import adapter_off, evaluating
+from forgetless.models import adapter_off, evaluating
 
 __all__ = ["PENALTIES", "Penalty", "make_penalty"]
 
@@ -162,19 +160,16 @@ class EWC(HeldTexts):
         super().prepare(model, tokenizer, seed)
         self._start = _trained_copy(model)
         self._fisher = {name: torch.zeros_like(start) for name, start in self._start.items()}
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        for ids in self._sequences():
-            (-_log_likelihood(model, ids)).backward()  # type: ignore[no-untyped-call]
-            for name, weight in _trained(model):
-                if weight.grad is not None:
-                    self._fisher[name] += weight.grad.square()
-                weight.grad = None
-        for module, mode in modes.items():
-            module.training = mode
-        count = sum(1 for _ in self._sequences())
-        for fisher in self._fisher.values():
-            fisher /= count
+        sequences = self._sequences()
+        if not sequences:
+            raise UserError(f"penalty 'ewc': no text of {self.source} has two tokens or more")
+        with evaluating(model), torch.enable_grad():
+            for ids in sequences:
+                _log_likelihood(model, ids).backward()  # type: ignore[no-untyped-call]
+                for name, weight in _trained(model):
+                    if weight.grad is not None:
+                        self._fisher[name] += weight.grad.square() / len(sequences)
+                    weight.grad = None
         self._batches = []
 
     def _sequences(self) -> Sequence[Tensor]:
@@ -201,7 +196,7 @@ class Orthogonality:
 
     Attributes:
         weight: of the penalty.
-        adapters: folders of plain PEFT LoRAs, as `forgetless export` writes them.
+        adapters: folders of LoRAs, exported or native, ours or PEFT's.
     """
 
     weight: float
@@ -214,7 +209,10 @@ class Orthogonality:
         if not self.adapters:
             raise UserError("the penalty 'orthogonality' needs 'adapters', folders of earlier ones")
         device = next(model.parameters()).device
-        self._earlier = [_down_projections(Path(folder), device) for folder in self.adapters]
+        self._earlier = [
+            {name: A.to(device).float() for name, A in down_projections(folder).items()}
+            for folder in self.adapters
+        ]
         names = set(adapted_layers(model))
         for folder, found in zip(self.adapters, self._earlier, strict=True):
             if not names & found.keys():
@@ -272,16 +270,3 @@ def _log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
     """Sum of the log-probabilities of a sequence's tokens, the first one given."""
     loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
     return -loss * (ids.numel() - 1)
-
-
-def _down_projections(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """Layer name -> A of an adapter on the disk."""
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{folder} is no adapter: it has no {file.name}")
-    begin, end = "base_model.model.", ".lora_A.weight"
-    return {
-        key.removeprefix(begin).removesuffix(end): value.to(device).float()
-        for key, value in load_file(file).items()
-        if key.endswith(end)
-    }

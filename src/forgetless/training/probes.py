@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.data import Examples
 from forgetless.errors import UserError
+from forgetless.models import adapter_off
 from forgetless.tasks import KL, TASKS, Perplexity, Task, TaskResult, make_task
-from forgetless.tasks.inference import adapter_off
 from forgetless.tasks.texts import read_texts, spread
 
 __all__ = ["Asked", "Probes", "RecordedBase"]

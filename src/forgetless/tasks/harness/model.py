@@ -16,13 +16,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.errors import UserError
+from forgetless.tasks.inference import rows_that_fit
 from forgetless.tasks.journal import section
 
 __all__ = ["InMemory", "check_finite"]
 
-# Logits (tokens x vocabulary) of a batch whose size is ours to choose, and its most rows.
-_BATCH_LOGITS = 1 << 26
-_MOST_ROWS = 32
+# Texts that are written together.
+_ROWS = 32
 
 Request = tuple[Any, list[int], list[int]]
 """The texts of a request or None, and the tokens of its context and of its continuation."""
@@ -47,7 +47,7 @@ class InMemory(HFLM):
             pretrained=model,
             # It may be given a padding token.
             tokenizer=copy.deepcopy(tokenizer),
-            batch_size=batch_size or _MOST_ROWS,
+            batch_size=batch_size or _ROWS,
         )
         self.chosen = batch_size
         self.too_long = 0
@@ -107,13 +107,10 @@ class InMemory(HFLM):
         order = sorted(groups.values(), key=lambda group: (-len(tokens(group)), tokens(group)))
         start = 0
         while start < len(order):
-            rows = size or self.chosen or self._fitting(len(tokens(order[start])))
+            length = min(len(tokens(order[start])), self.max_length)
+            rows = size or self.chosen or rows_that_fit(self.model, length)
             yield order[start : start + rows]
             start += rows
-
-    def _fitting(self, length: int) -> int:
-        logits: int = min(length, self.max_length) * self.config.vocab_size
-        return min(_MOST_ROWS, max(1, _BATCH_LOGITS // logits))
 
     # ------------------------------------------------------------------------------- generation
 

@@ -29,11 +29,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.errors import UserError
+from forgetless.models import evaluating
 from forgetless.tasks.harness import local
 from forgetless.tasks.harness.index import find
 from forgetless.tasks.harness.layouts import STANDARD
 from forgetless.tasks.harness.model import InMemory, check_finite
-from forgetless.tasks.inference import evaluating
 
 __all__ = ["Loaded", "Outcome", "harness_version", "load"]
 

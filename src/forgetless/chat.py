@@ -1,0 +1,270 @@
+"""Conversations: what the chat template makes of them, and which tokens the assistant says.
+
+A turn of the assistant is learned from where the model would begin to generate to the token that
+ends the turn. Both are found by rendering, so any template will do:
+
+====================  =====================================================================
+begins                where the template's own generation prompt ends
+ends                  after the first special tokens that follow the content, without the
+                      line end after them
+====================  =====================================================================
+
+Templates with ``{% generation %}`` marks say it themselves, and their marks are taken.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, cast
+
+from forgetless.errors import UserError
+from forgetless.packing import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PLAIN_CHAT_TEMPLATE", "Chat", "Tokens"]
+
+Message = Mapping[str, str]
+Span = tuple[int, int]
+Tokens = tuple[list[int], list[int]]
+"""Token ids and, as long, the labels: the id where it is learned, IGNORED elsewhere."""
+
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}Assistant: {{ message['content'] }}{{ eos_token }}\n"
+    "{% elif message['role'] == 'system' %}{{ message['content'] }}\n\n"
+    "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""What `messages` become where the tokenizer has no chat template::
+
+    You are kind.
+
+    User: Hello
+    Assistant: Hi</s>
+"""
+
+TODAY = date(2024, 7, 26)
+"""What a template is told that asks for today's date (the day that Llama 3.1's assumes), so that
+the same examples give the same tokens on every day."""
+
+_CLOCK = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CONTENT = "\ue000"
+"""Stands for a turn's content, to see what the template puts around it: no text has it."""
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The conversation up to and with a turn of the assistant, and where in it that is learned."""
+
+    text: str
+    span: Span
+
+    @property
+    def kept(self) -> str:
+        """What must stay the same when the conversation goes on."""
+        return self.text[: self.span[1]]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer as it speaks with roles.
+
+    Attributes:
+        tokenizer: its chat template renders; without one PLAIN_CHAT_TEMPLATE does.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def is_own(self) -> bool:
+        """Whether the tokenizer has a template, which then writes all special tokens itself."""
+        return bool(self.tokenizer.chat_template)
+
+    @cached_property
+    def template(self) -> str:
+        """The template, with `TODAY` for the clock."""
+        own = self.tokenizer.get_chat_template() if self.is_own else PLAIN_CHAT_TEMPLATE
+        return _CLOCK.sub(lambda call: repr(TODAY.strftime(call["format"])), own)
+
+    def tokens(
+        self, conversations: Sequence[Sequence[Message]], places: Sequence[str]
+    ) -> list[Tokens]:
+        """Tokens and labels of every conversation, mostly one row each.
+
+        Where a template rewrites earlier turns as a conversation goes on (it drops old thoughts),
+        every turn of the assistant is a row of its own, with the history as it was then.
+
+        Args:
+            conversations: turns with ``role`` and ``content``.
+            places: where each stands in its source, for messages.
+
+        Raises:
+            UserError: the template refuses a conversation, or leaves the assistant's text out.
+        """
+        if _GENERATION_MARK.search(self.template):
+            return [self._marked(*each) for each in zip(conversations, places, strict=True)]
+        if not self.tokenizer.is_fast:
+            raise UserError("'messages' need a fast tokenizer, which knows the place of each token")
+        rendered: list[tuple[str, list[Span]]] = []
+        shortened = 0
+        for messages, place in zip(conversations, places, strict=True):
+            rows = self._rows(messages, place)
+            shortened += not _is_whole(messages, rows)
+            rendered += rows
+        if shortened:
+            warnings.warn(
+                f"the tokenizer's chat template leaves out parts of {shortened} of "
+                f"{len(conversations)} conversations, such as thoughts or a system prompt",
+                stacklevel=4,
+            )
+        return list(self._encoded(rendered))
+
+    def check(self, conversations: Sequence[Sequence[Message]], places: Sequence[str]) -> None:
+        """Raise what `tokens` would raise, without making tokens; of `places`, see there."""
+        if not _GENERATION_MARK.search(self.template):
+            self._rows(conversations[0], places[0])
+        for messages, place in zip(conversations, places, strict=True):
+            self.render(messages, place)
+
+    def render(self, messages: Sequence[Message], place: str = "", opening: bool = False) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: turns with ``role`` and ``content``.
+            place: where it stands in its source, for messages.
+            opening: end it where the assistant would go on.
+
+        Raises:
+            UserError: the template refuses it.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=opening,
+            )
+        except TemplateError as error:
+            raise self._refused(place, error) from None
+        return cast("str", text)
+
+    def _refused(self, place: str, error: Exception) -> UserError:
+        return UserError(
+            f"{place or 'messages'}: the tokenizer's chat template refuses this conversation: "
+            f"{error}; change its turns, or give the tokenizer another template"
+        )
+
+    def _marked(self, messages: Sequence[Message], place: str) -> Tokens:
+        """Tokens of a conversation whose template marks the assistant's part itself."""
+        from jinja2 import TemplateError
+
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.template,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+        except TemplateError as error:
+            raise self._refused(place, error) from None
+        ids, learned = encoded["input_ids"], encoded["assistant_masks"]
+        return ids, [i if keep else IGNORED for i, keep in zip(ids, learned, strict=True)]
+
+    # ---- where the assistant speaks --------------------------------------------------------------
+
+    def _rows(self, messages: Sequence[Message], place: str) -> list[tuple[str, list[Span]]]:
+        """Each text with where in it the assistant speaks."""
+        turns = [
+            self._turn(messages[:number], place)
+            for number, message in enumerate(messages, start=1)
+            if message["role"] == "assistant"
+        ]
+        whole = turns[-1].text
+        if messages[-1]["role"] != "assistant":
+            whole = self.render(messages, place)
+        if all(whole.startswith(turn.kept) for turn in turns):
+            return [(whole, [turn.span for turn in turns])]
+        return [(turn.text, [turn.span]) for turn in turns]
+
+    def _turn(self, messages: Sequence[Message], place: str) -> _Turn:
+        """The last of these messages, which is the assistant's."""
+        *history, last = messages
+        text = self.render(messages, place)
+        around = self.render([*history, {**last, "content": _CONTENT}], place)
+        head, found, tail = around.rpartition(_CONTENT)
+        prompt = self.render(history, place, opening=True) if history else head
+        if not text.startswith(prompt):
+            # It asks for thoughts, or has a system prompt, which finished answers lack.
+            prompt = head.rstrip(" ")
+        if not found or not text.startswith(prompt):
+            raise UserError(
+                f"{place}, turn {len(messages)}: the tokenizer's chat template does not show what "
+                "the assistant says; give the tokenizer a template for texts"
+            )
+        closing = self._closing.match(tail if text.endswith(tail) else "")
+        assert closing is not None
+        return _Turn(text, (len(prompt), len(text) - len(closing.string) + closing.end()))
+
+    @cached_property
+    def _closing(self) -> re.Pattern[str]:
+        """What follows the content, up to its first special tokens; without any, all of it."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {str(token) for token in added if token.special}
+        special |= set(self.tokenizer.all_special_tokens)
+        either = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
+        return re.compile(rf"(?s:.*?)(?:{either})+|(?s:.*)" if special else r"(?s:.*)")
+
+    # ---- tokens ----------------------------------------------------------------------------------
+
+    def _encoded(self, rows: Sequence[tuple[str, list[Span]]]) -> Iterator[Tokens]:
+        texts = [text for text, _ in rows]
+        encoded = self.tokenizer(
+            texts, add_special_tokens=not self.is_own, return_offsets_mapping=True, verbose=False
+        )
+        each = zip(encoded["input_ids"], encoded["offset_mapping"], rows, strict=True)
+        for ids, offsets, (text, spans) in each:
+            # A token across the border would never be generated: the model is given the prompt.
+            cuts = [begin for begin, _ in spans if any(a < begin < b for a, b in offsets)]
+            if cuts:
+                ids, offsets = self._apart(text, cuts)
+            learned = [any(a < stop and b > begin for begin, stop in spans) for a, b in offsets]
+            yield ids, [i if keep else IGNORED for i, keep in zip(ids, learned, strict=True)]
+
+    def _apart(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[Span]]:
+        """Tokens and their places, none of them across a cut."""
+        ids: list[int] = []
+        offsets: list[Span] = []
+        for start, stop in pairwise([0, *cuts, len(text)]):
+            piece = self.tokenizer(
+                text[start:stop],
+                add_special_tokens=not self.is_own and start == 0,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            ids += piece["input_ids"]
+            offsets += [(start + a, start + b) for a, b in piece["offset_mapping"]]
+        return ids, offsets
+
+
+def _is_whole(messages: Sequence[Message], rows: Sequence[tuple[str, list[Span]]]) -> bool:
+    """Whether the rows have all that was said, but for spaces: the assistant's as learned text."""
+    learned = iter("".join(text[a:b].split()) for text, spans in rows for a, b in spans)
+    shown = "".join(rows[-1][0].split())
+    return all(
+        "".join(message["content"].split())
+        in (next(learned) if message["role"] == "assistant" else shown)
+        for message in messages
+    )

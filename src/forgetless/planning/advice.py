@@ -1,0 +1,294 @@
+"""The advised settings, each with its reason and where the reason comes from.
+
+A rule of thumb is called one. Nothing here is a promise: a number from a paper is what the paper
+measured on its models, and one from the pilot is one seed on the small pocket model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from forgetless.planning.subject import LONGEST_ROW, Base, Rows
+
+GOALS = ("learn", "balance", "keep")
+
+BIDERMAN = "Biderman et al. 2024, arXiv:2405.09673"
+REPLICATION = (
+    "a replication of July 2026 (1,035 runs, Llama-2-7B and Qwen2.5-7B; known from notes of it)"
+)
+PILOT = "docs/results/pocket-pilot.md (1.2 M weights, one seed)"
+CURVES = "docs/results/pocket-curves.md (1.2 M weights, three seeds)"
+RULE = "rule of thumb"
+ASKED = "as asked"
+
+WIDTH = 4096
+"""Hidden size of Llama-2-7B, on which the papers measured."""
+
+RATE = 2e-4
+"""LoRA's rate at that width."""
+
+RATE_POWER = 0.8
+"""How the rate falls with the width; through LoRA's and full fine-tuning's rates in the pilot."""
+
+_RATE_OF = {
+    "full": 0.1,
+    "lora_null_v2": 10 / 3,
+    "pissa": 1 / 3,
+    "intermediate": 1 / 3,
+}
+"""The rate chosen in the pilot over LoRA's; 1 where it was the same or is not known."""
+
+_MEASURED_RATES = {*_RATE_OF, "lora", "milora", "lora_null_v1"}
+
+RANK = {"learn": 256, "balance": 256, "keep": 16}
+"""Ranks at that width."""
+
+LEAST_RANK = 16
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One setting.
+
+    Attributes:
+        key: of the recipe, such as ``training.epochs``.
+        value: the advised one.
+        reason: why, in words.
+        source: of the reason.
+    """
+
+    key: str
+    value: Any
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user wants of a plan.
+
+    Attributes:
+        goal: ``learn`` as much as can be, ``keep`` what the base knew, or a ``balance``.
+        method: None for the advised one.
+        rank: None for the advised one.
+        keep: text of the knowledge to keep; None where there is none.
+        test: held-out examples of the new task; None where there are none.
+        memory: bytes that the run may take; None for as many as it needs.
+    """
+
+    goal: str = "balance"
+    method: str | None = None
+    rank: int | None = None
+    keep: str | None = None
+    test: str | None = None
+    memory: int | None = None
+
+
+def advise(base: Base, rows: Rows, wishes: Wishes) -> list[Advice]:
+    """The settings that follow from base, data and wishes; what they cost decides the rest."""
+    method = _method(rows, wishes)
+    found = [method]
+    if method.value != "full":
+        rank = _rank(base, method.value, wishes)
+        found += [rank, _alpha(method.value, rank.value), _TARGETS]
+        found.append(_rate(base, method.value, rank.value))
+    else:
+        found.append(_rate(base, "full", 0))
+    epochs = _epochs(rows, wishes)
+    found += [epochs, *_schedule(rows), _weight_decay(method.value, wishes)]
+    found += [_replay(wishes), _max_length(base, rows), _packing(rows)]
+    return [*found, *_number_formats(base, method.value)]
+
+
+def _method(rows: Rows, wishes: Wishes) -> Advice:
+    choose = _for_text if rows.is_text else _for_instructions
+    value, reason, source = choose(wishes)
+    if wishes.method is not None and wishes.method != value:
+        return Advice("adapter.method", wishes.method, f"{ASKED}; advised is {value}", ASKED)
+    return Advice("adapter.method", value, reason, source)
+
+
+def _for_instructions(wishes: Wishes) -> tuple[str, str, str]:
+    if wishes.goal == "keep" and wishes.keep is not None:
+        reason = (
+            "on the pocket model it kept 99 % or more of the facts that its text named, LoRA 12 to "
+            "90 %; elsewhere LoRA with weight decay was ahead of LoRA-Null, so compare the two"
+        )
+        return "lora_null_v2", reason, CURVES
+    reason = (
+        "on instructions LoRA of high rank learned code as well as full fine-tuning (HumanEval "
+        ".498 and .497 at best) and forgot less"
+    )
+    return "lora", reason, BIDERMAN
+
+
+def _for_text(wishes: Wishes) -> tuple[str, str, str]:
+    if wishes.goal == "learn":
+        reason = (
+            "on raw text full fine-tuning learned more than any LoRA (HumanEval .263 against .224 "
+            "of rank 256 after 20B tokens of code), and forgot more"
+        )
+        return "full", reason, BIDERMAN
+    reason = (
+        "on raw text LoRA of rank 256 learned less than full fine-tuning (HumanEval .224 against "
+        ".263) and forgot less (.617 against .545 kept of .671); --goal learn advises full"
+    )
+    return "lora", reason, BIDERMAN
+
+
+def _rank(base: Base, method: str, wishes: Wishes) -> Advice:
+    if wishes.rank is not None:
+        return Advice("adapter.rank", wishes.rank, ASKED, ASKED)
+    asked = RANK[wishes.goal]
+    share = asked * min(1.0, base.width / WIDTH)
+    value = min(max(LEAST_RANK, 2 ** int(math.log2(share))), base.smallest_side)
+    if wishes.goal == "keep":
+        reason = "rank 16 forgot least, and learned least"
+    else:
+        reason = "rank 256 learned most; 16 to 64 were not enough for code"
+    if value != asked:
+        reason += f"; {asked} at width {WIDTH}, here in proportion, at least {LEAST_RANK}: {RULE}"
+    return Advice("adapter.rank", value, reason, BIDERMAN)
+
+
+def _alpha(method: str, rank: int) -> Advice:
+    if method == "lora":
+        reason = "twice the rank was best at rank 256, at every learning rate"
+        return Advice("adapter.alpha", 2.0 * rank, reason, BIDERMAN)
+    reason = "scaling 1, as the papers of the starts from an SVD have it"
+    return Advice("adapter.alpha", float(rank), reason, "arXiv:2404.02948, 2406.09044, 2503.02659")
+
+
+_TARGETS = Advice(
+    "adapter.target_modules",
+    "all-linear",
+    "all layers or the MLPs alone learned more than attention, at every rank",
+    BIDERMAN,
+)
+
+
+def _rate(base: Base, method: str, rank: int) -> Advice:
+    value = RATE * (WIDTH / base.width) ** RATE_POWER * _RATE_OF.get(method, 1.0)
+    reason = "2e-4 (4096 / width)^0.8 for LoRA, fitted to the rates at 7B and in the pilot"
+    if method in _RATE_OF:
+        reason += f"; times {_RATE_OF[method]:.2g} for {method}, as in the pilot"
+    elif method not in _MEASURED_RATES:
+        reason += f"; LoRA's own for {method}, of which no rate is known here"
+    if rank >= RANK["learn"]:
+        value /= 2
+        reason += "; half at rank 256, where 2e-4 was unstable"
+    least, most = rounded(value / 5), rounded(value * 5)
+    reason += f". Sweep {least:g} to {most:g}: the highest stable rate learned most (--find-lr)"
+    source = f"{RULE}; {BIDERMAN}; {PILOT}"
+    return Advice("training.learning_rate", rounded(value), reason, source)
+
+
+def rounded(rate: float) -> float:
+    """The nearest of 1, 2, 3 and 5 times a power of ten, on a logarithmic scale."""
+    power = math.floor(math.log10(rate))
+    steps = [digit * 10.0**p for p in (power, power + 1) for digit in (1, 2, 3, 5)]
+    nearest = min(steps, key=lambda step: abs(math.log(step / rate)))
+    return float(f"{nearest:.0e}")
+
+
+def _epochs(rows: Rows, wishes: Wishes) -> Advice:
+    if rows.is_text:
+        reason = "one pass: the more tokens, the more was forgotten, by every rank and by full"
+        return Advice("training.epochs", 1.0, reason, BIDERMAN)
+    if wishes.goal == "keep":
+        reason = (
+            "longer training forgot more: of .671, LoRA of rank 64 kept .651 at 2 epochs, .580 at 8"
+        )
+        return Advice("training.epochs", 2.0, reason, BIDERMAN)
+    reason = "LoRA was best at 4 epochs of code and near its best of mathematics; more forgot more"
+    return Advice("training.epochs", 4.0, reason, BIDERMAN)
+
+
+def _schedule(rows: Rows) -> list[Advice]:
+    if not rows.is_text:
+        return [
+            Advice("training.schedule", "cosine", "after a warm-up over 10 %", BIDERMAN),
+            Advice("training.warmup_ratio", 0.1, "see schedule", BIDERMAN),
+        ]
+    reason = "inverse square root, then a cool-down over the last 20 %"
+    return [
+        Advice("training.schedule", "inverse_sqrt", reason, BIDERMAN),
+        Advice("training.cooldown_ratio", 0.2, "see schedule", BIDERMAN),
+        Advice("training.warmup_ratio", 0.05, "see schedule; the share is ours", RULE),
+    ]
+
+
+def _weight_decay(method: str, wishes: Wishes) -> Advice:
+    key = "training.weight_decay"
+    if method == "full":
+        reason = "on the weights themselves it neither learned nor forgot less, and harmed later"
+        return Advice(key, 0.0, reason, BIDERMAN)
+    if wishes.goal == "learn":
+        return Advice(key, 0.0, "as the paper trained LoRA", BIDERMAN)
+    reason = (
+        "pulls the adapter's move towards the base: no other start was better in both learning and "
+        "keeping than LoRA with 0.3 in 25 of 26 comparisons; on the pocket model it kept 3 to 4 "
+        "points more and learned as much"
+    )
+    return Advice(key, 0.3, reason, f"{REPLICATION}; {CURVES}")
+
+
+REPLAYED = 0.1
+
+
+def _replay(wishes: Wishes) -> Advice:
+    if wishes.keep is None:
+        reason = "there is no old text to replay; --keep FILE names some"
+        return Advice("data.train", 0.0, reason, RULE)
+    reason = (
+        "of every epoch is old text: on the pocket model LoRA kept 98 to 99 % of the facts with "
+        "it, 93 to 96 % with a share of 0.01, and 82 % without"
+    )
+    return Advice("data.train", REPLAYED, reason, CURVES)
+
+
+def _max_length(base: Base, rows: Rows) -> Advice:
+    if rows.is_text:
+        reason = f"the model's positions, at most {LONGEST_ROW}; the paper's rows had 4096"
+        return Advice("data.max_length", rows.max_length, reason, RULE)
+    reason = "holds 99 % of the examples whole"
+    if rows.max_length in (LONGEST_ROW, base.positions):
+        reason = f"the most that the model ({base.positions} positions) or memory should take"
+    return Advice("data.max_length", rows.max_length, reason, "the data")
+
+
+def _packing(rows: Rows) -> Advice:
+    if rows.is_text:
+        reason = "raw text fills whole rows; no document sees another"
+        return Advice("data.pack", True, reason, "this package")
+    words = f"{rows.padding:.0%} of a batch would be padding"
+    reason = f"{words}; no example sees another" if rows.pack else words
+    return Advice("data.pack", rows.pack, reason, "the data")
+
+
+def _number_formats(base: Base, method: str) -> list[Advice]:
+    if base.dtype not in (torch.float16, torch.bfloat16):
+        plain = "the weights are stored in 32 bits; bf16 is faster where the device has it"
+        return [Advice("training.precision", "float32", plain, "the model")]
+    bf16 = "the weights are stored in 16 bits; what is trained stays float32"
+    found = [Advice("training.precision", "bf16", bf16, "the model")]
+    if method == "full":
+        reason = "trained weights of 16 bits lose small updates"
+        found.append(Advice("dtype", "float32", reason, "this package"))
+    elif base.dtype == torch.float16:
+        reason = "rounds the stored float16; else each step makes bfloat16 copies of all weights"
+        found.append(Advice("dtype", "bfloat16", reason, "docs/plan.md"))
+    return found
+
+
+def batch_advice(rows: int, epochs: float) -> Advice:
+    """Sequences of an optimiser step: about a hundred steps or more, 8 to 128 a step."""
+    wanted = max(1.0, rows * epochs / 100)
+    value = min(max(8, 2 ** int(math.log2(wanted))), 128)
+    value = min(value, 2 ** int(math.log2(rows)))
+    reason = "at least about 100 steps; the papers took 16 (MiLoRA) to 192 (Biderman et al.)"
+    return Advice("batch", value, reason, RULE)

@@ -1,0 +1,170 @@
+"""How large a batch may be, whether layers are recomputed, and what statistics may hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from forgetless.core import find_method
+from forgetless.errors import UserError
+from forgetless.memory import RunMemory, StepMemory, around_step, step_memory
+from forgetless.models import target_layers, weight_shape
+from forgetless.planning.advice import RULE, Advice, Wishes
+from forgetless.planning.subject import Base, Rows
+from forgetless.recipe import Recipe
+from forgetless.statistics.budget import matrix_bytes
+
+MOST_AT_ONCE = 8
+"""Sequences of a forward pass from which a larger number gains little."""
+
+MIB = 2**20
+
+LITTLE = 2**30
+"""Bytes that statistics may take in any case."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Searches the settings that a run's memory decides.
+
+    Attributes:
+        base, rows, wishes: what the plan is for.
+        settings: of the recipe, but for these.
+        batch: sequences of an optimiser step.
+    """
+
+    base: Base
+    rows: Rows
+    wishes: Wishes
+    settings: Mapping[str, Any]
+    batch: int
+
+    def fitted(self) -> tuple[Recipe, RunMemory, list[Advice]]:
+        """The recipe, its memory, and why the settings are what they are.
+
+        Raises:
+            UserError: not even one sequence at a time fits, with all layers recomputed.
+        """
+        recipe, step = self._step()
+        memory = around_step(self.base.model, recipe, step)
+        recipe, memory, statistics = self._with_budget(recipe, memory)
+        limit = self.wishes.memory
+        if limit is not None and memory.peak > limit:
+            raise self._too_little(recipe, memory)
+        return recipe, memory, [*self._reasons(recipe), *statistics]
+
+    def _step(self) -> tuple[Recipe, StepMemory]:
+        """The largest batch whose training step fits, without recomputing layers if that can be."""
+        most, limit = min(self.batch, MOST_AT_ONCE), self.wishes.memory
+        found = self._tried(most, False)
+        if limit is None or found[1].total <= limit:
+            return found
+        for recomputed in (False, True):
+            found = self._tried(1, recomputed)
+            room = (limit - found[1].total) / max(found[1].activations, 1)
+            if room < 0:
+                continue
+            # The peak grows by less than a sequence's own, so twice that number may fit.
+            size = min(most if recomputed else most // 2, 2 ** int(math.log2(2 + 2 * room)))
+            while size > 1:
+                larger = self._tried(size, recomputed)
+                if larger[1].total <= limit:
+                    return larger
+                size //= 2
+            return found
+        return found
+
+    def _tried(self, size: int, recomputed: bool) -> tuple[Recipe, StepMemory]:
+        recipe = self._recipe(
+            {
+                "training.batch_size": size,
+                "training.gradient_accumulation": self.batch // size,
+                "training.gradient_checkpointing": recomputed,
+            }
+        )
+        model = deepcopy(self.base.model)
+        if recipe.dtype != "auto":
+            model = model.to(getattr(torch, recipe.dtype))
+        rows, replayed = self.rows, self.wishes.keep is not None
+        step = step_memory(
+            model,
+            recipe.adapter,
+            recipe.training,
+            length=rows.max_length if replayed else max(rows.lengths),
+            masked=rows.several or replayed,
+        )
+        return recipe, step
+
+    def _recipe(self, changes: Mapping[str, Any]) -> Recipe:
+        return Recipe.parse(self.settings, changes, source="the planned recipe")
+
+    def _with_budget(
+        self, recipe: Recipe, memory: RunMemory
+    ) -> tuple[Recipe, RunMemory, list[Advice]]:
+        """A budget for the statistics where they would not fit, or take more than training."""
+        target = self.wishes.memory or max(memory.step.total, LITTLE)
+        if memory.statistics <= target:
+            return recipe, memory, []
+        layers = target_layers(self.base.model, recipe.adapter.target_modules).values()
+        gradient = "gradient" in find_method(recipe.adapter.method).needs
+        shapes = [weight_shape(layer) for layer in layers]
+        least = max(matrix_bytes((out if gradient else n, n)) for out, n in shapes)
+        room = target - (memory.statistics - memory.matrices)
+        budget = f"{max(math.ceil(least / MIB), room // MIB)}MiB"
+        recipe = recipe.override({"calibration.memory_budget": budget})
+        memory = around_step(self.base.model, recipe, memory.step)
+        reason = "for the matrices held at a time; the base then runs in several passes"
+        return recipe, memory, [Advice("calibration.memory_budget", budget, reason, "docs/plan.md")]
+
+    def _reasons(self, recipe: Recipe) -> list[Advice]:
+        training, limit = recipe.training, self.wishes.memory
+        fits = "" if limit is None else f", within {show_bytes(limit)}"
+        size = f"sequences at a time{fits}; the same update as {self.batch} at once"
+        recomputed = training.gradient_checkpointing
+        why = (
+            "recomputes each layer in the backward pass: without it not one sequence fits"
+            if recomputed
+            else "not needed; it would recompute each layer to save memory"
+        )
+        return [
+            Advice("training.batch_size", training.batch_size, size, "docs/plan.md"),
+            Advice(
+                "training.gradient_accumulation",
+                training.gradient_accumulation,
+                f"{self.batch} sequences a step",
+                RULE,
+            ),
+            Advice("training.gradient_checkpointing", recomputed, why, "docs/plan.md"),
+        ]
+
+    def _too_little(self, recipe: Recipe, memory: RunMemory) -> UserError:
+        assert self.wishes.memory is not None
+        stages = {
+            "training": memory.step.total,
+            "collecting statistics": memory.statistics,
+            "computing the start": memory.start,
+        }
+        stage = max(stages, key=lambda name: stages[name])
+        least = ", one sequence at a time and with every layer recomputed"
+        cheaper = "lora" if recipe.adapter.method != "lora" else None
+        way_out = f"--method {cheaper}" if cheaper else "a smaller --rank, shorter examples"
+        return UserError(
+            f"--memory {show_bytes(self.wishes.memory)} is too little: {stage} with method "
+            f"{recipe.adapter.method!r} takes {show_bytes(memory.peak)}"
+            f"{least if stage == 'training' else ''}; give more, or try {way_out}, or a smaller "
+            "base"
+        )
+
+
+def show_bytes(size: float) -> str:
+    """Bytes in words, such as ``1.4 GB``."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            number = size / factor
+            return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"
+    return f"{size:.0f} B"

@@ -1,0 +1,168 @@
+"""What a plan is made for: the shapes of a base, and the lengths of its training data."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from forgetless.data import Examples, load_examples, tokenize
+from forgetless.models import load_tokenizer, meta_model, target_layers, weight_shape
+from forgetless.training.batches import TokenRows
+
+LONGEST_ROW = 2048
+"""Tokens of a row of raw text, and of the longest example, beyond which nothing is advised."""
+
+COVERED = 0.99
+"""Share of the examples that are not to be cut."""
+
+TOO_MUCH_PADDING = 0.4
+"""Share of padding in a batch from which packing is advised."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base by its config.
+
+    Attributes:
+        name: as the user gave it.
+        model: its shapes, on the meta device, in the number format of the stored weights.
+    """
+
+    name: str
+    model: Any
+
+    @classmethod
+    def find(cls, name: str) -> Base:
+        """The base of a name; a folder needs no weights for this.
+
+        Raises:
+            UserError: as `forgetless.models.meta_model`.
+        """
+        return cls(name, meta_model(name, weights=False))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        return sum(weight.numel() for weight in self.model.parameters())
+
+    @property
+    def width(self) -> int:
+        """Its hidden size."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def layers(self) -> int:
+        """Its blocks."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
+    @property
+    def positions(self) -> int | None:
+        """Most tokens of a sequence; None where the architecture has no limit."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if found is None else int(found)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the stored weights."""
+        found: torch.dtype = next(self.model.parameters()).dtype
+        return found
+
+    @cached_property
+    def smallest_side(self) -> int:
+        """Shortest side of the layers that an adapter goes on: the largest rank."""
+        return min(min(weight_shape(layer)) for layer in target_layers(self.model).values())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training data as its base's tokens.
+
+    Attributes:
+        kind: ``text``, ``prompt_completion`` or ``messages``.
+        examples: how many there are.
+        max_length: the advised one.
+        pack: whether packing is advised.
+        padding: share of padding in batches of 8 without packing.
+        lengths: tokens of each row, packed where that is advised.
+        several: whether a row holds several sequences.
+    """
+
+    kind: str
+    examples: int
+    max_length: int
+    pack: bool
+    padding: float
+    lengths: Sequence[int]
+    several: bool
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is raw text."""
+        return self.kind == "text"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(self.lengths)
+
+    @classmethod
+    def of(cls, path: str, base: Base) -> Rows:
+        """The rows of a file or of another source of training data.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            UserError: broken data, or a base without a tokenizer.
+        """
+        examples, tokenizer = load_examples(path), load_tokenizer(base.name, weights=False)
+        most = min(base.positions or LONGEST_ROW, LONGEST_ROW)
+        whole = _lengths(_tokenized(examples, tokenizer, base.positions or 2**30, False))
+        if examples.kind == "text":
+            length = max(2, min(most, sum(whole)))
+            padding, pack = 0.0, True
+        else:
+            length = min(most, _rounded(_quantile(whole, COVERED)))
+            padding = _padding([min(n, length) for n in whole])
+            pack = padding > TOO_MUCH_PADDING
+        rows = _tokenized(examples, tokenizer, length, pack)
+        return cls(
+            kind=examples.kind,
+            examples=len(examples),
+            max_length=length,
+            pack=pack,
+            padding=padding,
+            lengths=_lengths(rows),
+            several=rows.several,
+        )
+
+
+def _tokenized(examples: Examples, tokenizer: Any, max_length: int, pack: bool) -> TokenRows:
+    return TokenRows(tokenize(examples, tokenizer, max_length=max_length, pack=pack))
+
+
+def _lengths(rows: TokenRows) -> list[int]:
+    return [len(rows[i]["input_ids"]) for i in range(len(rows))]
+
+
+def _quantile(values: Sequence[int], share: float) -> int:
+    """The smallest value that at least this share of the values does not exceed."""
+    return sorted(values)[math.ceil(share * len(values)) - 1]
+
+
+def _rounded(length: int) -> int:
+    """A multiple of 64, or of 8 below 64."""
+    step = 64 if length > 64 else 8
+    return math.ceil(length / step) * step
+
+
+def _padding(lengths: Sequence[int]) -> float:
+    """Share of padding in random batches of 8."""
+    drawn = random.Random(0).sample(lengths, len(lengths))
+    parts = [drawn[start : start + 8] for start in range(0, len(drawn), 8)]
+    padded = sum(max(part) * len(part) for part in parts)
+    return 1 - sum(lengths) / padded

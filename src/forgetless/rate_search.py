@@ -1,0 +1,165 @@
+"""A recipe's learning rate, found by short trainings before the run: `forgetless run --find-lr`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from forgetless import store
+from forgetless.calibration import SELF
+from forgetless.errors import RecipeError, UserError
+from forgetless.launch import this_launch
+from forgetless.recipe import DATA, Recipe, check
+from forgetless.runs import torch_threads
+from forgetless.stages import Listener, Stages
+from forgetless.store import RunFolder
+from forgetless.training.batches import TokenRows
+from forgetless.training.durations import total_steps
+from forgetless.training.mixture import Mixture
+from forgetless.training.rates import Trial, Verdict, find_learning_rate, grid, judge, some_steps
+
+__all__ = ["RateSearch", "find_rate"]
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """What was tried, and what came of it.
+
+    Attributes:
+        recipe: the one that was given, at the highest stable rate.
+        steps: of each trial.
+        trials: by ascending rate.
+        verdicts: one for each trial.
+        file: JSON with all of it.
+    """
+
+    recipe: Recipe
+    steps: int
+    trials: list[Trial]
+    verdicts: list[Verdict]
+    file: Path
+
+    @property
+    def rate(self) -> float:
+        """The highest stable rate."""
+        return self.recipe.training.learning_rate
+
+
+def find_rate(
+    recipe: Recipe,
+    out: str | Path = "runs",
+    study: str | None = None,
+    *,
+    rates: Sequence[float] | None = None,
+    steps: int | None = None,
+    threads: int | None = None,
+    listen: Listener | None = None,
+) -> RateSearch:
+    """Train briefly at several rates and take the highest stable one, see `training.rates`.
+
+    What was tried lies in the study's ``shared/rates``; the same call reads it from there, and one
+    that was stopped goes on.
+
+    Args:
+        recipe: the recipe, whose own rate is the centre of the rates where none are given.
+        out: as for `forgetless.run`.
+        study: as for `forgetless.run`.
+        rates: at least two; None for six over two decades.
+        steps: of a trial; None for a twentieth of the training, at least 20 and at most 100.
+        threads: as for `forgetless.run`.
+        listen: called with an `Event` for each stage and each step.
+
+    Raises:
+        RecipeError: everything that is wrong with the recipe, before any weight is loaded.
+        UserError: no rate is stable, or the rates cannot be compared.
+    """
+    rates = sorted(set(rates or grid(recipe.training.learning_rate)))
+    if len(rates) < 2 or rates[0] <= 0:
+        raise UserError(f"give at least two rates, all above 0; got {rates}")
+    if this_launch().processes > 1:
+        raise UserError("the rate is found by one process; give training.learning_rate instead")
+    if problems := check(recipe):
+        raise RecipeError(recipe.name or "recipe", problems)
+    folder = Path(out) / store.folder_name(study or recipe.name or "single")
+    key = _key(recipe, rates, steps)
+    file = folder / "shared" / "rates" / f"{key}.json"
+    work = RunFolder(folder / f"rates-{key}")
+    with store.lock(file.with_suffix(".lock")):
+        if not file.exists():
+            stages = Stages(work, recipe, listen or (lambda event: None))
+            with torch_threads(threads, recipe.base):
+                found = _search(stages, rates, steps)
+            store.write_json(file, found)
+        found = store.read_json(file)
+        trials = [Trial(**trial) for trial in found["trials"]]
+        try:
+            verdicts, rate = judge(trials, found["steps"])
+        except UserError:
+            store.remove(work.path)
+            raise
+        training = recipe.training.model_copy(update={"learning_rate": rate})
+        chosen = recipe.model_copy(update={"training": training})
+        _hand_over(work, RunFolder(folder / chosen.run_id))
+        store.remove(work.path)
+    return RateSearch(chosen, found["steps"], trials, verdicts, file)
+
+
+def _key(recipe: Recipe, rates: Sequence[float], steps: int | None) -> str:
+    """What decides the trials: all that decides the weights, but for the rate itself."""
+    training = recipe.training.model_copy(update={"learning_rate": 1.0})
+    run_id = recipe.model_copy(update={"training": training}).run_id
+    content = json.dumps([run_id, list(rates), steps, _kept_texts(recipe)])
+    return hashlib.sha256(content.encode()).hexdigest()[:10]
+
+
+def _kept_texts(recipe: Recipe) -> list[Any]:
+    """What to measure forgetting on, where the recipe has something that costs little."""
+    if recipe.probes.forgetting:
+        return recipe.probes.forgetting
+    sources = [] if recipe.adapter.method == "full" else [recipe.calibration.source]
+    return [s for s in sources if isinstance(s, str) and s not in (SELF, DATA, "auto")]
+
+
+def _search(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[str, Any]:
+    """The trials, as JSON values."""
+    recipe = stages.recipe
+    if collected := stages.collect_statistics():
+        stages.tell("find rate", f"statistics of {collected}")
+    stages.start()
+    model, tokens = stages.to_train()
+    rows = tokens if isinstance(tokens, Mixture) else TokenRows(tokens)
+    steps = steps or some_steps(total_steps(rows, recipe.training))
+    trials = []
+    for trial in find_learning_rate(
+        model,
+        stages.tokenizer,
+        tokens,
+        recipe.training,
+        stages.folder.path / "trials",
+        rates=rates,
+        steps=steps,
+        seed=recipe.seed,
+        penalties=recipe.penalties,
+        forgetting=_kept_texts(recipe) if isinstance(model, PeftModel) else (),
+    ):
+        trials.append(asdict(trial))
+        last = f"loss {trial.losses[-1]:.4g}" if trial.losses else "no loss"
+        message = f"{trial.learning_rate:g}: {last} after {len(trial.losses)} of {steps} steps"
+        stages.tell("find rate", message)
+    return {"steps": steps, "trials": trials}
+
+
+def _hand_over(work: RunFolder, run: RunFolder) -> None:
+    """The run begins at the start of the trials, which need not be computed again."""
+    with store.lock(run.lock):
+        trained = run.native.exists() or run.model.exists()
+        if work.start.exists() and not (trained or run.start.exists()):
+            record = store.read_json(work.record)
+            run.update(start=record["start"], statistics=record["statistics"])
+            work.start.rename(run.start)

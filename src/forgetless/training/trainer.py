@@ -1,0 +1,232 @@
+"""transformers' `Trainer` as this package uses it: exact, on the devices of the launch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from forgetless.errors import UserError
+from forgetless.launch import this_launch
+from forgetless.recipe import TrainingSettings
+from forgetless.training import checkpoints
+from forgetless.training.devices import (
+    every_row,
+    gather_optimizer,
+    gathered,
+    is_sharded,
+    leave_sharded,
+    shard,
+)
+from forgetless.training.forgetting import STATE_KEY, ForgettingCallback
+from forgetless.training.interruption import Unlogged
+from forgetless.training.loraplus import speed_up
+from forgetless.training.optimizers import optimizer_arguments
+from forgetless.training.penalties import Penalty
+from forgetless.training.schedules import rate_factor
+from forgetless.training.trackers import Trackers
+
+__all__ = ["DivergenceError", "ExactTrainer", "require_finite", "trainer_arguments"]
+
+_SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "inverse_sqrt": "inverse_sqrt",
+}
+
+
+class _Arguments(TrainingArguments):
+    """Trainer's, for devices as the launch has them."""
+
+    shards = property(lambda self: this_launch().strategy == "FSDP2")
+    # One process uses one device. Trainer would spread a batch of this size to each that it sees.
+    n_gpu = property(lambda self: min(super().n_gpu, 1))
+
+
+def trainer_arguments(
+    model: Any,
+    settings: TrainingSettings,
+    folder: Path,
+    steps: int,
+    seed: int,
+    trackers: Trackers,
+) -> TrainingArguments:
+    """What `Trainer` is told.
+
+    Args:
+        model: as it was given; its device decides.
+        settings: of the training.
+        folder: takes the checkpoints.
+        steps: of the training.
+        seed: of the order of the examples and of dropout.
+        trackers: which get what the log gets.
+    """
+    return _Arguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=_SCHEDULES[settings.schedule],
+        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        **optimizer_arguments(settings),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bf16",
+        torch_compile=settings.compile,
+        # Else Trainer turns it on together with compiling, for all that this process does later.
+        tf32=False if settings.compile else None,
+        seed=seed,
+        # Every epoch is shuffled by data_seed + epoch: keep neighbouring seeds apart.
+        data_seed=(seed * 1_000_003) % 2**31,
+        use_cpu=_stays_on_cpu(model),
+        logging_steps=settings.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        save_steps=settings.checkpoint_every,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **trackers.arguments,
+    )
+
+
+def _stays_on_cpu(model: Any) -> bool:
+    """A model that is to be sharded, or copied to every process, comes to the devices later."""
+    if this_launch().processes > 1 and torch.accelerator.is_available():
+        return False
+    present = next(weight for weight in model.parameters() if not weight.is_meta)
+    return bool(present.device.type == "cpu")
+
+
+class ExactTrainer(Trainer):
+    """`Trainer` with penalties, that stops at a loss that is no number and decays matrices only."""
+
+    penalties: Sequence[Penalty] = ()
+    loraplus_ratio: float = 1.0
+    settings: TrainingSettings
+    unlogged: Unlogged
+
+    def run(self, checkpoint: Path | None, steps: int, probes: ForgettingCallback | None) -> None:
+        """Train, from `checkpoint` on where there is one."""
+        if checkpoint is not None:
+            found = checkpoints.trainer_state(checkpoint)["stateful_callbacks"].get(STATE_KEY)
+            if probes is not None and found is not None:
+                probes.restore(found)
+            over = probes is not None and probes.exceeded is not None
+            if over or checkpoints.step_of(checkpoint) >= steps:
+                self._load_from_checkpoint(str(checkpoint))  # `train` would add a step
+                return
+        self.remove_callback(PrinterCallback)
+        if self.args.world_size > 1:  # or the masks of dropout would be alike in all processes
+            torch.manual_seed(self.args.seed + self.args.process_index)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch; the last batch of a step also bears the penalties."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not (self.penalties and model.training and self.accelerator.sync_gradients):
+            return loss
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        step = self.state.global_step
+        values = (penalty.weight * penalty(plain, step) for penalty in self.penalties)
+        total = sum(values, start=torch.zeros_like(loss))
+        self.unlogged.penalty += total.item()
+        # `training_step` divides by the batches of a step where the model does not do so itself.
+        divided = not self.model_accepts_loss_kwargs or kwargs.get("num_items_in_batch") is None
+        return loss + total * (self.current_gradient_accumulation_steps if divided else 1)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self.args.world_size == 1:  # all must stop alike: several look at the mean, in the log
+            rate = self.lr_scheduler.get_last_lr()[0]
+            require_finite("loss", loss.item(), self.state.global_step + 1, rate)
+        self.unlogged.total += loss.item()
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's; the loss is the mean since the line before, also over an interruption."""
+        if "loss" in logs:
+            logs["loss"], penalty = self.unlogged.take(self.state.global_step)
+            if self.penalties:
+                logs["penalty"] = penalty
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's optimizer; with LoRA+, B in groups of its own."""
+        is_new = self.optimizer is None
+        if self.args.shards and not is_sharded(self.model):
+            shard(self.model)
+            leave_sharded(self.accelerator)
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.shards:
+            gather_optimizer(optimizer)
+        if is_new and self.loraplus_ratio != 1:
+            speed_up(optimizer, self.model if model is None else model, self.loraplus_ratio)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's schedule, or one of ours where Trainer has none like it."""
+        schedule, cooldown = self.settings.schedule, self.settings.cooldown_ratio
+        if schedule != "inverse_sqrt" and cooldown == 0:
+            return super().create_scheduler(num_training_steps, optimizer)
+        factor = rate_factor(
+            schedule,
+            num_training_steps,
+            warmup_ratio=self.settings.warmup_ratio,
+            cooldown_ratio=cooldown,
+        )
+        self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, with all rows of a step in every process; the collator takes a share."""
+        return every_row(super().get_train_dataloader())
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        # Shards are moved one by one. What is offloaded comes for each forward.
+        if not self.args.shards and not any(weight.is_meta for weight in model.parameters()):
+            super()._move_model_to_device(model, device)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; shards are gathered first."""
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = gathered(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model) and not self.args.should_save:
+            self.optimizer.state_dict()  # takes part in the gathering
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        return [name for name, weight in model.named_parameters() if weight.ndim >= 2]
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        return 0  # counting them walks over all modules at every step
+
+
+class DivergenceError(UserError):
+    """A loss or a gradient is no longer a number."""
+
+
+def require_finite(name: str, value: float, step: int, learning_rate: float) -> None:
+    """Raise `DivergenceError` for a loss or gradient that is no number."""
+    if not math.isfinite(value):
+        raise DivergenceError(
+            f"the {name} became {value} at step {step}, learning rate {learning_rate:.3g}; lower "
+            "training.learning_rate or raise training.warmup_ratio"
+        )

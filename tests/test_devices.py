@@ -1,0 +1,397 @@
+"""Two processes do what one does: statistics, training, resume, files; under DDP and FSDP2."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from forgetless import runs, store
+from forgetless.adapters import attach
+from forgetless.data import load_examples
+from forgetless.errors import UserError
+from forgetless.launch import Launch, Strategy, this_launch
+from forgetless.models import load_model, load_tokenizer
+from forgetless.recipe import TrainingSettings
+from forgetless.statistics import Statistics
+from forgetless.store import RunFolder
+from forgetless.training import checkpoints, train
+from forgetless.training.devices import gathered, join, shard
+from forgetless.training.record import Record
+from tests.tiny import recipe_of
+
+pytest_plugins = ["tests.tiny_fixtures"]
+
+KILLED_AFTER = 5
+"""The step after which the second process dies in the tests of that."""
+
+
+def _environment(rank: int, port: int, strategy: Strategy) -> dict[str, str]:
+    """What a launcher would set."""
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if strategy == "FSDP2" else {}
+    return sharded | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _process(
+    rank: int, port: int, strategy: Strategy, work: Callable[..., None], *arguments: Any
+) -> None:
+    os.environ.update(_environment(rank, port, strategy))
+    this_launch.cache_clear()
+    PartialState._reset_state()
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def two_processes(strategy: Strategy, work: Callable[..., None], *arguments: Any) -> list[int]:
+    """The exit codes of two processes that work together; forked, so that nothing is imported."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    given = [(rank, port, strategy, work, *arguments) for rank in range(2)]
+    team = [fork.Process(target=_process, args=each) for each in given]
+    gc.freeze()  # or the first collection in each copies all that there is
+    for process in team:
+        process.start()
+    gc.unfreeze()
+    for process in team:
+        process.join(timeout=600)
+        process.kill()
+    return [process.exitcode if process.exitcode is not None else -1 for process in team]
+
+
+def run_all(recipes: dict[str, Any], out: Path) -> None:
+    """Run recipes, each into a study of its name."""
+    for name, recipe in recipes.items():
+        runs.run(recipe, out, name)
+
+
+def the_run(out: Path, name: str) -> RunFolder:
+    (path,) = (out / name).glob("*/run.json")
+    return RunFolder(path.parent)
+
+
+def losses(run: RunFolder) -> list[float]:
+    return [line["loss"] for line in store.read_jsonl(run.log) if "loss" in line]
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    folder = run.native if run.native.exists() else run.model
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.fixture(scope="module")
+def recipes(tiny_base: Path, tiny_files: Path) -> dict[str, Any]:
+    """An adapter whose last batches of an epoch have one row, and a whole model with the rest."""
+    adapter = recipe_of(
+        tiny_base,
+        tiny_files,
+        **{
+            "adapter.method": "lora_null_v1",
+            "calibration.source": "self",
+            "data.limit": 21,
+            "training.steps": None,
+            "training.epochs": 1.5,
+            "training.warmup_ratio": 0.0,
+        },
+    )
+    whole = recipe_of(
+        tiny_base,
+        tiny_files,
+        **{
+            "adapter": {"method": "full"},
+            "training.learning_rate": 1e-3,
+            "training.gradient_accumulation": 2,
+            "training.steps": 6,
+            "tasks": {},
+        },
+    )
+    return {"adapter": adapter, "whole": whole}
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_base: Path, tiny_files: Path) -> dict[str, Any]:
+    """Everything that needs the whole model in a process, or another order of the rows."""
+    changes = {
+        "adapter.method": "lora",
+        "data": {
+            "train": [
+                {"path": str(tiny_files / "train.jsonl"), "weight": 3},
+                {"path": str(tiny_files / "old.txt"), "weight": 1},
+            ],
+            "max_length": 48,
+        },
+        "training.steps": 10,  # of 8 an epoch
+        "penalties": [
+            {"kind": "kl", "weight": 0.5, "source": str(tiny_files / "old.txt"), "samples": 8},
+            {"kind": "l2_start", "weight": 0.1},
+        ],
+        "probes": {"forgetting": [str(tiny_files / "old.txt")], "every": 4, "max_kl": 9.0},
+        "tasks": {},
+    }
+    return {"mixed": recipe_of(tiny_base, tiny_files, **changes)}
+
+
+@pytest.fixture(scope="module")
+def one(
+    recipes: dict[str, Any], mixed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The runs of one process."""
+    out = tmp_path_factory.mktemp("one")
+    run_all(recipes | mixed, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def several(
+    recipes: dict[str, Any], mixed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Strategy, Path]:
+    """The runs of two processes."""
+    out: dict[Strategy, Path] = {
+        "DDP": tmp_path_factory.mktemp("ddp"),
+        "FSDP2": tmp_path_factory.mktemp("fsdp2"),
+    }
+    assert two_processes("DDP", run_all, recipes | mixed, out["DDP"]) == [0, 0]
+    assert two_processes("FSDP2", run_all, recipes, out["FSDP2"]) == [0, 0]
+    return out
+
+
+CASES: list[tuple[Strategy, str]] = [
+    ("DDP", "adapter"),
+    ("DDP", "whole"),
+    ("DDP", "mixed"),
+    ("FSDP2", "adapter"),
+    ("FSDP2", "whole"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "name"), CASES)
+def test_two_processes_train_as_one(
+    one: Path, several: dict[Strategy, Path], strategy: Strategy, name: str
+) -> None:
+    expected, found = the_run(one, name), the_run(several[strategy], name)
+    assert found.path.name == expected.path.name
+    assert losses(found) == pytest.approx(losses(expected), abs=1e-5)
+    mine, theirs = weights(expected), weights(found)
+    assert mine.keys() == theirs.keys()
+    for key, weight in mine.items():
+        torch.testing.assert_close(theirs[key], weight, atol=2e-4, rtol=0)
+    for file in ("adapter/adapter_model.safetensors", "analysis.json"):
+        assert (found.path / file).exists() == (expected.path / file).exists()
+
+
+@pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
+def test_what_is_measured_is_the_same(
+    one: Path, several: dict[Strategy, Path], strategy: Strategy
+) -> None:
+    (theirs,) = (several[strategy] / "adapter/shared/statistics").glob("*/")
+    (mine,) = (one / "adapter/shared/statistics").glob("*/")
+    expected, found = Statistics.load(mine), Statistics.load(theirs)
+    for layer in expected:
+        wanted = expected[layer].second_moment
+        error = (found[layer].second_moment - wanted).norm() / wanted.norm()
+        assert error < 1e-10
+    scores = [
+        {file.name: store.read_json(file)["value"] for file in run.path.glob("scores/*/*.json")}
+        for run in (the_run(one, "adapter"), the_run(several[strategy], "adapter"))
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_probes_of_two_processes_give_what_one_gives(
+    one: Path, several: dict[Strategy, Path]
+) -> None:
+    mine, theirs = (
+        [line["probe"] for line in store.read_jsonl(the_run(out, "mixed").log) if "probe" in line]
+        for out in (one, several["DDP"])
+    )
+    assert len(mine) == len(theirs) == 4
+    for expected, found in zip(mine, theirs, strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_run_says_what_ran_where(one: Path, several: dict[Strategy, Path]) -> None:
+    alone = store.read_json(the_run(one, "adapter").record)["hardware"]
+    assert alone["processes"] == 1
+    assert "strategy" not in alone
+    for strategy, out in several.items():
+        hardware = store.read_json(the_run(out, "adapter").record)["hardware"]
+        assert hardware["processes"] == 2
+        assert hardware["strategy"] == strategy
+        assert hardware["backend"] == "gloo"
+        assert len(hardware["devices"]) == 2
+
+
+# ---- one process dies ----------------------------------------------------------------------------
+
+
+def die_in_the_second(recipes: dict[str, Any], out: Path) -> None:
+    """Train until the second process is killed, as for want of memory."""
+    if os.environ["RANK"] == "1":
+        end_of_step = Record.on_step_end
+
+        def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == KILLED_AFTER:
+                os.kill(os.getpid(), signal.SIGKILL)
+            end_of_step(self, args, state, control, **kwargs)
+
+        Record.on_step_end = dying  # type: ignore[method-assign]
+    run_all(recipes, out)
+
+
+@pytest.mark.parametrize(("strategy", "name"), [("DDP", "adapter"), ("FSDP2", "whole")])
+def test_a_killed_process_ends_all_and_nothing_is_lost(
+    recipes: dict[str, Any],
+    several: dict[Strategy, Path],
+    tmp_path: Path,
+    strategy: Strategy,
+    name: str,
+) -> None:
+    asked = {name: recipes[name]}
+    codes = two_processes(strategy, die_in_the_second, asked, tmp_path)
+    assert codes == [1, -signal.SIGKILL]
+    run = the_run(tmp_path, name)
+    record = store.read_json(run.record)
+    assert record["status"] == "failed"
+    assert "another process of this launch has ended" in record["reason"]
+    newest = checkpoints.newest(run.checkpoints)
+    assert newest is not None
+    assert checkpoints.step_of(newest) == 4
+    elsewhere = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-one"))
+    assert two_processes(strategy, run_all, asked, tmp_path) == [0, 0]
+    undisturbed = the_run(several[strategy], name)
+    assert store.read_json(run.record)["training"]["resumed_from"] == 4
+    assert losses(run) == losses(undisturbed)
+    mine, theirs = weights(undisturbed), weights(run)
+    assert all(torch.equal(theirs[key], weight) for key, weight in mine.items())
+    run_all(asked, elsewhere)  # one process can go on as well
+    run = the_run(elsewhere, name)
+    assert store.read_json(run.record)["training"]["resumed_from"] == 4
+    assert losses(run) == pytest.approx(losses(undisturbed), abs=1e-5)
+
+
+# ---- what a launcher says ------------------------------------------------------------------------
+
+
+def test_a_launch_is_read_from_the_environment() -> None:
+    assert Launch.of({}) == Launch(1, 0, None)
+    assert Launch.of({"WORLD_SIZE": "1", "RANK": "0"}) == Launch(1, 0, None)
+    assert Launch.of(_environment(1, 1, "DDP")) == Launch(2, 1, "DDP")
+    assert Launch.of(_environment(0, 1, "FSDP2")) == Launch(2, 0, "FSDP2")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "does not train under DeepSpeed; use DDP, or FSDP2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "add --fsdp_version 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "turn offload_params off",
+        ),
+    ],
+)
+def test_a_launch_that_would_not_train_rightly_is_refused(
+    changed: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Launch.of(_environment(0, 1, "DDP") | changed)
+
+
+def test_what_does_not_go_with_a_launch_is_named() -> None:
+    def problems(launch: Launch, probes: bool = False, **changes: Any) -> list[str]:
+        settings = TrainingSettings(steps=1, **changes)
+        return list(launch.obstacles(settings, penalties=probes, probes=probes))
+
+    assert problems(Launch(), probes=True, batch_size=3, optimizer="adafactor", compile=True) == []
+    assert problems(Launch(2, 0, "DDP"), probes=True, batch_size=4, optimizer="adafactor") == []
+    (problem,) = problems(Launch(4, 0, "DDP"), batch_size=6)
+    assert problem == (
+        "training.batch_size: 6 rows, which are those of all processes together, cannot be shared "
+        "equally by 4; take a multiple"
+    )
+    found = problems(Launch(2, 0, "FSDP2"), probes=True, optimizer="adafactor", compile=True)
+    keys = [problem.partition(":")[0] for problem in found]
+    assert keys == ["penalties", "probes", "training.optimizer", "training.compile"]
+
+
+def test_other_commands_are_for_one_process(tmp_path: Path) -> None:
+    environment = os.environ | _environment(0, 1, "DDP")
+    command = [sys.executable, "-m", "forgetless", "study", str(tmp_path / "study.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "'study' is the work of one process" in done.stderr
+
+
+def hold_a_part(base: str, out: Path) -> None:
+    """Shard a model, and write down how much of it is here, and what is gathered."""
+    ranks, model = join(), load_model(base)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    shard(model)
+    here = sum(cast(Any, weight)._local_tensor.numel() for weight in model.parameters())
+    whole = gathered(model)
+    same = all(torch.equal(whole[name], weight) for name, weight in before.items() if whole)
+    store.write_json(
+        out / f"{ranks.index}.json", {"here": here, "gathered": len(whole), "same": same}
+    )
+
+
+def test_every_process_holds_its_part_of_every_weight(tiny_base: Path, tmp_path: Path) -> None:
+    assert two_processes("FSDP2", hold_a_part, str(tiny_base), tmp_path) == [0, 0]
+    first, second = (store.read_json(tmp_path / f"{rank}.json") for rank in range(2))
+    model = load_model(str(tiny_base))
+    assert first["here"] + second["here"] == model.num_parameters()
+    assert max(first["here"], second["here"]) <= 0.51 * model.num_parameters()
+    assert first["gathered"] == len(model.state_dict())
+    assert first["same"]
+    assert second["gathered"] == 0
+
+
+# ---- weights that are elsewhere ------------------------------------------------------------------
+
+
+def test_a_base_that_is_partly_on_the_disk_trains_as_a_whole_one(
+    tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    tokenizer, found = load_tokenizer(str(tiny_base)), []
+    settings = TrainingSettings(
+        steps=3, batch_size=4, learning_rate=1e-2, log_every=1, gradient_checkpointing=True
+    )
+    names = ("embed_tokens", "norm", "rotary_emb")
+    on_disk = {"model.layers.0": "disk", "model.layers.1": "disk", "lm_head": "cpu"}
+    on_disk |= {f"model.{name}": "cpu" for name in names}
+    for name, places in (("whole", None), ("offloaded", on_disk)):
+        base = AutoModelForCausalLM.from_pretrained(
+            tiny_base, device_map=places, offload_folder=tmp_path / "weights"
+        )
+        model = attach(base, "pissa", rank=2)
+        examples = load_examples(str(tiny_files / "train.jsonl"))
+        train(model, tokenizer, examples, settings, tmp_path / name)
+        lines = store.read_jsonl(tmp_path / name / "log.jsonl")
+        found.append([line["loss"] for line in lines])
+    assert any(weight.is_meta for weight in base.parameters())
+    assert found[0] == found[1]
+    assert found[0][-1] < found[0][0]

@@ -1,0 +1,95 @@
+"""Bars of long work: one at a time, on a terminal, where somebody asked for them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from forgetless import progress
+from forgetless.adapters import attach
+from forgetless.evaluation import evaluate
+from forgetless.models import load_model, load_tokenizer
+from forgetless.progress import Bar, bar, counted
+from forgetless.statistics import collect
+
+pytest_plugins = ["tests.tiny_fixtures"]
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """What a terminal of 100 columns is sent."""
+    sent = io.StringIO()
+    console = Console(file=sent, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(progress, "Console", lambda stderr: console)
+    monkeypatch.setattr(progress, "_is_drawn", False)
+    yield sent
+    progress.clear()
+
+
+def test_a_bar_shows_how_many_are_done_the_rate_and_what_is_noted(screen: io.StringIO) -> None:
+    shown = Bar("training", total=8, unit="steps", done=2)
+    for _ in range(5):
+        shown.advance(note="loss 0.5")
+    shown.end()
+    assert "training" in screen.getvalue()
+    assert "7/8" in screen.getvalue()
+    assert " steps/s" in screen.getvalue()
+    assert "loss 0.5" in screen.getvalue()
+
+
+def test_nothing_is_drawn_unasked(screen: io.StringIO) -> None:
+    assert list(counted([1, 2], "work", "items")) == [1, 2]
+    assert screen.getvalue() == ""
+
+
+def test_nothing_is_drawn_on_anything_but_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(counted([1, 2], "work", "items")) == [1, 2]
+    Bar("work", 1).advance()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_work_inside_other_work_draws_nothing(screen: io.StringIO) -> None:
+    progress.draw()
+    for _ in counted(iter([1]), "outer", "items"):
+        assert list(counted([1, 2], "inner", "items")) == [1, 2]
+    assert list(counted([1, 2], "later", "items")) == [1, 2]
+    assert "outer" in screen.getvalue()
+    assert "inner" not in screen.getvalue()
+    assert "2/2" in screen.getvalue()
+
+
+def test_work_that_fails_or_is_left_takes_its_bar_along(screen: io.StringIO) -> None:
+    progress.draw()
+
+    def fail() -> None:
+        for _ in counted([1, 2], "failing", "items"):
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    bar("stopped", 5).advance()
+    progress.clear()
+    assert list(counted([1], "after", "items")) == [1]
+    assert "after" in screen.getvalue()
+
+
+def test_statistics_decompositions_and_evaluations_are_counted(
+    tiny_base: Path, tiny_files: Path, screen: io.StringIO
+) -> None:
+    progress.draw()
+    model, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
+    ids = tokenizer(["some old text", "and another"], return_tensors="pt", padding=True)
+    stats = collect(model, [dict(ids)] * 3)
+    adapted = attach(model, "lora_null_v1", rank=2, alpha=2, stats=stats)
+    texts = {"kind": "perplexity", "path": str(tiny_files / "test.jsonl")}
+    evaluate(adapted, [texts], tokenizer)
+    shown = screen.getvalue()
+    for work in ("statistics", "decomposing", "evaluation"):
+        assert work in shown
+    assert "3/3" in shown
+    assert "14/14" in shown
+    assert "24/24" in shown
