@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clusters send it
     try:
-        code = app([word for word in given if word != "--debug"], standalone_mode=False) or 0
+        words = [word for word in given if word != "--debug"]
+        code = app(words, standalone_mode=False, obj=words) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED
     except Exception as error:
@@ -113,6 +114,12 @@ def _as_typed(given: Sequence[str]) -> str:
         return "start the same launch again"
     program = "python -m forgetless" if sys.argv[0].endswith("__main__.py") else "forgetless"
     return f"{program} {shlex.join(given)}"
+
+
+def _this_command(context: typer.Context) -> str:
+    """The command that is being done, to be copied."""
+    words = context.find_object(list)
+    return _as_typed(sys.argv[1:] if words is None else words)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -450,6 +457,7 @@ def init(
 
 @app.command("eval")
 def eval_(
+    context: typer.Context,
     base: Base,
     tasks: Annotated[
         str,
@@ -530,10 +538,14 @@ def eval_(
     if page is not None and adapter is not None and found.adapted is not None:
         from forgetless.reports import report, write_evaluation
 
-        command = f"forgetless eval {base} --adapter {adapter} --tasks {tasks} --report {page}"
-        command += f" --learning {learning}" if learned else ""
         write_evaluation(
-            page, base, adapter, found.base, found.adapted, learning=learned, command=command
+            page,
+            base,
+            adapter,
+            found.base,
+            found.adapted,
+            learning=learned,
+            command=_this_command(context),
         )
         print(f"report: {report(page)}")
 
@@ -606,6 +618,7 @@ def export(
 
 @app.command()
 def plan(
+    context: typer.Context,
     base: Base,
     data: Annotated[str, typer.Option(help="Training data of the new task, or raw text.")],
     keep: Annotated[
@@ -636,7 +649,7 @@ def plan(
     most = None if memory is None else parse_bytes(memory, "--memory")
     made = do(base, data, Wishes(goal, method, rank, keep, test, most))
     if out is not None:
-        write_text(Path(out), recipe_text(made, f"forgetless plan {base} --data {data}"))
+        write_text(Path(out), recipe_text(made, _this_command(context)))
     if as_json:
         import json
 

@@ -321,12 +321,21 @@ def learned_among(specs: Sequence[Any], names: str) -> list[str]:
         UserError: a name that is none of them.
     """
     known = [task.name for task in make_tasks(specs)]
-    learned = [task.name for task in make_tasks(task_specs(names))]
-    if missing := [name for name in learned if name not in known]:
-        raise UserError(
-            f"{', '.join(missing)} cannot be learned: not among the tasks {', '.join(known)}"
-        )
+    learned = []
+    for name in filter(None, names.split(",")):
+        own = [name] if name in known else _names_of(name)
+        if not own or not set(own) <= set(known):
+            raise UserError(f"{name} cannot be learned: not among the tasks {', '.join(known)}")
+        learned += own
     return learned
+
+
+def _names_of(spec: str) -> list[str]:
+    """Of the tasks that a name on the command line stands for; none where it stands for nothing."""
+    try:
+        return [task.name for task in make_tasks(task_specs(spec))]
+    except (UserError, FileNotFoundError):
+        return []
 
 
 # --------------------------------------------------------------------------------------- export

@@ -310,7 +310,10 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
         raise UserError(f"target_modules {wanted!r} is no regular expression: {problem}") from None
     linear = {name for name, module in modules.items() if is_linear(module)}
     if not found:
-        raise UserError(f"target_modules {wanted!r} match no layer. {_what_there_is(linear)}")
+        raise UserError(
+            f"target_modules {wanted!r} match no layer; give all-linear, attention, mlp, endings "
+            f"or a regular expression. {_what_there_is(linear)}"
+        )
     for name, module in found.items():
         if name not in linear:
             raise UserError(
