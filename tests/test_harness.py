@@ -305,8 +305,9 @@ def test_the_metric_that_counts_may_be_chosen(data: Path, model: Any, tokenizer:
 
 
 def test_a_perplexity_over_all_documents_has_no_items(
-    model: Any, tokenizer: Any, tmp_path: Path
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("multiprocessing.Pool", None)  # the resamples need no forks
     write(tmp_path / "lambada_test.jsonl", [{"text": f"one two {word}"} for word in ("a", "bc")])
     accuracy = make_task(spec("lambada_openai", tmp_path)).evaluate(model, tokenizer)
     assert (accuracy.metric, len(accuracy.items)) == ("acc,none", 2)

@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import logging
+import os
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +112,7 @@ class Loaded:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int | None
     ) -> Outcome:
         """Score a model object; it and all random generators are left as they were."""
-        with _quiet(), _generators_kept(), evaluating(model):
+        with _quiet(), _generators_kept(), _one_process(), evaluating(model):
             harness = InMemory(model, tokenizer, batch_size)
             check_finite(model, harness.device)
             _seed_everything()
@@ -337,6 +338,24 @@ def _generators_kept() -> Iterator[None]:
     finally:
         random.setstate(plain)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Resamples are drawn here, the same ones, and not in a pool of forks.
+
+    A fork that inherits a handler of SIGTERM can miss the SIGTERM by which a pool ends it, and is
+    then waited for without end.
+    """
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
 
 
 @contextmanager
