@@ -13,7 +13,7 @@ from forgetless.progress import Bar
 from forgetless.statistics.ranks import Ranks
 from forgetless.training import checkpoints
 from forgetless.training.durations import Rows
-from forgetless.training.forgetting import ForgettingCallback
+from forgetless.training.forgetting import ForgettingCallback, Probe
 from forgetless.training.log import LogLine, ProbeLine, TrainingLog
 from forgetless.training.mixture import Mixture
 from forgetless.training.trainer import require_finite
@@ -68,7 +68,8 @@ class Record(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
-        self._keep_probes()
+        # The probe before the first step came before this clock, and is training all the same.
+        self.seconds_before += sum(probe.seconds for probe in self._keep_probes())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Accelerate tells the data set of a new epoch only where it wrapped no sampler.
@@ -84,11 +85,13 @@ class Record(TrainerCallback):
         if self.on_step is not None:
             self.on_step(state.global_step, self.steps)
 
-    def _keep_probes(self) -> None:
-        """Write what the probes gave since the last time."""
-        for probe in self.probes.history if self.probes else []:
-            if probe.step not in self.log.probes:
-                self.log.append(ProbeLine(probe.step, probe.values, probe.seconds))
+    def _keep_probes(self) -> list[Probe]:
+        """Write what the probes gave since the last time, and say which these were."""
+        history = self.probes.history if self.probes else []
+        new = [probe for probe in history if probe.step not in self.log.probes]
+        for probe in new:
+            self.log.append(ProbeLine(probe.step, probe.values, probe.seconds))
+        return new
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
