@@ -94,7 +94,7 @@ VERBS = (
 # ---- start ---------------------------------------------------------------------------------------
 
 
-def test_help_answers_at_once_and_without_torch() -> None:
+def test_help_answers_without_torch() -> None:
     code = (
         "import sys\n"
         "from forgetless.cli import main\n"
@@ -103,18 +103,11 @@ def test_help_answers_at_once_and_without_torch() -> None:
         "heavy = {'torch', 'transformers', 'peft', 'numpy', 'pydantic', 'datasets'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    seconds = []
-    for _ in range(3):
-        started = time.process_time(), time.perf_counter()
-        found = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        seconds.append(time.perf_counter() - started[1])
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "[]"
     for verb in VERBS:
         assert f"\n  {verb} " in found.stdout
     assert "worker" not in found.stdout
-    assert min(seconds) < 2.0  # 0.2 on an idle machine; the limit leaves room for a busy one
 
 
 def test_no_command_is_help(forgetless: Any) -> None:
