@@ -385,7 +385,7 @@ def test_the_order_changes_with_the_epoch_and_neighbouring_seeds_share_none(tmp_
                 return super().__getitem__(index)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("forgetless.training.loop.TokenRows", Watched)
+            patch.setattr("forgetless.training.durations.TokenRows", Watched)
             fit(lora(), tmp_path / str(seed), seed=seed, steps=4, batch_size=25)
         orders[seed] = [seen[:50], seen[50:100]]
     epochs = [*orders[0], *orders[1]]

@@ -19,9 +19,7 @@ from forgetless.recipe import DATA, Recipe, check
 from forgetless.runs import torch_threads
 from forgetless.stages import Listener, Stages
 from forgetless.store import RunFolder
-from forgetless.training.batches import TokenRows
-from forgetless.training.durations import total_steps
-from forgetless.training.mixture import Mixture
+from forgetless.training.durations import rows_of, total_steps
 from forgetless.training.rates import Trial, Verdict, find_learning_rate, grid, judge, some_steps
 
 __all__ = ["RateSearch", "find_rate"]
@@ -133,8 +131,7 @@ def _search(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[s
         stages.tell("find rate", f"statistics of {collected}")
     stages.start()
     model, tokens = stages.to_train()
-    rows = tokens if isinstance(tokens, Mixture) else TokenRows(tokens)
-    steps = steps or some_steps(total_steps(rows, recipe.training))
+    steps = steps or some_steps(total_steps(rows_of(tokens), recipe.training))
     trials = []
     for trial in find_learning_rate(
         model,

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +174,15 @@ class Stages:
     def _load_base(self, device: str = "auto") -> Any:
         return load_model(self.recipe.base, dtype=self.recipe.dtype, device=device)
 
-    def _load_trained(self) -> Any:
-        return self._read_back(self.folder)
+    def _trained_model(self, run: RunFolder) -> Any:
+        """The trained weights of a run, or of a step on its way, as `_write_down` saved them."""
 
-    def _read_back(self, folder: RunFolder) -> Any:
-        """The trained weights of a run, or of a step on its way."""
-        if self.full:
-            return load_model(str(folder.model), dtype=self.recipe.dtype)
-        return load(self._load_base(), folder.native)
+        def read() -> Any:
+            if self.full:
+                return load_model(str(run.model), dtype=self.recipe.dtype)
+            return load(self._load_base(), run.native)
+
+        return self._model(str(run.path), read)
 
     def _model(self, which: str, load: Callable[[], Any]) -> Any:
         """The model called ``which``; the one held before is let go first."""
@@ -272,8 +273,7 @@ class Stages:
             if not self._measured("final", task, run)
         ]
         for run, task, kind in missing:
-            name = "trained" if run is self.folder else f"step {run.path.name}"
-            model = self._model(name, partial(self._read_back, run))
+            model = self._trained_model(run)
             self._measure(run, "final", task, kind, model, self._weights(run))
         return _counted(missing, "task") if missing else None
 
@@ -374,7 +374,7 @@ class Stages:
         return f"{result.steps} steps, loss {result.final_loss:.4g}{over}"
 
     def _write_down(self, model: Any, run: RunFolder) -> None:
-        """Save the weights as they are now, for `_read_back`."""
+        """Save the weights as they are now, for `_trained_model`."""
         weights = gathered(model) if is_sharded(model) else None
 
         def write() -> None:
@@ -412,7 +412,7 @@ class Stages:
         if self.full or (done and self.folder.adapter.exists()):
             return None
         with store.new_folder(self.folder.adapter) as folder:
-            report = export(self._model("trained", self._load_trained), folder, rank)
+            report = export(self._trained_model(self.folder), folder, rank)
             write_run_card(self.folder, folder, report.relative_error)
         entry = {"requested": rank, "rank": report.rank, "relative_error": report.relative_error}
         self.folder.update(export=entry)
@@ -433,7 +433,7 @@ class Stages:
 
     def _deltas(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(layer, W, delta W) of every target layer."""
-        model = self._model("trained", self._load_trained)
+        model = self._trained_model(self.folder)
         if not self.full:
             yield from delta_weights(model)
             return

@@ -403,6 +403,16 @@ def _curve_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
             yield {key: (common | place | found).get(key) for key in CURVE_COLUMNS}
 
 
+def write_tables(
+    study_folder: Path, rows: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write results.csv and, where a run was measured on its way, curve.csv beside the page."""
+    report = study_folder / "report"
+    write_csv(report / "results.csv", rows)
+    if points:
+        write_csv(report / "curve.csv", points, CURVE_COLUMNS)
+
+
 def write_csv(
     path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = COLUMNS
 ) -> None:

@@ -87,9 +87,7 @@ def study(
         work(folder, session, threads=threads, listen=listen)
     else:
         _Team(folder, session, threads, listen).work(min(workers, len(store.run_folders(folder))))
-    store.write_csv(folder / "report" / "results.csv", store.results(folder))
-    if points := store.curve(folder):
-        store.write_csv(folder / "report" / "curve.csv", points, store.CURVE_COLUMNS)
+    store.write_tables(folder, store.results(folder), store.curve(folder))
     return Study(folder)
 
 

@@ -17,6 +17,7 @@ from forgetless.planning.advice import GOALS, REPLAYED, Advice, Wishes, advise, 
 from forgetless.planning.fitting import Fitting
 from forgetless.planning.subject import Base, Rows
 from forgetless.recipe import Recipe, check
+from forgetless.training.durations import epoch_steps
 from forgetless.training.record import KEPT_CHECKPOINTS
 
 
@@ -132,7 +133,7 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
         kind=rows.kind,
         memory=memory,
         disk=Disk(KEPT_CHECKPOINTS * checkpoint, result, matrices),
-        steps=_steps(total_rows, recipe),
+        steps=epoch_steps(total_rows, recipe.training),
         tokens=round(rows.tokens * _value(advice, "training.epochs")),
         notes=_notes(found, wishes),
     )
@@ -146,13 +147,6 @@ def _all_rows(rows: Rows, wishes: Wishes) -> int:
     """Rows of an epoch, replayed ones included."""
     new = len(rows.lengths)
     return new if wishes.keep is None else math.ceil(new / (1 - REPLAYED))
-
-
-def _steps(rows: int, recipe: Recipe) -> int:
-    training = recipe.training
-    assert training.epochs is not None
-    batches = math.ceil(rows / training.batch_size)
-    return math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation))
 
 
 def _settings(base: str, data: str, wishes: Wishes, advice: Sequence[Advice]) -> dict[str, Any]:

@@ -49,9 +49,7 @@ def report(study_folder: str | Path) -> Path:
     equal = matched(evidence, arms, over_steps)
     words = answer(evidence, arms, place, equal)
     folder = evidence.folder / "report"
-    store.write_csv(folder / "results.csv", evidence.rows)
-    if evidence.curve:
-        store.write_csv(folder / "curve.csv", evidence.curve, store.CURVE_COLUMNS)
+    store.write_tables(evidence.folder, evidence.rows, evidence.curve)
     notes = [note for note in (_write_parquet(folder / "results.parquet", evidence.rows),) if note]
     drawings: dict[str, str] = {}
     try:

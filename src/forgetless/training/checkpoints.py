@@ -17,6 +17,7 @@ from typing import Any
 from forgetless.errors import UserError
 
 __all__ = [
+    "callback_state",
     "discard_unsealed",
     "newest",
     "prune",
@@ -45,6 +46,11 @@ def trainer_state(checkpoint: Path) -> dict[str, Any]:
     """What the trainer wrote about itself and its callbacks."""
     state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text())
     return state
+
+
+def callback_state(checkpoint: Path, key: str) -> Any:
+    """What a callback kept under a key in the trainer's state; None where it kept nothing."""
+    return trainer_state(checkpoint)["stateful_callbacks"].get(key)
 
 
 def seal(checkpoint: Path, origin: Mapping[str, Any]) -> None:

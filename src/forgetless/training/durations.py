@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from forgetless.recipe import TrainingSettings
 from forgetless.training.batches import TokenRows
 from forgetless.training.mixture import Mixture
 
-__all__ = ["Rows", "measured_steps", "total_steps"]
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["Rows", "epoch_steps", "measured_steps", "rows_of", "total_steps"]
 
 Rows = TokenRows | Mixture
+
+
+def rows_of(tokens: datasets.Dataset | Mixture) -> Rows:
+    """What `forgetless.data.tokenize` gives, as training reads it; a mixture is that already."""
+    return tokens if isinstance(tokens, Mixture) else TokenRows(tokens)
 
 
 def total_steps(rows: Rows, settings: TrainingSettings) -> int:
@@ -24,8 +33,13 @@ def total_steps(rows: Rows, settings: TrainingSettings) -> int:
     if settings.tokens is not None:
         a_step = settings.batch_size * settings.gradient_accumulation * rows.tokens / len(rows)
         return max(1, round(settings.tokens / a_step))
+    return epoch_steps(len(rows), settings)
+
+
+def epoch_steps(rows: int, settings: TrainingSettings) -> int:
+    """Optimiser steps of the epochs of a training on so many rows."""
     assert settings.epochs is not None
-    batches = math.ceil(len(rows) / settings.batch_size)
+    batches = math.ceil(rows / settings.batch_size)
     return math.ceil(settings.epochs * math.ceil(batches / settings.gradient_accumulation))
 
 

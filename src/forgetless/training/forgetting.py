@@ -21,6 +21,7 @@ from forgetless.errors import UserError
 from forgetless.tasks.base import whole_number
 from forgetless.training.budget import Action, Budget, Exceeded, InsideWeights
 from forgetless.training.probes import Asked, Probes, RecordedBase
+from forgetless.training.restoring import put_back, trained_copy
 
 if TYPE_CHECKING:
     from forgetless.recipe import ProbeSettings
@@ -160,7 +161,7 @@ class ForgettingCallback(TrainerCallback):
         """A probe where one is due, and the end where it exceeds the budget."""
         self._clock.tick(state.global_step)
         if self._final is not None:  # the checkpoint was already over: this step never was
-            _set_weights(self._model, self._final)
+            put_back(self._model, self._final)
             control.should_training_stop = True
             return
         if self._is_due(state.global_step, state.max_steps):
@@ -207,7 +208,7 @@ class ForgettingCallback(TrainerCallback):
         if self.probes.need_reference and not _has_base(self._model, self.reference):
             self._asked = RecordedBase.load(Path(args.output_dir) / BASE_FILE)
         if self.exceeded is not None:
-            self._final = _weights(self._model)
+            self._final = trained_copy(self._model)
         elif self._rolls_back:
             self._inside.take_from(_checkpoint(args, state))
 
@@ -417,14 +418,3 @@ def _now(model: nn.Module) -> float:
     if next(model.parameters()).is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: w.detach().clone() for n, w in model.named_parameters() if w.requires_grad}
-
-
-@torch.no_grad()
-def _set_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    for name, weight in model.named_parameters():
-        if name in weights:
-            weight.copy_(weights[name])

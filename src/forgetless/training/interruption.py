@@ -49,7 +49,7 @@ class Unlogged:
         """What a checkpoint holds; without one, the beginning of a training."""
         if checkpoint is None:
             return cls()
-        held = checkpoints.trainer_state(checkpoint)["stateful_callbacks"].get(STATE_KEY)
+        held = checkpoints.callback_state(checkpoint, STATE_KEY)
         return cls(**held) if held else cls(checkpoints.step_of(checkpoint))
 
     def sums(self) -> tuple[float, float]:

@@ -21,11 +21,11 @@ from forgetless.progress import Bar, ended
 from forgetless.recipe import TrainingSettings, what_decides_a_training
 from forgetless.training import checkpoints
 from forgetless.training.attention import attention_dropout
-from forgetless.training.batches import Padding, TokenRows
+from forgetless.training.batches import Padding
 from forgetless.training.budget import Exceeded
 from forgetless.training.compiling import compile_problems, compiling
 from forgetless.training.devices import Share, join
-from forgetless.training.durations import Rows, measured_steps, total_steps
+from forgetless.training.durations import Rows, measured_steps, rows_of, total_steps
 from forgetless.training.forgetting import ForgettingCallback
 from forgetless.training.interruption import Interruption, Unlogged
 from forgetless.training.log import TrainingLog
@@ -34,6 +34,7 @@ from forgetless.training.mixture import Mixture
 from forgetless.training.optimizers import optimizer_class, optimizer_problems
 from forgetless.training.penalties import make_penalty
 from forgetless.training.record import Points, Record
+from forgetless.training.restoring import trained_weights
 from forgetless.training.trackers import Trackers, tracker_problems
 from forgetless.training.trainer import ExactTrainer, trainer_arguments
 
@@ -115,7 +116,7 @@ def train(
     _require_fitting(settings, bool(penalties), probes is not None)
     if isinstance(examples, Examples):
         examples = tokenize(examples, tokenizer)
-    rows = examples if isinstance(examples, Mixture) else TokenRows(examples)
+    rows = rows_of(examples)
     _check(model, rows)
     require_both_factors(model, settings.loraplus_ratio)
     steps = total_steps(rows, settings)
@@ -190,7 +191,7 @@ def _require_fitting(settings: TrainingSettings, penalties: bool, probes: bool) 
 
 
 def _check(model: Any, rows: Rows) -> None:
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    trained = trained_weights(model).values()
     if not trained:
         raise UserError("no weight of the model asks for gradients; attach an adapter first")
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in trained):
@@ -221,7 +222,7 @@ def _check(model: Any, rows: Rows) -> None:
 
 def _origin(model: Any, rows: Rows, settings: TrainingSettings, seed: int) -> dict[str, Any]:
     """What must be the same for a training to continue another one's checkpoint."""
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    trained = sum(weight.numel() for weight in trained_weights(model).values())
     return {
         **what_decides_a_training(settings),
         "seed": seed,

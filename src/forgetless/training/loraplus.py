@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from forgetless.errors import UserError
+from forgetless.training.restoring import trained_weights
 
 
 def require_both_factors(model: nn.Module, ratio: float) -> None:
@@ -20,7 +21,7 @@ def require_both_factors(model: nn.Module, ratio: float) -> None:
     Raises:
         UserError: the ratio is not 1, and not both of A and B are trained.
     """
-    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    names = trained_weights(model)
     both = all(any(factor in name for name in names) for factor in ("lora_A", "lora_B"))
     if ratio != 1 and not both:
         raise UserError(

@@ -36,6 +36,7 @@ from forgetless.adapters import adapted_layers, down_projections, plain_factors
 from forgetless.calibration import batches
 from forgetless.errors import UserError, unknown
 from forgetless.models import adapter_off, evaluating
+from forgetless.training.restoring import trained_copy, trained_weights
 
 __all__ = ["PENALTIES", "Penalty", "make_penalty"]
 
@@ -64,11 +65,13 @@ class L2Start:
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         """Remember the start."""
-        self._start = _trained_copy(model)
+        self._start = trained_copy(model)
 
     def __call__(self, model: nn.Module, step: int) -> Tensor:
         """1/2 sum (w - w_start)^2."""
-        squares = [(w - self._start[name]).square().sum() for name, w in _trained(model)]
+        squares = [
+            (w - self._start[name]).square().sum() for name, w in trained_weights(model).items()
+        ]
         return torch.stack(squares).sum() / 2
 
 
@@ -158,7 +161,7 @@ class EWC(HeldTexts):
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         """Read the texts, measure F and remember the start."""
         super().prepare(model, tokenizer, seed)
-        self._start = _trained_copy(model)
+        self._start = trained_copy(model)
         self._fisher = {name: torch.zeros_like(start) for name, start in self._start.items()}
         sequences = self._sequences()
         if not sequences:
@@ -166,7 +169,7 @@ class EWC(HeldTexts):
         with evaluating(model), torch.enable_grad():
             for ids in sequences:
                 _log_likelihood(model, ids).backward()  # type: ignore[no-untyped-call]
-                for name, weight in _trained(model):
+                for name, weight in trained_weights(model).items():
                     if weight.grad is not None:
                         self._fisher[name] += weight.grad.square() / len(sequences)
                     weight.grad = None
@@ -185,7 +188,7 @@ class EWC(HeldTexts):
         """1/2 sum F (w - w_start)^2."""
         squares = [
             (self._fisher[name] * (w - self._start[name]).square()).sum()
-            for name, w in _trained(model)
+            for name, w in trained_weights(model).items()
         ]
         return torch.stack(squares).sum() / 2
 
@@ -256,14 +259,6 @@ def make_penalty(spec: Mapping[str, Any]) -> Penalty:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
         raise UserError(f"penalty {kind!r} needs a positive weight, got {weight!r}")
     return PENALTIES[kind](**settings)
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, w) for name, w in model.named_parameters() if w.requires_grad]
-
-
-def _trained_copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: w.detach().clone() for name, w in _trained(model)}
 
 
 def _log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:

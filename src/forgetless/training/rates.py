@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from forgetless import store
@@ -31,6 +30,7 @@ from forgetless.errors import UserError
 from forgetless.recipe import TrainingSettings
 from forgetless.training.loop import train
 from forgetless.training.probes import Asked, Probes
+from forgetless.training.restoring import put_back, trained_copy, trained_weights
 from forgetless.training.trainer import DivergenceError
 
 __all__ = ["Trial", "Verdict", "find_learning_rate", "grid", "judge", "shortened", "some_steps"]
@@ -155,18 +155,13 @@ def find_learning_rate(
 @contextmanager
 def _given_back(model: nn.Module) -> Iterator[None]:
     """At the end the trained weights are what they were."""
-    before = {n: w.detach().to("cpu", copy=True) for n, w in _trained(model)}
+    before = trained_copy(model, "cpu")
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, weight in _trained(model):
-                weight.copy_(before[name])
-                weight.grad = None
-
-
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, w) for name, w in model.named_parameters() if w.requires_grad)
+        put_back(model, before)
+        for weight in trained_weights(model).values():
+            weight.grad = None
 
 
 # ---- judging -------------------------------------------------------------------------------------

@@ -52,8 +52,9 @@ class Trackers(TrainerCallback):
         self.names = list(names)
         self.folder = folder.resolve()
         self.run, self.project = self.folder.name, self.folder.parent.name
-        state = checkpoints.trainer_state(checkpoint) if checkpoint else {"stateful_callbacks": {}}
-        self._mlflow_run = state["stateful_callbacks"].get(STATE_KEY)
+        self._mlflow_run: str | None = None
+        if checkpoint is not None:
+            self._mlflow_run = checkpoints.callback_state(checkpoint, STATE_KEY)
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class ExactTrainer(Trainer):
     def run(self, checkpoint: Path | None, steps: int, probes: ForgettingCallback | None) -> None:
         """Train, from `checkpoint` on where there is one."""
         if checkpoint is not None:
-            found = checkpoints.trainer_state(checkpoint)["stateful_callbacks"].get(STATE_KEY)
+            found = checkpoints.callback_state(checkpoint, STATE_KEY)
             if probes is not None and found is not None:
                 probes.restore(found)
             over = probes is not None and probes.exceeded is not None
