@@ -277,11 +277,15 @@ def test_what_comes_before_an_answer_is_tokenised_as_at_generation(
 MARKED = [name for name in FAMILIES if (TEMPLATES / f"{name}_training.jinja").is_file()]
 
 
+def marks(name: str) -> str:
+    """TRL's template of a family with {% generation %} marks."""
+    return (TEMPLATES / f"{name}_training.jinja").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", MARKED)
 def test_the_marks_of_another_librarys_templates_say_the_same(name: str) -> None:
     """TRL's {% generation %} marks, but for the line ends around a turn and DeepSeek's header."""
     family = FAMILIES[name]
-    marks = (TEMPLATES / f"{name}_training.jinja").read_text(encoding="utf-8")
     for conversation in CONVERSATIONS:
         if not is_taken(family, conversation):
             continue
@@ -291,7 +295,7 @@ def test_the_marks_of_another_librarys_templates_say_the_same(name: str) -> None
         ours = [run for row in rows(tokenizer, messages) for run in learned_runs(row, tokenizer)]
         theirs = tokenizer.apply_chat_template(
             messages,
-            chat_template=marks,
+            chat_template=marks(name),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -301,6 +305,28 @@ def test_the_marks_of_another_librarys_templates_say_the_same(name: str) -> None
         said = "".join(run.strip().removesuffix("\n<|endoftext|>") for run in found)
         said = said.replace("<｜Assistant｜>", "")
         assert "".join(said.split()) == "".join("".join(ours).split()), conversation
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        *((name, FAMILIES[name].source) for name in FAMILIES),
+        *((name, marks(name)) for name in MARKED),
+    ],
+)
+def test_of_a_prompt_and_completion_as_turns_exactly_the_completion_is_learned(
+    name: str, template: str
+) -> None:
+    messages = CONVERSATIONS["two turns"]
+    tokenizer = speaker(FAMILIES[name], template, merges=False)
+    row = {"prompt": messages[:3], "completion": messages[3:]}
+    [found] = tokenize(from_rows([("line 7", row)], "chats.jsonl"), tokenizer, max_length=4000)
+    whole = rows(tokenizer, messages)[-1]
+    assert found["input_ids"] == whole["input_ids"]
+    assert learned_runs(found, tokenizer) == learned_runs(whole, tokenizer)[-1:]
+    start = next(i for i, label in enumerate(found["labels"]) if label != IGNORED)
+    assert found["labels"][start:] == whole["labels"][start:]
+    assert "Hi." not in tokenizer.decode(found["input_ids"][start:])
 
 
 def test_there_are_marks_of_the_usual_families() -> None:
@@ -357,6 +383,23 @@ def test_a_refused_conversation_is_named_by_its_line(
     marked = speaker(FAMILIES[name], FAMILIES[name].source + "{% generation %}{% endgeneration %}")
     with pytest.raises(UserError, match=f"line 3: .*{message}"):
         tokenize(load_examples(file), marked)
+
+
+def test_refused_conversations_are_told_all_at_once() -> None:
+    chats = [[ASK, ANSWER], *[CONVERSATIONS["system"]] * 5]
+    places = [f"chats.jsonl, line {n}" for n in range(1, 7)]
+    refused = (
+        "the tokenizer's chat template refuses this conversation: System role not supported; "
+        "change its turns, or give the tokenizer another template"
+    )
+    family = FAMILIES["gemma"]
+    marked = family.source + "{% generation %}{% endgeneration %}"
+    for chat in (Chat(speaker(family)), Chat(speaker(family, marked))):
+        for look in (chat.tokens, chat.check):
+            with pytest.raises(UserError) as error:
+                look(chats, places)
+            told = "".join(f"chats.jsonl, line {n}: {refused}; " for n in (2, 3, 4))
+            assert str(error.value) == f"{told}and 2 more"
 
 
 def test_a_refused_conversation_is_found_before_any_weight_is_loaded(

@@ -16,6 +16,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from forgetless.calibration import read_examples
 from forgetless.chat import PLAIN_CHAT_TEMPLATE
 from forgetless.data import (
     IGNORED,
@@ -24,6 +25,7 @@ from forgetless.data import (
     load_examples,
     tokenize,
 )
+from forgetless.errors import UserError
 
 PAIRS = [
     {"prompt": "One and one?", "completion": " Two."},
@@ -175,6 +177,57 @@ def test_common_forms(row: dict[str, Any], prompt: str, completion: str) -> None
     assert list(examples(row)) == [{"prompt": prompt, "completion": completion}]
 
 
+def sharegpt(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    names = {"user": "human", "assistant": "gpt"}
+    return [{"from": names.get(t["role"], t["role"]), "value": t["content"]} for t in turns]
+
+
+def parts(turns: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Each content as two parts."""
+    return [
+        {"role": t["role"], "content": [text_part(t["content"][:1]), text_part(t["content"][1:])]}
+        for t in turns
+    ]
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CHAT},
+        {"messages": parts(CHAT)},
+        {"messages": CHAT[1:], "system": "Be brief."},
+        {"messages": CHAT, "system": "Be brief."},
+        {"messages": [{**turn, "weight": 1, "name": "x"} for turn in CHAT]},
+        {"conversations": sharegpt(CHAT)},
+        {"conversations": sharegpt(CHAT), "system": ""},
+        {"conversations": sharegpt(CHAT[1:]), "system": "Be brief."},
+        {"conversations": CHAT, "id": 7},
+        {"conversations": [{"from": t["role"], "value": t["content"]} for t in CHAT]},
+        {"prompt": CHAT[:2], "completion": CHAT[2:]},
+        {"prompt": CHAT[1:2], "completion": parts(CHAT[2:]), "system": "Be brief."},
+    ],
+)
+def test_common_forms_of_a_conversation(row: dict[str, Any], tmp_path: Path) -> None:
+    assert examples(row).kind == "messages"
+    assert list(examples(row)) == [{"messages": CHAT}]
+    assert list(load_examples(write_parquet(tmp_path, [row]))) == [{"messages": CHAT}]
+
+
+def test_calibration_reads_every_form_of_a_conversation(tmp_path: Path) -> None:
+    usual = read_examples(write_jsonl(tmp_path, [{"messages": CHAT}])).fingerprint
+    for row in (
+        {"conversations": sharegpt(CHAT)},
+        {"conversations": sharegpt(CHAT), "question": "?"},
+        {"messages": parts(CHAT)},
+        {"prompt": CHAT[:2], "completion": CHAT[2:]},
+    ):
+        assert read_examples(write_jsonl(tmp_path, [row])).fingerprint == usual
+
+
 def test_records_become_a_dataset() -> None:
     assert examples(*PAIRS).dataset().to_list() == PAIRS
 
@@ -190,6 +243,8 @@ GOOD = '{"question": "q", "answer": "a"}\n'
         ("", "is empty"),
         ("\n \n", "is empty"),
         (GOOD + '{"question": ', r"line 2: no valid JSON .* column 14"),
+        (GOOD + '{"question": "q",\n' + GOOD, r"line 2: no valid JSON .* column 18"),
+        (GOOD + '{"question": "q\n', r"line 2: .* \(Unterminated string starting at column 14\)"),
         (GOOD + "[1]", "line 2: expected an object with keys, got list"),
         (
             '{"frage": "q", "text_": "a"}',
@@ -211,6 +266,40 @@ GOOD = '{"question": "q", "answer": "a"}\n'
             "turn 1: 'tool_calls' are not read",
         ),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no turn of the assistant"),
+        (
+            '{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}',
+            "line 1: no turn of the assistant",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}',
+            "turn 1: 'weight' must be 1, or 0 for a turn that is not learned, got float 0.5",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}',
+            "line 1, turn 1: 'content' has a part of type 'image_url'; only parts of type 'text'",
+        ),
+        ('{"messages": [{"role": "user", "content": ["x"]}]}', "turn 1: .* part of type 'str'"),
+        ('{"messages": [{"role": "user", "content": []}]}', "turn 1: 'content' is empty"),
+        ('{"conversations": "x"}', "'conversations' must be a list of turns, got str 'x'"),
+        (
+            '{"conversations": [{"from": "bot", "value": "x"}]}',
+            "turn 1 of 'conversations': .* 'value' and a 'from' of .* assistant, tool, human, gpt",
+        ),
+        ('{"conversations": [{"from": "gpt", "value": 3}]}', "'value' must be text, got int 3"),
+        (
+            '{"conversations": [{"from": "system", "value": "x"}], "system": "y"}',
+            "line 1: 'system' is not what the first turn says; leave one of them out",
+        ),
+        (
+            '{"prompt": [{"role": "user", "content": "x"}], "completion": ["x"]}',
+            "line 1, turn 1 of 'completion': must be an object .* got str 'x'",
+        ),
+        (
+            '{"prompt": [{"role": "assistant", "content": "x"}],'
+            ' "completion": [{"role": "user", "content": "x"}]}',
+            "line 1: no turn of the assistant",
+        ),
+        ('{"prompt": [{"role": "user"}], "completion": "x"}', "'prompt' must be text, got list"),
         ("\x00\udcff", "not UTF-8"),
     ],
 )
@@ -223,6 +312,77 @@ def test_mistakes_in_a_file(tmp_path: Path, content: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "head", "bad", "message"),
+    [
+        (
+            "data.jsonl",
+            GOOD,
+            '{"question": " ", "answer": "a"}\n',
+            ": 1,000 bad rows: line 2: 'question' is empty; give it text or leave the row out; "
+            "line 3: 'question' is empty; give it text or leave the row out; "
+            "line 4: 'question' is empty; give it text or leave the row out; and 997 more",
+        ),
+        (
+            "data.jsonl",
+            GOOD,
+            "[1]\n",
+            ": 1,000 bad rows: line 2: expected an object with keys, got list [1]; "
+            "line 3: expected an object with keys, got list [1]; "
+            "line 4: expected an object with keys, got list [1]; and 997 more",
+        ),
+        (
+            "data.jsonl",
+            GOOD,
+            "{\n",
+            ": 1,000 bad rows: "
+            + "; ".join(
+                f"line {n}: no valid JSON (Expecting property name enclosed in double quotes at "
+                "column 2); every line must be one JSON object"
+                for n in (2, 3, 4)
+            )
+            + "; and 997 more",
+        ),
+        (
+            "data.csv",
+            "question,answer\n",
+            "q,a,b\n",
+            ": 1,000 bad rows: row 1: has more cells than the header; "
+            "row 2: has more cells than the header; row 3: has more cells than the header; "
+            "and 997 more",
+        ),
+    ],
+)
+def test_bad_rows_are_told_all_at_once(
+    name: str, head: str, bad: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(head + bad * 1000)
+    with pytest.raises(UserError) as error:
+        load_examples(tmp_path / name)
+    assert str(error.value) == f"{tmp_path / name}{message}"
+
+
+def test_bad_rows_of_several_kinds_are_told_together() -> None:
+    whole: dict[str, Any] = {"messages": CHAT}
+    bad: list[dict[str, Any]] = [
+        {"messages": CHAT[:2]},
+        {"text": "t"},
+        {"messages": [{"role": "user"}]},
+    ]
+    with pytest.raises(UserError) as error:
+        examples(whole, bad[0], whole, bad[1], bad[2])
+    assert str(error.value) == (
+        "test: 3 bad rows: row 2: no turn of the assistant, so there is nothing to learn; "
+        "row 4: has the keys 'text', but the first row has the form messages; all rows of a file "
+        "need the same form; row 5, turn 1: 'content' must be text, got nothing (null)"
+    )
+
+
+def test_mistakes_beyond_the_limit_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(GOOD * 2 + "{\n" + '{"question": ""}')
+    assert len(load_examples(tmp_path / "data.jsonl", limit=2)) == 2
+
+
 def test_mistakes_in_other_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file: .*none\.jsonl; give a file of"):
         load_examples(tmp_path / "none.jsonl")
@@ -232,7 +392,10 @@ def test_mistakes_in_other_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no data set"):
         load_examples(tmp_path)
     (tmp_path / "data.json").write_text('[\n{"text": "a"},\n{"text"}]')
-    with pytest.raises(ValueError, match="line 3: no valid JSON"):
+    with pytest.raises(ValueError, match=r"line 3: no valid JSON .* column 8\); it must be one"):
+        load_examples(tmp_path / "data.json")
+    (tmp_path / "data.json").write_text('[\n{"text": "a"},\n')
+    with pytest.raises(ValueError, match=r"line 2: no valid JSON .* column 15"):
         load_examples(tmp_path / "data.json")
     (tmp_path / "data.csv").write_text("question,answer\nq,a\nq\n")
     with pytest.raises(ValueError, match="row 2: 'answer' must be text"):
@@ -342,6 +505,7 @@ def test_unpacked_text_is_cut_but_not_joined() -> None:
     documents = examples({"text": "abcde"}, {"text": "fg"})
     rows = tokenize(documents, tokenizer, max_length=4, pack=False)
     assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abcd", "e</s>", "fg</s>"]
+    assert [row["labels"] for row in rows] == [[IGNORED, *r["input_ids"][1:]] for r in rows]
 
 
 def test_a_length_that_does_not_fit() -> None:
@@ -366,11 +530,13 @@ MARKED = (
 )
 
 
-def conversation(template: str | None, bos: bool = False) -> list[tuple[str, str]]:
+def conversation(
+    template: str | None, bos: bool = False, row: dict[str, Any] | None = None
+) -> list[tuple[str, str]]:
     """Whole text and learned text of every row that one conversation gives."""
     tokenizer = byte_tokenizer(bos)
     tokenizer.chat_template = template
-    rows = tokenize(examples({"messages": CHAT}), tokenizer)
+    rows = tokenize(examples(row or {"messages": CHAT}), tokenizer)
     return [(tokenizer.decode(row["input_ids"]), learned(tokenizer, row)) for row in rows]
 
 
@@ -394,6 +560,38 @@ def test_marks_of_the_template_are_taken() -> None:
             "Hi</s>Ciao</s>",
         )
     ]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, None])
+def test_of_a_prompts_turns_none_is_learned(template: str | None) -> None:
+    """All of the conversation is shown; the labels are those of its last answer alone."""
+    [(text, answers)] = conversation(template)
+    prompted = {"prompt": CHAT[:4], "completion": CHAT[4:]}
+    first, last = answers[: answers.index("Ciao")].rstrip(" "), "Ciao"
+    [(shown, learned_of_it)] = conversation(template, row=prompted)
+    assert (shown, learned_of_it) == (text, answers.removeprefix(first))
+    assert last in learned_of_it
+    assert "Hi" not in learned_of_it
+    weighed = {"messages": [CHAT[0], CHAT[1], {**CHAT[2], "weight": 0}, CHAT[3], CHAT[4]]}
+    assert conversation(template, row=weighed) == [(shown, learned_of_it)]
+    second = {"messages": [*CHAT[:4], {**CHAT[4], "weight": 0}]}
+    assert conversation(template, row=second) == [(text, first)]
+
+
+def test_a_prompts_answers_give_no_rows_where_the_template_rewrites_history() -> None:
+    [(text, answers)] = conversation(
+        FORGETS_THOUGHTS, row={"prompt": CHAT[:4], "completion": CHAT[4:]}
+    )
+    assert answers == "<think></think>Ciao<|end|>"
+    assert "assistant\nHi<|end|>" in text
+
+
+def test_marks_that_change_with_the_conversation_cannot_leave_a_turn_out() -> None:
+    fickle = MARKED.replace("{{ m['content'] }}</s>", "{{ m['content'] }}{{ loop.length }}</s>")
+    with pytest.raises(
+        UserError, match=r"test, row 1, turn 3: .* its 'weight' of 0 cannot be kept"
+    ):
+        conversation(fickle, row={"prompt": CHAT[:4], "completion": CHAT[4:]})
 
 
 @pytest.mark.parametrize("bos", [False, True])

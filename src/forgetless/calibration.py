@@ -12,16 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from forgetless.chat import Chat
-from forgetless.data import (
-    POCKET_KNOWLEDGE,
-    POCKET_SKILLS,
-    Examples,
-    Kind,
-    from_rows,
-    load_examples,
-    read_rows,
-    tokenize,
-)
+from forgetless.data import Examples, from_rows, load_examples, read_rows, tokenize
+from forgetless.data.files import POCKET_KNOWLEDGE, POCKET_SKILLS
+from forgetless.data.forms import Kind
 from forgetless.errors import UserError, unknown
 from forgetless.progress import counted
 
@@ -200,13 +193,13 @@ def spread(values: Sequence[T], limit: int | None) -> list[T]:
 
 def _as_example(row: Any) -> Any:
     """A row as training data has it: one answer of several, and a bare prompt as text."""
-    if not isinstance(row, Mapping) or "text" in row or "messages" in row:
+    if not isinstance(row, Mapping) or {"text", "messages", "conversations"} & set(row):
         return row
     for prompt, answers in _ANSWERS.items():
         found = [name for name in answers if name in row]
         if prompt in row and found:
             several = {n: row[n][0] for n in found if isinstance(row[n], list) and row[n]}
-            return {**row, **several}
+            return {**row, **{n: one for n, one in several.items() if isinstance(one, str)}}
     alone = next((prompt for prompt in _ANSWERS if prompt in row), None)
     return row if alone is None else {"text": row[alone]}
 
@@ -323,6 +316,7 @@ def self_text(
     """
     import torch
 
+    from forgetless.generators import generators_kept
     from forgetless.models import as_base
 
     firsts = _first_tokens(model, tokenizer, samples, random.Random(seed))
@@ -330,12 +324,11 @@ def self_text(
     sampled: list[list[int]] = []
     with as_base(model) as base:
         device = next(base.parameters()).device
-        cuda = [device] if device.type == "cuda" else []
         for start in counted(range(0, samples, together), "sampling text", "batches"):
             begin = torch.tensor(firsts[start : start + together], device=device)[:, None]
             if start == 0 and not base(input_ids=begin).logits.isfinite().all():
                 raise UserError("the base gives NaN or infinity instead of text; check its weights")
-            with torch.random.fork_rng(devices=cuda):
+            with generators_kept():
                 torch.manual_seed(seed * 1_000_003 + start)
                 sampled += _generate(base, begin, max_length, tokenizer.eos_token_id)
     return sampled

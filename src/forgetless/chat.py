@@ -9,29 +9,32 @@ ends                  after the first special tokens that follow the content, wi
                       line end after them
 ====================  =====================================================================
 
-Templates with ``{% generation %}`` marks say it themselves, and their marks are taken.
+Templates with ``{% generation %}`` marks say it themselves, and their marks are taken. A turn of
+``weight`` 0 is shown and not learned.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from forgetless.errors import UserError
+from forgetless.errors import UserError, first_few
 from forgetless.packing import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PLAIN_CHAT_TEMPLATE", "Chat", "Tokens"]
+__all__ = ["PLAIN_CHAT_TEMPLATE", "Chat", "Tokens", "is_learned"]
 
-Message = Mapping[str, str]
+T = TypeVar("T")
+Message = Mapping[str, Any]
+"""A turn: ``role``, ``content`` and, where an assistant's is not to be learned, ``weight`` 0."""
 Span = tuple[int, int]
 Tokens = tuple[list[int], list[int]]
 """Token ids and, as long, the labels: the id where it is learned, IGNORED elsewhere."""
@@ -105,20 +108,20 @@ class Chat:
         every turn of the assistant is a row of its own, with the history as it was then.
 
         Args:
-            conversations: turns with ``role`` and ``content``.
+            conversations: turns, each with one of the assistant to learn.
             places: where each stands in its source, for messages.
 
         Raises:
-            UserError: the template refuses a conversation, or leaves the assistant's text out.
+            UserError: the template refuses conversations, or leaves the assistant's text out.
         """
         if _GENERATION_MARK.search(self.template):
-            return [self._marked(*each) for each in zip(conversations, places, strict=True)]
+            return _of_each(self._marked, conversations, places)
         if not self.tokenizer.is_fast:
             raise UserError("'messages' need a fast tokenizer, which knows the place of each token")
         rendered: list[tuple[str, list[Span]]] = []
         shortened = 0
-        for messages, place in zip(conversations, places, strict=True):
-            rows = self._rows(messages, place)
+        found = _of_each(self._rows, conversations, places)
+        for messages, rows in zip(conversations, found, strict=True):
             shortened += not _is_whole(messages, rows)
             rendered += rows
         if shortened:
@@ -131,16 +134,15 @@ class Chat:
 
     def check(self, conversations: Sequence[Sequence[Message]], places: Sequence[str]) -> None:
         """Raise what `tokens` would raise, without making tokens; of `places`, see there."""
+        _of_each(self.render, conversations, places)
         if not _GENERATION_MARK.search(self.template):
             self._rows(conversations[0], places[0])
-        for messages, place in zip(conversations, places, strict=True):
-            self.render(messages, place)
 
     def render(self, messages: Sequence[Message], place: str = "", opening: bool = False) -> str:
         """The text of a conversation.
 
         Args:
-            messages: turns with ``role`` and ``content``.
+            messages: the turns.
             place: where it stands in its source, for messages.
             opening: end it where the assistant would go on.
 
@@ -151,7 +153,7 @@ class Chat:
 
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages),
+                _said(messages),
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=opening,
@@ -168,11 +170,29 @@ class Chat:
 
     def _marked(self, messages: Sequence[Message], place: str) -> Tokens:
         """Tokens of a conversation whose template marks the assistant's part itself."""
+        ids, marked = self._marks(messages, place)
+        learned = set(marked)
+        spoken = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
+        for begin, end in pairwise([*spoken, len(messages)]):
+            if not is_learned(messages[begin]):
+                before = len(self._marks(messages[:begin], place)[1]) if begin else 0
+                then, until = self._marks(messages[:end], place)
+                if [then[i] for i in until] != [ids[i] for i in marked[: len(until)]]:
+                    raise UserError(
+                        f"{place}, turn {begin + 1}: the tokenizer's chat template changes what it "
+                        "marks of this turn as the conversation goes on, so its 'weight' of 0 "
+                        "cannot be kept; give the tokenizer another template"
+                    )
+                learned -= set(marked[before : len(until)])
+        return ids, [token if i in learned else IGNORED for i, token in enumerate(ids)]
+
+    def _marks(self, messages: Sequence[Message], place: str) -> tuple[list[int], list[int]]:
+        """Token ids, and the places in them of those that the template marks."""
         from jinja2 import TemplateError
 
         try:
             encoded = self.tokenizer.apply_chat_template(
-                list(messages),
+                _said(messages),
                 chat_template=self.template,
                 tokenize=True,
                 return_dict=True,
@@ -180,8 +200,9 @@ class Chat:
             )
         except TemplateError as error:
             raise self._refused(place, error) from None
-        ids, learned = encoded["input_ids"], encoded["assistant_masks"]
-        return ids, [i if keep else IGNORED for i, keep in zip(ids, learned, strict=True)]
+        return encoded["input_ids"], [
+            i for i, mark in enumerate(encoded["assistant_masks"]) if mark
+        ]
 
     # ---- where the assistant speaks --------------------------------------------------------------
 
@@ -190,11 +211,9 @@ class Chat:
         turns = [
             self._turn(messages[:number], place)
             for number, message in enumerate(messages, start=1)
-            if message["role"] == "assistant"
+            if is_learned(message)
         ]
-        whole = turns[-1].text
-        if messages[-1]["role"] != "assistant":
-            whole = self.render(messages, place)
+        whole = turns[-1].text if is_learned(messages[-1]) else self.render(messages, place)
         if all(whole.startswith(turn.kept) for turn in turns):
             return [(whole, [turn.span for turn in turns])]
         return [(turn.text, [turn.span]) for turn in turns]
@@ -259,12 +278,38 @@ class Chat:
         return ids, offsets
 
 
+def is_learned(message: Message) -> bool:
+    """Whether a turn is one of the assistant that is to be learned."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _said(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """The turns as templates know them."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _of_each(
+    make: Callable[[Sequence[Message], str], T],
+    conversations: Sequence[Sequence[Message]],
+    places: Sequence[str],
+) -> list[T]:
+    """What is made of each conversation, or what is wrong with all of them."""
+    made, problems = [], []
+    for messages, place in zip(conversations, places, strict=True):
+        try:
+            made.append(make(messages, place))
+        except UserError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise UserError(first_few(problems))
+    return made
+
+
 def _is_whole(messages: Sequence[Message], rows: Sequence[tuple[str, list[Span]]]) -> bool:
     """Whether the rows have all that was said, but for spaces: the assistant's as learned text."""
     learned = iter("".join(text[a:b].split()) for text, spans in rows for a, b in spans)
     shown = "".join(rows[-1][0].split())
     return all(
-        "".join(message["content"].split())
-        in (next(learned) if message["role"] == "assistant" else shown)
+        "".join(message["content"].split()) in (next(learned) if is_learned(message) else shown)
         for message in messages
     )

@@ -36,7 +36,7 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     names = list(known)
     near = difflib.get_close_matches(given, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return UserError(f"unknown {kind} {given!r}{hint} Known: {', '.join(names)}")
+    return UserError(f"unknown {kind} {given!r}{hint} Known: {', '.join(names) or 'none'}")
 
 
 def first_few(problems: Sequence[str], shown: int = 3) -> str:

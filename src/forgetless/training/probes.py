@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.data import Examples
 from forgetless.errors import UserError
+from forgetless.generators import generators_kept
 from forgetless.models import adapter_off
 from forgetless.tasks import KL, TASKS, Perplexity, Task, TaskResult, make_task
 from forgetless.tasks.texts import read_texts, spread
@@ -79,7 +77,7 @@ class Probes:
         reference: nn.Module | None,
     ) -> tuple[dict[str, TaskResult], dict[str, TaskResult]]:
         """The results of the learning and of the forgetting probes; nothing random moves on."""
-        with _random_state_kept():
+        with generators_kept():
             learning, forgetting = (
                 {
                     name: task.evaluate(
@@ -102,7 +100,7 @@ class Probes:
         The base is `reference`, or a PeftModel with its adapter off, or the model as it is.
         """
         tasks = {n: task for n, task in self.forgetting.items() if not task.needs_reference}
-        with _random_state_kept():
+        with generators_kept():
             if reference is not None:
                 model = reference
             elif hasattr(model, "disable_adapter"):
@@ -156,18 +154,6 @@ def _tasks(
             raise UserError(f"two probes are named {task.name!r}; give each a 'name' of its own")
         tasks[task.name] = task
     return tasks
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Whatever is drawn inside, the generators of Python, NumPy and torch go on as before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 class RecordedBase(nn.Module):

@@ -30,6 +30,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.errors import UserError
+from forgetless.generators import generators_kept
 from forgetless.models import evaluating
 from forgetless.tasks.harness import local
 from forgetless.tasks.harness.index import find
@@ -112,7 +113,7 @@ class Loaded:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int | None
     ) -> Outcome:
         """Score a model object; it and all random generators are left as they were."""
-        with _quiet(), _generators_kept(), _one_process(), evaluating(model):
+        with _quiet(), generators_kept(), _one_process(), evaluating(model):
             harness = InMemory(model, tokenizer, batch_size)
             check_finite(model, harness.device)
             _seed_everything()
@@ -152,7 +153,7 @@ def load(
         UserError: data that cannot be had; worked examples where there are none; a task that runs
             generated programs.
     """
-    with _quiet(), _generators_kept():
+    with _quiet(), generators_kept():
         try:
             found = _load(name, data_dir)
         except UserError:
@@ -324,20 +325,6 @@ def _seed_everything() -> None:
     random.seed(_SEEDS[0])
     np.random.seed(_SEEDS[1])
     torch.manual_seed(_SEEDS[2])
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Random generators, also the accelerators', go on afterwards as if nothing had happened."""
-    plain, numpy = random.getstate(), np.random.get_state()
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    kind = "cuda" if accelerator is None else accelerator.type
-    try:
-        with torch.random.fork_rng(device_type=kind):
-            yield
-    finally:
-        random.setstate(plain)
-        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -1,0 +1,132 @@
+"""Training examples of one kind, read from a file and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from forgetless.data.files import bad_rows, optional_package, read_rows
+from forgetless.data.forms import Form, Kind, Record, form_of, names_of, show
+from forgetless.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Checked training examples of one kind.
+
+    Attributes:
+        kind: what every record holds: ``prompt`` and ``completion``, ``messages``, or ``text``.
+        records: the examples, in the order of the file.
+        source: where they came from, for messages.
+        places: of each record in the source (``"line 7"``), for messages; empty for its number.
+    """
+
+    kind: Kind
+    records: Sequence[Record]
+    source: str
+    places: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    @property
+    def where(self) -> list[str]:
+        """For each record, the source and the place in it: ``"train.jsonl, line 7"``."""
+        places = self.places or [f"example {number + 1}" for number in range(len(self))]
+        return [f"{self.source}, {place}" for place in places]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the content: the same for the same examples, whatever file held them."""
+        digest = hashlib.sha256(self.kind.encode())
+        for record in self.records:
+            digest.update(b"\n")
+            digest.update(json.dumps(record, sort_keys=True, ensure_ascii=True).encode())
+        return digest.hexdigest()
+
+    def dataset(self) -> datasets.Dataset:
+        """The records as a `datasets.Dataset`, which TRL's trainers take as it is.
+
+        They do not know a turn's ``weight``: with one of 0, give them the file itself.
+        """
+        return optional_package("datasets").Dataset.from_list(
+            [dict(record) for record in self.records]
+        )
+
+
+def load_examples(
+    path: str | Path, *, limit: int | None = None, kind: Kind | Literal["auto"] = "auto"
+) -> Examples:
+    """The training examples of a file, checked row by row.
+
+    Args:
+        path: a .jsonl, .json, .csv, .parquet or .txt file (a text file is one document), a folder
+            written by ``datasets.save_to_disk``, or a pocket skill: ``pocket:problems``,
+            ``pocket:functions``, ``pocket:series``, each also with ``:test``; or
+            ``pocket:knowledge``, the facts of the pocket world as raw text.
+        limit: read no more than the first rows.
+        kind: what the examples have to be; prompts with completions can be read as ``text``, in
+            which every token is learned.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: the file is empty or broken, of another kind, or a row has no form of
+            `forgetless.data`; the message names the first few lines or rows and how many more there
+            are.
+    """
+    examples = from_rows(read_rows(path, limit=limit), source=str(path))
+    return as_kind(kind, examples)
+
+
+def as_kind(kind: Kind | Literal["auto"], examples: Examples) -> Examples:
+    """The examples as a kind that they can be read as, see `load_examples`."""
+    if kind in ("auto", examples.kind):
+        return examples
+    if (examples.kind, kind) != ("prompt_completion", "text"):
+        raise UserError(f"{kind!r} given, but {examples.source} is {examples.kind!r}")
+    records = [{"text": record["prompt"] + record["completion"]} for record in examples]
+    return Examples("text", records, examples.source)
+
+
+def from_rows(rows: Iterable[tuple[str, Any]], source: str) -> Examples:
+    """Examples from raw rows, each with its place in the source (``"line 7"``)."""
+    records: list[Record] = []
+    places: list[str] = []
+    problems: list[str] = []
+    form: Form | None = None
+    for place, row in rows:
+        if form is None and isinstance(row, Mapping):
+            form = form_of(row, f"{source}, {place}")
+        try:
+            records.append(_record(row, form, place))
+            places.append(place)
+        except UserError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise bad_rows(source, problems)
+    if form is None:
+        raise UserError(f"{source} is empty; give at least one example")
+    return Examples(form.kind, records, source, places)
+
+
+def _record(row: Any, form: Form | None, where: str) -> Record:
+    """A raw row in the form that the first object of its file has."""
+    if form is None or not isinstance(row, Mapping):
+        raise UserError(f"{where}: expected an object with keys, got {show(row)}")
+    if not form.has_keys(row):
+        raise UserError(
+            f"{where}: has the keys {names_of(row)}, but the first row has the form {form}; "
+            "all rows of a file need the same form"
+        )
+    return form.convert(row, where)

@@ -1,0 +1,204 @@
+"""Rows of a file, each with its place."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from forgetless.errors import UserError, first_few
+
+POCKET = "pocket:"
+POCKET_SKILLS = ("problems", "functions", "series")
+POCKET_KNOWLEDGE = "pocket:knowledge"
+POCKET_SIZES = {"train": 4000, "test": 500}
+
+
+def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[str, Any]]:
+    """The raw rows of a file, one after the other, each with its place such as ``"line 7"``.
+
+    Args:
+        path: as in `load_examples`.
+        limit: stop after so many rows.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be 1 or more, got {limit}")
+    if str(path).startswith(POCKET):
+        return islice(_read_pocket(str(path)), limit)
+    path = Path(path)
+    if path.is_dir():
+        return islice(_read_folder(path), limit)
+    allowed = f"{', '.join(_READERS)}, a datasets folder or '{POCKET}{POCKET_SKILLS[0]}'"
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}; give a file of type {allowed}")
+    if path.suffix.lower() not in _READERS:
+        raise UserError(f"{path}: unknown file type {path.suffix!r}; give {allowed}")
+    return islice(_READERS[path.suffix.lower()](path), limit)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    problems: list[str] = []
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            try:
+                row = _json(line, number, "every line must be one JSON object")
+            except UserError as problem:
+                problems.append(str(problem))
+            if not problems:
+                yield f"line {number}", row
+    if problems:
+        raise bad_rows(path, problems)
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """A list of objects, or one object a line as many files named .json hold."""
+    text = "".join(_lines(path))
+    if not text.lstrip().startswith("["):
+        yield from _read_jsonl(path)
+        return
+    try:
+        rows = _json(text, 1, "it must be one list of objects")
+    except UserError as problem:
+        raise UserError(f"{path}, {problem}") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
+
+
+def _json(text: str, first_line: int, wanted: str) -> Any:
+    """The value of a text that begins at a line of a file."""
+    try:
+        # With its line end, the decoder would look for what is missing in the line after it.
+        return json.loads(text.rstrip("\n"))
+    except json.JSONDecodeError as error:
+        line, what = first_line + error.lineno - 1, error.msg.rstrip(": ").removesuffix(" at")
+        raise UserError(
+            f"line {line}: no valid JSON ({what} at column {error.colno}); {wanted}"
+        ) from None
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.DictReader(_lines(path, newline=""), restkey="")
+    problems: list[str] = []
+    try:
+        for number, row in enumerate(rows, start=1):
+            if "" in row and isinstance(row[""], list):
+                problems.append(f"row {number}: has more cells than the header")
+            if not problems:
+                yield f"row {number}", row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: no valid CSV ({error})") from None
+    if problems:
+        raise bad_rows(path, problems)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    optional_package("pyarrow")
+    import pyarrow.parquet
+    from pyarrow import ArrowInvalid
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, start=1):
+            yield f"row {number}", row
+    except ArrowInvalid as error:
+        raise UserError(f"{path} is no valid parquet file ({error})") from None
+
+
+def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
+    text = "".join(_lines(path))
+    if text.strip():
+        yield "the document", {"text": text}
+
+
+def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
+    datasets = optional_package("datasets")
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, ValueError):
+        raise UserError(
+            f"folder {path} holds no data set; give one written by datasets.save_to_disk, or a "
+            f"file of type {', '.join(_READERS)}"
+        ) from None
+    if isinstance(loaded, datasets.DatasetDict):
+        splits = list(loaded)
+        if "train" not in loaded and len(splits) != 1:
+            raise UserError(
+                f"folder {path} has the splits {', '.join(splits)} and none is called 'train'; "
+                f"give the folder of one, such as {path / splits[0]}"
+            )
+        loaded = loaded["train" if "train" in loaded else splits[0]]
+    for number, row in enumerate(loaded, start=1):
+        yield f"row {number}", row
+
+
+def _read_pocket(name: str) -> Iterator[tuple[str, Any]]:
+    from forgetless.pocket.functions import functions
+    from forgetless.pocket.knowledge import knowledge_text
+    from forgetless.pocket.problems import problems
+    from forgetless.pocket.series import series
+
+    if name == POCKET_KNOWLEDGE:
+        for number, text in enumerate(knowledge_text(), start=1):
+            yield f"row {number}", {"text": text}
+        return
+    skill, _, split = name.removeprefix(POCKET).partition(":")
+    split = split or "train"
+    if skill not in POCKET_SKILLS or split not in POCKET_SIZES:
+        known = ", ".join(f"'{POCKET}{known}'" for known in POCKET_SKILLS)
+        raise UserError(
+            f"unknown pocket data {name!r}; give {known}, or one with ':test', or "
+            f"'{POCKET_KNOWLEDGE}'"
+        )
+    split = cast("Literal['train', 'test']", split)
+    count = POCKET_SIZES[split]
+    made: dict[str, Callable[[], Sequence[Any]]] = {
+        "problems": lambda: problems(count, 0, split),
+        "functions": lambda: functions(count, 0, split),
+        "series": lambda: series(count, 0, split),
+    }
+    for number, example in enumerate(made[skill](), start=1):
+        yield f"row {number}", {"prompt": example.prompt, "completion": example.completion}
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
+
+
+def _lines(path: Path, newline: str | None = None) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start} of a block: {error.reason}); "
+            "save it as UTF-8"
+        ) from None
+
+
+def bad_rows(source: str | Path, problems: Sequence[str]) -> UserError:
+    """The error for all rows that cannot be read: each problem begins with its row's place."""
+    if len(problems) == 1:
+        return UserError(f"{source}, {problems[0]}")
+    return UserError(f"{source}: {len(problems):,} bad rows: {first_few(problems)}")
+
+
+def optional_package(name: str) -> Any:
+    """An optional package, or the line that installs it."""
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError:
+        raise UserError(
+            f"this needs the package {name!r}; install it with: pip install 'forgetless[train]'"
+        ) from None

@@ -1,0 +1,200 @@
+"""What the keys of a row mean: the forms that `forgetless.data` lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from forgetless.chat import is_learned
+from forgetless.errors import UserError
+
+Kind = Literal["prompt_completion", "messages", "text"]
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """Keys that make a row an example, and how.
+
+    Attributes:
+        kind: of the examples.
+        keys: that a row needs.
+        convert: makes the example of a row and its place.
+        lists: whether their values must be lists, which tells it from another form of its keys.
+    """
+
+    kind: Kind
+    keys: tuple[str, ...]
+    convert: Callable[[Record, str], Record]
+    lists: bool = False
+
+    def has_keys(self, row: Record) -> bool:
+        return all(key in row for key in self.keys)
+
+    def fits(self, row: Record) -> bool:
+        return self.has_keys(row) and not (
+            self.lists and any(not isinstance(row[key], list | tuple) for key in self.keys)
+        )
+
+    def __str__(self) -> str:
+        return " + ".join(self.keys) + self.lists * " (lists of turns)"
+
+
+def _pair(prompt: str, completion: str) -> Form:
+    """A form whose keys already hold all of the prompt and the completion."""
+
+    def convert(row: Record, where: str) -> Record:
+        return {"prompt": _text(row, prompt, where), "completion": _text(row, completion, where)}
+
+    return Form("prompt_completion", (prompt, completion), convert)
+
+
+def _task(task: str, answer: str) -> Form:
+    """A form whose prompt is a task, its optional input, and a line end."""
+
+    def convert(row: Record, where: str) -> Record:
+        prompt = _text(row, task, where)
+        if row.get("input") not in (None, "") and task == "instruction":
+            prompt += "\n\n" + _text(row, "input", where)
+        return {"prompt": prompt + "\n", "completion": _text(row, answer, where)}
+
+    return Form("prompt_completion", (task, answer), convert)
+
+
+def _document(row: Record, where: str) -> Record:
+    return {"text": _text(row, "text", where)}
+
+
+_ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+
+
+def _conversation(key: str) -> Form:
+    """A form whose key holds all turns, but for a system prompt that may stand beside it."""
+
+    def convert(row: Record, where: str) -> Record:
+        return _learnable(_with_system(row, _turns(row, key, where), where), where)
+
+    return Form("messages", (key,), convert)
+
+
+def _prompted(row: Record, where: str) -> Record:
+    """Prompt and completion as lists of turns: of the prompt, nothing is learned."""
+    prompt = [
+        {**turn, "weight": 0} if turn["role"] == "assistant" else turn
+        for turn in _turns(row, "prompt", where)
+    ]
+    turns = _with_system(row, prompt, where) + _turns(row, "completion", where)
+    return _learnable(turns, where)
+
+
+def _learnable(turns: Sequence[Record], where: str) -> Record:
+    if not any(is_learned(turn) for turn in turns):
+        raise UserError(f"{where}: no turn of the assistant, so there is nothing to learn")
+    return {"messages": turns}
+
+
+def _with_system(row: Record, turns: list[Record], where: str) -> list[Record]:
+    """The turns after the system prompt of the row's own column, where it has one."""
+    if row.get("system") in (None, ""):
+        return turns
+    system = {"role": "system", "content": _text(row, "system", where)}
+    if turns[0] == system:
+        return turns
+    if turns[0]["role"] == "system":
+        raise UserError(f"{where}: 'system' is not what the first turn says; leave one of them out")
+    return [system, *turns]
+
+
+def _turns(row: Record, key: str, where: str) -> list[Record]:
+    turns = row[key]
+    if not isinstance(turns, list | tuple) or not turns:
+        raise UserError(f"{where}: {key!r} must be a list of turns, got {show(turns)}")
+    of = "" if key == "messages" else f" of {key!r}"
+    return [_turn(turn, f"{where}, turn {n}{of}") for n, turn in enumerate(turns, start=1)]
+
+
+def _turn(turn: object, where: str) -> Record:
+    """A turn as ``role``, ``content`` and, for an assistant's that is not learned, ``weight``."""
+    is_sharegpt = isinstance(turn, Mapping) and "from" in turn
+    speaker, content = ("from", "value") if is_sharegpt else ("role", "content")
+    roles = (*_ROLES, *_SHAREGPT) if is_sharegpt else _ROLES
+    if not isinstance(turn, Mapping) or turn.get(speaker) not in roles:
+        raise UserError(
+            f"{where}: must be an object with {content!r} and a {speaker!r} of {', '.join(roles)}, "
+            f"got {show(turn)}"
+        )
+    if turn.get("tool_calls"):
+        raise UserError(
+            f"{where}: 'tool_calls' are not read; write the call into {content!r}, in the words "
+            "that the model should say"
+        )
+    role = _SHAREGPT.get(turn[speaker], turn[speaker])
+    made = {"role": role, "content": _content(turn, content, where)}
+    if role != "assistant" or turn.get("weight") in (None, 1):
+        return made
+    if turn["weight"] != 0:
+        raise UserError(
+            f"{where}: 'weight' must be 1, or 0 for a turn that is not learned, "
+            f"got {show(turn['weight'])}"
+        )
+    return {**made, "weight": 0}
+
+
+def _content(turn: Record, key: str, where: str) -> str:
+    """The text of a turn, which may be a list of parts, as OpenAI writes it."""
+    parts = turn.get(key)
+    if not isinstance(parts, list | tuple):
+        return _text(turn, key, where)
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text":
+            raise UserError(
+                f"{where}: {key!r} has a part of type {kind!r}; only parts of type 'text' are read"
+            )
+    texts = [_text(part, "text", where) for part in parts]
+    return _text({key: "".join(texts)}, key, where)
+
+
+_FORMS = (
+    _conversation("messages"),
+    _conversation("conversations"),
+    Form("messages", ("prompt", "completion"), _prompted, lists=True),
+    _pair("prompt", "completion"),
+    _pair("prompt", "response"),
+    _task("instruction", "output"),
+    _task("instruction", "response"),
+    _task("question", "answer"),
+    _task("query", "response"),
+    _task("problem", "solution"),
+    Form("text", ("text",), _document),
+)
+
+
+def form_of(row: Record, where: str) -> Form:
+    for form in _FORMS:
+        if form.fits(row):
+            return form
+    allowed = ", ".join(str(form) for form in _FORMS)
+    raise UserError(f"{where}: has the keys {names_of(row)}; expected one of: {allowed}")
+
+
+def _text(row: Record, key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key!r} must be text, got {show(value)}")
+    if not value.strip():
+        raise UserError(f"{where}: {key!r} is empty; give it text or leave the row out")
+    return value
+
+
+def names_of(row: Record) -> str:
+    return ", ".join(sorted(repr(key) for key in row)) or "(none)"
+
+
+def show(value: object) -> str:
+    if value is None:
+        return "nothing (null)"
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
