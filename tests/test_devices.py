@@ -1,4 +1,4 @@
-"""Two processes do what one does: statistics, training, resume, files; under DDP and FSDP2."""
+"""Two processes do what one does: statistics, training, resume, files; under every strategy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -32,9 +34,15 @@ from forgetless.store import RunFolder
 from forgetless.training import checkpoints, train
 from forgetless.training.devices import gathered, join, shard
 from forgetless.training.record import Record
+from forgetless.training.zero import Zero
 from tests.tiny import recipe_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
+
+STRATEGIES = get_args(Strategy)
+
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
+"""Of stage 2, which is accelerate's default."""
 
 KILLED_AFTER = 5
 """The step after which the second process dies in the tests of that."""
@@ -42,8 +50,13 @@ KILLED_AFTER = 5
 
 def _environment(rank: int, port: int, strategy: Strategy) -> dict[str, str]:
     """What a launcher would set."""
-    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if strategy == "FSDP2" else {}
-    return sharded | {
+    sharded = {
+        "DDP": {},
+        "FSDP2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        "ZeRO-1": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+        "ZeRO-2": ZERO,
+    }
+    return sharded[strategy] | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -95,6 +108,10 @@ def the_run(out: Path, name: str) -> RunFolder:
 
 def losses(run: RunFolder) -> list[float]:
     return [line["loss"] for line in store.read_jsonl(run.log) if "loss" in line]
+
+
+def tokens(run: RunFolder) -> list[int]:
+    return [line["tokens"] for line in store.read_jsonl(run.log) if "tokens" in line]
 
 
 def weights(run: RunFolder) -> dict[str, torch.Tensor]:
@@ -165,18 +182,31 @@ def one(
     return out
 
 
+def require_deepspeed() -> None:
+    """Skip a test where DeepSpeed is missing; not imported here, for processes are forked."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+
+
+Several = Callable[[Strategy], Path]
+
+
 @pytest.fixture(scope="module")
 def several(
     recipes: dict[str, Any], mixed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> dict[Strategy, Path]:
-    """The runs of two processes."""
-    out: dict[Strategy, Path] = {
-        "DDP": tmp_path_factory.mktemp("ddp"),
-        "FSDP2": tmp_path_factory.mktemp("fsdp2"),
-    }
-    assert two_processes("DDP", run_all, recipes | mixed, out["DDP"]) == [0, 0]
-    assert two_processes("FSDP2", run_all, recipes, out["FSDP2"]) == [0, 0]
-    return out
+) -> Several:
+    """Gives the folder with the runs of two processes under a strategy."""
+
+    @cache
+    def runs_under(strategy: Strategy) -> Path:
+        if strategy.startswith("ZeRO"):
+            require_deepspeed()
+        out = tmp_path_factory.mktemp(strategy)
+        asked = recipes | mixed if strategy in ("DDP", "ZeRO-2") else recipes
+        assert two_processes(strategy, run_all, asked, out) == [0, 0]
+        return out
+
+    return runs_under
 
 
 CASES: list[tuple[Strategy, str]] = [
@@ -185,16 +215,22 @@ CASES: list[tuple[Strategy, str]] = [
     ("DDP", "mixed"),
     ("FSDP2", "adapter"),
     ("FSDP2", "whole"),
+    ("ZeRO-1", "adapter"),
+    ("ZeRO-1", "whole"),
+    ("ZeRO-2", "adapter"),
+    ("ZeRO-2", "whole"),
+    ("ZeRO-2", "mixed"),
 ]
 
 
 @pytest.mark.parametrize(("strategy", "name"), CASES)
 def test_two_processes_train_as_one(
-    one: Path, several: dict[Strategy, Path], strategy: Strategy, name: str
+    one: Path, several: Several, strategy: Strategy, name: str
 ) -> None:
-    expected, found = the_run(one, name), the_run(several[strategy], name)
+    expected, found = the_run(one, name), the_run(several(strategy), name)
     assert found.path.name == expected.path.name
     assert losses(found) == pytest.approx(losses(expected), abs=1e-5)
+    assert tokens(found) == tokens(expected)
     mine, theirs = weights(expected), weights(found)
     assert mine.keys() == theirs.keys()
     for key, weight in mine.items():
@@ -204,10 +240,8 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
-def test_what_is_measured_is_the_same(
-    one: Path, several: dict[Strategy, Path], strategy: Strategy
-) -> None:
-    (theirs,) = (several[strategy] / "adapter/shared/statistics").glob("*/")
+def test_what_is_measured_is_the_same(one: Path, several: Several, strategy: Strategy) -> None:
+    (theirs,) = (several(strategy) / "adapter/shared/statistics").glob("*/")
     (mine,) = (one / "adapter/shared/statistics").glob("*/")
     expected, found = Statistics.load(mine), Statistics.load(theirs)
     for layer in expected:
@@ -216,29 +250,27 @@ def test_what_is_measured_is_the_same(
         assert error < 1e-10
     scores = [
         {file.name: store.read_json(file)["value"] for file in run.path.glob("scores/*/*.json")}
-        for run in (the_run(one, "adapter"), the_run(several[strategy], "adapter"))
+        for run in (the_run(one, "adapter"), the_run(several(strategy), "adapter"))
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-def test_probes_of_two_processes_give_what_one_gives(
-    one: Path, several: dict[Strategy, Path]
-) -> None:
+def test_probes_of_two_processes_give_what_one_gives(one: Path, several: Several) -> None:
     mine, theirs = (
         [line["probe"] for line in store.read_jsonl(the_run(out, "mixed").log) if "probe" in line]
-        for out in (one, several["DDP"])
+        for out in (one, several("DDP"))
     )
     assert len(mine) == len(theirs) == 4
     for expected, found in zip(mine, theirs, strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_run_says_what_ran_where(one: Path, several: dict[Strategy, Path]) -> None:
+def test_a_run_says_what_ran_where(one: Path, several: Several) -> None:
     alone = store.read_json(the_run(one, "adapter").record)["hardware"]
     assert alone["processes"] == 1
     assert "strategy" not in alone
-    for strategy, out in several.items():
-        hardware = store.read_json(the_run(out, "adapter").record)["hardware"]
+    for strategy in STRATEGIES if find_spec("deepspeed") else STRATEGIES[:2]:
+        hardware = store.read_json(the_run(several(strategy), "adapter").record)["hardware"]
         assert hardware["processes"] == 2
         assert hardware["strategy"] == strategy
         assert hardware["backend"] == "gloo"
@@ -262,15 +294,18 @@ def die_in_the_second(recipes: dict[str, Any], out: Path) -> None:
     run_all(recipes, out)
 
 
-@pytest.mark.parametrize(("strategy", "name"), [("DDP", "adapter"), ("FSDP2", "whole")])
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [("DDP", "adapter"), ("FSDP2", "whole"), ("ZeRO-1", "adapter"), ("ZeRO-2", "whole")],
+)
 def test_a_killed_process_ends_all_and_nothing_is_lost(
     recipes: dict[str, Any],
-    several: dict[Strategy, Path],
+    several: Several,
     tmp_path: Path,
     strategy: Strategy,
     name: str,
 ) -> None:
-    asked = {name: recipes[name]}
+    undisturbed, asked = the_run(several(strategy), name), {name: recipes[name]}
     codes = two_processes(strategy, die_in_the_second, asked, tmp_path)
     assert codes == [1, -signal.SIGKILL]
     run = the_run(tmp_path, name)
@@ -282,7 +317,6 @@ def test_a_killed_process_ends_all_and_nothing_is_lost(
     assert checkpoints.step_of(newest) == 4
     elsewhere = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-one"))
     assert two_processes(strategy, run_all, asked, tmp_path) == [0, 0]
-    undisturbed = the_run(several[strategy], name)
     assert store.read_json(run.record)["training"]["resumed_from"] == 4
     assert losses(run) == losses(undisturbed)
     mine, theirs = weights(undisturbed), weights(run)
@@ -300,13 +334,19 @@ def test_a_launch_is_read_from_the_environment() -> None:
     assert Launch.of({}) == Launch(1, 0, None)
     assert Launch.of({"WORLD_SIZE": "1", "RANK": "0"}) == Launch(1, 0, None)
     assert Launch.of(_environment(1, 1, "DDP")) == Launch(2, 1, "DDP")
-    assert Launch.of(_environment(0, 1, "FSDP2")) == Launch(2, 0, "FSDP2")
+    for strategy in STRATEGIES:
+        assert Launch.of(_environment(0, 1, strategy)) == Launch(2, 0, strategy)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "does not train under DeepSpeed; use DDP, or FSDP2"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "not 3; give --zero_stage 2, or .*FSDP2"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero.json"}, "the recipe says what it would"),
+        (
+            ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            "leave --offload_optimizer_device out",
+        ),
         ({"ACCELERATE_USE_FSDP": "true"}, "add --fsdp_version 2"),
         (
             {"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
@@ -321,7 +361,7 @@ def test_a_launch_that_would_not_train_rightly_is_refused(
         Launch.of(_environment(0, 1, "DDP") | changed)
 
 
-def test_what_does_not_go_with_a_launch_is_named() -> None:
+def test_what_does_not_go_with_a_launch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def problems(launch: Launch, probes: bool = False, **changes: Any) -> list[str]:
         settings = TrainingSettings(steps=1, **changes)
         return list(launch.obstacles(settings, penalties=probes, probes=probes))
@@ -336,6 +376,11 @@ def test_what_does_not_go_with_a_launch_is_named() -> None:
     found = problems(Launch(2, 0, "FSDP2"), probes=True, optimizer="adafactor", compile=True)
     keys = [problem.partition(":")[0] for problem in found]
     assert keys == ["penalties", "probes", "training.optimizer", "training.compile"]
+    monkeypatch.setattr("forgetless.launch.find_spec", lambda name: None)
+    found = problems(Launch(2, 0, "ZeRO-1"), probes=True, optimizer="adafactor", compile=True)
+    assert found[0].endswith("not installed: pip install 'forgetless[deepspeed]'")
+    keys = [problem.partition(":")[0] for problem in found[1:]]
+    assert keys == ["training.optimizer", "training.compile"]
 
 
 def test_other_commands_are_for_one_process(tmp_path: Path) -> None:
@@ -368,6 +413,42 @@ def test_every_process_holds_its_part_of_every_weight(tiny_base: Path, tmp_path:
     assert first["gathered"] == len(model.state_dict())
     assert first["same"]
     assert second["gathered"] == 0
+
+
+def share_the_state(base: str, out: Path) -> None:
+    """Move a model by one step, and write down what of the optimiser is here, and what is left."""
+    ranks, model = join(), load_model(base)
+    own = {name: set(vars(weight)) for name, weight in model.named_parameters()}
+    accelerator, optimizer = Accelerator(), torch.optim.AdamW(model.parameters())
+    zero = Zero(accelerator, model, optimizer, stage=2, max_grad_norm=1.0)
+    engine, _ = accelerator.prepare(model, optimizer)
+    tokens = torch.arange(8)[None]
+    accelerator.backward(engine(input_ids=tokens, labels=tokens).loss)
+    here = sum(entry["exp_avg"].numel() for entry in optimizer.state.values())
+    whole = optimizer.state_dict()["state"]
+    zero.end()
+    weights = dict(model.named_parameters())
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    found = {
+        "here": here,
+        "gathered": [list(entry["exp_avg"].shape) for entry in whole.values()],
+        "left": hooks + sum(vars(weights[name]).keys() != own[name] for name in own),
+        "apart": len({weight.untyped_storage().data_ptr() for weight in weights.values()}),
+    }
+    store.write_json(out / f"{ranks.index}.json", found)
+
+
+def test_every_process_holds_its_part_of_the_state(tiny_base: Path, tmp_path: Path) -> None:
+    require_deepspeed()
+    assert two_processes("ZeRO-2", share_the_state, str(tiny_base), tmp_path) == [0, 0]
+    first, second = (store.read_json(tmp_path / f"{rank}.json") for rank in range(2))
+    weights = list(load_model(str(tiny_base)).parameters())
+    half = sum(weight.numel() for weight in weights) / 2
+    assert first["here"] == second["here"] == pytest.approx(half, rel=0.01)
+    assert first["gathered"] == [list(weight.shape) for weight in weights]
+    assert second["gathered"] == []
+    assert first["left"] == second["left"] == 0
+    assert first["apart"] == second["apart"] == len(weights)
 
 
 # ---- weights that are elsewhere ------------------------------------------------------------------

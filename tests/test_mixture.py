@@ -97,6 +97,16 @@ def test_training_reads_a_new_part_of_the_replay_in_every_epoch(tmp_path: Path) 
     assert len({row for row in rows.seen if row[0] == 2}) == 24
 
 
+def test_padding_beside_packed_rows_is_not_counted(tmp_path: Path) -> None:
+    ids = [[1] * 12, [2] * 9]
+    packed = {"input_ids": ids, "labels": ids, "lengths": [[7, 5], [4, 5]]}
+    plain = [[3] * length for length in (3, 10, 4, 6)]
+    parts = [packed, {"input_ids": plain, "labels": plain}]
+    rows = Mixture([TokenRows(Dataset.from_dict(part)) for part in parts], [1.0, 2.0], seed=0)
+    result = fit(lora(), tmp_path, data=rows, steps=None, epochs=2, batch_size=3)
+    assert result.tokens == 2 * (12 + 9 + 3 + 10 + 4 + 6)
+
+
 def test_a_stopped_training_continues_with_the_same_rows(tmp_path: Path) -> None:
     undisturbed, stopped = lora(), lora()
     whole, first, rest = small(), small(), small()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from forgetless.errors import UserError
@@ -13,7 +14,7 @@ from forgetless.errors import UserError
 if TYPE_CHECKING:
     from forgetless.recipe import TrainingSettings
 
-Strategy = Literal["DDP", "FSDP2"]
+Strategy = Literal["DDP", "FSDP2", "ZeRO-1", "ZeRO-2"]
 
 _SHARDED_OPTIMIZERS = ("adamw", "lion", "sgd")
 """Those that treat every number of a weight alike, wherever the others are."""
@@ -27,7 +28,8 @@ class Launch:
         processes: how many there are; 1 without a launcher.
         index: which one this is, from 0.
         strategy: how they train together: each with the whole model and a part of every batch
-            (DDP), or with a shard of the weights too (FSDP2). None for one process.
+            (DDP), with a part of the optimiser's state too (ZeRO-1) and of the gradients (ZeRO-2),
+            or with a shard of the weights (FSDP2). None for one process.
     """
 
     processes: int = 1
@@ -44,13 +46,9 @@ class Launch:
         processes = int(environment.get("WORLD_SIZE", "1"))
         if processes == 1 or "RANK" not in environment:
             return cls()
-        if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
-            raise UserError(
-                "forgetless does not train under DeepSpeed; use DDP, or FSDP2, which shards the "
-                "weights too (accelerate launch --use_fsdp --fsdp_version 2), or train by a script "
-                "of your own with transformers.Trainer"
-            )
         index = int(environment["RANK"])
+        if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
+            return cls(processes, index, _zero_strategy(environment))
         if not _is_on(environment, "ACCELERATE_USE_FSDP"):
             return cls(processes, index, "DDP")
         if environment.get("FSDP_VERSION", "1") != "2":
@@ -60,6 +58,12 @@ class Launch:
                 "FSDP2 with weights on the CPU is not supported; turn offload_params off"
             )
         return cls(processes, index, "FSDP2")
+
+    @property
+    def zero_stage(self) -> int | None:
+        """Of DeepSpeed's ZeRO; None where it does not train."""
+        stages: dict[Strategy | None, int] = {"ZeRO-1": 1, "ZeRO-2": 2}
+        return stages.get(self.strategy)
 
     def obstacles(
         self, settings: TrainingSettings, *, penalties: bool, probes: bool
@@ -76,21 +80,30 @@ class Launch:
                 f"training.batch_size: {settings.batch_size} rows, which are those of all "
                 f"processes together, cannot be shared equally by {self.processes}; take a multiple"
             )
-        if self.strategy != "FSDP2":
+        if self.strategy in (None, "DDP"):
             return
+        if self.zero_stage and find_spec("deepspeed") is None:
+            yield (
+                f"{self.strategy} needs DeepSpeed, which is not installed: "
+                "pip install 'forgetless[deepspeed]'"
+            )
         for key, asked in (("penalties", penalties), ("probes", probes)):
-            if asked:
+            if asked and self.strategy == "FSDP2":
                 yield (
                     f"{key}: they need the whole model in every process, and FSDP2 spreads it; "
                     "train under DDP, or without them"
                 )
         if settings.optimizer not in _SHARDED_OPTIMIZERS:
             yield (
-                f"training.optimizer: {settings.optimizer!r} cannot work on shards (FSDP2); take "
-                f"one of {', '.join(_SHARDED_OPTIMIZERS)}, or train under DDP"
+                f"training.optimizer: {settings.optimizer!r} cannot work on shards "
+                f"({self.strategy}); take one of {', '.join(_SHARDED_OPTIMIZERS)}, or train under "
+                "DDP"
             )
         if settings.compile:
-            yield "training.compile: not together with FSDP2; turn it off, or train under DDP"
+            yield (
+                f"training.compile: not together with {self.strategy}; turn it off, or train under "
+                "DDP"
+            )
 
 
 @cache
@@ -102,6 +115,31 @@ def this_launch() -> Launch:
 def process_index() -> int:
     """Which process of its launch this is, whatever else is wrong with the launch."""
     return int(os.environ.get("RANK", "0"))
+
+
+def _zero_strategy(environment: Mapping[str, str]) -> Strategy:
+    if environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        raise UserError(
+            "a configuration file of DeepSpeed is not read, for the recipe says what it would; "
+            "leave it out and give --zero_stage 1 or 2"
+        )
+    for kept in ("optimizer", "param"):
+        name = f"ACCELERATE_DEEPSPEED_OFFLOAD_{kept.upper()}_DEVICE"
+        if environment.get(name, "none") != "none":
+            raise UserError(
+                "DeepSpeed's ZeRO is supported without offloading; leave "
+                f"--offload_{kept}_device out"
+            )
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")  # accelerate's own default
+    if stage == "1":
+        return "ZeRO-1"
+    if stage == "2":
+        return "ZeRO-2"
+    raise UserError(
+        f"DeepSpeed's ZeRO is supported in the stages 1 and 2, not {stage}; give --zero_stage 2, "
+        "or take FSDP2, which shards the weights too (accelerate launch --use_fsdp "
+        "--fsdp_version 2)"
+    )
 
 
 def _is_on(environment: Mapping[str, str], name: str) -> bool:

@@ -2,7 +2,8 @@
 
 A recipe's batch is that of all processes together: each reads the same rows and learns from its
 part of them, and the loss is the mean over all learned tokens of the step in all of them. So one
-process and several do the same training, up to rounding.
+process and several do the same training, up to rounding. (`forgetless.training.zero` is how they
+do so under DeepSpeed.)
 
 Under FSDP2 every process also holds only a shard of every weight. The model is sharded here, by
 torch's `fully_shard` and after a checkpoint was read into it, and what is written is gathered again
@@ -43,6 +44,7 @@ __all__ = [
     "join",
     "leave_sharded",
     "naming_lost_processes",
+    "refuse_packed",
     "shard",
 ]
 
@@ -56,9 +58,11 @@ _LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 
 def join() -> Ranks:
     """Meet the other processes of this launch; of one, when there is no launcher."""
-    if this_launch().processes > 1:
-        # What is to be sharded is sharded here.
-        os.environ.pop("ACCELERATE_USE_FSDP", None)
+    launch = this_launch()  # reads, once, what is taken away below
+    # What is to be sharded is sharded here. Trainer would do it in its own way, also for one.
+    for sharding in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(sharding, None)
+    if launch.processes > 1:
         PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     return Ranks.current()
 
@@ -81,7 +85,7 @@ def naming_lost_processes() -> Iterator[None]:
 
 
 class Share:
-    """Joins this process's part of the rows of a batch.
+    """Joins this process's part of the rows of a batch, and counts ``tokens`` in all of them.
 
     At the end of an epoch there may be fewer rows than processes: those without one read a single
     token that nothing is learned from.
@@ -95,9 +99,10 @@ class Share:
         self.join = join
         self.ranks = ranks
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         mine = [row for _, row in self.ranks.share(rows)]
-        return self.join(mine or [_unlearned(rows[0])])
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        return {**self.join(mine or [_unlearned(rows[0])]), "tokens": tokens}
 
 
 def _unlearned(row: Row) -> Row:
@@ -128,12 +133,7 @@ def shard(model: nn.Module) -> None:
     Raises:
         UserError: quantised or offloaded weights, which cannot be cut.
     """
-    for name, weight in model.named_parameters():
-        if not weight.is_floating_point() or weight.is_meta:
-            raise UserError(
-                f"{name!r} is {'offloaded' if weight.is_meta else 'quantised'} and cannot be "
-                "sharded by FSDP2; train in one process"
-            )
+    refuse_packed(model, "FSDP2")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = accelerator.type if accelerator else "cpu"
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
@@ -143,6 +143,20 @@ def shard(model: nn.Module) -> None:
         sharded = fully_shard(part, mesh=mesh)
         if device == "cpu":  # gloo of older torch gives the sum where the mean is asked for
             sharded.set_force_sum_reduction_for_comms(True)
+
+
+def refuse_packed(model: nn.Module, strategy: str) -> None:
+    """Refuse a model with weights that are not there as plain numbers.
+
+    Raises:
+        UserError: names a quantised or offloaded weight, and the strategy.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.is_meta:
+            raise UserError(
+                f"{name!r} is {'offloaded' if weight.is_meta else 'quantised'}, which {strategy} "
+                "does not take; train in one process"
+            )
 
 
 def leave_sharded(accelerator: Accelerator) -> None:

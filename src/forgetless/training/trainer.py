@@ -32,6 +32,7 @@ from forgetless.training.optimizers import optimizer_arguments
 from forgetless.training.penalties import Penalty
 from forgetless.training.schedules import rate_factor
 from forgetless.training.trackers import Trackers
+from forgetless.training.zero import Zero
 
 __all__ = ["DivergenceError", "ExactTrainer", "require_finite", "trainer_arguments"]
 
@@ -115,6 +116,8 @@ class ExactTrainer(Trainer):
     loraplus_ratio: float = 1.0
     settings: TrainingSettings
     unlogged: Unlogged
+    zero: Zero | None = None
+    tokens_of_batch: int
 
     def run(self, checkpoint: Path | None, steps: int, probes: ForgettingCallback | None) -> None:
         """Train, from `checkpoint` on where there is one."""
@@ -129,7 +132,11 @@ class ExactTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.args.world_size > 1:  # or the masks of dropout would be alike in all processes
             torch.manual_seed(self.args.seed + self.args.process_index)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if self.zero is not None:
+                self.zero.end()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch; the last batch of a step also bears the penalties."""
@@ -145,11 +152,16 @@ class ExactTrainer(Trainer):
         divided = not self.model_accepts_loss_kwargs or kwargs.get("num_items_in_batch") is None
         return loss + total * (self.current_gradient_accumulation_steps if divided else 1)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        self.tokens_of_batch = inputs.pop("tokens")
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        step, rate = self.state.global_step + 1, self.lr_scheduler.get_last_lr()[0]
         if self.args.world_size == 1:  # all must stop alike: several look at the mean, in the log
-            rate = self.lr_scheduler.get_last_lr()[0]
-            require_finite("loss", loss.item(), self.state.global_step + 1, rate)
+            require_finite("loss", loss.item(), step, rate)
+        if self.zero is not None and self.accelerator.sync_gradients:
+            require_finite("gradient", self.zero.norm, step, rate)
         self.unlogged.total += loss.item()
         return loss
 
@@ -168,10 +180,17 @@ class ExactTrainer(Trainer):
             shard(self.model)
             leave_sharded(self.accelerator)
         optimizer = super().create_optimizer(model)
-        if is_new and self.args.shards:
+        if not is_new:
+            return optimizer
+        if self.args.shards:
             gather_optimizer(optimizer)
-        if is_new and self.loraplus_ratio != 1:
+        if self.loraplus_ratio != 1:
             speed_up(optimizer, self.model if model is None else model, self.loraplus_ratio)
+        # DeepSpeed drops empty groups, and the files are the same whoever trains.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        if stage := this_launch().zero_stage:
+            norm = self.settings.max_grad_norm
+            self.zero = Zero(self.accelerator, self.model, optimizer, stage, norm)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -208,12 +227,17 @@ class ExactTrainer(Trainer):
             self._save(output_dir, state_dict=weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if is_sharded(self.model) and not self.args.should_save:
+        gathers = is_sharded(self.model) or self.zero is not None
+        if gathers and not self.args.should_save:
             self.optimizer.state_dict()  # takes part in the gathering
         super()._save_optimizer_and_scheduler(output_dir)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         return [name for name, weight in model.named_parameters() if weight.ndim >= 2]
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        # Trainer would count what has no mask with its padding, and ask all processes.
+        self.state.num_input_tokens_seen += self.tokens_of_batch
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         return 0  # counting them walks over all modules at every step
