@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
 
+from forgetless.errors import UserError
 from forgetless.packing import IGNORED, Row, packed, wrapped
-from forgetless.training.batches import Padding, positions
+from forgetless.training.batches import Padding, TokenRows, positions
+from forgetless.training.token_checks import require_kept_apart
 from tests.families import FAMILIES, VOCAB
 
 CAUSAL = ("llama", "qwen2", "gpt2")
+SEVERAL = TokenRows(
+    datasets.Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[3, 4]], "lengths": [[1, 1]]})
+)
 
 
 def sequences() -> list[list[int]]:
@@ -50,6 +57,27 @@ def test_packed_sequences_have_the_losses_of_unpacked_ones(family: str) -> None:
     assert any(len(row.lengths) > 1 for row in together)
     apart = [loss for row in alone for loss in losses(model, batch_of([row]))]
     assert losses(model, batch_of(together)) == pytest.approx(sorted(apart), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_these_models_keep_packed_sequences_apart(family: str) -> None:
+    require_kept_apart(FAMILIES[family].model(), SEVERAL)
+
+
+def test_models_whose_masks_ignore_the_position_ids_are_refused() -> None:
+    """OPT takes position ids and makes no mask of them."""
+    opt = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    )
+    with pytest.raises(UserError, match="would see each other in OPTForCausalLM"):
+        require_kept_apart(opt, SEVERAL)
 
 
 def test_documents_fill_rows_and_keep_their_borders() -> None:

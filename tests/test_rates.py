@@ -56,12 +56,12 @@ def test_the_highest_stable_rate_is_taken() -> None:
         broken=falling(2)[:7],
     )
     assert found == {
-        "low": "learns 10% of the best",
-        "slow": "learns 50% of the best",
+        "low": "10 % of the best rate's fall",
+        "slow": "50 % of the best rate's fall",
         "good": "stable",
         "best": "stable",
         "higher": "stable",
-        "plateau": "learns 80% of the best",
+        "plateau": "80 % of the best rate's fall",
         "spiking": "spikes by 1.29",
         "worse": "learns nothing",
         "broken": "no number after step 7",
@@ -86,7 +86,7 @@ def test_the_order_of_the_trials_does_not_matter() -> None:
 
 @pytest.mark.parametrize("losses", [falling(4.1), falling(2)[:3], []])
 def test_no_stable_rate_is_an_error_that_says_what_was_seen(losses: list[float]) -> None:
-    with pytest.raises(UserError, match=r"no learning rate is stable \(0.1 .*, 0.2 .*\); give"):
+    with pytest.raises(UserError, match=r"no learning rate is stable \(0.1: .*, 0.2: .*\); give"):
         judge([Trial(0.1, losses), Trial(0.2, losses)], steps=20)
 
 
@@ -254,7 +254,7 @@ def test_the_command_shows_the_table_and_goes_on(
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines() if line.strip().startswith("0.0")]
     assert [row[0] for row in rows] == ["0.001", "0.01"]
-    assert rows[0][3:] == ["0.01", "learns", "49%", "of", "the", "best"]
+    assert rows[0][3:] == ["0.01", "49", "%", "of", "the", "best", "rate's", "fall"]
     assert rows[1][3:] == ["0.2", "stable", "<-", "taken"]
     assert "The highest rate that was tried is stable" in said
     assert "forgets more" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +22,8 @@ from forgetless.errors import RecipeError, UserError
 from forgetless.models import load_model, load_tokenizer
 from forgetless.recipe import Recipe
 from forgetless.runs import Run, run
-from forgetless.stages import Event
+from forgetless.shortage import TAKES_LESS
+from forgetless.stages import Event, Stages
 from forgetless.store import RunFolder
 from tests.tiny import recipe_of, save_base
 
@@ -329,24 +332,98 @@ def same_rows(one: Run, other: Run) -> bool:
 # ---- what a run does when something is wrong -----------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"data.max_length": 2}, "no example has a token to learn within max_length=2"),
+        (
+            {"data.format": "text", "data.max_length": 256},
+            r"the longest example has \d+ tokens, but the model has 128 positions",
+        ),
+    ],
+    ids=["too short", "too long"],
+)
+def test_data_that_cannot_be_trained_on_is_refused_before_anything_is_measured(
+    tiny_base: Path, tiny_files: Path, tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(UserError, match=problem):
+        run(recipe_of(tiny_base, tiny_files, **changes), tmp_path)
+    (record,) = tmp_path.rglob("run.json")
+    assert "seconds" not in store.read_json(record)
+
+
 def test_a_failed_run_keeps_the_reason_and_can_be_mended(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise MemoryError("no room for 3 GB")
+        raise OSError("no room for 3 GB")
 
     monkeypatch.setattr(stages, "train", fail)
     events: list[Event] = []
-    with pytest.raises(MemoryError):
+    with pytest.raises(OSError, match="no room"):
         run(tiny_recipe, tmp_path, "s", listen=events.append)
-    assert (events[-1].stage, events[-1].message) == ("failed", "MemoryError: no room for 3 GB")
+    assert (events[-1].stage, events[-1].message) == ("failed", "OSError: no room for 3 GB")
     (folder,) = store.run_folders(tmp_path / "s")
     record = store.read_json(folder.record)
-    assert (record["status"], record["reason"]) == ("failed", "MemoryError: no room for 3 GB")
-    assert "MemoryError" in record["traceback"]
+    assert (record["status"], record["reason"]) == ("failed", "OSError: no room for 3 GB")
+    assert "OSError" in record["traceback"]
     monkeypatch.undo()
     mended = run(tiny_recipe, tmp_path, "s")
     assert (mended.status, mended.record["reason"]) == ("done", None)
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB of "
+    "which 1.19 GiB is free. If reserved but unallocated memory is large try setting ..."
+)
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "reason", "help"),
+    [
+        (
+            "collect_statistics",
+            torch.OutOfMemoryError(CUDA),
+            r"for 'statistics' \(CUDA .* of which 1.19 GiB is free\)",
+            "set calibration.memory_budget",
+        ),
+        (
+            "train",
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            r"for 'train' \(.*can't allocate memory: 9 bytes\)",
+            "lower training.batch_size and raise training.gradient_accumulation",
+        ),
+        ("base_scores", MemoryError(), r"for 'base scores' \(MemoryError\)", "--batch-size 1"),
+        ("export", MemoryError(), r"for 'export' \(MemoryError\)", "'forgetless plan'"),
+    ],
+)
+def test_where_memory_runs_out_the_settings_that_take_less_are_named(
+    tiny_recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    error: Exception,
+    reason: str,
+    help: str,
+) -> None:
+    def fail(self: Stages) -> None:
+        raise error
+
+    work = ("base_scores", "collect_statistics", "start", "step0", "train", "export")
+    for before in work[: work.index(stage)]:
+        monkeypatch.setattr(Stages, before, lambda self: None)
+    monkeypatch.setattr(Stages, stage, fail)
+    with pytest.raises(UserError, match=f"^no memory left {reason}: .*{help}.*") as told:
+        run(tiny_recipe, tmp_path)
+    (record,) = tmp_path.rglob("run.json")
+    assert store.read_json(record)["reason"] == f"UserError: {told.value}"
+
+
+def test_settings_that_take_less_memory_are_those_of_a_recipe(tiny_recipe: dict[str, Any]) -> None:
+    named = " ".join(TAKES_LESS.values())
+    for key in re.findall(r"(?:training|calibration|data)\.\w+", named):
+        values = re.search(rf"{key}(?:: |, such as )(\w+)", named)
+        Recipe.parse(tiny_recipe, {key: yaml.safe_load(values[1]) if values else 2})
 
 
 def test_a_training_that_diverges_says_so(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 A packed row carries the lengths of its sequences. `forgetless.training.batches` turns them into
 position ids that begin again at every sequence, from which transformers builds the attention mask
-that keeps them apart, in every implementation of attention. The first token of a sequence has no
-label, since the sequence before it must not predict it.
+that keeps them apart in most architectures (`forgetless.training` tries it before the first step,
+and refuses the others). The first token of a sequence has no label, since the sequence before it
+must not predict it.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from forgetless.errors import RecipeError, UserError
 from forgetless.launch import this_launch
 from forgetless.recipe import DATA, Recipe, check
 from forgetless.runs import torch_threads
+from forgetless.shortage import saying_what_takes_less
 from forgetless.stages import Listener, Stages
 from forgetless.store import RunFolder
 from forgetless.training.durations import rows_of, total_steps
@@ -126,10 +127,19 @@ def _kept_texts(recipe: Recipe) -> list[Any]:
 
 def _search(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[str, Any]:
     """The trials, as JSON values."""
-    recipe = stages.recipe
-    if collected := stages.collect_statistics():
+    with saying_what_takes_less("statistics"):
+        collected = stages.collect_statistics()
+    if collected:
         stages.tell("find rate", f"statistics of {collected}")
-    stages.start()
+    with saying_what_takes_less("start"):
+        stages.start()
+    with saying_what_takes_less("train"):
+        return _tried(stages, rates, steps)
+
+
+def _tried(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[str, Any]:
+    """The trials from the start that is written down."""
+    recipe = stages.recipe
     model, tokens = stages.to_train()
     steps = steps or some_steps(total_steps(rows_of(tokens), recipe.training))
     trials = []
@@ -147,8 +157,8 @@ def _search(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[s
     ):
         trials.append(asdict(trial))
         last = f"loss {trial.losses[-1]:.4g}" if trial.losses else "no loss"
-        message = f"{trial.learning_rate:g}: {last} after {len(trial.losses)} of {steps} steps"
-        stages.tell("find rate", message)
+        after = f"{last} after {len(trial.losses)} of {steps} steps"
+        stages.tell("find rate", f"learning rate {trial.learning_rate:g}: {after}")
     return {"steps": steps, "trials": trials}
 
 

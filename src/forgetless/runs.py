@@ -26,6 +26,7 @@ from forgetless.recipe import Recipe, check
 from forgetless.stages import Listener, Stages
 from forgetless.statistics.ranks import Ranks
 from forgetless.store import RunFolder
+from forgetless.training.budget import Exceeded
 from forgetless.training.devices import join, naming_lost_processes
 
 SMALL_MODEL = 50_000_000
@@ -54,6 +55,12 @@ class Run:
     def status(self) -> str:
         """``pending``, ``running``, ``done`` or ``failed``."""
         return str(self.record.get("status", "pending"))
+
+    @property
+    def exceeded(self) -> Exceeded | None:
+        """The budget of forgetting that ended the training; None when none did."""
+        found = self.record.get("training", {}).get("exceeded")
+        return Exceeded(**found) if found else None
 
     @property
     def scores(self) -> list[dict[str, Any]]:

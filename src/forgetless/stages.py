@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -35,7 +35,7 @@ from forgetless.cards import write_run_card
 from forgetless.data import load_examples, tokenize
 from forgetless.inputs import Collecting, load_inputs
 from forgetless.launch import this_launch
-from forgetless.models import linear_weight, load_model, load_tokenizer, target_layers
+from forgetless.models import linear_weight, load_model, load_tokenizer, meta_model, target_layers
 from forgetless.recipe import (
     AdapterSettings,
     Recipe,
@@ -44,6 +44,7 @@ from forgetless.recipe import (
 )
 from forgetless.reuse import cached_spectra
 from forgetless.scores.cache import ScoreCache
+from forgetless.shortage import saying_what_takes_less
 from forgetless.statistics import Statistics
 from forgetless.statistics.ranks import Ranks
 from forgetless.store import Phase, RunFolder
@@ -52,8 +53,13 @@ from forgetless.tasks.journal import resuming
 from forgetless.training import train
 from forgetless.training.batches import TokenRows
 from forgetless.training.devices import gathered, is_sharded
+from forgetless.training.durations import rows_of
 from forgetless.training.forgetting import from_settings
 from forgetless.training.mixture import Mixture
+from forgetless.training.token_checks import require_fitting, require_kept_apart
+
+if TYPE_CHECKING:
+    import datasets
 
 SMALL_INPUT = 1024
 """Inputs of a layer up to which its tail energy is worth an eigendecomposition."""
@@ -97,6 +103,7 @@ class Stages:
         Several processes collect statistics and train together. All else is the first one's work,
         for which the others wait, and it alone writes.
         """
+        self.ranks.first(self._require_fitting_data)
         if evaluate:
             self._note(lambda: {"tasks": {task.name: kind for task, kind in self.tasks}})
             self._timed("base scores", self.base_scores)
@@ -114,7 +121,8 @@ class Stages:
     def _timed(self, stage: str, work: Callable[[], str | None], *, together: bool = False) -> None:
         """Do a stage; its time is kept only where it had something to do."""
         started = time.perf_counter()
-        message = work() if together else self.ranks.first(work)
+        with saying_what_takes_less(stage):
+            message = work() if together else self.ranks.first(work)
         if message is not None:
             seconds = round(time.perf_counter() - started, 3)
             self._note(lambda: {"seconds": {**self.record.get("seconds", {}), stage: seconds}})
@@ -275,7 +283,7 @@ class Stages:
         for run, task, kind in missing:
             model = self._trained_model(run)
             self._measure(run, "final", task, kind, model, self._weights(run))
-        return _counted(missing, "task") if missing else None
+        return _counted(missing, "measurement" if on_the_way else "task") if missing else None
 
     # -------------------------------------------------------------------------------- training
 
@@ -336,8 +344,20 @@ class Stages:
 
     def _spectra(self) -> AbstractContextManager[object]:
         """Where the runs of a study, if there are several, share the spectra of the weights."""
-        planned = store.read_json(self.folder.path.parent / "runs.json").get("runs", [])
-        return cached_spectra(self.shared / "spectra") if len(planned) > 1 else nullcontext()
+        several = len(store.planned(self.folder.path.parent)) > 1
+        return cached_spectra(self.shared / "spectra") if several else nullcontext()
+
+    def _require_fitting_data(self) -> None:
+        """Say at once what of the data the base cannot be trained on; measuring may take hours."""
+        if self._is_trained():
+            return
+        rows = rows_of(self.tokens)
+        require_fitting(meta_model(self.recipe.base), rows)
+        if rows.several:
+            require_kept_apart(self._base(), rows)
+
+    def _is_trained(self) -> bool:
+        return self.trained.exists() and "training" in self.record
 
     def to_train(self) -> tuple[Any, Any]:
         """The model before its first step, and the tokens to train it on."""
@@ -347,11 +367,11 @@ class Stages:
         model = self._load_base(device)
         if not self.full:
             model = load(model, self.folder.start, trainable=True)
-        return model, self._tokens()
+        return model, self.tokens
 
     def train(self) -> str | None:
         """Train, from the newest checkpoint if there is one, and write the result down."""
-        if self.ranks.first(lambda: self.trained.exists() and "training" in self.record):
+        if self.ranks.first(self._is_trained):
             self.ranks.first(self._tidy)
             return None
         recipe, (model, tokens) = self.recipe, self.to_train()
@@ -393,7 +413,9 @@ class Stages:
         if not self.full and self.record["start"]["equals_base"]:
             store.remove(self.folder.start)
 
-    def _tokens(self) -> Any:
+    @cached_property
+    def tokens(self) -> datasets.Dataset | Mixture:
+        """What is trained on, as the base's tokenizer reads it."""
         data, tokens = self.recipe.data, []
         for path, _ in data.sources:
             examples = load_examples(path, limit=data.limit, kind=data.format)

@@ -278,10 +278,16 @@ def folder_name(name: str) -> str:
 def run_folders(study_folder: str | Path) -> list[RunFolder]:
     """The runs of a study: first those of its definition, in order, then any others by name."""
     study_folder = Path(study_folder)
-    planned = [entry["run_id"] for entry in read_json(study_folder / "runs.json").get("runs", [])]
-    found = {path.parent.name for path in study_folder.glob("*/recipe.yaml")}
-    order = [name for name in planned if name in found] + sorted(found - set(planned))
-    return [RunFolder(study_folder / name) for name in order]
+    of_study = planned(study_folder)
+    found = {RunFolder(path.parent) for path in study_folder.glob("*/recipe.yaml")}
+    others = sorted(found - set(of_study), key=lambda run: run.path.name)
+    return [run for run in of_study if run in found] + others
+
+
+def planned(study_folder: Path) -> list[RunFolder]:
+    """The runs that the study's definition comes to, in its order, begun or not."""
+    entries = read_json(study_folder / "runs.json").get("runs", [])
+    return [RunFolder(study_folder / entry["run_id"]) for entry in entries]
 
 
 # -------------------------------------------------------------------------------------- the table

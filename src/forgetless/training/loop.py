@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from forgetless.training.optimizers import optimizer_class, optimizer_problems
 from forgetless.training.penalties import make_penalty
 from forgetless.training.record import Points, Record
 from forgetless.training.restoring import trained_weights
+from forgetless.training.token_checks import require_fitting, require_kept_apart
 from forgetless.training.trackers import Trackers, tracker_problems
 from forgetless.training.trainer import ExactTrainer, trainer_arguments
 
@@ -117,7 +117,9 @@ def train(
     if isinstance(examples, Examples):
         examples = tokenize(examples, tokenizer)
     rows = rows_of(examples)
-    _check(model, rows)
+    _check(model)
+    require_fitting(model, rows)
+    require_kept_apart(model, rows)
     require_both_factors(model, settings.loraplus_ratio)
     steps = total_steps(rows, settings)
 
@@ -190,7 +192,7 @@ def _require_fitting(settings: TrainingSettings, penalties: bool, probes: bool) 
         raise UserError(first_few(problems))
 
 
-def _check(model: Any, rows: Rows) -> None:
+def _check(model: Any) -> None:
     trained = trained_weights(model).values()
     if not trained:
         raise UserError("no weight of the model asks for gradients; attach an adapter first")
@@ -199,24 +201,6 @@ def _check(model: Any, rows: Rows) -> None:
             "the trained weights are stored in 16 bits, which lose small updates; load the model "
             "with dtype 'float32' (training in precision 'bf16' is as fast)",
             stacklevel=3,
-        )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and rows.longest > positions:
-        raise UserError(
-            f"the longest example has {rows.longest} tokens, but the model has {positions} "
-            f"positions; set max_length to {positions} or less"
-        )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if rows.several and "position_ids" not in inspect.signature(base.forward).parameters:
-        raise UserError(
-            f"{type(base).__name__} takes no position ids, without which packed sequences would "
-            "see each other; set data.pack to false"
-        )
-    words, largest = model.get_input_embeddings().num_embeddings, rows.largest_token
-    if largest >= words:
-        raise UserError(
-            f"the data holds the token {largest}, but the model knows {words} tokens; "
-            "use the tokenizer of this model"
         )
 
 

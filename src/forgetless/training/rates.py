@@ -183,7 +183,7 @@ def judge(trials: Sequence[Trial], steps: int) -> tuple[list[Verdict], float]:
     verdicts = [_verdict(trial, curves) for trial in trials]
     stable = [verdict.learning_rate for verdict in verdicts if verdict.stable]
     if not stable:
-        tried = ", ".join(f"{v.learning_rate:g} {v.why}" for v in verdicts)
+        tried = ", ".join(f"{v.learning_rate:g}: {v.why}" for v in verdicts)
         raise UserError(f"no learning rate is stable ({tried}); give other --rates, or more steps")
     return verdicts, max(stable)
 
@@ -201,7 +201,7 @@ def _verdict(trial: Trial, curves: Mapping[float, Sequence[float]]) -> Verdict:
     elif gain <= 0:
         why = "learns nothing"
     elif gain < (1 - TOLERANCE) * (first - best):
-        why = f"learns {gain / (first - best):.0%} of the best"
+        why = f"{100 * gain / (first - best):.0f} % of the best rate's fall"
     else:
         return Verdict(rate, curve[-1], rise, stable=True, why="stable")
     return Verdict(rate, curve[-1], rise, stable=False, why=why)
