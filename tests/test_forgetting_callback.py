@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -430,6 +431,38 @@ def test_a_full_fine_tuning_still_knows_its_base_after_an_interruption(
         plain_trainer(model, tiny_files, tmp_path, probes).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-4")
         )
+
+
+def test_a_drop_from_a_base_that_nobody_knows_any_more_is_refused(
+    tiny_base: Path, tiny_files: Path, old: Path, tmp_path: Path
+) -> None:
+    """Of a training without probes that goes on with them, the weights are no longer the base's."""
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    model = LlamaForCausalLM.from_pretrained(tiny_base)
+    plain_trainer(model, tiny_files, tmp_path, max_steps=4, **saving).train()
+    prose = {"kind": "perplexity", "path": str(old), "limit": 4}
+    probes = ForgettingCallback(prose, max_drop=0.5, tokenizer=tokenizer())
+    with pytest.raises(UserError, match="pass reference="):
+        plain_trainer(model, tiny_files, tmp_path, probes).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
+
+
+def test_a_model_is_freed_with_its_training(
+    tiny_base: Path, tiny_files: Path, old: Path, tmp_path: Path
+) -> None:
+    probes = ForgettingCallback(old, every=2)
+    model = lora(LlamaForCausalLM.from_pretrained(tiny_base))
+    data = load_examples(str(tiny_files / "train.jsonl"))
+    gc.collect()
+    gc.disable()
+    try:
+        train(model, tokenizer(), data, TrainingSettings(steps=2), tmp_path, probes=probes)
+        weight = weakref.ref(next(model.parameters()))
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("action", ["stop", "rollback"])

@@ -167,6 +167,59 @@ def test_orthogonality_is_the_overlap_of_the_inputs(
     assert penalty(adapted, 0).item() == pytest.approx(float(overlap), rel=1e-4)
 
 
+def test_orthogonality_is_that_of_the_adapter_in_training(
+    tokenizer: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = load_model(str(tiny_base), dtype="float32")
+    first = shaken(attach(base, "lora", rank=2, alpha=2, target_modules=["q_proj", "v_proj"]))
+    export(first, tmp_path / "first")
+    both = attach(first, "lora", rank=3, adapter_name="second", target_modules=["v_proj", "k_proj"])
+    spec: Any = {"kind": "orthogonality", "weight": 1, "adapters": [str(tmp_path / "first")]}
+    penalty = prepared(both, tokenizer, **spec)
+    earlier = down_projections(tmp_path / "first")
+    overlap = sum(
+        (earlier[name] @ module.lora_A["second"].weight.T).square().sum()
+        for name, module in adapted_layers(both, "second").items()
+        if name in earlier
+    )
+    assert penalty(both, 0).item() == pytest.approx(float(overlap), rel=1e-4)
+
+
+def test_orthogonality_needs_an_a_that_moves(
+    tokenizer: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = load_model(str(tiny_base), dtype="float32")
+    stats = collect(base, [{"input_ids": torch.arange(4, 60)[None]}])
+    model = attach(base, "lora_null_v2", rank=2, stats=stats)
+    save(model, tmp_path / "earlier")
+    with pytest.raises(UserError, match="moves A, which this method freezes"):
+        prepared(
+            model, tokenizer, kind="orthogonality", weight=1, adapters=[str(tmp_path / "earlier")]
+        )
+
+
+def test_its_own_text_is_that_of_the_base(adapted: Any, tokenizer: Any) -> None:
+    spec: Any = {"kind": "kl", "weight": 1, "source": "self", "samples": 2, "max_length": 12}
+    (before,) = prepared(adapted, tokenizer, **spec)._batches
+    with torch.no_grad():
+        for module in adapted_layers(adapted).values():
+            module.lora_A["default"].weight.fill_(1)
+    (after,) = prepared(adapted, tokenizer, **spec)._batches
+    assert torch.equal(before["input_ids"], after["input_ids"])
+
+
+def test_fisher_information_is_not_summed_in_16_bits(
+    tokenizer: Any, tiny_base: Path, tiny_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(tiny_base), dtype="bfloat16")
+    module = "forgetless.training.penalties"
+    monkeypatch.setattr(f"{module}.EWC._sequences", lambda _: [torch.ones(1, 2)] * 600)
+    monkeypatch.setattr(f"{module}._log_likelihood", lambda model, _: model.lm_head.weight.sum())
+    penalty = prepared(model, tokenizer, kind="ewc", weight=1, source=str(tiny_files / "old.txt"))
+    found = penalty._fisher["model.embed_tokens.weight"]  # tied
+    assert torch.allclose(found, torch.ones_like(found), rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["milora", "lora", "lora_null_v2"])
 def test_a_native_folder_has_the_inputs_of_the_exported_one(
     method: str, tiny_base: Path, tmp_path: Path
@@ -296,6 +349,20 @@ def test_the_log_has_the_penalty_beside_the_loss(
     assert first["loss"] - first["penalty"] == pytest.approx(alone["loss"], rel=1e-5)
     assert 0 < second["penalty"] < second["loss"]
     assert "penalty" not in alone
+
+
+@pytest.mark.parametrize("which", ["full", "adapted"])
+def test_in_mixed_precision_the_base_is_no_distance_from_itself(
+    which: str, tokenizer: Any, tiny_files: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    rows = tokenize(load_examples(tiny_files / "train.jsonl"), tokenizer, max_length=32)
+    penalty = {"kind": "kl", "weight": 1.0, "source": str(tiny_files / "old.txt"), "samples": 4}
+    settings = TrainingSettings(steps=1, batch_size=4, precision="bf16")
+    model = request.getfixturevalue(which)
+    with torch.no_grad():  # or rounding to 16 bits would hardly show in the logits
+        model.get_output_embeddings().weight.mul_(8)
+    train(model, tokenizer, rows, settings, tmp_path, penalties=[penalty])
+    assert lines(tmp_path)[0]["penalty"] == 0
 
 
 def test_a_resumed_training_gives_the_same_penalties(

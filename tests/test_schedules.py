@@ -104,10 +104,16 @@ def test_a_budget_of_tokens_clears_the_steps_of_a_recipe() -> None:
 # ---- budgets of tokens ---------------------------------------------------------------------------
 
 
-def test_a_budget_of_tokens_is_met_to_within_a_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("batch_size", "steps"), [(8, 8), (24, 4)], ids=["whole", "short at end"])
+def test_a_budget_of_tokens_is_met_to_within_a_step(
+    batch_size: int, steps: int, tmp_path: Path
+) -> None:
+    """Also where the last step of an epoch is a short one: 64 rows are 48 and 16."""
     rows = TokenRows(token_data(64))
-    settings = TrainingSettings(tokens=2 * rows.tokens, batch_size=8, gradient_accumulation=2)
-    assert total_steps(rows, settings) == 8
+    settings = TrainingSettings(
+        tokens=2 * rows.tokens, batch_size=batch_size, gradient_accumulation=2
+    )
+    assert total_steps(rows, settings) == steps
     result = train(lora(), TOKENIZER, token_data(64), settings, tmp_path)
     assert result.tokens == 2 * rows.tokens
 

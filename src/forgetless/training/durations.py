@@ -31,16 +31,22 @@ def total_steps(rows: Rows, settings: TrainingSettings) -> int:
     if settings.steps is not None:
         return settings.steps
     if settings.tokens is not None:
+        an_epoch = _steps_an_epoch(len(rows), settings)
+        epochs, rest = divmod(settings.tokens, rows.tokens)
         a_step = settings.batch_size * settings.gradient_accumulation * rows.tokens / len(rows)
-        return max(1, round(settings.tokens / a_step))
+        # The last step of an epoch may be a short one, so whole epochs are counted by themselves.
+        return max(1, epochs * an_epoch + min(an_epoch, round(rest / a_step)))
     return epoch_steps(len(rows), settings)
 
 
 def epoch_steps(rows: int, settings: TrainingSettings) -> int:
     """Optimiser steps of the epochs of a training on so many rows."""
     assert settings.epochs is not None
-    batches = math.ceil(rows / settings.batch_size)
-    return math.ceil(settings.epochs * math.ceil(batches / settings.gradient_accumulation))
+    return math.ceil(settings.epochs * _steps_an_epoch(rows, settings))
+
+
+def _steps_an_epoch(rows: int, settings: TrainingSettings) -> int:
+    return math.ceil(math.ceil(rows / settings.batch_size) / settings.gradient_accumulation)
 
 
 def measured_steps(steps: int, settings: TrainingSettings) -> list[int]:

@@ -125,6 +125,10 @@ class ForgettingCallback(TrainerCallback):
         self._base: dict[str, float] = {}
         self._clock = _Clock()
         self._several = False
+        self._trainer: Trainer | None = None
+        self._model: Any = None
+        self._asked: nn.Module | None = None
+        self._final: dict[str, torch.Tensor] | None = None
 
     @property
     def decides(self) -> dict[str, Any]:
@@ -149,7 +153,7 @@ class ForgettingCallback(TrainerCallback):
         self._reader = self.tokenizer or _tokenizer_of(self._model, kwargs.get("processing_class"))
         self._inside = InsideWeights(Path(args.output_dir))
         self._several = args.world_size > 1
-        self._final: dict[str, torch.Tensor] | None = None
+        self._final = None
         saved = state.stateful_callbacks.get(STATE_KEY)
         if state.global_step and saved is not None:
             self._resume(args, state, saved)
@@ -173,6 +177,10 @@ class ForgettingCallback(TrainerCallback):
         if self._rolls_back and state.is_world_process_zero:
             self._inside.add_to(_checkpoint(args, state))
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let go of the trainer, which has this callback: in a circle its memory would stay."""
+        self._trainer = self._model = self._asked = self._final = None
+
     # ------------------------------------------------------------------------------------- start
 
     @property
@@ -181,13 +189,15 @@ class ForgettingCallback(TrainerCallback):
 
     def _begin(self, args: Any, state: Any, control: Any) -> None:
         self.history, self.exceeded, self._trained_before = [], None, 0.0
+        needs_base = self.probes.need_reference or self.budget.max_drop is not None
+        has_base = _has_base(self._model, self.reference)
+        if state.global_step and needs_base and not has_base:
+            raise UserError(
+                "the checkpoint is of a training without probes, so the base is not known any "
+                "more; pass reference=, the untouched base"
+            )
         recorded = None
-        if self.probes.need_reference and not _has_base(self._model, self.reference):
-            if state.global_step:
-                raise UserError(
-                    "the checkpoint is of a training without probes, so the base is not known any "
-                    "more; pass reference=, the untouched base"
-                )
+        if self.probes.need_reference and not has_base:
             recorded = RecordedBase(self._model)
         self._asked = recorded or self.reference
         started = _now(self._model)

@@ -24,13 +24,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.adapters import adapted_layers, down_projections, plain_factors
 from forgetless.calibration import batches
@@ -96,10 +96,9 @@ class HeldTexts:
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         """Read the texts."""
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         found = batches(
             self.source,
-            base,
+            cast("PreTrainedModel", model),
             tokenizer,
             samples=self.samples,
             max_length=self.max_length,
@@ -141,7 +140,10 @@ class KLToBase(HeldTexts):
     def _base_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         logits: Tensor
         if self._base is not None:
-            with torch.no_grad():
+            # Where accelerate has wrapped a model's forward in autocast, this is the plain one.
+            mixed = hasattr(model, "_original_forward")
+            device = batch["input_ids"].device.type
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=mixed):
                 logits = self._base(**batch, use_cache=False).logits
         else:
             assert isinstance(model, PeftModel)
@@ -162,7 +164,11 @@ class EWC(HeldTexts):
         """Read the texts, measure F and remember the start."""
         super().prepare(model, tokenizer, seed)
         self._start = trained_copy(model)
-        self._fisher = {name: torch.zeros_like(start) for name, start in self._start.items()}
+        # In bfloat16 a sum of a thousand terms would lose a sixth of itself.
+        self._fisher = {
+            name: torch.zeros_like(start, dtype=torch.promote_types(start.dtype, torch.float32))
+            for name, start in self._start.items()
+        }
         sequences = self._sequences()
         if not sequences:
             raise UserError(f"penalty 'ewc': no text of {self.source} has two tokens or more")
@@ -171,7 +177,8 @@ class EWC(HeldTexts):
                 _log_likelihood(model, ids).backward()  # type: ignore[no-untyped-call]
                 for name, weight in trained_weights(model).items():
                     if weight.grad is not None:
-                        self._fisher[name] += weight.grad.square() / len(sequences)
+                        gradient = weight.grad.to(self._fisher[name])
+                        self._fisher[name] += gradient.square() / len(sequences)
                     weight.grad = None
         self._batches = []
 
@@ -197,6 +204,9 @@ class EWC(HeldTexts):
 class Orthogonality:
     """Overlap of the adapter's inputs with those of earlier adapters.
 
+    The paper's adapters start at B = 0. One with a start of its own (A0, B0) has the inputs A0 + dA
+    and dA: half of the overlap of A0 stays, and the pull moves the model off its base by itself.
+
     Attributes:
         weight: of the penalty.
         adapters: folders of LoRAs, exported or native, ours or PEFT's.
@@ -216,7 +226,12 @@ class Orthogonality:
             {name: A.to(device).float() for name, A in down_projections(folder).items()}
             for folder in self.adapters
         ]
-        names = set(adapted_layers(model))
+        layers = adapted_layers(model, model.active_adapter)
+        names = {
+            n for n, m in layers.items() if m.lora_A[model.active_adapter].weight.requires_grad
+        }
+        if not names:
+            raise UserError("the penalty 'orthogonality' moves A, which this method freezes")
         for folder, found in zip(self.adapters, self._earlier, strict=True):
             if not names & found.keys():
                 raise UserError(f"{folder} adapts none of the layers that are trained now")
@@ -225,8 +240,9 @@ class Orthogonality:
         """Sum of ||A_old A^T||_F^2."""
         assert isinstance(model, PeftModel)
         total = torch.zeros((), device=next(model.parameters()).device)
-        for name, module in adapted_layers(model).items():
-            A, _ = plain_factors(module, model.active_adapter)
+        adapter = model.active_adapter
+        for name, module in adapted_layers(model, adapter).items():
+            A, _ = plain_factors(module, adapter)
             for earlier in self._earlier:
                 if name in earlier:
                     total = total + (earlier[name] @ A.float().mT).square().sum()
