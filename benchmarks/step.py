@@ -105,11 +105,15 @@ def floor(hidden: int, rank: int, tokens: int, length: int) -> float:
 
 
 def kept_bytes(model: nn.Module, step: Callable[[], None], device: str) -> int:
-    """Bytes that training holds: peak of a step on a GPU, else graph and trained state."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    """Bytes that training holds: the model, its trained state, and what a step adds to them."""
+    weights = (*model.parameters(), *model.buffers())
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)  # of the other sides too
+        torch.cuda.reset_peak_memory_stats(device)
         step()
-        return torch.cuda.max_memory_allocated()
+        added = torch.cuda.max_memory_allocated(device) - before
+        # A weight itself and AdamW's two moments; its gradient is a part of what the step adds.
+        return added + sum(w.nbytes * (3 if w.requires_grad else 1) for w in weights)
     saved: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,7 +123,7 @@ def kept_bytes(model: nn.Module, step: Callable[[], None], device: str) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         step()
-    for weight in (*model.parameters(), *model.buffers()):
+    for weight in weights:
         copies = 4 if weight.requires_grad else 1  # itself, its gradient, AdamW's two moments
         saved[weight.untyped_storage().data_ptr()] = copies * weight.untyped_storage().nbytes()
     return sum(saved.values())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,6 +357,18 @@ def test_the_trainer_trains_on_a_quantised_base(
 
 
 # ---- weights that are not there ------------------------------------------------------------------
+
+
+def test_a_base_is_freed_as_soon_as_nobody_needs_it() -> None:
+    base = FAMILIES["llama"].build()
+    released = weakref.ref(base)
+    gc.disable()  # on a GPU the next model may need the room before the next collection
+    try:
+        model = attach(base, "pissa", rank=2)
+        del base, model
+        assert released() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_on_the_meta_device_is_refused() -> None:

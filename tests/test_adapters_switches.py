@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from forgetless.adapters import adapted_layers, attach, delta_weights, export, load, save
+from forgetless.adapters.ranks import LayerRank, layer_ranks, patterns
 from forgetless.errors import UserError
 from forgetless.methods.eva import redistribute_ranks
 from forgetless.models import linear_weight
@@ -134,6 +135,13 @@ def test_a_pattern_decides_by_name_ending_or_expression_and_the_first_one_counts
     assert ranks["0.mlp.up_proj"] == (5, 2)
     assert ranks["0.self_attn.k_proj"] == (2, 3)
     assert ranks["1.self_attn.k_proj"] == (4, 1.5)
+
+
+def test_a_layer_whose_name_ends_in_an_exceptions_keeps_its_own_rank() -> None:
+    ranks = {"proj": LayerRank(4, 8), "inner.proj": LayerRank(8, 8), "mlp": LayerRank(8, 8)}
+    written = patterns(ranks, 8, 8)
+    assert written == {"rank_pattern": {r"inner\.proj": 8, "proj": 4}, "alpha_pattern": {}}
+    assert layer_ranks(ranks, 8, 8, **written) == ranks
 
 
 def test_a_layers_own_rank_is_the_start_of_that_rank() -> None:

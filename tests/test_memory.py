@@ -95,6 +95,17 @@ def test_weights_gradients_and_moments_are_counted() -> None:
     assert found.total == sum(getattr(found, part) for part in parts)
 
 
+@pytest.mark.parametrize(("optimizer", "each"), [("adamw", 4), ("lion", 2), ("adamw_8bit", 2)])
+def test_moments_have_the_format_of_their_weights(optimizer: Any, each: int) -> None:
+    found = step_memory(
+        llama("narrow", "meta").to(torch.bfloat16),
+        AdapterSettings(method="full"),
+        TrainingSettings(epochs=1.0, batch_size=1, optimizer=optimizer),
+        length=8,
+    )
+    assert found.optimizer == each * found.trained
+
+
 def test_what_an_adapter_holds() -> None:
     small = "large vocabulary"  # of one layer
     real = get_peft_model(llama(small, "cpu"), LoraConfig(r=8, target_modules="all-linear"))

@@ -184,6 +184,7 @@ def test_a_list_holds_endings_or_whole_names() -> None:
     [
         (["c_attn"], "match no layer.*down_proj, gate_proj"),
         ("q_prj", "match no layer"),
+        (["q_proj", "c_attn"], r"\['c_attn'\] match no layer"),
         ([], "match no layer"),
         (["embed_tokens"], "is a Embedding; only linear"),
         (".*self_attn", "is a LlamaAttention; only linear"),

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from forgetless.errors import UserError
 from forgetless.models import target_layers
 from forgetless.statistics import LayerStatistics, Statistics, collect
+from forgetless.statistics.collector import Collector
 from tests.families import FAMILIES, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than they have inputs")
@@ -349,6 +350,25 @@ def test_forwards_stop_at_the_last_needed_layer() -> None:
         model, batches, [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.up_proj")]
     )
     assert (len(head), len(up), len(down)) == (2, 4, 2)
+
+
+def test_a_matrix_is_made_once_whatever_the_number_of_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[str] = []
+    zeros = Collector._zeros
+
+    def counted(self: Collector, name: str) -> Tensor:
+        made.append(name)
+        return zeros(self, name)
+
+    monkeypatch.setattr(Collector, "_zeros", counted)
+    found = collect(FAMILIES["llama"].model(), batched(examples("llama"), 1))
+    assert (
+        len(made)
+        == len(set(made))
+        == len({layer.second_moment.data_ptr() for layer in found.values()})
+    )
 
 
 def test_a_budget_takes_as_many_layers_a_pass_as_fit() -> None:

@@ -149,7 +149,7 @@ class _Pretraining:
             batch = tokens.batch(
                 sizes.batch_size, sizes.length, self.plan.fact_share, sizes.seed, self.step
             )
-            loss = self._train(torch.from_numpy(batch).to(self.device), done)
+            loss = self._train(self._on_device(batch), done)
             self.step += 1
             if self.step % LOG_EVERY == 0:
                 self._write(float(loss))
@@ -161,6 +161,13 @@ class _Pretraining:
         if loss is not None and self.step % LOG_EVERY:
             self._write(float(loss))
         self._tell_speed(self.step - began[0], self.seconds - began[1])
+
+    def _on_device(self, batch: Any) -> torch.Tensor:
+        """Token ids where the model is; a GPU gets them while it still computes."""
+        rows = torch.from_numpy(batch)
+        if self.device.type == "cuda":  # a copy from other memory would wait for all before it
+            rows = rows.pin_memory()
+        return rows.to(self.device, non_blocking=True)
 
     def _train(self, batch: torch.Tensor, done: float) -> torch.Tensor:
         for group in self.optimizer.param_groups:

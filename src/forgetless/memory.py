@@ -57,7 +57,8 @@ STATE_BYTES = {
     "adafactor": 0,
     "sgd": 0,
 }
-"""What an optimiser keeps for each trained weight; adafactor's rows and columns are left out."""
+"""What an optimiser keeps for each trained float32 weight; adafactor's rows and columns are left
+out. Moments have the number format of their weights, unless they have 8 bits."""
 
 START_MATRICES = 7
 """Float64 matrices, of the widest input squared, that the start of one layer holds at a time."""
@@ -114,7 +115,7 @@ class RunMemory:
 
 
 def run_memory(model: Any, recipe: Recipe, length: int, *, several: bool = False) -> RunMemory:
-    """The memory of a run, from its stages; measuring the tasks is not looked at.
+    """The memory of a run, from its stages; measuring the tasks, and penalties, are not looked at.
 
     Args:
         model: the base on the meta device, in the number format that the recipe loads it in; it
@@ -176,7 +177,7 @@ def step_memory(
         if training.gradient_checkpointing:
             model.enable_input_require_grads()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    count, gradients = sum(weight.numel() for weight in trained), _bytes(trained)
+    gradients = _bytes(trained)
     accumulates = training.gradient_accumulation > 1
     most = _most_alive(
         _Step(model.train()),
@@ -189,10 +190,17 @@ def step_memory(
         weights=weights,
         adapter=_bytes(model.parameters()) + _bytes(model.buffers()) - weights,
         gradients=gradients,
-        optimizer=count * STATE_BYTES[training.optimizer],
+        optimizer=_state(training.optimizer, trained),
         activations=most if accumulates else max(0, most - gradients),
-        trained=count,
+        trained=sum(weight.numel() for weight in trained),
     )
+
+
+def _state(optimizer: str, trained: Iterable[Tensor]) -> int:
+    """Bytes that the optimiser keeps of these weights."""
+    in_8_bits = optimizer.endswith("8bit")
+    sizes = (weight.numel() * (4 if in_8_bits else weight.element_size()) for weight in trained)
+    return sum(sizes) * STATE_BYTES[optimizer] // 4
 
 
 def _adapted(model: nn.Module, settings: AdapterSettings) -> Any:

@@ -257,10 +257,11 @@ def target_layers(
 ) -> dict[str, nn.Module]:
     """The linear layers that an adapter goes on, by name, in the model's own order.
 
-    PEFT's own matching decides: "all-linear" is every Linear and Conv1D but the output head; a
-    list holds whole names or their endings ("q_proj"); any other string is a regular expression
-    for the whole name. Of our own are "attention" and "mlp": of all linear layers those inside of
-    the attention, or of the feed-forward part, of every block.
+    PEFT's own matching decides: "all-linear" is every Linear and Conv1D but a language model's
+    output head (a classifier's is taken); a list holds whole names or their endings ("q_proj"), of
+    which each must have a layer; any other string is a regular expression for the whole name. Of
+    our own are "attention" and "mlp": of all linear layers those inside of the attention, or of
+    the feed-forward part, of every block.
 
     Args:
         model: a plain model or a PeftModel; both give the same names, those of the plain model.
@@ -271,8 +272,8 @@ def target_layers(
         is the one below the adapters.
 
     Raises:
-        UserError: nothing matches, something matches that is not a linear layer, or it cannot be
-            told which layers of this model are the attention or the MLP.
+        UserError: nothing matches one of the names, something matches that is not a linear layer,
+            or it cannot be told which layers of this model are the attention or the MLP.
     """
     return find_targets(model, target_modules).layers
 
@@ -309,10 +310,11 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
     except re.error as problem:
         raise UserError(f"target_modules {wanted!r} is no regular expression: {problem}") from None
     linear = {name for name, module in modules.items() if is_linear(module)}
-    if not found:
+    missing = [] if isinstance(wanted, str) else _without_match(wanted, found)
+    if missing or not found:
         raise UserError(
-            f"target_modules {wanted!r} match no layer; give all-linear, attention, mlp, endings "
-            f"or a regular expression. {_what_there_is(linear)}"
+            f"target_modules {missing or wanted!r} match no layer; give all-linear, attention, "
+            f"mlp, endings or a regular expression. {_what_there_is(linear)}"
         )
     for name, module in found.items():
         if name not in linear:
@@ -321,6 +323,11 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
                 f"only linear layers can be adapted. {_what_there_is(linear)}"
             )
     return Targets(found, given, experts if _is_all_linear(wanted) else [])
+
+
+def _without_match(endings: Sequence[str], found: Mapping[str, object]) -> list[str]:
+    """The endings of names that no layer has."""
+    return [e for e in endings if not any(n == e or n.endswith(f".{e}") for n in found)]
 
 
 def _part_targets(model: nn.Module, part: str) -> Targets:
@@ -462,22 +469,22 @@ def _has_no_weights(module: nn.Module) -> bool:
 
 def _named_base_modules(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module below the model once, under the name it has without adapters."""
-    seen: set[nn.Module] = set()
+    return _walk(base, "", set())
 
-    def walk(module: Any, name: str) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            module = module.original_module
-        if module in seen:
-            return
-        seen.add(module)
-        if name:
-            yield name, module
-        for child_name, child in module.named_children():
-            yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
-    return walk(base, "")
+# No closure: one that calls itself is a cycle, which would keep the model in memory after its end.
+def _walk(module: Any, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    if module in seen:
+        return
+    seen.add(module)
+    if name:
+        yield name, module
+    for child_name, child in module.named_children():
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def _what_there_is(linear: set[str]) -> str:

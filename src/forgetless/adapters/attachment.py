@@ -74,7 +74,7 @@ def attach(
         method: how the adapter starts, a name of METHODS other than `full`.
         rank: r, in 1..min(out, in) of every target layer.
         alpha: scaling = alpha / rank, or alpha / √rank with `use_rslora`.
-        target_modules: "all-linear" (every linear layer but the output head), a list of name
+        target_modules: "all-linear" (see `models.target_layers`), a list of name
             endings, or one regular expression, as in PEFT; or "attention" or "mlp", of all linear
             layers those inside of that part of every block.
         stats: activations of the knowledge to keep, from `collect`. This and the next two are

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,12 +88,22 @@ def layer_ranks(
 def patterns(ranks: Mapping[str, LayerRank], rank: int, alpha: float) -> dict[str, Any]:
     """`rank_pattern` and `alpha_pattern` by which PEFT gives every layer its own.
 
-    Longer names come first: PEFT takes the first key that a name ends in.
+    Longer names come first: PEFT takes the first key that a name ends in. So a layer whose name
+    ends in that of an exception is listed too, whatever it has.
     """
     names = sorted(ranks, key=len, reverse=True)
+
+    def exceptions(value: Callable[[LayerRank], float], usual: float) -> dict[str, float]:
+        apart = {name for name in names if value(ranks[name]) != usual}
+        return {
+            re.escape(name): value(ranks[name])
+            for name in names
+            if name in apart or any(name.endswith(f".{other}") for other in apart)
+        }
+
     return {
-        "rank_pattern": {re.escape(n): ranks[n].rank for n in names if ranks[n].rank != rank},
-        "alpha_pattern": {re.escape(n): ranks[n].alpha for n in names if ranks[n].alpha != alpha},
+        "rank_pattern": exceptions(lambda layer: layer.rank, rank),
+        "alpha_pattern": exceptions(lambda layer: layer.alpha, alpha),
     }
 
 

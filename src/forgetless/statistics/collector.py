@@ -203,9 +203,9 @@ class Collector:
         rows = self._rows.of(name, x)
         if rows.device.type == "mps":  # has no float64
             rows = rows.cpu()
-        total = self.sums.setdefault(name, self._zeros(name))
-        if total.device != rows.device:
-            total = self.sums[name] = total.to(rows.device)
+        if name not in self.sums:  # no default of a `get`: a matrix may take half a gigabyte
+            self.sums[name] = self._zeros(name)
+        total = self.sums[name] = self.sums[name].to(rows.device)
         for start in range(0, len(rows), _CHUNK_ROWS):
             _add_lower_triangle(total, rows[start : start + _CHUNK_ROWS].double())
         self.tokens[name] += len(rows)
@@ -214,7 +214,8 @@ class Collector:
         """NaN and infinity anywhere in a layer's rows end up in the trace of its sum."""
         if not self.sums:
             return
-        traces = torch.stack([total.trace().cpu() for total in self.sums.values()])
+        device = next(iter(self.sums.values())).device  # one wait for it, not one a layer
+        traces = torch.stack([total.trace().to(device) for total in self.sums.values()])
         for name, finite in zip(self.sums, traces.isfinite().tolist(), strict=True):
             if not finite:
                 raise UserError(

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from forgetless.errors import UserError
@@ -242,6 +244,9 @@ class _Pair:
         self.model, self.base = model, model if reference is None else reference
         self.off = partial(adapter_off, model) if reference is None else nullcontext
         self.apart = _has_a_head(self.model) and _has_a_head(self.base)
+        # Hidden states are read with adapters off; switching takes long, and few adapt the head.
+        adapts_head = self.apart and _adapts_outside(model, _decoder(model))
+        self.off_at_head = self.off if adapts_head else nullcontext
         config = getattr(model, "config", None)
         vocabulary = int(getattr(config, "vocab_size", None) or 1 << 17)
         hidden = int(getattr(config, "hidden_size", None) or 1 << 14)
@@ -257,7 +262,7 @@ class _Pair:
         device = device_of(self.model)
 
         def base(places: Tensor) -> Tensor:
-            with self.off():
+            with self.off_at_head():
                 return asked_off(places).to(device)
 
         return base, tuned
@@ -311,6 +316,13 @@ def _plain(model: nn.Module) -> Any:
 def _decoder(model: nn.Module) -> nn.Module:
     decoder: nn.Module = _plain(model).get_decoder()
     return decoder
+
+
+def _adapts_outside(model: nn.Module, decoder: nn.Module) -> bool:
+    """Whether any part of the model but its decoder is adapted."""
+    inside = set(decoder.modules())
+    adapted = BaseTunerLayer | AuxiliaryTrainingWrapper
+    return any(isinstance(part, adapted) for part in model.modules() if part not in inside)
 
 
 def _has_a_head(model: nn.Module) -> bool:

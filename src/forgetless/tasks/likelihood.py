@@ -192,7 +192,7 @@ def _row_sums(
     """
     places = counted.flatten().nonzero().squeeze(1)
     parts = torch.split(places, max(1, _CHUNK_LOGITS // vocabulary))
-    values = torch.cat([values_at(part).cpu().double() for part in parts])
+    values = torch.cat([values_at(part) for part in parts]).cpu().double()
     rows = (places // counted.shape[1]).cpu()
     sums = torch.zeros(len(counted), dtype=torch.float64).index_add_(0, rows, values)
     return [float(total) for total in sums]
