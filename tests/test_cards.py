@@ -56,8 +56,16 @@ def code_of(text: str) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(tiny_base: Path, tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of an anchored adapter of rank 2, trained on files."""
-    recipe = recipe_of(tiny_base, tiny_files)
-    return run_recipe({**recipe, "name": "done"}, tmp_path_factory.mktemp("runs")).folder
+    old = str(tiny_files / "old.txt")
+    recipe = recipe_of(
+        tiny_base,
+        tiny_files,
+        name="done",
+        penalties=[{"kind": "kl", "weight": 0.1, "source": old, "samples": 4}],
+        probes={"forgetting": [old], "max_kl": 9.0},
+        **{"training.attention_dropout": 0.25},
+    )
+    return run_recipe(recipe, tmp_path_factory.mktemp("runs")).folder
 
 
 def test_a_run_s_card_is_complete(finished: Path) -> None:
@@ -78,6 +86,9 @@ def test_a_run_s_card_is_complete(finished: Path) -> None:
         "| rank and alpha in training | 2, 4 |",
         "| training data | train.jsonl |",
         "| error of the export | none, it is exact |",
+        "warm-up 0.03, attention dropout 0.25, weight decay 0, float32 |",
+        "| penalties | kl (weight=0.1, source=old.txt, samples=4) |",
+        "| budget of forgetting | KL to the base at most 9 |",
         "| steps | 4 |",
         "| seed | 0 |",
         "forgetless 0",
@@ -86,6 +97,21 @@ def test_a_run_s_card_is_complete(finished: Path) -> None:
     ):
         assert said in text
     assert "knowledge to keep | none" in text
+
+
+def test_a_budget_that_ended_the_training_is_told_with_the_step_of_the_weights(
+    tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    budget = {"max_kl": 1e-4, "every": 1, "on_exceed": "rollback"}
+    recipe = recipe_of(
+        tiny_base, tiny_files, probes={"forgetting": [str(tiny_files / "old.txt")], **budget}
+    )
+    found = run_recipe(recipe, tmp_path, evaluate=False)
+    over = found.record["training"]["exceeded"]
+    text = text_of(found.folder / "adapter")
+    said = f"| steps | {over['kept_step']}; ended by the budget: at step {over['step']} kl reached"
+    assert said in text
+    assert "final loss" not in text
 
 
 def test_no_card_names_a_folder_of_this_machine(finished: Path, tiny_base: Path) -> None:

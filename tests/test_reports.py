@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pandas
@@ -26,15 +27,18 @@ from rich.console import Console
 
 from forgetless import store
 from forgetless.errors import UserError
-from forgetless.metrics import detectable_change, paired_proportions_interval
+from forgetless.metrics import detectable_change, paired_interval, paired_proportions_interval
 from forgetless.reports import report, summary, write_evaluation
 from forgetless.reports.arms import gather
 from forgetless.reports.changes import find_changes
+from forgetless.reports.durations import course
 from forgetless.reports.evidence import read
 from forgetless.reports.flips import find
 from forgetless.reports.intervals import Estimate, over_items, over_seeds, t_95, wilson
 from forgetless.reports.standing import standing
 from forgetless.reports.words import Answer, answer
+from forgetless.scores.comparison import compare
+from forgetless.scores.files import read_scores
 from forgetless.tasks.base import Item, TaskResult
 
 # ------------------------------------------------------------------------------ made-up studies
@@ -348,6 +352,22 @@ def test_keeping_everything_by_learning_nothing_does_not_win(tmp_path: Path) -> 
     assert any(s.startswith("`pissa` learned nothing that can be told") for s in words.sentences)
 
 
+@pytest.mark.parametrize("with_facts", [True, False])
+def test_where_no_arm_learned_none_is_said_to_have_learned_or_kept_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_facts: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    sheets = two_sheets({"lora": 0.012, "pissa": 0.014}, {"lora": 0.81, "pissa": 0.45})
+    folder = make_study(tmp_path / "s", sheets[: 1 + with_facts], ["lora", "pissa"])
+    words = words_of(folder)
+    assert words.title == "No arm learned anything that can be told apart from the base."
+    assert plain(words.sentences[0]) == (
+        "The best score is that of `pissa`, 1.4 % on problems (base 1.0 %)."
+    )
+    page = report(folder).read_text()
+    assert not re.search(r"(?i)(learned|kept) (the )?most", page.split("<section", 2)[1])
+
+
 def test_one_arm_is_not_compared(tmp_path: Path) -> None:
     sheets = two_sheets({"lora": 0.8}, {"lora": 0.45})
     words = words_of(make_study(tmp_path / "s", sheets, ["lora"]))
@@ -436,6 +456,24 @@ def test_arms_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> No
     write_recipe(twin, two_sheets({}, {}), "lora", 1e-3, 0, rank=64)
     write_scores(twin, two_sheets({"lora": 0.8}, {})[0], 0.8, random.Random(0))
     assert [arm.label for arm in gather(read(folder))] == ["lora, rank 16", "lora, rank 64"]
+
+
+def test_names_that_read_like_lists_are_set_apart(tmp_path: Path) -> None:
+    kept = {"full": 0.63, "lora": 0.63, "pissa": 0.63, "milora": 0.2}
+    sheets = two_sheets(dict.fromkeys(kept, 0.8), kept)
+    folder = make_study(tmp_path / "s", sheets, list(kept))
+    names = {"full": "full, 10 %", "lora": "MLP and head, r=4"}
+    for method in kept:
+        recipe = folder / f"{method}-00" / "recipe.yaml"
+        name = names.get(method, method)
+        recipe.write_text(recipe.read_text().replace("name: null", f"name: {name}"))
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(summary(folder))
+    said = "“full, 10 %”, “MLP and head, r=4” and pissa kept the most"
+    assert plain(console.export_text()).startswith(said)
+    headline = re.search(r'<h1 id="answer">(.*?)</h1>', report(folder).read_text())
+    assert headline is not None
+    assert plain(re.sub(r"<[^>]+>", "", headline[1])).startswith(said)
 
 
 def plain(text: str) -> str:
@@ -675,6 +713,70 @@ def test_what_changed_stands_with_interval_test_and_words(tmp_path: Path) -> Non
     assert distance[1:4] == ["0.900", "62.5 %", "× 1.50"]
 
 
+def write_distances(run: Path, task: str, count: int, step: int = 0) -> None:
+    """Items of a distance with their mean: at the base, where all are 0, and at the end or step."""
+    rng = random.Random(step)
+    for phase in ("base", "final"):
+        place = run / "points" / str(step) if step and phase == "final" else run
+        gaps = [rng.gammavariate(0.5, 0.1) if phase == "final" else 0.0 for _ in range(count)]
+        lines = [Item(str(i), "", "", "", gap).to_json() for i, gap in enumerate(gaps)]
+        store.write_jsonl(place / "items" / phase / f"{task}.jsonl", lines)
+        known = json.loads((run / "scores" / phase / f"{task}.json").read_text())
+        mean, stderr = fmean(gaps), stdev(gaps) / count**0.5
+        score = {**known, "value": mean, "stderr": stderr, "n": count}
+        write_json(place / "scores" / phase / f"{task}.json", score)
+
+
+@pytest.fixture
+def distances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study of one run whose distance from the base is known item by item, also on the way."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # figures take the longest
+    sheets = [
+        Sheet("maths", "learning", 7.0, {"lora": 3.0}, 100, "loss", False),
+        Sheet("kl", "forgetting", 0.0, {"lora": 0.1}, 30, "kl", False),
+    ]
+    run = make_study(tmp_path / "s", sheets, ["lora"]) / "lora-00"
+    for step in (0, 150):
+        write_distances(run, "kl", 30, step)
+    maths = (run / "scores" / "final" / "maths.json").read_text()
+    write_json(run / "points" / "150" / "scores" / "final" / "maths.json", json.loads(maths))
+    return run.parent
+
+
+def test_a_distance_has_one_interval_wherever_it_stands(distances: Path) -> None:
+    run = distances / "lora-00"
+    row = compare(read_scores(run, "base").scores, read_scores(run).scores)["kl"]
+    evidence = read(distances)
+    arms = gather(evidence)
+    estimate = arms[0].best.final(evidence.tasks[1])
+    assert estimate is not None
+    assert estimate.ends == pytest.approx(row.interval)
+    assert estimate.high - estimate.value > 1.2 * (estimate.value - estimate.low)  # a bootstrap's
+    over_steps = course(evidence, arms)
+    assert over_steps is not None
+    [_, middle, end] = (moment.scores["kl"] for moment in over_steps.tracks[0].moments)
+    gaps = [item["score"] for item in evidence.runs[0].items("final", "kl", 150)]
+    assert middle.ends == pytest.approx(paired_interval([0.0] * 30, gaps))
+    assert end.ends == estimate.ends
+    page = report(distances).read_text()
+    low, high, *on_the_way = (f"{end:.3f}" for end in (*row.interval, *middle.ends))
+    assert list(cells_of(page, "kl", "lora")[0][-3:]) == [low, "to", high]
+    spans = set(re.findall(r'<span class="interval">(0\.\d+.{1,4}0\.\d+)</span>', page))
+    assert spans == {f"{low} to {high}", f"{low}–{high}", "–".join(on_the_way)}
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(summary(distances))
+    assert f"{low}–{high}" in console.export_text()
+
+
+def test_a_distance_of_a_few_items_has_no_interval_anywhere(distances: Path) -> None:
+    write_distances(distances / "lora-00", "kl", 4)
+    evidence = read(distances)
+    estimate = gather(evidence)[0].best.final(evidence.tasks[1])
+    assert estimate is not None
+    assert estimate.ends == (estimate.value, estimate.value)
+    assert cells_of(report(distances).read_text(), "kl", "lora")[0][-1] == "–"
+
+
 def test_several_seeds_get_the_interval_of_their_differences(tmp_path: Path) -> None:
     sheets = [Sheet("recall", "forgetting", 0.9, {"lora": 0.5}, 100, questions=facts(100))]
     folder = make_study(tmp_path / "s", sheets, ["lora"], seeds=(0, 1, 2), spread=0.05)
@@ -804,7 +906,7 @@ def test_an_evaluation_becomes_a_page_that_names_what_was_lost(tmp_path: Path) -
     page = plain(report(tmp_path / "page").read_text())
     assert "kept 60.0 % of what the base knew." in page
     assert "Atlantis" in page
-    assert command in page
+    assert command in re.sub(r"<[^>]+>", "", page)
     for absent in ('id="plane"', 'id="curves"', "forgetless run", " seed"):
         assert absent not in page[: page.index('id="data"')]
     # A second adapter stands beside the first; the first one's scores may be written again.

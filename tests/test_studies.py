@@ -21,7 +21,7 @@ from forgetless.errors import RecipeError, UserError
 from forgetless.runs import prepare
 from forgetless.stages import Event
 from forgetless.store import RunFolder
-from forgetless.studies import Study, study
+from forgetless.studies import Study, _Team, study
 from forgetless.study_recipe import StudyRecipe
 from tests.killing import results, study_of
 
@@ -224,6 +224,45 @@ def _hold_a_while(path: Path, held: threading.Event) -> None:
     with store.lock(path):
         held.set()
         time.sleep(3)
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "dealt"),
+    [
+        (None, 2, ["0", "0", "1"]),
+        (None, 8, ["0", "1", "2"]),
+        ("7, 3", 2, ["3", "7", "7"]),
+        ("GPU-8f2a,GPU-11c0,GPU-77d4", 3, ["GPU-11c0", "GPU-77d4", "GPU-8f2a"]),
+        ("MIG-a,MIG-b,", 1, ["MIG-a", "MIG-a", "MIG-b"]),  # as CUDA counts them
+        ("0,1,-1,2", 2, ["0", "0", "1"]),
+        ("3", 1, ["3", "3", "3"]),
+        ("0,1", 1, ["0,1", "0,1", "0,1"]),  # there is no second one
+        ("", 0, ["", "", ""]),
+        (None, 1, ["unset", "unset", "unset"]),
+        (None, 0, ["unset", "unset", "unset"]),
+    ],
+)
+def test_workers_take_the_visible_gpus_in_turn(
+    visible: str | None,
+    count: int,
+    dealt: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    events: list[Event] = []
+    team = _Team(tmp_path, "session", None, events.append)
+    event = '{"run_id": "%s", "name": "", "stage": ""}'
+    team.command = ["sh", "-c", f"printf '{event}' \"${{CUDA_VISIBLE_DEVICES-unset}}\""]
+    team.work(3)
+    assert sorted(event.run_id for event in events) == dealt
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------

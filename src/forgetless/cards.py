@@ -372,15 +372,62 @@ def _run_settings(
         "dropout": f"{adapter.dropout:g}",
         "training data": sources,
         "knowledge to keep": _kept_text(recipe),
-        "steps": str(trained.get("steps", training.steps or "")),
+        "steps": _steps(trained, training),
         "batch": str(training.batch_size * training.gradient_accumulation),
-        "optimiser": f"{training.optimizer}, learning rate {training.learning_rate:g}, "
-        f"{training.schedule}, warm-up {training.warmup_ratio:g}, "
-        f"weight decay {training.weight_decay:g}, {training.precision}",
-        "final loss": f"{trained['final_loss']:.4g}" if "final_loss" in trained else "",
+        "optimiser": _optimiser(training),
+        "penalties": "; ".join(map(_penalty, recipe.penalties)),
+        "budget of forgetting": _budget(recipe.probes),
+        "final loss": _final_loss(trained),
         "size of the update": f"{update:.3g} of the weights' norm" if update else "",
         "seed": str(recipe.seed),
     }
+
+
+def _optimiser(training: Any) -> str:
+    """Name and settings; those that most trainings leave out only where they are used."""
+    used = {
+        "cool-down": training.cooldown_ratio,
+        "attention dropout": training.attention_dropout,
+        "LoRA+ ratio": 0 if training.loraplus_ratio == 1 else training.loraplus_ratio,
+    }
+    return ", ".join(
+        [
+            f"{training.optimizer}, learning rate {training.learning_rate:g}",
+            f"{training.schedule}, warm-up {training.warmup_ratio:g}",
+            *[f"{name} {value:g}" for name, value in used.items() if value],
+            f"weight decay {training.weight_decay:g}, {training.precision}",
+        ]
+    )
+
+
+def _penalty(spec: Mapping[str, Any]) -> str:
+    """Its kind and settings, without the folders of this machine."""
+    settings = {key: value for key, value in spec.items() if key != "kind"}
+    for key in {"source", "adapters"} & set(settings):
+        paths = [settings[key]] if isinstance(settings[key], str) else settings[key]
+        settings[key] = "+".join(_file_name(str(path)) for path in paths)
+    return f"{spec['kind']} ({_pairs(settings)})" if settings else str(spec["kind"])
+
+
+def _budget(probes: Any) -> str:
+    limits = {"KL to the base": probes.max_kl, "drop of a score": probes.max_drop}
+    return ", ".join(f"{name} at most {at:g}" for name, at in limits.items() if at is not None)
+
+
+def _steps(trained: Mapping[str, Any], training: Any) -> str:
+    """Those that the weights have behind them; fewer than were planned where a budget ended it."""
+    over = trained.get("exceeded")
+    if not over:
+        return str(trained.get("steps", training.steps or ""))
+    seen = f"at step {over['step']} {over['probe']} reached {over['value']:.3g}"
+    return f"{over['kept_step']}; ended by the budget: {seen}"
+
+
+def _final_loss(trained: Mapping[str, Any]) -> str:
+    """Of the weights that the adapter has; not known of those that a training went back to."""
+    over = trained.get("exceeded")
+    went_back = over and over["kept_step"] != over["step"]
+    return f"{trained['final_loss']:.4g}" if "final_loss" in trained and not went_back else ""
 
 
 def _kept_text(recipe: Any) -> str:

@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from forgetless import store
@@ -28,6 +29,8 @@ from forgetless.runs import Run, execute, prepare
 from forgetless.stages import Event, Listener
 from forgetless.store import RunFolder
 from forgetless.study_recipe import StudyRecipe
+
+_VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def study(
     Args:
         definition: a `StudyRecipe`, the mapping that one is written as, or a YAML file.
         out: the folder that holds studies.
-        workers: processes that do runs side by side; 1 is this very process.
+        workers: processes that do runs side by side, each on a GPU of its own as long as there are
+            enough; 1 is this very process.
         threads: torch threads of a worker; None for one on a small model.
         listen: called with the `Event`s of all runs.
 
@@ -121,14 +125,9 @@ def work(study_folder: Path, session: str, *, threads: int | None = None, listen
     artefacts. When all that is left is in other hands, wait for them: should such a process die,
     its run is free again.
     """
-    while waiting := [run for run in _planned(study_folder) if not _is_over(run, session)]:
+    while waiting := [run for run in store.planned(study_folder) if not _is_over(run, session)]:
         if not any(_try_to_do(run, session, threads, listen) for run in waiting):
             time.sleep(0.5)
-
-
-def _planned(study_folder: Path) -> list[RunFolder]:
-    entries = store.read_json(study_folder / "runs.json")["runs"]
-    return [RunFolder(study_folder / entry["run_id"]) for entry in entries]
 
 
 def _is_over(run: RunFolder, session: str) -> bool:
@@ -173,10 +172,9 @@ class _Team:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                # The bars of several trainings at once are one heap: the listener draws them.
-                env=os.environ | {"TTY_COMPATIBLE": "0"},
+                env=os.environ | changes,
             )
-            for _ in range(workers)
+            for changes in _environments(workers)
         ]
         readers = [threading.Thread(target=self._pass_on, args=[worker]) for worker in team]
         try:
@@ -200,6 +198,29 @@ class _Team:
         for line in worker.stdout:
             with suppress(ValueError):  # anything else that a library prints
                 self.listen(Event(**json.loads(line)))
+
+
+def _environments(workers: int) -> Iterator[dict[str, str]]:
+    """What is different in the environment of each worker."""
+    devices = _visible_gpus()
+    for worker in range(workers):
+        # The bars of several trainings at once are one heap: the listener draws them.
+        changes = {"TTY_COMPATIBLE": "0"}
+        if len(devices) > 1:  # in the worker its own is then the first, which every run takes
+            changes[_VISIBLE_GPUS] = devices[worker % len(devices)]
+        yield changes
+
+
+def _visible_gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA knows them by."""
+    given = os.environ.get(_VISIBLE_GPUS)
+    names = None if given is None else [name.strip() for name in given.split(",")]
+    if names and names[0].startswith("MIG-"):
+        # Of several parts of a GPU one process sees the first alone, so that no count would tell.
+        return [name for name in names if name.startswith("MIG-")]
+    count = torch.cuda.device_count()  # asks NVML: this process takes up no memory on any of them
+    # CUDA leaves out the first name that it cannot find and all behind it.
+    return [str(number) for number in range(count)] if names is None else names[:count]
 
 
 def serve(study_folder: Path, session: str, threads: int | None) -> None:

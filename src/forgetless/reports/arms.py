@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from forgetless import metrics
+from forgetless.reports.compared import as_compared
 from forgetless.reports.evidence import Evidence, Run, Task, number
 from forgetless.reports.intervals import Estimate, over_seeds
 from forgetless.store import Phase
@@ -193,6 +194,8 @@ def _plain(label: str) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(str(part) for part in value)
+    if isinstance(value, float):
+        return f"{value:g}"
     return "none" if value is None else str(value)
 
 
@@ -236,7 +239,8 @@ def _estimate(runs: Sequence[Run], task: Task, phase: Phase) -> Estimate | None:
     if not values:
         return None
     known = [int(size) for size in sizes if size is not None]
-    return over_seeds(values, errors, min(known, default=None), is_share=task.is_share)
+    found = over_seeds(values, errors, min(known, default=None), is_share=task.is_share)
+    return found if phase == "base" else as_compared(found, task, runs, phase)
 
 
 def _once(estimate: Estimate | None) -> Estimate | None:

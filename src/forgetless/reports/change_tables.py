@@ -29,8 +29,8 @@ def changes_section(
     changes: Sequence[TaskChanges], averages: Sequence[Averages], places: Mapping[str, int]
 ) -> str:
     """The whole section without its heading; empty when nothing was measured both times."""
-    scored = [of_task for of_task in changes if not of_task.is_distance]
-    moved = [of_task for of_task in changes if of_task.is_distance]
+    scored = [of_task for of_task in changes if not of_task.task.is_distance]
+    moved = [of_task for of_task in changes if of_task.task.is_distance]
     parts = []
     if scored:
         parts.append(f'<p class="about">{_ABOUT}</p>')
@@ -164,10 +164,11 @@ def _distance_table(of_task: TaskChanges, places: Mapping[str, int], with_name: 
     rows = ""
     for change in of_task.changes:
         low, high = change.interval
-        ends = NOT_MEASURED if math.isnan(low + high) else f"{low:.3f} to {high:.3f}"
+        ends = [amount(of_task.task, end) for end in (low, high)]
+        shown_ends = NOT_MEASURED if math.isnan(low + high) else " to ".join(ends)
         cells = f'<th scope="row">{arm_name(change.label, places[change.label])}</th>'
         shown = amount(of_task.task, change.score)
-        cells += value_cell(change.score, shown, f'<span class="interval">{ends}</span>')
+        cells += value_cell(change.score, shown, f'<span class="interval">{shown_ends}</span>')
         for _, name, _, form in columns:
             value = change.extra(name)
             known = value if value is not None else 0.0

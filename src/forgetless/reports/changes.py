@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from forgetless.errors import UserError
 from forgetless.metrics import Interval
 from forgetless.reports.arms import Arm
-from forgetless.reports.evidence import Evidence, Run, Task, number
+from forgetless.reports.compared import compared
+from forgetless.reports.evidence import Evidence, Task, number
 from forgetless.reports.intervals import over_seeds
 from forgetless.scores.averages import PaperAverage, paper_averages
-from forgetless.scores.comparison import Row, Verdict, compare
-from forgetless.store import Phase
-from forgetless.tasks.base import Item, TaskResult
+from forgetless.scores.comparison import Row, Verdict
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,6 @@ class TaskChanges:
     num_items: int
     changes: tuple[Change, ...]
 
-    @property
-    def is_distance(self) -> bool:
-        """Whether the score is a distance to the base, whose own is 0."""
-        return self.task.metric == "kl"
-
 
 @dataclass(frozen=True)
 class Averages:
@@ -117,7 +110,7 @@ def find_changes(evidence: Evidence, arms: Sequence[Arm]) -> list[TaskChanges]:
     for task in evidence.tasks:
         changes = []
         for arm in arms:
-            rows = [row for run in arm.best.runs if (row := _row(run, task.name)) is not None]
+            rows = [row for run in arm.best.runs if (row := compared(run, task.name)) is not None]
             if rows:
                 changes.append(Change(arm.label, tuple(rows)))
         if changes:
@@ -141,25 +134,3 @@ def find_averages(changes: Sequence[TaskChanges]) -> list[Averages]:
         if averages:
             found.append(Averages(label, averages))
     return found
-
-
-def _row(run: Run, task: str) -> Row | None:
-    """The comparison of a run's last scores with its base's; None where that cannot be made."""
-    base, final = _result(run, "base", task), _result(run, "final", task)
-    if base is None or final is None:
-        return None
-    try:
-        return compare({task: base}, {task: final}).rows[0]
-    except UserError:  # two versions of the task; the other tables still show both scores
-        return None
-
-
-def _result(run: Run, phase: Phase, task: str) -> TaskResult | None:
-    score: Mapping[str, object] = run.score(phase, task)
-    if number(score.get("value")) is None:
-        return None
-    try:
-        items = [Item.from_json(line) for line in run.items(phase, task)]
-        return TaskResult.from_json(score, items)
-    except (KeyError, TypeError, ValueError):  # a file that somebody else has written
-        return None

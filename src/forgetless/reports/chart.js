@@ -61,12 +61,25 @@ function axes(figure, width, height, x, y) {
 
 const overlap = (a, b) => Math.max(0, Math.min(a.x + a.w, b.x + b.w) - Math.max(a.x, b.x)) * Math.max(0, Math.min(a.y + a.h, b.y + b.h) - Math.max(a.y, b.y));
 
+function widthOf(name) {
+  const canvas = widthOf.canvas ||= document.createElement("canvas").getContext("2d");
+  canvas.font = `560 13px ${getComputedStyle(document.body).fontFamily}`;
+  return canvas.measureText(name).width;
+}
+
+// The name, or as much of its beginning as fits; the legend has it whole.
+function fitting(name, room) {
+  let length = name.length;
+  const cut = () => (length < name.length ? `${name.slice(0, length).trimEnd()}…` : name);
+  while (length > 1 && widthOf(cut()) > room) length--;
+  return cut();
+}
+
 // Put a name beside each {x, y, name}; `taken` are boxes to keep free. Far ones get a thin line.
 function placeNames(svg, box, points, taken) {
-  const canvas = placeNames.canvas ||= document.createElement("canvas").getContext("2d");
-  canvas.font = `560 13px ${getComputedStyle(document.body).fontFamily}`;
   for (const point of points) {
-    const w = canvas.measureText(point.name).width + 4;
+    const name = fitting(point.name, (box.right - box.left) / 2);
+    const w = widthOf(name) + 4;
     let best = null;
     for (const [ring, distance] of [11, 22, 36, 52].entries()) {
       for (let turn = 0; turn < 12; turn++) {
@@ -80,7 +93,7 @@ function placeNames(svg, box, points, taken) {
     }
     taken.push(best);
     if (best.ring > 1) make(svg, "line", { class: "leader", x1: point.x, y1: point.y, x2: Math.min(Math.max(point.x, best.x), best.x + w), y2: best.y + (best.y > point.y ? 2 : 14) });
-    make(svg, "text", { class: "name", x: best.x + 2, y: best.y + 12.5 }, point.name);
+    make(svg, "text", { class: "name", x: best.x + 2, y: best.y + 12.5 }, name);
   }
 }
 
@@ -93,7 +106,7 @@ function endNames({ svg, box }, ends) {
   for (const { arm, x, at, y } of labels) {
     make(svg, "line", { class: "leader", x1: x + 3, y1: at, x2: x + 15, y2: y });
     make(svg, "use", { class: `c${colour(arm)}`, href: `#mark-${shape(arm)}`, x: x + 17, y: y - 5, width: 10, height: 10 });
-    make(svg, "text", { class: "name", x: x + 32, y: y + 4 }, data.arms[arm].label);
+    make(svg, "text", { class: "name", x: x + 32, y: y + 4 }, fitting(data.arms[arm].label, box.right + 16 - (x + 32)));
   }
 }
 

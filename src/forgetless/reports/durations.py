@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from forgetless.metrics import forgetting_at_matched_learning
 from forgetless.reports.arms import Arm, without_rate
-from forgetless.reports.evidence import Evidence, Row, Task, number, tasks_of
+from forgetless.reports.compared import as_compared
+from forgetless.reports.evidence import Evidence, Row, Run, Task, number, tasks_of
 from forgetless.reports.intervals import Estimate, over_seeds
 
 MAX_LEVELS = 6
@@ -94,7 +95,28 @@ def course(evidence: Evidence, arms: Sequence[Arm]) -> Course | None:
     owner = {run.run_id: arm.label for arm in arms for run in arm.best.runs}
     rows = [row for row in evidence.curve if row["run_id"] in owner]
     labels = [arm.label for arm in arms]
-    return _course(rows, evidence.tasks, labels, lambda row: owner[row["run_id"]])
+    found = _course(rows, evidence.tasks, labels, lambda row: owner[row["run_id"]])
+    return found and _as_compared(found, {arm.label: arm.best.runs for arm in arms})
+
+
+def _as_compared(found: Course, runs: Mapping[str, Sequence[Run]]) -> Course:
+    """The course with the intervals of distances that the other tables have."""
+
+    def known(moment: Moment, own: Sequence[Run]) -> Moment:
+        ended = [run for run in own if moment.step == run.column("steps")]
+        step = None if ended else moment.step
+        scores = {
+            task.name: as_compared(estimate, task, ended or own, step=step)
+            for task in (*found.learning, *found.forgetting)
+            if (estimate := moment.scores.get(task.name))
+        }
+        return replace(moment, scores=scores)
+
+    tracks = [
+        replace(track, moments=tuple(known(moment, runs[track.label]) for moment in track.moments))
+        for track in found.tracks
+    ]
+    return replace(found, tracks=tuple(tracks))
 
 
 def course_of_rows(rows: Sequence[Row]) -> Course | None:

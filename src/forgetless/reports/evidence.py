@@ -35,6 +35,11 @@ class Task:
     is_share: bool
     mean_of: tuple[str, ...] = ()
 
+    @property
+    def is_distance(self) -> bool:
+        """Whether the score is a distance to the base, whose own is 0."""
+        return self.metric == "kl"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -95,13 +100,16 @@ class Run:
         found = training.get("exceeded") if isinstance(training, Mapping) else None
         return found if isinstance(found, Mapping) else {}
 
-    def score(self, phase: store.Phase, task: str) -> dict[str, Any]:
-        """The score file of one phase and task; empty when there is none."""
-        return store.read_json(self.folder.scores(phase, task))
+    def score(self, phase: store.Phase, task: str, step: int | None = None) -> dict[str, Any]:
+        """The score file of one phase and task, or of a step on the way; empty without one."""
+        return store.read_json(self._folder_at(step).scores(phase, task))
 
-    def items(self, phase: store.Phase, task: str) -> list[dict[str, Any]]:
-        """The answers given to a task in one phase; empty when they were not kept."""
-        return list(_read_jsonl(self.folder.items(phase, task)))
+    def items(self, phase: store.Phase, task: str, step: int | None = None) -> list[dict[str, Any]]:
+        """The answers given to a task, as `score`; empty when they were not kept."""
+        return list(_read_jsonl(self._folder_at(step).items(phase, task)))
+
+    def _folder_at(self, step: int | None) -> store.RunFolder:
+        return self.folder if step is None else self.folder.point(step)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import forgetless
+from forgetless.reports.again import again, definitions
 from forgetless.reports.arms import Arm
 from forgetless.reports.evidence import Evidence, Run, flatten, number
-from forgetless.reports.markup import arm_name, header, pairs, plain_cell, text
+from forgetless.reports.markup import arm_name, details, header, pairs, plain_cell, text
 from forgetless.reports.words import NOT_MEASURED
 
 # What a run's record holds about its stages, in the order of the table.
@@ -18,22 +19,17 @@ RECORDED = ("start", "seconds", "statistics", "training", "export")
 def how_it_was_made(evidence: Evidence, arms: Sequence[Arm]) -> str:
     """The last section of the page, without its heading."""
     same, varied = _split_settings(evidence.runs)
+    cite = "" if evidence.evaluations else _cite(evidence)
     parts = [
-        _again(evidence),
+        f'<div class="again">{again(evidence)}{cite}</div>',
         "<h3>Settings that every run shares</h3>" + pairs((k, _shown(v)) for k, v in same.items()),
         _varied_table(evidence, arms, varied),
         _failed_table(evidence),
         "<h3>Versions and machine</h3>" + pairs(_machine(evidence.runs)),
-        _details("What every run recorded", _recorded_table(evidence.runs)),
+        details("What every run recorded", _recorded_table(evidence.runs)),
+        *(details(name, f"<pre>{text(content)}</pre>") for name, content in definitions(evidence)),
     ]
-    if evidence.evaluations:
-        return "".join(part for part in parts if '<dl class="pairs"></dl>' not in part)
-    if evidence.study_text:
-        parts.append(_details("study.yaml", f"<pre>{text(evidence.study_text)}</pre>"))
-    else:
-        recipe = evidence.runs[0].folder.recipe.read_text("utf-8")
-        parts.append(_details("recipe.yaml", f"<pre>{text(recipe)}</pre>"))
-    return "".join(parts)
+    return "".join(part for part in parts if '<dl class="pairs"></dl>' not in part)
 
 
 def when(evidence: Evidence) -> str:
@@ -57,32 +53,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _again(evidence: Evidence) -> str:
-    if evidence.evaluations:
-        return _evaluated_again(evidence.evaluations)
-    command = "forgetless study study.yaml" if evidence.study_text else "forgetless run recipe.yaml"
+def _cite(evidence: Evidence) -> str:
     version = _one(evidence.runs, "versions", "forgetless") or forgetless.__version__
     bases = ", ".join(sorted({run.base for run in evidence.runs}))
     seeds = seeds_of(evidence.runs)
     cite = (
         f"Forgetless {version}, study “{evidence.name}”, base {bases}, "
-        f"seed{'' if len(seeds) == 1 else 's'} {', '.join(seeds)}, {when(evidence)}."
+        f"seed{'' if len(seeds) == 1 else 's'} {', '.join(seeds)}, "
     )
-    return (
-        '<div class="again"><div><h3>Do it again</h3>'
-        f"<pre><code>{text(command)}</code></pre>"
-        "<p class=note>with the definition at the end of this page; what is finished is not done "
-        "twice.</p></div>"
-        f"<div><h3>Cite it</h3><p class=cite>{text(cite)}</p></div></div>"
-    )
-
-
-def _evaluated_again(commands: Sequence[str]) -> str:
-    return (
-        '<div class="again"><div><h3>Do it again</h3>'
-        f"<pre><code>{text(chr(10).join(commands))}</code></pre>"
-        "<p class=note>what was measured before is not measured twice.</p></div></div>"
-    )
+    day = f'<span class="whole">{text(when(evidence))}.</span>'
+    return f'<div><h3>Cite it</h3><p class="cite">{text(cite)}{day}</p></div>'
 
 
 def _split_settings(runs: Sequence[Run]) -> tuple[dict[str, Any], list[str]]:
@@ -207,7 +187,3 @@ def _scrolled(heads: str, rows: str, kind: str = "") -> str:
         f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
-
-
-def _details(label: str, content: str) -> str:
-    return f"<details><summary>{text(label)}</summary>{content}</details>"

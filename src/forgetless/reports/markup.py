@@ -9,9 +9,10 @@ from typing import Any
 
 from forgetless.reports.evidence import Task, number
 from forgetless.reports.intervals import Estimate
-from forgetless.reports.words import NOT_MEASURED, amount, interval_words
+from forgetless.reports.words import NOT_MEASURED, amount, arm_words, interval_words
 
 NUM_MARKS = 8
+NUM_ON_ONE_LINE = 24
 
 
 def text(value: Any) -> str:
@@ -29,19 +30,24 @@ def mark(index: int) -> str:
 
 
 def arm_name(label: str, index: int) -> str:
-    """An arm's symbol and name, kept on one line."""
-    return f'<span class="arm">{mark(index)}{text(label)}</span>'
+    """An arm's symbol and name: on one line, of a long name as much as `NUM_ON_ONE_LINE` signs."""
+    head = label
+    if len(label) > NUM_ON_ONE_LINE:
+        head = label[:NUM_ON_ONE_LINE].rpartition(" ")[0] or label[:NUM_ON_ONE_LINE]
+    rest = text(label[len(head) :])
+    return f'<span class="arm"><span>{mark(index)}{text(head)}</span>{rest}</span>'
 
 
 def prose(sentence: str, places: Mapping[str, int]) -> str:
     """A sentence in which arms between backticks get their symbols."""
     parts = re.split(r"`([^`]*)`", sentence)
-    return "".join(
-        text(part)
-        if i % 2 == 0
-        else (arm_name(part, places[part]) if part in places else f"<code>{text(part)}</code>")
-        for i, part in enumerate(parts)
-    )
+    return "".join(_named(part, places) if i % 2 else text(part) for i, part in enumerate(parts))
+
+
+def _named(part: str, places: Mapping[str, int]) -> str:
+    if part not in places:
+        return f"<code>{text(part)}</code>"
+    return arm_name(arm_words(part), places[part])
 
 
 def value_cell(value: float | None, shown: str, extra: str = "") -> str:
@@ -87,3 +93,8 @@ def pairs(items: Iterable[tuple[str, str]]) -> str:
     """A list of terms with their values, both plain text."""
     rows = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in items)
     return f'<dl class="pairs">{rows}</dl>'
+
+
+def details(label: str, content: str) -> str:
+    """Content that is folded under a label."""
+    return f"<details><summary>{text(label)}</summary>{content}</details>"

@@ -180,6 +180,8 @@ def _cards(place: Standing, places: Mapping[str, int]) -> str:
     """Three numbers to take away; only what was measured and compared."""
     if len(place.placed) < 2 or place.learning is None or place.forgetting is None:
         return ""
+    if place.none_learned:
+        return ""
     learning, forgetting = place.learning, place.forgetting
     cards = []
     for label, leaders in (("Kept most", place.keepers), ("Learned most", place.learners)):

@@ -34,6 +34,11 @@ class Standing:
     front_settings: tuple[Setting, ...] = ()
     beaten: tuple[tuple[Arm, Arm], ...] = ()
 
+    @property
+    def none_learned(self) -> bool:
+        """Whether every arm is idle, so that none learned or kept most of anything."""
+        return len(self.idle) == len(self.placed) > 0
+
 
 def standing(evidence: Evidence, arms: Sequence[Arm]) -> Standing:
     """The standing of the arms; empty positions where a kind of task was not measured."""

@@ -15,7 +15,7 @@ from forgetless.reports.evidence import Evidence, Task
 from forgetless.reports.flips import ArmFlips, TaskFlips
 from forgetless.reports.intervals import Estimate
 from forgetless.reports.standing import Standing
-from forgetless.reports.words import NOT_MEASURED, Answer, amount, interval_words
+from forgetless.reports.words import NOT_MEASURED, Answer, amount, arm_words, interval_words
 
 NUM_EXAMPLES = 4
 
@@ -43,7 +43,7 @@ def prose(sentence: str, style: str = "") -> Text:
     """A sentence with its arms in colour."""
     line = Text(style=style)
     for i, part in enumerate(re.split(r"`([^`]*)`", sentence)):
-        line.append(part, style="bold cyan" if i % 2 else "")
+        line.append(arm_words(part) if i % 2 else part, style="bold cyan" if i % 2 else "")
     return line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +34,14 @@ def answer(
     """The answer to the question of the study, with the caveats that belong to it."""
     caveats = tuple(_caveats(evidence, arms, place))
     if not place.placed:
-        return Answer(*_nothing(evidence, arms, place), caveats)
+        title, said = _nothing(evidence, arms, place)
+        return Answer(title, (*said, *_budgets(arms)), caveats)
     if len(place.placed) == 1:
         return Answer(_one_arm(place), (*_budgets(arms), *_about(place)), caveats)
+    if place.none_learned:
+        title, best = _none_learned(place)
+        sentences = (best, *_compared(place), *_budgets(arms), *_about(place))
+        return Answer(title, sentences, caveats)
     if place.learning is None or place.forgetting is None:
         return Answer(_one_side(place), (*_budgets(arms), *_about(place)), caveats)
     title = _most_kept(place, place.forgetting, place.learning)
@@ -84,6 +90,11 @@ def unit_in_full(task: Task) -> str:
 def named(arms: Iterable[Arm]) -> str:
     """`a`, `b` and `c`."""
     return listed([f"`{arm.label}`" for arm in arms])
+
+
+def arm_words(label: str) -> str:
+    """An arm's name within a sentence: in quotes where its own words would run into the others."""
+    return f"“{label}”" if re.search(r",|\band\b", label) else label
 
 
 def listed(words: Sequence[str]) -> str:
@@ -149,10 +160,18 @@ def _one_side(place: Standing) -> str:
     return f"{named(tied)} {verb} the most and are not distinguishable; the highest is {what}."
 
 
+def _none_learned(place: Standing) -> tuple[str, str]:
+    assert place.learning is not None
+    best = place.learners[0]
+    return (
+        "No arm learned anything that can be told apart from the base.",
+        f"The best score is that of `{best.label}`, {learned_words(place.learning, best)}"
+        f"{_from_base(best, place.learning)}.",
+    )
+
+
 def _most_kept(place: Standing, forgetting: Task, learning: Task) -> str:
     leader, *tied = place.keepers
-    if len(place.idle) == len(place.placed):
-        return "No arm learned anything that can be told apart from the base."
     kept, learned = kept_words(forgetting, leader), learned_words(learning, leader)
     if not tied:
         both = " and learned the most" if place.learners == (leader,) else ""
@@ -206,7 +225,7 @@ def _compared(place: Standing) -> list[str]:
     if place.beaten:
         pairs = ", ".join(f"`{arm.label}` (by `{by.label}`)" for arm, by in place.beaten)
         sentences.append(f"Clearly beaten on one side and no better on the other: {pairs}.")
-    if place.idle and len(place.idle) < len(place.placed):
+    if place.idle and not place.none_learned:
         sentences.append(
             f"{named(place.idle)} learned nothing that can be told apart from the base, "
             f"so what {'it' if len(place.idle) == 1 else 'they'} kept is not counted as a win."
