@@ -20,11 +20,15 @@ from transformers import AutoModelForCausalLM
 from forgetless import store
 from forgetless.adapters import load
 from forgetless.cli import main
+from forgetless.cli.tables import print_rates, print_run
 from forgetless.models import load_model
+from forgetless.rate_search import RateSearch
 from forgetless.recipe import Recipe
+from forgetless.runs import Run
 from forgetless.runs import run as run_recipe
 from forgetless.stages import Event
 from forgetless.statistics import Statistics
+from forgetless.training.rates import Trial, judge
 from tests.tiny import recipe_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -136,7 +140,8 @@ MISTAKES: list[tuple[str, str]] = [
     ("run {here}/recipe.yaml --stps 3", "No such option: --stps"),
     ("study {here}/study.yaml --workers two", "Invalid value for '--workers'"),
     ("study {here}/study.yaml --workers 0", "Invalid value for '--workers'"),
-    ("eval {base}", "Missing option '--tasks'"),
+    ("eval {base}", "Missing option '--tasks' (see 'forgetless eval --help')"),
+    ("--nonsense", "No such option: --nonsense (see 'forgetless --help')"),
     # the recipe's file
     ("run {here}/absent.yaml", "no such file: {here}/absent.yaml"),
     ("run {here}/nothing", "is a folder; give the YAML file itself"),
@@ -148,6 +153,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("run {here}/study.yaml", "this is a study; run it with 'forgetless study'"),
     ("study {here}/recipe.yaml", "is a recipe, not a study"),
     ("run {here}/recipe.yaml --set training.steps", "--set takes key=value"),
+    ("run {here}/recipe.yaml --out {here}/list.yaml", "error: Not a directory: {here}/list.yaml"),
     # keys and values
     ("run {here}/recipe.yaml --set training.learning_rat=1", "did you mean 'learning_rate'?"),
     ("run {here}/recipe.yaml --set lora.rank=1", "lora: unknown key"),
@@ -198,7 +204,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("report {here}/nothing", "holds no run"),
     ("eval {base} --tasks recall", "unknown task 'recall'"),
     ("eval {base} --tasks perplexity:{here}/absent.txt", "no such file: {here}/absent.txt"),
-    ("eval {base} --tasks kl", "task 'kl' needs a 'path'"),
+    ("eval {base} --tasks kl", "task 'kl' needs a 'path': write kl:FILE"),
     ("eval {here}/nothing --tasks pocket_recall", "is no model"),
     ("eval {base} --tasks kl:{files}/old.txt --adapter {here}/nothing", "neither a run nor an"),
     ("eval {base} --tasks pocket_recall --learning pocket_recall", "give --report too"),
@@ -214,6 +220,9 @@ MISTAKES: list[tuple[str, str]] = [
     ("init {base} --method lora --rank 40 --out {here}/new", "rank must be in 1..32"),
     ("init {base} --method full --out {here}/new", "there is no adapter to start"),
     ("init {base} --method lora --out {files}", "is not empty; give a new folder"),
+    ("init {base} --method lora --out {here}/recipe.yaml", "is a file; give a new folder"),
+    ("init {base} --method pissa --option niter --out {here}/new", "--option takes a name and a"),
+    ("init {base} --rank-pattern q_proj --out {here}/new", "--rank-pattern takes a name and a"),
     ("init {base} --stats {here}/nothing --out {here}/new", "no statistics at"),
     ("export {here}/absent --out {here}/new", "no folder"),
     ("export {here}/nothing --out {here}/new", "is neither a run nor an adapter"),
@@ -269,7 +278,24 @@ def test_a_failure_that_is_no_mistake_is_exit_code_1(
     monkeypatch.setattr(stages, "train", fail)
     found = forgetless("run", place["here"] / "recipe.yaml", "--out", tmp_path)
     assert (found.code, found.out) == (1, "")
-    assert found.err == "error: RuntimeError: the device is gone (--debug shows where)\n"
+    assert found.err.endswith("\nerror: RuntimeError: the device is gone (--debug shows where)\n")
+
+
+def test_a_want_of_memory_comes_with_what_takes_less(
+    place: dict[str, Path], forgetless: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forgetless import commands
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(commands, "measure", fail)
+    found = forgetless("eval", place["base"], "--tasks", "pocket_recall")
+    assert (found.code, found.out) == (2, "")
+    assert found.err.startswith(
+        "error: no memory left (CUDA out of memory. Tried to allocate 2.00 GiB): a smaller "
+        "--batch-size takes less"
+    )
 
 
 # ---- the main verbs ------------------------------------------------------------------------------
@@ -284,29 +310,82 @@ def test_check_loads_no_weights_and_names_the_run(place: dict[str, Path], forget
     assert (found.code, found.out.split(": ")[1]) == (0, "no problems; 2 runs\n")
 
 
-def test_run_prints_scores_and_its_folder(
-    place: dict[str, Path], forgetless: Any, tmp_path: Path
+def test_run_prints_scores_also_on_the_way_and_its_folder(
+    place: dict[str, Path], forgetless: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [place["here"] / "recipe.yaml", "--out", tmp_path, "--set", "training.steps=2"]
-    found = forgetless("run", *arguments)
-    assert (found.code, found.err) == (0, "")
-    folder = Path(found.out.splitlines()[-1])
-    assert folder.parent == tmp_path / "recipe"  # named after the file
-    assert "sums" in found.out
+    options = ["--study", "done", "--set", "training.steps=2", "--set", "training.measure_at=[0.5]"]
+    found = forgetless(
+        "run", place["here"] / "recipe.yaml", "--out", place["run"].parent.parent, *options
+    )
+    assert found.code == 0
+    assert "evaluate: 6 measurements (" in found.err  # of 3 tasks at 2 steps
+    scores, way = found.out.split("measured on the way")
+    assert "sums" in scores
+    heads, *rows, last = way.splitlines()
+    assert heads.split() == ["metric", "base", "step", "1", "end", "(2)"]
+    assert [row.split()[:2] for row in rows] == [["sums", "loss"], ["prose", "loss"], ["kl", "kl"]]
+    folder = Path(last)
+    curve = [row["score"] for row in store.curve(folder.parent) if row["task"] == "sums"]
+    assert rows[0].split()[2:] == [f"{score:.3f}" for score in curve]
     assert store.read_json(folder / "run.json")["training"]["steps"] == 2
+    print_run(Run(place["run"]))  # another run of that study, without such steps
+    assert "on the way" not in capsys.readouterr().out
 
 
 def test_train_measures_nothing(place: dict[str, Path], forgetless: Any, tmp_path: Path) -> None:
     found = forgetless("train", place["here"] / "recipe.yaml", "--out", tmp_path)
     assert found.code == 0
     folder = Path(found.out.strip())
+    assert folder.parent == tmp_path / "recipe"  # named after the file
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
     assert not (folder / "scores").exists()
 
 
+def test_a_budget_that_ended_the_training_is_told_at_the_end(
+    place: dict[str, Path], forgetless: Any, tmp_path: Path
+) -> None:
+    old = str(place["files"] / "old.txt")
+    budget = {"forgetting": [old], "every": 1, "max_kl": 1e-6, "on_exceed": "rollback"}
+    recipe = {**json.loads((place["here"] / "recipe.yaml").read_text()), "probes": budget}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe))
+    for verb in ("run", "train"):  # the second finds nothing to do, and says it again
+        found = forgetless(verb, file, "--out", tmp_path)
+        assert found.code == 0
+        end, folder = found.out.splitlines()[-2:]
+        event = store.read_json(Path(folder) / "run.json")["training"]["exceeded"]
+        assert end == (
+            f"ended by its budget of forgetting: {event['probe']} reached {event['value']:.4g} at "
+            f"step {event['step']}, over max_kl 1e-06; went back to step {event['kept_step']}"
+        )
+
+
+def test_the_rates_that_were_tried_are_explained(
+    place: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    falling, flat = [4 - 0.1 * step for step in range(20)], [4.0] * 20
+    trials = [Trial(1e-3, falling, {"kl": 0.25}), Trial(1e-2, flat), Trial(1e-1, falling[:3])]
+    verdicts, rate = judge(trials, 20)
+    recipe = Recipe.load(place["here"] / "recipe.yaml", {"training.learning_rate": rate})
+    print_rates(RateSearch(recipe, 20, trials, verdicts, Path("trials.json")))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Each rate was tried for 20 steps")
+    assert [line.split() for line in lines[2:5]] == [
+        ["0.001", "2.15", "0", "0.25", "stable", "<-", "taken"],
+        ["0.01", "4", "0", "–", "learns", "nothing"],
+        ["0.1", "–", "–", "–", "no", "number", "after", "step", "3"],
+    ]
+    said = " ".join(lines)
+    assert "at least 90 % as far" in said
+    assert "nats per token" in said
+    assert "The highest rate" not in said
+    assert "Taken: 0.001, the highest stable rate. Now the whole training" in said
+
+
 def test_study_ends_with_a_report(place: dict[str, Path], forgetless: Any, tmp_path: Path) -> None:
     found = forgetless("study", place["here"] / "study.yaml", "--out", tmp_path)
-    assert (found.code, found.err) == (0, "")
+    assert found.code == 0
+    assert "failed" not in found.err
     page = tmp_path / "study" / "report" / "index.html"
     assert found.out.splitlines()[-1] == f"report: {page}"
     assert page.exists()
@@ -349,12 +428,18 @@ def test_a_terminal_shows_what_runs_do(several: bool, monkeypatch: pytest.Monkey
     assert ("3/8" in shown) == several
 
 
-def test_anything_but_a_terminal_stays_silent(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_anything_but_a_terminal_gets_lines_on_standard_error(
+    several: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     from forgetless.watch import watch
 
-    with watch(several=True) as listen:
+    with watch(several=several) as listen:
+        listen(Event("pissa-1", "pissa", "statistics", "14 layers (0.1 s)"))
+        listen(Event("pissa-1", "pissa", "train", step=3, steps=8))
         listen(Event("pissa-1", "pissa", "done", "61 s"))
-    assert capsys.readouterr() == ("", "")
+    lines = ["pissa  statistics: 14 layers (0.1 s)\n", "pissa  done: 61 s\n"]
+    assert capsys.readouterr() == ("", "".join(lines[several:]))
 
 
 # ---- single stages -------------------------------------------------------------------------------
@@ -456,13 +541,13 @@ def test_export_of_a_run_and_of_an_adapter(
     place: dict[str, Path], forgetless: Any, tmp_path: Path
 ) -> None:
     found = forgetless("export", place["run"], "--out", tmp_path / "exact")
-    assert (found.code, found.out) == (
-        0,
-        f"{tmp_path / 'exact'}: rank 4, exact\n",
-    )
+    first, meaning = found.out.splitlines()
+    assert (found.code, first) == (0, f"{tmp_path / 'exact'}: rank 4, exact")
+    assert "all that was trained" in meaning
     native = place["run"] / "native"
     found = forgetless("export", native, "--rank", 1, "--out", tmp_path / "one")
     assert found.code == 0
     assert "rank 1, relative error 0." in found.out
+    assert "its change of the weights is off by" in found.out
     base = AutoModelForCausalLM.from_pretrained(place["base"])
     assert PeftModel.from_pretrained(base, tmp_path / "one").peft_config["default"].r == 1

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from forgetless import commands
-from forgetless.commands import Measurement, measure, task_specs, write_scores
+from forgetless.cli.values import task_specs
+from forgetless.commands import Measurement, measure, measuring, write_scores
 from forgetless.models import load_model, load_tokenizer
 from forgetless.recipe import base_hash, weights_hash
 from forgetless.runs import run
@@ -139,7 +139,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         loaded.append(Path(base).name)
         return original(base, **settings)
 
-    monkeypatch.setattr(commands, "load_model", load)
+    monkeypatch.setattr(measuring, "load_model", load)
     return loaded
 
 
@@ -198,7 +198,7 @@ def test_an_interrupted_command_goes_on(
         watched[-1].stop_after = 4 if len(watched) == 1 else None
         return model
 
-    monkeypatch.setattr(commands, "load_model", load)
+    monkeypatch.setattr(measuring, "load_model", load)
     with pytest.raises(KeyboardInterrupt):
         measure(str(tiny_base), specs[1:3], batch_size=2, cache=cache)
     assert len(list(cache.glob("*.partial.jsonl"))) == 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forgetless.commands import task_specs
+from forgetless.cli.values import task_specs
 from forgetless.errors import UserError
 from forgetless.recipe import Recipe, check
 from forgetless.tasks import SUITES, TASKS, make_task, make_tasks

@@ -1,4 +1,4 @@
-"""Shows on a terminal what runs are doing; silent, but for failures, anywhere else."""
+"""Says on standard error what runs are doing: bars on a terminal, lines anywhere else."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from rich.progress import (
 if TYPE_CHECKING:
     from forgetless.stages import Event, Listener
 
+_ENDS = ("done", "failed")
+
 
 @contextmanager
 def watch(*, several: bool) -> Iterator[Listener]:
@@ -28,10 +30,10 @@ def watch(*, several: bool) -> Iterator[Listener]:
     A single run needs no bar here: training draws its own.
     """
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda event: None
-    elif not several:
+    if not several:
         yield lambda event: _print(console, event)
+    elif not console.is_terminal:
+        yield lambda event: _print(console, event) if event.stage in _ENDS else None
     else:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         times = TimeElapsedColumn(), TimeRemainingColumn()
@@ -43,7 +45,7 @@ def _print(console: Console, event: Event) -> None:
     if event.message:
         style = "red" if event.stage == "failed" else None
         text = f"{event.name}  {event.stage}: {event.message}"
-        console.print(text, style=style, markup=False, highlight=False)
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Bars:
@@ -55,7 +57,7 @@ class _Bars:
 
     def show(self, event: Event) -> None:
         """Move the run's bar."""
-        if event.stage in ("done", "failed"):
+        if event.stage in _ENDS:
             if event.run_id in self.of_run:
                 self.bars.remove_task(self.of_run.pop(event.run_id))
             _print(self.bars.console, event)

@@ -1,0 +1,86 @@
+"""The verbs that help to choose: plan, methods, tasks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forgetless.cli.options import AsJson, Base
+from forgetless.cli.screen import hush
+from forgetless.cli.tables import console, print_json, print_table, print_text
+from forgetless.errors import UserError
+
+
+def plan(
+    context: typer.Context,
+    base: Base,
+    data: Annotated[str, typer.Option(help="Training data of the new task, or raw text.")],
+    keep: Annotated[
+        str | None, typer.Option(help="Text of what is to be kept: replayed and measured.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Held-out examples of the new task: measured.")
+    ] = None,
+    goal: Annotated[str, typer.Option(help="learn, balance or keep.")] = "balance",
+    method: Annotated[str | None, typer.Option(help="Instead of the advised one.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What the run may take, such as 24GB; the batch is fitted.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="YAML file for the recipe.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Advise how to train a base on some data, with reasons, costs and a recipe."""
+    from forgetless.planning import Wishes, recipe_text, render
+    from forgetless.planning import plan as do
+    from forgetless.statistics.budget import parse_bytes
+    from forgetless.store import write_text
+
+    if out is not None and Path(out).exists():
+        raise UserError(f"{out} is there already; give another name, or remove it")
+    hush()
+    most = None if memory is None else parse_bytes(memory, "--memory")
+    made = do(base, data, Wishes(goal, method, rank, keep, test, most))
+    if out is not None:
+        write_text(Path(out), recipe_text(made, context.obj))
+    if as_json:
+        print_json(made.to_json())
+        return
+    console().print(render(made))
+    if out is not None:
+        print(f"recipe: {out}")
+    else:
+        print("--out recipe.yaml writes this as a recipe; --json is for programs")
+
+
+def methods(as_json: AsJson = False) -> None:
+    """Show the ways to start an adapter: what each is, needs and trains, and its paper."""
+    from forgetless.method_table import as_text, entries
+
+    if as_json:
+        print_json([asdict(entry) for entry in entries()])
+        return
+    print(as_text(min(console().width, 100)))
+
+
+def tasks() -> None:
+    """List what a model can be scored on."""
+    from forgetless.tasks import SUITES, TASKS
+    from forgetless.tasks.harness import STANDARD
+
+    rows = [[name, task.summary, ", ".join(task.required) or "–"] for name, task in TASKS.items()]
+    print_table(["task", "what it measures", "needs"], rows)
+    print()
+    rows = [[name, task.summary] for name, task in STANDARD.items()]
+    print_table(["task of the lm-evaluation-harness", "what it measures"], rows)
+    print()
+    print_table(["suite", "its tasks"], [[name, ", ".join(SUITES[name])] for name in SUITES])
+    print()
+    print_text(
+        "What a task needs is a setting of it in a recipe; a path can stand behind its name, as in "
+        "perplexity:notes.txt. Any other name of the lm-evaluation-harness is a task too, and so "
+        "is a YAML file. --data-dir reads the harness's data from local files."
+    )

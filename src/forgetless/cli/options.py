@@ -1,0 +1,44 @@
+"""The options that several verbs have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, as training.steps=10."),
+]
+Out = Annotated[str, typer.Option("--out", help="Folder that holds the studies.")]
+StudyName = Annotated[str | None, typer.Option(help="Folder of the run; the recipe's name.")]
+Workers = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Torch threads of a process; one for a small model.")
+]
+Check = Annotated[
+    bool, typer.Option("--check", help="Only say what is wrong, before any weight is loaded.")
+]
+
+Base = Annotated[str, typer.Argument(metavar="BASE", help="'pocket', a model folder or a hub id.")]
+NewFolder = Annotated[str, typer.Option("--out", help="New folder to write to.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="Text to keep: a file, 'self' (sampled from the base), pocket:knowledge."),
+]
+Samples = Annotated[int, typer.Option(help="Texts of the calibration source to read.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens of the longest calibration text.")]
+BatchSize = Annotated[int, typer.Option(help="Calibration texts at a time.")]
+Targets = Annotated[
+    str,
+    typer.Option(
+        "--target-modules",
+        help="all-linear, attention, mlp, endings such as q_proj,v_proj, or a regex.",
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+
+Items = Annotated[int, typer.Option(min=0, help="Lost and gained items of a task to show.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For other programs.")]

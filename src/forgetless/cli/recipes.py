@@ -1,0 +1,168 @@
+"""The verbs about recipes and studies: demo, run, train, study, report; and a study's worker."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forgetless.cli import tables
+from forgetless.cli.options import Check, Out, RecipeFile, Set, StudyName, Threads, Workers
+from forgetless.cli.screen import hush, watch
+from forgetless.cli.values import rates_of
+
+if TYPE_CHECKING:
+    from forgetless.recipe import Recipe
+    from forgetless.study_recipe import StudyRecipe
+
+
+def demo(out: Out = "runs", workers: Workers = 2, threads: Threads = None) -> None:
+    """Fine-tune the pocket model seven ways and show what each learned and forgot."""
+    from forgetless.demo import definition
+
+    _do_study(definition(), out, workers, threads)
+
+
+def run(
+    recipe: RecipeFile,
+    changes: Set = None,
+    out: Out = "runs",
+    study: StudyName = None,
+    threads: Threads = None,
+    check: Check = False,
+    find_lr: Annotated[
+        bool,
+        typer.Option("--find-lr", help="Try rates briefly first; go on with the highest stable."),
+    ] = False,
+    rates: Annotated[
+        str | None,
+        typer.Option(metavar="RATE,RATE,...", help="To be tried; six around the recipe's own."),
+    ] = None,
+    find_steps: Annotated[
+        int | None, typer.Option(min=2, help="At each rate; a twentieth of the training's.")
+    ] = None,
+) -> None:
+    """Train by a recipe and measure what was learned and forgotten."""
+    if not find_lr and (rates or find_steps):
+        raise typer.BadParameter("--rates and --find-steps are for --find-lr; add that")
+    to_try = None if rates is None else rates_of(rates)
+    asked = _recipe(recipe, changes)
+    if check:
+        _say_check(recipe, asked)
+        return
+    from forgetless.runs import run as do
+
+    with watch() as listen:
+        if find_lr:
+            from forgetless.rate_search import find_rate
+
+            found = find_rate(
+                asked, out, study, rates=to_try, steps=find_steps, threads=threads, listen=listen
+            )
+            tables.print_rates(found)
+            asked = found.recipe
+        done = do(asked, out, study, threads=threads, listen=listen)
+    tables.print_run(done)
+    tables.print_end(done)
+
+
+def train(
+    recipe: RecipeFile,
+    changes: Set = None,
+    out: Out = "runs",
+    study: StudyName = None,
+    threads: Threads = None,
+    check: Check = False,
+) -> None:
+    """Train and export by a recipe, without measuring; 'run' adds the measuring later."""
+    asked = _recipe(recipe, changes)
+    if check:
+        _say_check(recipe, asked)
+        return
+    from forgetless.runs import run as do
+
+    with watch() as listen:
+        done = do(asked, out, study, evaluate=False, threads=threads, listen=listen)
+    tables.print_end(done)
+
+
+def _recipe(path: str, changes: list[str] | None) -> Recipe:
+    """The recipe of a file, changed; one without a name is called as its file."""
+    from forgetless.reading import parse_assignments
+    from forgetless.recipe import Recipe
+
+    recipe = Recipe.load(path, parse_assignments(changes or []))
+    return recipe if recipe.name else recipe.model_copy(update={"name": Path(path).stem})
+
+
+def _say_check(path: str, recipe: Recipe) -> None:
+    """Say that nothing is wrong, or raise all that is."""
+    from forgetless.errors import RecipeError
+    from forgetless.recipe import check
+
+    if problems := check(recipe):
+        raise RecipeError(path, problems)
+    print(f"{path}: no problems; the run would be {recipe.run_id}")
+
+
+def study(
+    path: Annotated[str, typer.Argument(metavar="STUDY", help="A YAML file.")],
+    changes: Set = None,
+    out: Out = "runs",
+    workers: Workers = 1,
+    threads: Threads = None,
+    check: Check = False,
+    page: Annotated[bool, typer.Option("--report/--no-report", help="Write the page.")] = True,
+) -> None:
+    """Do all runs of a study; a study that was stopped goes on."""
+    from forgetless.reading import parse_assignments
+    from forgetless.study_recipe import StudyRecipe
+
+    definition = StudyRecipe.load(path, parse_assignments(changes or []))
+    if check:
+        print(f"{path}: no problems; {len(definition.recipes())} runs")
+        return
+    _do_study(definition, out, workers, threads, page=page)
+
+
+def _do_study(
+    definition: StudyRecipe | dict[str, Any],
+    out: str,
+    workers: int,
+    threads: int | None,
+    *,
+    page: bool = True,
+) -> None:
+    """Do the runs, show what came of them, and end with 1 if one failed."""
+    from forgetless.studies import study as do
+
+    with watch(several=workers > 1) as listen:
+        done = do(definition, out, workers=workers, threads=threads, listen=listen)
+    failed = done.failed
+    if len(failed) < len(done.runs):
+        tables.print_study(done.folder, page=page)
+    for run in failed:
+        print(f"failed: {run.folder}: {run.record.get('reason')}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+def report(
+    folder: Annotated[str, typer.Argument(metavar="STUDY", help="Folder of a study.")],
+) -> None:
+    """Write the page, the tables and the figures of a study."""
+    tables.print_study(folder, page=True)
+
+
+def worker(
+    folder: Annotated[str, typer.Argument()],
+    session: Annotated[str, typer.Argument()],
+    threads: Threads = None,
+) -> None:
+    """Do runs of a study that another process started."""
+    from forgetless.studies import serve
+
+    hush()
+    serve(Path(folder), session, threads)

@@ -1,0 +1,35 @@
+"""What is seen while a command works."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forgetless.stages import Listener
+
+
+def hush() -> None:
+    """Our own bars, and none of transformers, nor what it says alike for every model it loads."""
+    from transformers.utils import logging
+
+    from forgetless.progress import draw
+
+    draw()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def watch(*, several: bool = False) -> AbstractContextManager[Listener]:
+    """A listener for runs that shows them on a terminal, as `forgetless.watch.watch` does."""
+    from forgetless.watch import watch as shown
+
+    hush()
+    return shown(several=several)
+
+
+def tell_terminal(message: str) -> None:
+    """What a command is doing, for those who wait in front of it."""
+    if sys.stderr.isatty():
+        print(message, file=sys.stderr)

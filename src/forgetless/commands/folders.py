@@ -1,0 +1,51 @@
+"""The folders that a command reads and writes: what was trained, and a new place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from forgetless import store
+from forgetless.adapters.folders import CONFIG_FILE
+from forgetless.errors import UserError
+from forgetless.recipe import Recipe
+from forgetless.store import RunFolder
+
+
+def require_new(path: Path) -> None:
+    """Raise ``UserError`` where something lies at ``path`` that would be replaced."""
+    if path.is_file():
+        raise UserError(f"{path} is a file; give a new folder")
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{path} is not empty; give a new folder")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Trained weights: an adapter's folder or a whole model's, and the base where it is known."""
+
+    folder: Path
+    base: str | None
+    is_adapter: bool
+
+    @classmethod
+    def find(cls, path: str | Path) -> Trained:
+        """What lies at ``path``: a run's folder, an adapter's or a model's."""
+        path = Path(path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"no folder {path}; give a run or an adapter")
+        run = RunFolder(path)
+        if run.recipe.exists():
+            base = Recipe.load(run.recipe).base
+            for folder, is_adapter in ((run.native, True), (run.model, False)):
+                if folder.exists():
+                    return cls(folder, base, is_adapter)
+            raise UserError(f"the run {path} has no trained weights yet; finish it first")
+        config = store.read_json(path / CONFIG_FILE)
+        if config:
+            return cls(path, config.get("base_model_name_or_path"), True)
+        if (path / "config.json").exists():
+            return cls(path, None, False)
+        raise UserError(
+            f"{path} is neither a run nor an adapter: it has no recipe.yaml and no {CONFIG_FILE}"
+        )

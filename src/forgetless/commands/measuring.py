@@ -1,0 +1,146 @@
+"""Scores of a base, and beside them those of what was trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from forgetless import adapters, store
+from forgetless.commands.folders import Trained
+from forgetless.errors import UserError
+from forgetless.evaluation import Scores, evaluate
+from forgetless.models import load_model, load_tokenizer
+from forgetless.recipe import base_hash, weights_hash
+from forgetless.scores.cache import ScoreCache, default_folder
+from forgetless.scores.comparison import Comparison, compare
+from forgetless.scores.files import write_records
+from forgetless.tasks import Task, TaskResult, make_tasks
+from forgetless.tasks.base import whole_number
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Scores of a base and, where an adapter was given, of the adapter on it."""
+
+    base: Scores
+    adapted: Scores | None = None
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """What the adapter changed."""
+        return None if self.adapted is None else compare(self.base, self.adapted)
+
+
+@dataclass
+class _Models:
+    """A base and what was trained on it, each loaded when it is first needed."""
+
+    base_name: str
+    trained: Trained | None
+    dtype: str
+    batch_size: int | None
+    listen: Callable[[str], None]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's own."""
+        return load_tokenizer(self.base_name)
+
+    @cached_property
+    def base(self) -> Any:
+        """The base; after `adapted` was asked for, an adapter sits on it."""
+        return load_model(self.base_name, dtype=self.dtype)
+
+    @cached_property
+    def adapted(self) -> Any:
+        """The base with the adapter on it, or the fully trained model."""
+        assert self.trained is not None
+        if self.trained.is_adapter:
+            return adapters.load(self.base, self.trained.folder)
+        return load_model(str(self.trained.folder), dtype=self.dtype)
+
+    def score_base(self, task: Task) -> TaskResult:
+        """The base's score."""
+        self.listen(f"{task.name}: the base")
+        return self._score(task, self.base, self.base)
+
+    def score_adapted(self, task: Task) -> TaskResult:
+        """The score of what was trained."""
+        assert self.trained is not None
+        self.listen(f"{task.name}: {self.trained.folder}")
+        # For an adapter the reference is the same model with the adapter off.
+        apart = task.needs_reference and not self.trained.is_adapter
+        return self._score(task, self.adapted, self.base if apart else None)
+
+    def _score(self, task: Task, model: Any, reference: Any) -> TaskResult:
+        found = evaluate(
+            model, task, self.tokenizer, reference=reference, batch_size=self.batch_size
+        )
+        return found[task.name]
+
+
+def measure(
+    base: str,
+    specs: Sequence[Any],
+    *,
+    adapter: str | Path | None = None,
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    cache: str | Path | None = None,
+    listen: Callable[[str], None] = lambda message: None,
+) -> Measurement:
+    """Score a base on tasks, and an adapter, a run or a fully trained model beside it.
+
+    Args:
+        base: see `forgetless.models.resolve_base`.
+        specs: tasks.
+        adapter: folder of an adapter, a run or a trained model.
+        dtype: number format of the weights.
+        batch_size: texts at once; None lets each task choose.
+        cache: folder of scores that were measured before, by the content of model and task; None
+            for `forgetless.scores.cache.default_folder`. No model is loaded where all are there,
+            and an evaluation that was interrupted goes on where it was.
+        listen: told, in words, what is measured next.
+    """
+    tasks = make_tasks(specs)
+    if not tasks:
+        raise UserError("no task given; 'forgetless tasks' lists them")
+    if problem := whole_number("batch_size", batch_size, optional=True):
+        raise UserError(problem)
+    trained = None if adapter is None else Trained.find(adapter)
+    models = _Models(base, trained, dtype, batch_size, listen)
+    scores = ScoreCache(cache or default_folder())
+    key: tuple[str, ...] = (base_hash(base), dtype)
+    before = Scores(
+        scores.result(task, *key, measure=partial(models.score_base, task)) for task in tasks
+    )
+    if trained is None:
+        return Measurement(before)
+    key = (*key, weights_hash(trained.folder))
+    after = Scores(
+        scores.result(task, *key, measure=partial(models.score_adapted, task)) for task in tasks
+    )
+    return Measurement(before, after)
+
+
+def write_scores(found: Measurement, path: Path) -> None:
+    """Write {task: {metric: {"value", "stderr", "n"}}} of the model that was asked for.
+
+    With an adapter, the file has the adapter's scores; the base's are beside it, in a file of the
+    same form: ``scores.json`` and ``scores.base.json``. Each has its records beside it, see
+    `forgetless.scores.files`.
+    """
+    base = path
+    if found.adapted is not None:
+        _write_scores(found.adapted, path)
+        base = path.with_name(f"{path.stem}.base{path.suffix}")
+    _write_scores(found.base, base)
+
+
+def _write_scores(scores: Scores, path: Path) -> None:
+    """The numbers, and beside them the records that 'forgetless compare' reads."""
+    store.write_json(path, scores.metrics)
+    write_records(scores, path)

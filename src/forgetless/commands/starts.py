@@ -1,0 +1,132 @@
+"""An adapter before its first step, and the statistics that its start may need."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forgetless import adapters, store
+from forgetless.checking import Checker
+from forgetless.commands.folders import require_new
+from forgetless.core import Method, find_method
+from forgetless.errors import RecipeError, UserError
+from forgetless.inputs import ARGUMENT, Collecting
+from forgetless.models import load_model, load_tokenizer, meta_model, target_layers
+from forgetless.recipe import TASK_METHODS, AdapterSettings, CalibrationSettings, DataSettings
+from forgetless.stages import attached
+from forgetless.statistics import Statistics
+
+
+def collect_statistics(
+    base: str,
+    settings: CalibrationSettings,
+    *,
+    target_modules: str | Sequence[str] = "all-linear",
+    dtype: str = "auto",
+    seed: int = 0,
+    unfinished: Path | None = None,
+) -> Statistics:
+    """The statistics of the base's activations on a calibration text.
+
+    An interrupted call goes on from the folder ``unfinished``, where other settings have another
+    place; the statistics may read from it until they are saved.
+    """
+    target_layers(meta_model(base), target_modules)  # a name that matches nothing shows here
+    asked = AdapterSettings(target_modules=target_modules)
+    collecting = Collecting(asked, settings, seed=seed)
+    collecting.check_texts({"second_moment"})
+    model, tokenizer = load_model(base, dtype=dtype), load_tokenizer(base)
+    place = hashlib.sha256(repr((base, dtype, collecting)).encode()).hexdigest()[:16]
+    checkpoint = None if unfinished is None else unfinished / place
+    found = collecting.collect("second_moment", model, tokenizer, checkpoint)
+    assert isinstance(found, Statistics)
+    return found
+
+
+@dataclass(frozen=True)
+class Start:
+    """An adapter before its first step, written into a folder.
+
+    Attributes:
+        folder: where it lies.
+        obstacle: why a trainer that knows only PEFT cannot continue it as the method means; None
+            where it can.
+    """
+
+    folder: Path
+    obstacle: str | None
+
+
+def init(
+    base: str,
+    settings: AdapterSettings,
+    out: str | Path,
+    *,
+    source: CalibrationSettings | Statistics | None = None,
+    data: DataSettings | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+) -> Start:
+    """Write the start of an adapter, for whatever trains it.
+
+    A start that adds nothing to the base and trains both factors is a plain LoRA, which every
+    PEFT-based trainer continues. The others are written in the package's own form.
+
+    Raises:
+        RecipeError: unknown method or option, a rank that does not fit, no such layers.
+        UserError: the method needs statistics and ``source`` is None; ``out`` is not empty.
+    """
+    out = Path(out)
+    require_new(out)
+    problems = Checker().adapter(base, settings)
+    if problems:
+        raise RecipeError("init", problems)
+    method = find_method(settings.method)
+    if method.factors is None:
+        raise UserError("method 'full' trains the weights themselves: there is no adapter to start")
+    _check_inputs(method, source, data)
+    given = {"stats": source} if isinstance(source, Statistics) else {}
+    asked = source if isinstance(source, CalibrationSettings) else CalibrationSettings()
+    collecting = Collecting(settings, asked, data, seed)
+    needs = sorted(need for need in method.needs if ARGUMENT[need] not in given)
+    collecting.check_texts(needs)
+    model = load_model(base, dtype=dtype)
+    tokenizer = load_tokenizer(base) if needs else None
+    inputs = {ARGUMENT[need]: collecting.collect(need, model, tokenizer) for need in needs}
+    model = attached(settings, model, given | inputs, seed)
+    with store.new_folder(out) as folder:
+        adapters.save(model, folder)
+    return Start(out, _obstacle(settings.method, model.peft_config["default"].start))
+
+
+def _check_inputs(
+    method: Method, source: CalibrationSettings | Statistics | None, data: DataSettings | None
+) -> None:
+    """Raise unless there is a text for every need of the method."""
+    keeps = "second_moment" in method.needs and method.name not in TASK_METHODS
+    if keeps and source is None:
+        raise UserError(
+            f"method {method.name!r} needs to know what to keep: give --calibration FILE, "
+            "--calibration self (text sampled from the base), or --stats FOLDER"
+        )
+    on_task = method.needs - {"second_moment"} or (method.name in TASK_METHODS and source is None)
+    if on_task and data is None:
+        raise UserError(
+            f"method {method.name!r} looks at the new task: give its training data by --data FILE"
+        )
+
+
+def _obstacle(method: str, start: Mapping[str, Any]) -> str | None:
+    """Why a trainer that knows only PEFT cannot train this start as the method means it."""
+    if start["anchored"]:
+        return (
+            f"{method!r} does not start from the base itself: a plain LoRA with these factors "
+            "would change the base before the first step"
+        )
+    frozen = {"A", "B"} - set(start["trains"])
+    if frozen:
+        return f"{method!r} keeps {frozen.pop()} frozen, and PEFT would train it"
+    return None
