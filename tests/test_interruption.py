@@ -198,7 +198,7 @@ def test_ctrl_c_in_a_run_says_how_to_go_on(
 def test_a_stopped_study_lets_its_workers_finish_their_steps(
     tiny_base: Path, tiny_files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {"training.steps": 400, "training.checkpoint_every": 5000, "tasks": {}}
+    changes = {"training.steps": 200, "training.checkpoint_every": 5000, "tasks": {}}
     definition = {"name": "s", "recipe": recipe_of(tiny_base, tiny_files, **changes)}
 
     def stop(event: Event) -> None:
@@ -212,5 +212,5 @@ def test_a_stopped_study_lets_its_workers_finish_their_steps(
     assert "stopped" not in said  # that is for the command to say, and once
 
     (again,), (undisturbed,) = (study(definition, tmp_path / out).runs for out in ("cut", "whole"))
-    assert 3 <= again.record["training"]["resumed_from"] < 400
+    assert 3 <= again.record["training"]["resumed_from"] < 200
     assert lines(again.folder) == lines(undisturbed.folder)

@@ -67,6 +67,13 @@ def test_the_tail_leaks_hardly_more_than_the_least_possible(name: str) -> None:
     assert (values.diff() <= 1e-12).all()
 
 
+def test_a_single_column_leaks_hardly_more_than_the_least_possible() -> None:
+    values = torch.arange(1, 1025, dtype=torch.float64) ** -4.0
+    found = subspace.smallest_eigenpairs(C := moment(values), 1)
+    assert found is not None
+    assert energy(C, found.vectors) <= 1.01**2 * values[-1]
+
+
 @pytest.mark.parametrize("name", ["k^-0.8", "k^-1.6", "k^-3.6", "exponential"])
 def test_the_iteration_itself_found_these_tails(name: str) -> None:
     assert subspace.smallest_eigenpairs(moment(SPECTRA[name]), RANK) is not None

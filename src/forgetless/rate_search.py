@@ -127,6 +127,7 @@ def _kept_texts(recipe: Recipe) -> list[Any]:
 
 def _search(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[str, Any]:
     """The trials, as JSON values."""
+    stages.require_fitting_data()
     with saying_what_takes_less("statistics"):
         collected = stages.collect_statistics()
     if collected:

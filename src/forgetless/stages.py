@@ -103,7 +103,7 @@ class Stages:
         Several processes collect statistics and train together. All else is the first one's work,
         for which the others wait, and it alone writes.
         """
-        self.ranks.first(self._require_fitting_data)
+        self.ranks.first(self.require_fitting_data)
         if evaluate:
             self._note(lambda: {"tasks": {task.name: kind for task, kind in self.tasks}})
             self._timed("base scores", self.base_scores)
@@ -347,7 +347,7 @@ class Stages:
         several = len(store.planned(self.folder.path.parent)) > 1
         return cached_spectra(self.shared / "spectra") if several else nullcontext()
 
-    def _require_fitting_data(self) -> None:
+    def require_fitting_data(self) -> None:
         """Say at once what of the data the base cannot be trained on; measuring may take hours."""
         if self._is_trained():
             return

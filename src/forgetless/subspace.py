@@ -41,6 +41,8 @@ TOLERANCE = 0.01
 
 _EPSILON = torch.finfo(torch.float64).eps
 _OVERSAMPLING = 4
+_NARROWEST = 12
+"""Columns of a block at the least: of five, a single one was seen to leak 1.011 times too much."""
 _LARGEST_STEPS = 24
 
 
@@ -162,7 +164,7 @@ def _krylov(
         floor: eigenvalues below it cannot be told apart.
     """
     size = len(like)
-    width = min(rank + _OVERSAMPLING, size)
+    width = min(max(rank + _OVERSAMPLING, _NARROWEST), size)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(size, width, generator=generator, dtype=like.dtype).to(like.device)
     basis = torch.linalg.qr(expand(start)).Q
@@ -218,5 +220,4 @@ def _converged(history: list[Tensor], end: End, floor: float) -> bool:
     before, previous, now = (float(values.sum()) for values in history[-3:])
     gained, earlier = previous - now, before - previous
     rate = min(max(gained / earlier, 0.5), 0.9) if earlier > 0 else 0.5
-    # The estimate was seen to be short by half.
-    return gained * rate / (1 - rate) <= TOLERANCE / 2 * abs(now)
+    return gained * rate / (1 - rate) <= TOLERANCE * abs(now)
