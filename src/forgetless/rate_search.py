@@ -20,7 +20,7 @@ from forgetless.runs import torch_threads
 from forgetless.shortage import saying_what_takes_less
 from forgetless.stages import Listener, Stages
 from forgetless.store import RunFolder
-from forgetless.training.durations import rows_of, total_steps
+from forgetless.training.durations import total_steps
 from forgetless.training.rates import Trial, Verdict, find_learning_rate, grid, judge, some_steps
 
 __all__ = ["RateSearch", "find_rate"]
@@ -141,13 +141,13 @@ def _search(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[s
 def _tried(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[str, Any]:
     """The trials from the start that is written down."""
     recipe = stages.recipe
-    model, tokens = stages.to_train()
-    steps = steps or some_steps(total_steps(rows_of(tokens), recipe.training))
+    model, rows = stages.to_train()
+    steps = steps or some_steps(total_steps(rows, recipe.training))
     trials = []
     for trial in find_learning_rate(
         model,
         stages.tokenizer,
-        tokens,
+        rows,
         recipe.training,
         stages.folder.path / "trials",
         rates=rates,

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -53,13 +53,10 @@ from forgetless.tasks.journal import resuming
 from forgetless.training import train
 from forgetless.training.batches import TokenRows
 from forgetless.training.devices import gathered, is_sharded
-from forgetless.training.durations import rows_of
+from forgetless.training.durations import Rows
 from forgetless.training.forgetting import from_settings
 from forgetless.training.mixture import Mixture
 from forgetless.training.token_checks import require_fitting, require_kept_apart
-
-if TYPE_CHECKING:
-    import datasets
 
 SMALL_INPUT = 1024
 """Inputs of a layer up to which its tail energy is worth an eigendecomposition."""
@@ -351,34 +348,33 @@ class Stages:
         """Say at once what of the data the base cannot be trained on; measuring may take hours."""
         if self._is_trained():
             return
-        rows = rows_of(self.tokens)
-        require_fitting(meta_model(self.recipe.base), rows)
-        if rows.several:
-            require_kept_apart(self._base(), rows)
+        require_fitting(meta_model(self.recipe.base), self.rows)
+        if self.rows.several:
+            require_kept_apart(self._base(), self.rows)
 
     def _is_trained(self) -> bool:
         return self.trained.exists() and "training" in self.record
 
-    def to_train(self) -> tuple[Any, Any]:
-        """The model before its first step, and the tokens to train it on."""
+    def to_train(self) -> tuple[Any, Rows]:
+        """The model before its first step, and the rows to train it on."""
         self._held = None
         # What is to be sharded comes to the devices in shards.
         device = "cpu" if this_launch().strategy == "FSDP2" else "auto"
         model = self._load_base(device)
         if not self.full:
             model = load(model, self.folder.start, trainable=True)
-        return model, self.tokens
+        return model, self.rows
 
     def train(self) -> str | None:
         """Train, from the newest checkpoint if there is one, and write the result down."""
         if self.ranks.first(self._is_trained):
             self.ranks.first(self._tidy)
             return None
-        recipe, (model, tokens) = self.recipe, self.to_train()
+        recipe, (model, rows) = self.recipe, self.to_train()
         result = train(
             model,
             self.tokenizer,
-            tokens,
+            rows,
             recipe.training,
             self.folder.path,
             seed=recipe.seed,
@@ -414,18 +410,17 @@ class Stages:
             store.remove(self.folder.start)
 
     @cached_property
-    def tokens(self) -> datasets.Dataset | Mixture:
+    def rows(self) -> Rows:
         """What is trained on, as the base's tokenizer reads it."""
-        data, tokens = self.recipe.data, []
+        data, parts = self.recipe.data, []
         for path, _ in data.sources:
             examples = load_examples(path, limit=data.limit, kind=data.format)
-            tokens.append(
-                tokenize(examples, self.tokenizer, max_length=data.max_length, pack=data.pack)
-            )
+            tokens = tokenize(examples, self.tokenizer, max_length=data.max_length, pack=data.pack)
+            parts.append(TokenRows(tokens))
         if isinstance(data.train, str):
-            return tokens[0]
+            return parts[0]
         weights = [weight for _, weight in data.sources]
-        return Mixture([TokenRows(part) for part in tokens], weights, self.recipe.seed)
+        return Mixture(parts, weights, self.recipe.seed)
 
     def export(self) -> str | None:
         """Write the adapter as a plain PEFT LoRA for the untouched base."""

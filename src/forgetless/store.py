@@ -384,10 +384,11 @@ def curve(study_folder: str | Path) -> list[dict[str, Any]]:
     study_folder = Path(study_folder)
     if not study_folder.is_dir():
         raise FileNotFoundError(f"no study folder {study_folder}")
-    return [row for folder in run_folders(study_folder) for row in _curve_rows(folder)]
+    return [row for folder in run_folders(study_folder) for row in curve_rows(folder)]
 
 
-def _curve_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
+def curve_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """The rows of `curve` of one run; none where it was measured at its end only."""
     if not folder.points:
         return
     recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))

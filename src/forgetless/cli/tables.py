@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,9 +114,10 @@ def print_end(done: Run) -> None:
 
 def _print_points(done: Run) -> None:
     """The scores at the steps of `measure_at`, between those of the base and of the end."""
-    from forgetless.store import curve
+    from forgetless.reports.words import three_decimals
+    from forgetless.store import RunFolder, curve_rows
 
-    rows = [row for row in curve(done.folder.parent) if row["run_id"] == done.run_id]
+    rows = list(curve_rows(RunFolder(done.folder)))
     if not rows:
         return
     steps = sorted({row["step"] for row in rows})
@@ -124,7 +125,7 @@ def _print_points(done: Run) -> None:
     metrics = {row["task"]: row["metric"] for row in rows}
     heads = ["base", *(f"step {step}" for step in steps[1:-1]), f"end ({steps[-1]})"]
     cells = [
-        [task, metric or "", *(_score(scores[task, step]) for step in steps)]
+        [task, metric or "", *(_number(scores[task, step], three_decimals) for step in steps)]
         for task, metric in metrics.items()
     ]
     print()
@@ -161,12 +162,5 @@ def print_measurement(found: Measurement, items: int) -> None:
     print_table(["task", "metric", *numbers], rows, numbers)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _score(value: float | None) -> str:
-    """Three decimals, and a small number as it is."""
-    if value is None:
-        return _number(value)
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"
+def _number(value: float | None, show: Callable[[float], str] = "{:.4g}".format) -> str:
+    return "–" if value is None else show(value)

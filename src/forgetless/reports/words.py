@@ -55,6 +55,11 @@ def amount(task: Task, value: float) -> str:
     """A score as people read it: a share as per cent, anything else to three decimals."""
     if task.is_share:
         return percent(value)
+    return three_decimals(value)
+
+
+def three_decimals(value: float) -> str:
+    """Three decimals, or a smaller number as it is."""
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"
 
 

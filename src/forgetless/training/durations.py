@@ -17,9 +17,9 @@ __all__ = ["Rows", "epoch_steps", "measured_steps", "rows_of", "total_steps"]
 Rows = TokenRows | Mixture
 
 
-def rows_of(tokens: datasets.Dataset | Mixture) -> Rows:
-    """What `forgetless.data.tokenize` gives, as training reads it; a mixture is that already."""
-    return tokens if isinstance(tokens, Mixture) else TokenRows(tokens)
+def rows_of(tokens: datasets.Dataset | Rows) -> Rows:
+    """What `forgetless.data.tokenize` gives, as training reads it; rows are that already."""
+    return tokens if isinstance(tokens, Rows) else TokenRows(tokens)
 
 
 def total_steps(rows: Rows, settings: TrainingSettings) -> int:

@@ -29,7 +29,6 @@ from forgetless.training.forgetting import ForgettingCallback
 from forgetless.training.interruption import Interruption, Unlogged
 from forgetless.training.log import TrainingLog
 from forgetless.training.loraplus import require_both_factors
-from forgetless.training.mixture import Mixture
 from forgetless.training.optimizers import optimizer_class, optimizer_problems
 from forgetless.training.penalties import make_penalty
 from forgetless.training.record import Points, Record
@@ -73,7 +72,7 @@ class TrainingResult:
 def train(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Examples | datasets.Dataset | Mixture,
+    examples: Examples | datasets.Dataset | Rows,
     settings: TrainingSettings,
     folder: str | Path,
     *,
@@ -94,7 +93,7 @@ def train(
         model: a causal language model, or a `PeftModel` of one.
         tokenizer: its tokenizer.
         examples: tokens from `forgetless.data.tokenize`; or examples, which it is then called on;
-            or a mixture of several sources.
+            or rows, such as a mixture of several sources.
         settings: how to train, and how often to write checkpoints and lines of the log.
         folder: takes ``log.jsonl`` and ``checkpoints/``, of which the newest two are kept.
         seed: of the order of the examples and of dropout.
