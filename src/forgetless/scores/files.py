@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from forgetless import store
 from forgetless.errors import UserError
@@ -18,6 +18,10 @@ from forgetless.store import PHASES, Phase, RunFolder
 from forgetless.tasks.base import Item, TaskResult
 
 __all__ = ["SavedScores", "read_scores", "records_file", "write_records"]
+
+
+Phase = Literal["base", "step0", "final"]
+PHASES: tuple[Phase, ...] = ("base", "step0", "final")
 
 
 @dataclass(frozen=True)

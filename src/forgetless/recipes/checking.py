@@ -177,3 +177,35 @@ class Checker:
                     if name in names:
                         yield f"{where}: a second task named {name!r}; give it a 'name' of its own"
                     names.add(name)
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Every problem that can be known before any weight is loaded; empty when there is none.
+
+    Looks for the base, the data and the calibration text, reads them, builds the model's shapes on
+    the meta device, and asks the method about its rank and options and each task about its spec.
+    """
+    from forgetless.checking import Checker  # which loads torch
+
+    return Checker().check(recipe)
+
+
+def _semantic_problems(
+    cls: type[Recipe], content: dict[str, Any], error: ValidationError
+) -> list[str]:
+    """What ``check`` finds once the values that are not even well-formed are left out.
+
+    A user then sees the misspelt key and the missing file in one go. Nothing is found when what is
+    left is no recipe.
+    """
+    rest = with_overrides(content, {})
+    for detail in error.errors():
+        section: Any = rest
+        for part in detail["loc"][:-1]:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and detail["loc"]:
+            section.pop(detail["loc"][-1], None)
+    try:
+        return check(cls.model_validate(rest))
+    except ValidationError:
+        return []

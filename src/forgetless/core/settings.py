@@ -1,83 +1,19 @@
-"""From what a user wrote to plain values: YAML, ``--set``, and errors in words."""
+"""Settings that a user writes: checked, frozen, and every mistake told in words."""
 
 from __future__ import annotations
-
 import difflib
 import json
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-
 import yaml
-from pydantic import BaseModel, ValidationError
+from typing import Annotated
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from forgetless.reading import parse_yaml
 from pydantic_core import ErrorDetails
-
 from forgetless.errors import RecipeError, UserError
 
-# ---- YAML ----------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-5`` is a number (YAML 1.1 says a string) and no key comes twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise UserError(f"the key {key.value!r} is given twice (again in line {line})")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(\d[\d_]*\.?[\d_]*[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?"
-        r"|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML text; raises ``UserError`` naming the line that cannot be read."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain data only
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark is not None else ""
-        raise UserError(f"not valid YAML: {where}{getattr(error, 'problem', error)}") from None
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: it is a folder, empty, not YAML, or not a mapping of keys to values.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the YAML file itself")
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path} (looked in {path.absolute().parent})")
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file; a recipe is YAML") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    if content is None:
-        raise UserError(f"{path} is empty; see recipes/own-model.yaml for a recipe to start from")
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"{path} must hold keys and values such as 'base: pocket'")
-    return content
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -111,9 +47,6 @@ def with_overrides(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
             for other in durations - overrides.keys():
                 section.pop(other.rpartition(".")[2], None)
     return merged
-
-
-# ---- errors --------------------------------------------------------------------------------------
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -183,3 +116,15 @@ def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
             return []
         model = section
     return list(model.model_fields)
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe that knows all of its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+Count = Annotated[int, Field(ge=1)]

@@ -4,14 +4,9 @@
     <out>/<study>/shared/                          base scores and statistics, used by every run
     <out>/<study>/<run id>/                        one run, see `RunFolder`
     <out>/<study>/report/                          the page, results.csv, results.parquet, figures
-
-Every file is written under a temporary name, flushed to the disk and renamed; a folder likewise.
-Whatever bears its final name is complete. Locks belong to the operating system and die with the
-process that holds them.
 """
 
 from __future__ import annotations
-
 import csv
 import fcntl
 import json
@@ -25,13 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
 import yaml
-
 from forgetless import metrics
 
-Phase = Literal["base", "step0", "final"]
-PHASES: tuple[Phase, ...] = ("base", "step0", "final")
+
 
 COLUMNS = (
     "study",
@@ -63,6 +55,7 @@ COLUMNS = (
 )
 """The columns of results.csv, one row a run and task."""
 
+
 CURVE_COLUMNS = (
     "study",
     "run_id",
@@ -85,138 +78,6 @@ CURVE_COLUMNS = (
     "status",
 )
 """The columns of curve.csv, one row a run, measured step and task."""
-
-_TEMPORARY = ".tmp-"
-
-
-# ------------------------------------------------------------------------------- atomic writing
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}")
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to bring a file or the names in a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _flush(path.parent)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all; a number that is not finite becomes null."""
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
-
-
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, the whole file or nothing."""
-    lines = [json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) for row in rows]
-    write_text(path, "".join(line + "\n" for line in lines))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return content
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; empty when there is no such file."""
-    if not path.exists():
-        return []
-    # Not splitlines(): an answer may hold U+2028, which JSON leaves as it is.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name ``path`` when the block ends well.
-
-    A folder that had the name is replaced. When the block raises, nothing is left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            _flush(file)
-        if path.exists():
-            path.rename(_temporary(path))
-        temporary.rename(path)
-        _flush(path.parent)
-    finally:
-        for left in path.parent.glob(f"{_TEMPORARY}*-{path.name}"):
-            remove(left)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def remove_temporaries(folder: Path, name: str = "") -> None:
-    """Delete what killed writers left of ``name...``, or of everything in and below ``folder``.
-
-    Only for the holder of the lock on these files.
-    """
-    pattern = f"{_TEMPORARY}*-{name}*"
-    for left in folder.glob(pattern) if name else folder.rglob(pattern):
-        remove(left)
-
-
-# ---------------------------------------------------------------------------------------- locks
-
-
-@contextmanager
-def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file ``path``; gives False when another process has it and ``wait`` is off.
-
-    The lock is the operating system's, so a process that is killed lets go of it. The empty file
-    stays: deleting it would let two processes hold two files of one name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-# -------------------------------------------------------------------------------- one run's folder
 
 
 @dataclass(frozen=True)
@@ -270,11 +131,6 @@ class RunFolder:
         write_json(self.record, {**read_json(self.record), **changes})
 
 
-def folder_name(name: str) -> str:
-    """The name as that of a folder: letters, digits, dots and dashes."""
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "unnamed"
-
-
 def run_folders(study_folder: str | Path) -> list[RunFolder]:
     """The runs of a study: first those of its definition, in order, then any others by name."""
     study_folder = Path(study_folder)
@@ -288,9 +144,6 @@ def planned(study_folder: Path) -> list[RunFolder]:
     """The runs that the study's definition comes to, in its order, begun or not."""
     entries = read_json(study_folder / "runs.json").get("runs", [])
     return [RunFolder(study_folder / entry["run_id"]) for entry in entries]
-
-
-# -------------------------------------------------------------------------------------- the table
 
 
 def results(study_folder: str | Path) -> list[dict[str, Any]]:

@@ -1,0 +1,58 @@
+"""What a recipe says of the adapter and of its export."""
+
+from __future__ import annotations
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from forgetless.errors import RecipeError
+from forgetless.reading import friendly, load_yaml, with_overrides
+from forgetless.core.settings import Count, Name, Section
+
+
+
+class AdapterSettings(Section):
+    """Which method starts on which layers; ``full`` trains the weights themselves.
+
+    See `forgetless.attach` for every value.
+    """
+
+    method: Name = "lora_null_v1"
+    rank: Count = 16
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    target_modules: Any = "all-linear"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, Count] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    options: dict[str, Any] = {}
+
+    @field_validator("target_modules")
+    @classmethod
+    def _suffixes_or_regex(cls, value: Any) -> str | list[str]:
+        if isinstance(value, str) and value:
+            return value
+        if isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
+            return list(value)
+        raise ValueError(
+            "must be 'all-linear', 'attention', 'mlp', one regular expression or a list of layer "
+            "names"
+        )
+
+
+class ExportSettings(Section):
+    """The rank of the exported adapter: ``exact``, ``requested`` (recompressed) or a number."""
+
+    rank: Any = "exact"
+
+    @field_validator("rank")
+    @classmethod
+    def _rank(cls, value: Any) -> str | int:
+        if value in ("exact", "requested") or (type(value) is int and value >= 1):
+            return value  # type: ignore[no-any-return]
+        raise ValueError("must be 'exact', 'requested' or a whole number of at least 1")

@@ -1,0 +1,110 @@
+"""What a recipe says of the training data and of the text to keep."""
+
+from __future__ import annotations
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from forgetless.errors import RecipeError
+from forgetless.reading import friendly, load_yaml, with_overrides
+from forgetless.core.settings import Count, Name, Section
+
+
+
+DATA = "data"
+"""The calibration source that stands for the training data."""
+
+
+TASK_METHODS = frozenset({"eva", "corda_ipm"})
+"""Methods whose second moment is over the new task's text, and not over the text to keep."""
+
+
+class CalibrationSettings(Section):
+    """The text whose knowledge is to be kept; read only when the method needs statistics.
+
+    ``source`` is one text, or a list of ``{source, weight}``, whose weights are shares of the mean.
+    ``data`` is the training data; ``auto`` is that for methods that look at the new task only, and
+    ``self`` for the others. ``skip_first`` and ``memory_budget`` are those of `forgetless.collect`.
+    """
+
+    source: Any = "auto"
+    samples: Count = 256
+    max_length: Annotated[int, Field(ge=2)] = 256
+    batch_size: Count = 8
+    skip_first: Annotated[int, Field(ge=0)] = 0
+    memory_budget: int | str | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _source_or_sources(cls, value: Any) -> str | list[dict[str, Any]]:
+        if isinstance(value, str) and value:
+            return value
+        weighted = isinstance(value, list) and all(_is_weighted_source(v, "source") for v in value)
+        if value and weighted:
+            return value  # type: ignore[no-any-return]
+        raise ValueError(
+            "must be a file, 'self', 'data', 'auto', or a list of {source: ..., weight: positive "
+            "number}"
+        )
+
+    def sources(self, method: str) -> list[tuple[str, float]]:
+        """Every source with its weight, for a method; none of them is ``auto``."""
+        if self.source == "auto":
+            return [(DATA if method in TASK_METHODS else "self", 1.0)]
+        if isinstance(self.source, str):
+            return [(self.source, 1.0)]
+        return [(part["source"], float(part["weight"])) for part in self.source]
+
+
+class DataSettings(Section):
+    """The training data, and how its examples become tokens.
+
+    ``format`` ``text`` reads prompts with completions as raw text, every token of which is learned.
+    ``train`` is one source, or a list of ``{path, weight}`` for replay: the first is the new task,
+    of which every example is in every epoch, the others have their exact share of an epoch's rows.
+    """
+
+    train: Any
+    format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
+    max_length: Annotated[int, Field(ge=2)] = 512
+    pack: Any = "auto"
+    limit: Count | None = None
+
+    @field_validator("train")
+    @classmethod
+    def _source_or_sources(cls, value: Any) -> str | list[dict[str, Any]]:
+        if isinstance(value, str) and value:
+            return value
+        if isinstance(value, list) and value and all(map(_is_weighted_source, value)):
+            return value
+        raise ValueError(
+            "must be a file or a list of {path: file, weight: positive number}, the new task first"
+        )
+
+    @property
+    def sources(self) -> list[tuple[str, float]]:
+        """Every source with its weight, the new task first."""
+        if isinstance(self.train, str):
+            return [(self.train, 1.0)]
+        return [(source["path"], float(source["weight"])) for source in self.train]
+
+    @field_validator("pack")
+    @classmethod
+    def _auto_or_bool(cls, value: Any) -> Literal["auto"] | bool:
+        if value == "auto" or isinstance(value, bool):
+            return value  # type: ignore[no-any-return]
+        raise ValueError("must be 'auto', true or false")
+
+
+def _is_weighted_source(value: Any, name: str = "path") -> bool:
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == {name, "weight"}
+        and isinstance(value[name], str)
+        and isinstance(value["weight"], int | float)
+        and value["weight"] > 0
+    )

@@ -1,0 +1,186 @@
+"""What decides a run: hashes of contents and settings, and the run's id made of them."""
+
+from __future__ import annotations
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from forgetless.errors import RecipeError
+from forgetless.reading import friendly, load_yaml, with_overrides
+
+
+
+MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"})
+"""Endings of the files that decide what a model folder computes; its README does not."""
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files in a folder."""
+    path = Path(path)
+    return _hash_of(sorted(path.rglob("*")) if path.is_dir() else [path], path)
+
+
+def _hash_of(files: Iterable[Path], root: Path) -> str:
+    digest = hashlib.sha256()
+    for file in filter(Path.is_file, files):
+        status = file.stat()
+        name = file.relative_to(root).as_posix()
+        digest.update(f"{name}:{_file_hash(file, status.st_size, status.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _file_hash(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def base_hash(base: str) -> str:
+    """What a base's name stands for: the folder's content, or the commit of a model on the hub."""
+    from forgetless.models import resolve_base
+
+    resolved = resolve_base(base)
+    folder = Path(resolved)
+    if folder.is_dir():
+        return weights_hash(folder)
+    from huggingface_hub import hf_hub_download
+
+    commit = Path(hf_hub_download(resolved, "config.json")).parent.name
+    return hashlib.sha256(f"{resolved}@{commit}".encode()).hexdigest()
+
+
+def weights_hash(folder: str | Path) -> str:
+    """SHA-256 of the files in a model's or an adapter's folder that decide what it computes."""
+    folder = Path(folder)
+    return _hash_of(sorted(f for f in folder.iterdir() if f.suffix in MODEL_FILES), folder)
+
+
+def _source_hash(source: str, fingerprint: Callable[[str], str]) -> str:
+    """The content of a file or folder; what else a source may be called knows its fingerprint."""
+    return content_hash(source) if Path(source).exists() else fingerprint(source)
+
+
+def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """For each need of the method, what decides it: base, layers, text, the seed that drew it."""
+    from forgetless.methods import METHODS
+
+    settings = recipe.calibration
+    common = {
+        "base": base_hash(recipe.base),
+        "dtype": recipe.dtype,
+        "target_modules": recipe.adapter.target_modules,
+        "seed": recipe.seed,
+        **_without_idle(settings.model_dump(exclude={"memory_budget"}), {"skip_first": 0}),
+    }
+    sources = settings.sources(recipe.adapter.method)
+    texts = [[_calibration_key(recipe, source), weight] for source, weight in sources]
+    keep = texts[0][0] if len(texts) == 1 else texts
+    task = {**common, "source": _calibration_key(recipe, DATA)}
+    found = {
+        "second_moment": {**common, "source": keep},
+        "task_moment": task,
+        "gradient": {**task, "gradient": True},
+    }
+    return {need: found[need] for need in sorted(METHODS[recipe.adapter.method].needs)}
+
+
+def _calibration_key(recipe: Recipe, source: str) -> Any:
+    """What decides the text of one source."""
+    from forgetless.calibration import fingerprint
+    from forgetless.data import load_examples
+
+    if source != DATA:
+        return _source_hash(source, fingerprint)
+    path = recipe.data.sources[0][0]
+    as_text = {"format": "text"} if recipe.data.format == "text" else {}
+    return {
+        **as_text,
+        "data": _source_hash(path, lambda name: load_examples(name).fingerprint),
+        "max_length": recipe.data.max_length,
+        "limit": recipe.data.limit,
+    }
+
+
+_SWITCHES: Mapping[str, Any] = {
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "loraplus_ratio": 1.0,
+    "tokens": None,
+    "measure_at": [],
+    "cooldown_ratio": 0.0,
+    "attention_dropout": 0.0,
+    "betas": None,
+    "eps": None,
+    "compile": False,
+}
+"""Settings that decide nothing at these values; a run without them keeps its id."""
+
+
+def _without_idle(values: dict[str, Any], idle: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: v for key, v in values.items() if key not in idle or v != idle[key]}
+
+
+def what_decides_a_training(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings without those that only record, and without switches that are off."""
+    return _without_idle(settings.model_dump(mode="json", exclude=set(RECORDING)), _SWITCHES)
+
+
+def _what_decides_the_weights(recipe: Recipe) -> dict[str, Any]:
+    from forgetless.data import load_examples
+
+    adapter = _without_idle(recipe.adapter.model_dump(), _SWITCHES)
+    if recipe.adapter.method == "full":
+        adapter = {"method": "full"}
+    data = recipe.data.model_dump(exclude={"train"})
+    content = [
+        [_source_hash(path, lambda name: load_examples(name).fingerprint), weight]
+        for path, weight in recipe.data.sources
+    ]
+    data["content"] = content[0][0] if isinstance(recipe.data.train, str) else content
+    inputs = input_keys(recipe) if adapter["method"] != "full" else {}
+    alone = inputs.get("second_moment") if len(inputs) == 1 else None
+    found = {
+        "base": base_hash(recipe.base),
+        "dtype": recipe.dtype,
+        "seed": recipe.seed,
+        "adapter": adapter,
+        "calibration": alone or inputs or None,
+        "data": data,
+        "training": what_decides_a_training(recipe.training),
+    }
+    if recipe.penalties:
+        found["penalties"] = [_penalty_key(spec) for spec in recipe.penalties]
+    if recipe.probes.max_kl is not None or recipe.probes.max_drop is not None:
+        from forgetless.training.forgetting import from_settings
+
+        probes = from_settings(recipe.probes)
+        found |= probes.decides if probes else {}
+    return found
+
+
+def _penalty_key(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a penalty: its settings, with the content of its files for their names."""
+    from forgetless.calibration import fingerprint
+
+    key = dict(spec)
+    if "source" in spec:
+        key["source"] = _source_hash(spec["source"], fingerprint)
+    if "adapters" in spec:
+        key["adapters"] = [content_hash(folder) for folder in spec["adapters"]]
+    return key
+
+
+def run_id(recipe: Recipe) -> str:
+    """The method's name and a hash of what decides the trained weights.
+
+    Tasks, names, export settings, the cadence of logs and checkpoints, and probes without a
+    budget are left out, so that a new evaluation finds the trained run.
+    """
+    content = json.dumps(_what_decides_the_weights(recipe), sort_keys=True)
+    return f"{recipe.adapter.method}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"

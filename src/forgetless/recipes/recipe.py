@@ -1,0 +1,85 @@
+"""A recipe: everything that decides a run, as data.
+
+A recipe is written in YAML, read into the models below (an unknown key or a bad value is an error
+that names what is allowed) and never changes afterwards.
+"""
+
+from __future__ import annotations
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from forgetless.errors import RecipeError
+from forgetless.reading import friendly, load_yaml, with_overrides
+from forgetless.core.settings import Count, Name, Section
+
+
+
+class Recipe(Section):
+    """Everything that decides one run.
+
+    Paths are taken from the working directory. ``name`` is for people and decides nothing.
+    """
+
+    name: Name | None = None
+    base: Name
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    adapter: AdapterSettings = AdapterSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    data: DataSettings
+    training: TrainingSettings
+    probes: ProbeSettings = ProbeSettings()
+    penalties: list[dict[str, Any]] = []
+    export: ExportSettings = ExportSettings()
+    tasks: TaskSettings = TaskSettings()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """The recipe of a YAML file, with dotted ``overrides`` put over it.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RecipeError: one line for each key or value that is wrong.
+        """
+        return cls.parse(load_yaml(path), overrides, source=str(path))
+
+    @classmethod
+    def parse(
+        cls,
+        content: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        source: str = "recipe",
+    ) -> Self:
+        """The recipe of a mapping such as YAML gives; raises ``RecipeError`` with all problems."""
+        if "recipe" in content and ("axes" in content or "arms" in content):
+            raise RecipeError(source, ["this is a study; run it with 'forgetless study'"])
+        merged = with_overrides(content, overrides or {})
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            problems = [friendly(cls, detail) for detail in error.errors()]
+            raise RecipeError(source, problems + _semantic_problems(cls, merged, error)) from None
+
+    def override(self, overrides: Mapping[str, Any]) -> Self:
+        """A copy with dotted keys replaced, such as ``{"training.steps": 10}``."""
+        return self.parse(self.model_dump(), overrides, source=self.name or "recipe")
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML that ``load`` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def run_id(self) -> str:
+        """The method's name and a hash of what decides the trained weights.
+
+        Tasks, names, export settings, the cadence of logs and checkpoints, and probes without a
+        budget are left out, so that a new evaluation finds the trained run.
+        """
+        content = json.dumps(_what_decides_the_weights(self), sort_keys=True)
+        return f"{self.adapter.method}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
