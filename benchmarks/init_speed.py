@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 import forgetless
 from forgetless.adapters.layer import adapted_layers
-from forgetless.linalg import svd_slice
-from forgetless.reuse import cached_spectra
-from forgetless.statistics import LayerStatistics, Statistics
+from forgetless.core.cache import cached_spectra
+from forgetless.core.linalg import svd_slice
+from forgetless.statistics.moments import LayerStatistics, Statistics
 from timing import interleaved, medians, report
 
 INPUTS = {

@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forgetless.data import load_examples
-from forgetless.models import load_tokenizer
-from forgetless.planning import Wishes, plan, recipe_text
-from forgetless.runs import run
+from forgetless.data.examples import load_examples
+from forgetless.models.load import load_tokenizer
+from forgetless.recipes.plan.advice import Wishes
+from forgetless.recipes.plan.plan import plan
+from forgetless.recipes.plan.written import recipe_text
+from forgetless.studies.run import run
 from timing import report
 
 SIZES: dict[str, dict[str, int]] = {

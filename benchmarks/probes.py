@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from forgetless.adapters import attach
-from forgetless.calibration import batches
-from forgetless.data import load_examples, tokenize
-from forgetless.models import load_model, load_tokenizer
-from forgetless.recipe import TrainingSettings
-from forgetless.statistics import collect
-from forgetless.training import ForgettingCallback, TrainingResult, train
+from forgetless.adapters.attachment import attach
+from forgetless.data.examples import load_examples
+from forgetless.data.texts import batches
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.statistics.collection import collect
+from forgetless.training.forgetting import ForgettingCallback
+from forgetless.training.loop import TrainingResult, train
+from forgetless.training.settings import TrainingSettings
 from timing import report
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from forgetless.sandbox import run_code
+from forgetless.tasks.sandbox import run_code
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from forgetless import METHODS, decompose
-from forgetless.reuse import shared_inputs
+from forgetless.core.cache import shared_inputs
 from timing import report, timed
 
 HIDDEN, INTERMEDIATE, RANK = 4096, 11008, 128

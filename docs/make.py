@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from forgetless.method_table import as_markdown
+from forgetless.methods.table import as_markdown
 from forgetless.reports.durations import Course, Matched, course_of_rows, matched_over_steps
 from forgetless.reports.evidence import Task, read_csv, tasks_of
 from forgetless.reports.figures import draw_course

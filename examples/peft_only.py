@@ -19,9 +19,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forgetless as fl
-from forgetless import data, models
-from forgetless.commands import init
-from forgetless.recipe import AdapterSettings, CalibrationSettings
+from forgetless.adapters.settings import AdapterSettings
+from forgetless.cli.commands.starts import init
+from forgetless.data.examples import load_examples
+from forgetless.data.settings import CalibrationSettings
+from forgetless.models.load import load_model, load_tokenizer, resolve_base
 
 
 def train_with_peft_alone(base: str, start: Path, out: Path, texts: list[str], steps: int) -> None:
@@ -52,15 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
     start = init(options.base, settings, options.out / "start", source=text, dtype="auto", seed=0)
     assert start.obstacle is None
 
-    rows = data.load_examples("pocket:problems", limit=64)
+    rows = load_examples("pocket:problems", limit=64)
     texts = [row["prompt"] + row["completion"] for row in rows]
-    base = models.resolve_base(options.base)
+    base = resolve_base(options.base)
     trained = options.out / "trained"
     train_with_peft_alone(base, Path(start.folder), trained, texts, options.steps)
 
     # What any trainer made: a folder that PEFT wrote.
-    model = fl.load(models.load_model(options.base), trained)
-    tokenizer = models.load_tokenizer(options.base)
+    model = fl.load(load_model(options.base), trained)
+    tokenizer = load_tokenizer(options.base)
     with model.disable_adapter():
         before = fl.evaluate(model, {"kind": "pocket_recall", "limit": 40}, tokenizer)
     print(fl.compare(before, fl.evaluate(model, {"kind": "pocket_recall", "limit": 40}, tokenizer)))

@@ -14,8 +14,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import forgetless as fl
-from forgetless import calibration, data, models
-from forgetless.training.batches import Padding, TokenRows
+from forgetless.data.batches import Padding, TokenRows
+from forgetless.data.examples import load_examples
+from forgetless.data.texts import batches
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import load_model, load_tokenizer
 
 
 def save_state(model: PeftModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -49,18 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
     options = parser.parse_args(arguments)
     half = options.out / "half-way"
 
-    base, tokenizer = models.load_model(options.base), models.load_tokenizer(options.base)
+    base, tokenizer = load_model(options.base), load_tokenizer(options.base)
     if options.resume:
         model = fl.load(base, half, trainable=True)
     else:
-        keep = calibration.batches("self", base, tokenizer, samples=32, max_length=64)
+        keep = batches("self", base, tokenizer, samples=32, max_length=64)
         model = fl.attach(base, "lora_null_v1", rank=8, alpha=8, stats=fl.collect(base, keep))
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-3)
     if options.resume:
         load_moments(optimizer, half)
 
-    examples = data.load_examples(options.data, limit=512)
-    rows = TokenRows(data.tokenize(examples, tokenizer, max_length=128))
+    examples = load_examples(options.data, limit=512)
+    rows = TokenRows(tokenize(examples, tokenizer, max_length=128))
     pad = Padding(tokenizer.pad_token_id)
     model.train()
     for step in range(options.steps // 2 if options.resume else 0, options.steps):

@@ -17,12 +17,14 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 import forgetless as fl
-from forgetless import calibration, data, models
+from forgetless.data.examples import load_examples
+from forgetless.data.texts import batches
+from forgetless.models.load import load_model, load_tokenizer
 
 
 def preferences(source: str) -> Dataset:
     """Worked answers, each preferred to the answer of another problem."""
-    rows = list(data.load_examples(source, limit=128))
+    rows = list(load_examples(source, limit=128))
     return Dataset.from_list(
         [
             {
@@ -46,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
 
-    base, tokenizer = models.load_model(options.base), models.load_tokenizer(options.base)
-    keep = calibration.batches("self", base, tokenizer, samples=32, max_length=64)
+    base, tokenizer = load_model(options.base), load_tokenizer(options.base)
+    keep = batches("self", base, tokenizer, samples=32, max_length=64)
     model = fl.attach(base, "lora_null_v1", rank=8, alpha=8, stats=fl.collect(base, keep))
 
     trainer = DPOTrainer(

@@ -16,8 +16,9 @@ from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
 
 import forgetless as fl
-from forgetless import calibration, models
-from forgetless.pocket.problems import problems
+from forgetless.data.pocket.problems import problems
+from forgetless.data.texts import batches
+from forgetless.models.load import load_model, load_tokenizer
 
 
 def near(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
 
-    base, tokenizer = models.load_model(options.base), models.load_tokenizer(options.base)
-    keep = calibration.batches("self", base, tokenizer, samples=32, max_length=64)
+    base, tokenizer = load_model(options.base), load_tokenizer(options.base)
+    keep = batches("self", base, tokenizer, samples=32, max_length=64)
     model = fl.attach(base, "lora_null_v1", rank=8, alpha=8, stats=fl.collect(base, keep))
 
     rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems(128, seed=0)]

@@ -13,7 +13,9 @@ from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 
 import forgetless as fl
-from forgetless import calibration, data, models
+from forgetless.data.examples import load_examples
+from forgetless.data.texts import batches
+from forgetless.models.load import load_model, load_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> PeftModel:
@@ -26,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
 
-    base, tokenizer = models.load_model(options.base), models.load_tokenizer(options.base)
-    keep = calibration.batches("self", base, tokenizer, samples=32, max_length=64)
+    base, tokenizer = load_model(options.base), load_tokenizer(options.base)
+    keep = batches("self", base, tokenizer, samples=32, max_length=64)
     model = fl.attach(base, "lora_null_v1", rank=8, alpha=8, stats=fl.collect(base, keep))
 
     trainer = SFTTrainer(
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
             bf16=False,
             report_to="none",
         ),
-        train_dataset=data.load_examples(options.data, limit=512).dataset(),
+        train_dataset=load_examples(options.data, limit=512).dataset(),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=options.resume)

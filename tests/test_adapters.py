@@ -14,19 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from forgetless.adapters import (
-    adapted_layers,
-    attach,
-    delta_weights,
-    export,
-    load,
-    plain_factors,
-    save,
-)
-from forgetless.errors import UserError
+from forgetless.adapters.anchored import plain_factors
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.folders import export, load, save
+from forgetless.adapters.layer import adapted_layers, delta_weights
+from forgetless.core.errors import UserError
 from forgetless.methods import METHODS
-from forgetless.models import linear_weight, target_layers
-from forgetless.statistics import Statistics, collect
+from forgetless.models.load import target_layers
+from forgetless.models.weights import linear_weight
+from forgetless.statistics.collection import collect
+from forgetless.statistics.moments import Statistics
 from tests.families import FAMILIES
 
 ATTACHABLE = [name for name, method in METHODS.items() if method.factors is not None]

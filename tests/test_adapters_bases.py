@@ -26,13 +26,15 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from forgetless import training as trainer
-from forgetless.adapters import adapted_layers, attach, delta_weights, export, load, save
-from forgetless.errors import UserError
-from forgetless.models import find_targets, linear_weight, target_layers
-from forgetless.recipe import TrainingSettings
-from forgetless.statistics import collect
-from forgetless.weights import hold_packing, is_quantised, weight_shape
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.folders import export, load, save
+from forgetless.adapters.layer import adapted_layers, delta_weights
+from forgetless.core.errors import UserError
+from forgetless.models.load import find_targets, target_layers
+from forgetless.models.weights import hold_packing, is_quantised, linear_weight, weight_shape
+from forgetless.statistics.collection import collect
+from forgetless.training import loop
+from forgetless.training.settings import TrainingSettings
 from tests.families import FAMILIES, SPECIAL, VOCAB
 from tests.test_adapters import logits, statistics, train
 
@@ -344,7 +346,7 @@ def test_the_trainer_trains_on_a_quantised_base(
     untouched = stored(base)
     rows = [list(range(3 + i, 11 + i)) for i in range(6)]
     model = attach(base, "lora_null_v1", 4, 6, stats=statistics("llama"))
-    trained = trainer.train(
+    trained = loop.train(
         model,
         cast(Any, SimpleNamespace(pad_token_id=0)),
         Dataset.from_dict({"input_ids": rows, "labels": rows}),

@@ -15,10 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from forgetless import commands
-from forgetless.adapters import export, load, save
-from forgetless.errors import UserError
-from forgetless.models import load_model
+from forgetless.adapters.folders import export, load, save
+from forgetless.cli.commands.exports import export_adapter
+from forgetless.cli.commands.measuring import measure
+from forgetless.core.errors import UserError
+from forgetless.models.load import load_model
 from forgetless.training.loop import train
 from tests.test_training import settings
 
@@ -123,7 +124,7 @@ def test_training_goes_on_as_peft_would(kind: str, tiny_base: Path, tmp_path: Pa
 
 def test_it_is_recompressed(tiny_base: Path, tmp_path: Path) -> None:
     expected = logits(made_elsewhere(tiny_base, tmp_path / "peft", **KINDS["plain"]))
-    report = commands.export(tmp_path / "peft", tmp_path / "small", rank=2, base=str(tiny_base))
+    report = export_adapter(tmp_path / "peft", tmp_path / "small", rank=2, base=str(tiny_base))
     assert report.rank == 2
     assert 0 < report.relative_error < 1
     small = PeftModel.from_pretrained(base_of(tiny_base), str(tmp_path / "small"))
@@ -133,17 +134,15 @@ def test_it_is_recompressed(tiny_base: Path, tmp_path: Path) -> None:
 def test_it_is_measured(tiny_base: Path, tiny_files: Path, tmp_path: Path) -> None:
     made_elsewhere(tiny_base, tmp_path / "peft", **KINDS["rslora"])
     task = {"kind": "perplexity", "path": str(tiny_files / "old.txt"), "name": "prose"}
-    found = commands.measure(
-        str(tiny_base), [task], adapter=tmp_path / "peft", cache=tmp_path / "cache"
-    )
+    found = measure(str(tiny_base), [task], adapter=tmp_path / "peft", cache=tmp_path / "cache")
     assert found.adapted is not None
     assert found.comparison is not None
     assert found.adapted["prose"].value != found.base["prose"].value
 
 
 def test_it_is_trained_on(tiny_base: Path, tiny_files: Path, tmp_path: Path) -> None:
-    from forgetless.data import load_examples
-    from forgetless.models import load_tokenizer
+    from forgetless.data.examples import load_examples
+    from forgetless.models.load import load_tokenizer
 
     made_elsewhere(tiny_base, tmp_path / "peft", **KINDS["dora"])
     model = load(base_of(tiny_base), tmp_path / "peft", trainable=True)

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from forgetless.adapters import adapted_layers, attach, delta_weights
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.layer import adapted_layers, delta_weights
 from tests.families import FAMILIES
 from tests.test_adapters import logits, trainable
 

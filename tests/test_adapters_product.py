@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from forgetless.adapters import adapted_layers, attach
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.layer import adapted_layers
 from forgetless.adapters.product import anchored_product
 
 SCALING = 0.7

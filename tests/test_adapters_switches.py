@@ -11,11 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from forgetless.adapters import adapted_layers, attach, delta_weights, export, load, save
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.folders import export, load, save
+from forgetless.adapters.layer import adapted_layers, delta_weights
 from forgetless.adapters.ranks import LayerRank, layer_ranks, patterns
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.methods.eva import redistribute_ranks
-from forgetless.models import linear_weight
+from forgetless.models.weights import linear_weight
 from tests.families import FAMILIES
 from tests.test_adapters import ATTACHABLE, gradients, logits, statistics, train, trainable
 

@@ -13,8 +13,9 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from forgetless.adapters import attach, load, save
-from forgetless.statistics import collect
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.folders import load, save
+from forgetless.statistics.collection import collect
 from tests.families import FAMILIES, language_batch
 from tests.tiny import tokenizer
 

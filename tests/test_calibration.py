@@ -15,9 +15,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from forgetless.calibration import batches, fingerprint, self_text
-from forgetless.errors import UserError
-from forgetless.models import load_model, load_tokenizer
+from forgetless.core.errors import UserError
+from forgetless.data.texts import batches, fingerprint, self_text
+from forgetless.models.load import load_model, load_tokenizer
 from tests.families import FAMILIES, VOCAB
 
 PAD, BOS, EOS = 0, 1, 2
@@ -273,7 +273,7 @@ def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
 
 def test_a_fingerprint_needs_no_torch() -> None:
     code = (
-        "import sys; from forgetless.calibration import fingerprint; "
+        "import sys; from forgetless.data.texts import fingerprint; "
         "fingerprint('pocket:knowledge'); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,14 +14,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
 import forgetless as fl
-from forgetless import store
-from forgetless.cards import Card, _base_name, write_run_card
-from forgetless.commands import export
-from forgetless.models import load_model
-from forgetless.recipe import Recipe
-from forgetless.runs import run as run_recipe
+from forgetless.core.files import read_json, write_json
+from forgetless.models.load import load_model
+from forgetless.recipes.recipe import Recipe
+from forgetless.reports.cards import Card, _base_name, write_run_card
 from forgetless.scores.comparison import compare
-from forgetless.store import RunFolder
+from forgetless.studies.folder import RunFolder
+from forgetless.studies.run import run as run_recipe
 from tests.families import FAMILIES
 from tests.test_comparison import answers
 from tests.tiny import recipe_of
@@ -134,16 +133,16 @@ def test_the_card_is_rewritten_with_new_scores_until_somebody_makes_it_theirs(
 ) -> None:
     run, file = RunFolder(finished), finished / "adapter" / "README.md"
     before = file.read_text()
-    score = store.read_json(run.scores("final", "kl"))
+    score = read_json(run.scores("final", "kl"))
     try:
-        store.write_json(run.scores("final", "kl"), score | {"value": 9.75})
+        write_json(run.scores("final", "kl"), score | {"value": 9.75})
         write_run_card(run)
         assert "| `kl` | forgetting | kl | 0 | 9.75 |" in file.read_text()
         file.write_text("my own words")
         write_run_card(run)
         assert file.read_text() == "my own words"
     finally:
-        store.write_json(run.scores("final", "kl"), score)
+        write_json(run.scores("final", "kl"), score)
         file.write_text(before)
 
 
@@ -161,7 +160,7 @@ def test_before_the_scores_are_measured_the_card_says_so(
 def test_an_export_of_a_run_has_the_run_s_card_and_its_own_rank(
     finished: Path, tmp_path: Path
 ) -> None:
-    report = export(finished, tmp_path / "small", rank=1)
+    report = export_adapter(finished, tmp_path / "small", rank=1)
     text = text_of(tmp_path / "small")
     assert "| `prose` | forgetting |" in text
     assert "adapter of rank 1 for" in text
@@ -212,7 +211,7 @@ def test_a_base_goes_by_a_name_that_says_nothing_of_the_machine(base: str, name:
 
 
 def test_the_pocket_base_is_known_by_its_name() -> None:
-    from forgetless.pocket import base_path
+    from forgetless.models.pocket import base_path
 
     text = Card(base=str(base_path()), config=CONFIG).text
     assert 'load_model("pocket")' in code_of(text)[0]

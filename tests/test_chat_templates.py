@@ -18,11 +18,14 @@ import trl.chat_template_utils
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from forgetless.chat import TODAY, Chat
-from forgetless.data import IGNORED, from_rows, load_examples, tokenize
-from forgetless.errors import UserError
-from forgetless.models import load_tokenizer
-from forgetless.recipe import Recipe, check
+from forgetless.core.errors import UserError
+from forgetless.data.chat import TODAY, Chat
+from forgetless.data.examples import from_rows, load_examples
+from forgetless.data.packing import IGNORED
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import load_tokenizer
+from forgetless.recipes.checking import check
+from forgetless.recipes.recipe import Recipe
 
 pytest_plugins = ["tests.tiny_fixtures"]
 

@@ -17,17 +17,19 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from forgetless import store
-from forgetless.adapters import load
+from forgetless.adapters.folders import load
 from forgetless.cli import main
 from forgetless.cli.tables import print_rates, print_run
-from forgetless.models import load_model
-from forgetless.rate_search import RateSearch
-from forgetless.recipe import Recipe
-from forgetless.runs import Run
-from forgetless.runs import run as run_recipe
-from forgetless.stages import Event
-from forgetless.statistics import Statistics
+from forgetless.core.files import read_json
+from forgetless.models.load import load_model
+from forgetless.recipes.identity import run_id
+from forgetless.recipes.recipe import Recipe
+from forgetless.statistics.moments import Statistics
+from forgetless.studies.folder import curve, results
+from forgetless.studies.rate_search import RateSearch
+from forgetless.studies.run import Run
+from forgetless.studies.run import run as run_recipe
+from forgetless.studies.stages import Event
 from forgetless.training.rates import Trial, judge
 from tests.tiny import recipe_of
 
@@ -270,7 +272,7 @@ def test_all_problems_of_a_recipe_at_once(place: dict[str, Path], forgetless: An
 def test_a_failure_that_is_no_mistake_is_exit_code_1(
     place: dict[str, Path], forgetless: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from forgetless import stages
+    from forgetless.studies import stages
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the device is gone")
@@ -284,12 +286,12 @@ def test_a_failure_that_is_no_mistake_is_exit_code_1(
 def test_a_want_of_memory_comes_with_what_takes_less(
     place: dict[str, Path], forgetless: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from forgetless import commands
+    from forgetless.cli.commands import measuring
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(commands, "measure", fail)
+    monkeypatch.setattr(measuring, "measure", fail)
     found = forgetless("eval", place["base"], "--tasks", "pocket_recall")
     assert (found.code, found.out) == (2, "")
     assert found.err.startswith(
@@ -305,7 +307,7 @@ def test_check_loads_no_weights_and_names_the_run(place: dict[str, Path], forget
     file = place["here"] / "recipe.yaml"
     found = forgetless("run", file, "--check")
     assert found.code == 0
-    assert Recipe.load(file).run_id in found.out
+    assert run_id(Recipe.load(file)) in found.out
     found = forgetless("study", place["here"] / "study.yaml", "--check")
     assert (found.code, found.out.split(": ")[1]) == (0, "no problems; 2 runs\n")
 
@@ -325,9 +327,9 @@ def test_run_prints_scores_also_on_the_way_and_its_folder(
     assert heads.split() == ["metric", "base", "step", "1", "end", "(2)"]
     assert [row.split()[:2] for row in rows] == [["sums", "loss"], ["prose", "loss"], ["kl", "kl"]]
     folder = Path(last)
-    curve = [row["score"] for row in store.curve(folder.parent) if row["task"] == "sums"]
-    assert rows[0].split()[2:] == [f"{score:.3f}" for score in curve]
-    assert store.read_json(folder / "run.json")["training"]["steps"] == 2
+    points = [row["score"] for row in curve(folder.parent) if row["task"] == "sums"]
+    assert rows[0].split()[2:] == [f"{score:.3f}" for score in points]
+    assert read_json(folder / "run.json")["training"]["steps"] == 2
     print_run(Run(place["run"]))  # another run of that study, without such steps
     assert "on the way" not in capsys.readouterr().out
 
@@ -353,7 +355,7 @@ def test_a_budget_that_ended_the_training_is_told_at_the_end(
         found = forgetless(verb, file, "--out", tmp_path)
         assert found.code == 0
         end, folder = found.out.splitlines()[-2:]
-        event = store.read_json(Path(folder) / "run.json")["training"]["exceeded"]
+        event = read_json(Path(folder) / "run.json")["training"]["exceeded"]
         assert end == (
             f"ended by its budget of forgetting: {event['probe']} reached {event['value']:.4g} at "
             f"step {event['step']}, over max_kl 1e-06; went back to step {event['kept_step']}"
@@ -410,7 +412,7 @@ def test_a_study_with_a_failed_run_ends_with_1_and_the_reason(
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_terminal_shows_what_runs_do(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from forgetless import watch
+    from forgetless.cli import watch
 
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100, color_system=None)
@@ -432,7 +434,7 @@ def test_a_terminal_shows_what_runs_do(several: bool, monkeypatch: pytest.Monkey
 def test_anything_but_a_terminal_gets_lines_on_standard_error(
     several: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from forgetless.watch import watch
+    from forgetless.cli.watch import watch
 
     with watch(several=several) as listen:
         listen(Event("pissa-1", "pissa", "statistics", "14 layers (0.1 s)"))
@@ -530,7 +532,7 @@ def test_eval_scores_a_base_and_a_run_beside_it(
     page = ["--adapter", place["run"], "--report", tmp_path / "page"]
     learned = ["--learning", tasks.partition(",")[0]]
     assert forgetless(*arguments, *page, *learned).code == 0
-    rows = store.results(tmp_path / "page")
+    rows = results(tmp_path / "page")
     assert {row["task"]: row["kind"] for row in rows} == {
         "perplexity_old": "learning",
         "kl_test": "forgetting",

@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 
-from forgetless import models
-from forgetless.errors import UserError
-from forgetless.metrics import pass_at_k
+from forgetless.core.errors import UserError
+from forgetless.core.metrics import pass_at_k
+from forgetless.models.load import load_model, load_tokenizer
 from forgetless.tasks import (
     MBPP,
     CodeResult,
@@ -246,7 +246,7 @@ def test_equal_programs_run_once(humaneval: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_pocket_base_writes_no_functions_yet() -> None:
-    base, tokenizer = models.load_model("pocket"), models.load_tokenizer("pocket")
+    base, tokenizer = load_model("pocket"), load_tokenizer("pocket")
     result = PocketFunctions(limit=6).evaluate(base, tokenizer)
     assert result.n == 6
     assert result.value <= 0.2
@@ -257,7 +257,7 @@ def test_the_pocket_base_writes_no_functions_yet() -> None:
 
 @pytest.fixture(scope="module")
 def pocket() -> tuple[Any, Any]:
-    return models.load_model("pocket"), models.load_tokenizer("pocket")
+    return load_model("pocket"), load_tokenizer("pocket")
 
 
 PROMPTS = ["Words:", "Q: Who has the red cups?\nA:", "def", "The capital of France is", "In order:"]

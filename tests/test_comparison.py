@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import forgetless as fl
-from forgetless.errors import UserError
-from forgetless.metrics import (
+from forgetless.core.errors import UserError
+from forgetless.core.metrics import (
     Interval,
     detectable_change,
     mean_stderr,

@@ -11,9 +11,10 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forgetless.adapters import attach
-from forgetless.recipe import Recipe, check
-from forgetless.training import train
+from forgetless.adapters.attachment import attach
+from forgetless.recipes.checking import check
+from forgetless.recipes.recipe import Recipe
+from forgetless.training.loop import train
 from forgetless.training.trainer import trainer_arguments
 from tests.test_training import TOKENIZER, log, settings
 

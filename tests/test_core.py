@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from forgetless.core import Decomposition, Factors, Method, check_number, decompose, find_method
-from forgetless.methods import METHODS
+from forgetless.core.method import Decomposition, Factors, Method, check_number
+from forgetless.methods import METHODS, decompose, find
 
 W = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
@@ -87,7 +87,7 @@ def test_unknown_names_come_with_the_nearest_known_one() -> None:
         decompose(W, 2, "pisa")
     with pytest.raises(ValueError, match="unknown option of method 'intermediate' 'positon'"):
         decompose(W, 2, "intermediate", positon=0.5)
-    assert find_method("lora") is METHODS["lora"]
+    assert find("lora") is METHODS["lora"]
 
 
 def test_full_has_no_adapter() -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import yaml
 
-from forgetless import store
 from forgetless.reports import report
 from forgetless.reports.arms import gather
 from forgetless.reports.durations import (
@@ -32,6 +31,7 @@ from forgetless.reports.evidence import read, read_csv
 from forgetless.reports.rates import chosen_rates
 from forgetless.reports.standing import standing
 from forgetless.reports.words import answer
+from forgetless.studies.folder import CURVE_COLUMNS, curve, results, write_csv
 
 from .test_reports import Sheet, make_study, plain, two_sheets, write_json
 
@@ -48,7 +48,7 @@ def rows_of(
     **more: Any,
 ) -> list[dict[str, Any]]:
     """The rows of one run by step and task; a task that is called new is the learning task."""
-    blank = dict.fromkeys(store.CURVE_COLUMNS)
+    blank = dict.fromkeys(CURVE_COLUMNS)
     common = {"run_id": f"{arm}-{seed}", "arm": f"{arm} learning_rate=0.001", "method": arm,
               "learning_rate": 0.001, "seed": seed, "steps": max(scores), "n": 100,
               "stderr": 0.01, "status": "done", **more}  # fmt: skip
@@ -264,7 +264,7 @@ def test_the_page_shows_the_steps_and_what_is_kept_at_matched_learning(tmp_path:
     [lora, _] = content["course"]["tracks"]
     assert [moment["step"] for moment in lora["moments"]] == [0, 75, 150, 300]
     assert (index.parent / "figures" / "course.svg").exists()
-    assert read_csv(index.parent / "curve.csv") == store.curve(folder)
+    assert read_csv(index.parent / "curve.csv") == curve(folder)
     table = page[page.index('aria-label="Scores over the training"') :]
     table = table[: table.index("</table>")]
     assert re.findall(r"step \d+", table) == ["step 75", "step 150", "step 300"]
@@ -308,7 +308,7 @@ def test_runs_scored_at_their_end_alone_have_no_steps(tmp_path: Path) -> None:
 def test_rates_are_chosen_from_rows_as_the_report_chooses(tmp_path: Path) -> None:
     sheets = two_sheets({"lora": 0.8, "pissa": 0.5}, {"lora": 0.5, "pissa": 0.4})
     folder = make_study(tmp_path / "s", sheets, ["lora", "pissa"], rates=(1e-3, 2e-3, 4e-3))
-    rates = chosen_rates(store.results(folder))
+    rates = chosen_rates(results(folder))
     assert rates == {"lora": 1e-3, "pissa": 2e-3}
     assert rates == {arm.label: arm.best.learning_rate for arm in gather(read(folder))}
     index = report(folder)
@@ -348,7 +348,7 @@ def test_arms_that_a_study_names_apart_may_differ_in_the_rate_alone(tmp_path: Pa
         recipe.write_text(yaml.safe_dump(content))
     arms = {arm.label: len(arm.settings) for arm in gather(read(folder))}
     assert arms == {"lora": 2, "lora, high rate": 1}
-    assert list(chosen_rates(store.results(folder))) == list(arms)
+    assert list(chosen_rates(results(folder))) == list(arms)
 
 
 def test_the_pilot_s_rates_follow_from_its_rows() -> None:
@@ -377,7 +377,7 @@ def test_tables_are_put_between_their_marks_and_words_stay(
     make: ModuleType, tmp_path: Path
 ) -> None:
     file = tmp_path / "two.csv"
-    store.write_csv(file, TWO_ARMS, store.CURVE_COLUMNS)
+    write_csv(file, TWO_ARMS, CURVE_COLUMNS)
     page = "# Curves\n\nBefore.\n\n<!-- two.csv -->\nold\n<!-- /two.csv -->\n\nAfter.\n"
     written = plain(make.with_tables(page, [file]))
     assert written.startswith("# Curves\n\nBefore.\n\n<!-- two.csv -->\n\n![")

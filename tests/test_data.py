@@ -16,16 +16,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from forgetless.calibration import read_examples
-from forgetless.chat import PLAIN_CHAT_TEMPLATE
-from forgetless.data import (
-    IGNORED,
-    Examples,
-    from_rows,
-    load_examples,
-    tokenize,
-)
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
+from forgetless.data.chat import PLAIN_CHAT_TEMPLATE
+from forgetless.data.examples import Examples, from_rows, load_examples
+from forgetless.data.packing import IGNORED
+from forgetless.data.texts import read_examples
+from forgetless.data.tokens import tokenize
 
 PAIRS = [
     {"prompt": "One and one?", "completion": " Two."},

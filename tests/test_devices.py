@@ -22,18 +22,20 @@ from accelerate import Accelerator, PartialState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from forgetless import runs, store
-from forgetless.adapters import attach
-from forgetless.data import load_examples
-from forgetless.errors import UserError
-from forgetless.launch import Launch, Strategy, this_launch
-from forgetless.models import load_model, load_tokenizer
-from forgetless.recipe import TrainingSettings
-from forgetless.statistics import Statistics
-from forgetless.store import RunFolder
-from forgetless.training import checkpoints, train
+from forgetless.adapters.attachment import attach
+from forgetless.core.errors import UserError
+from forgetless.core.files import read_json, read_jsonl, write_json
+from forgetless.data.examples import load_examples
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.statistics.moments import Statistics
+from forgetless.studies.folder import RunFolder
+from forgetless.studies.run import run
+from forgetless.training import checkpoints
 from forgetless.training.devices import gathered, join, shard
+from forgetless.training.launch import Launch, Strategy, this_launch
+from forgetless.training.loop import train
 from forgetless.training.record import Record
+from forgetless.training.settings import TrainingSettings
 from forgetless.training.zero import Zero
 from tests.tiny import recipe_of
 
@@ -98,7 +100,7 @@ def two_processes(strategy: Strategy, work: Callable[..., None], *arguments: Any
 def run_all(recipes: dict[str, Any], out: Path) -> None:
     """Run recipes, each into a study of its name."""
     for name, recipe in recipes.items():
-        runs.run(recipe, out, name)
+        run(recipe, out, name)
 
 
 def the_run(out: Path, name: str) -> RunFolder:
@@ -107,11 +109,11 @@ def the_run(out: Path, name: str) -> RunFolder:
 
 
 def losses(run: RunFolder) -> list[float]:
-    return [line["loss"] for line in store.read_jsonl(run.log) if "loss" in line]
+    return [line["loss"] for line in read_jsonl(run.log) if "loss" in line]
 
 
 def tokens(run: RunFolder) -> list[int]:
-    return [line["tokens"] for line in store.read_jsonl(run.log) if "tokens" in line]
+    return [line["tokens"] for line in read_jsonl(run.log) if "tokens" in line]
 
 
 def weights(run: RunFolder) -> dict[str, torch.Tensor]:
@@ -249,7 +251,7 @@ def test_what_is_measured_is_the_same(one: Path, several: Several, strategy: Str
         error = (found[layer].second_moment - wanted).norm() / wanted.norm()
         assert error < 1e-10
     scores = [
-        {file.name: store.read_json(file)["value"] for file in run.path.glob("scores/*/*.json")}
+        {file.name: read_json(file)["value"] for file in run.path.glob("scores/*/*.json")}
         for run in (the_run(one, "adapter"), the_run(several(strategy), "adapter"))
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
@@ -257,7 +259,7 @@ def test_what_is_measured_is_the_same(one: Path, several: Several, strategy: Str
 
 def test_probes_of_two_processes_give_what_one_gives(one: Path, several: Several) -> None:
     mine, theirs = (
-        [line["probe"] for line in store.read_jsonl(the_run(out, "mixed").log) if "probe" in line]
+        [line["probe"] for line in read_jsonl(the_run(out, "mixed").log) if "probe" in line]
         for out in (one, several("DDP"))
     )
     assert len(mine) == len(theirs) == 4
@@ -266,11 +268,11 @@ def test_probes_of_two_processes_give_what_one_gives(one: Path, several: Several
 
 
 def test_a_run_says_what_ran_where(one: Path, several: Several) -> None:
-    alone = store.read_json(the_run(one, "adapter").record)["hardware"]
+    alone = read_json(the_run(one, "adapter").record)["hardware"]
     assert alone["processes"] == 1
     assert "strategy" not in alone
     for strategy in STRATEGIES if find_spec("deepspeed") else STRATEGIES[:2]:
-        hardware = store.read_json(the_run(several(strategy), "adapter").record)["hardware"]
+        hardware = read_json(the_run(several(strategy), "adapter").record)["hardware"]
         assert hardware["processes"] == 2
         assert hardware["strategy"] == strategy
         assert hardware["backend"] == "gloo"
@@ -309,7 +311,7 @@ def test_a_killed_process_ends_all_and_nothing_is_lost(
     codes = two_processes(strategy, die_in_the_second, asked, tmp_path)
     assert codes == [1, -signal.SIGKILL]
     run = the_run(tmp_path, name)
-    record = store.read_json(run.record)
+    record = read_json(run.record)
     assert record["status"] == "failed"
     assert "another process of this launch has ended" in record["reason"]
     newest = checkpoints.newest(run.checkpoints)
@@ -317,13 +319,13 @@ def test_a_killed_process_ends_all_and_nothing_is_lost(
     assert checkpoints.step_of(newest) == 4
     elsewhere = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-one"))
     assert two_processes(strategy, run_all, asked, tmp_path) == [0, 0]
-    assert store.read_json(run.record)["training"]["resumed_from"] == 4
+    assert read_json(run.record)["training"]["resumed_from"] == 4
     assert losses(run) == losses(undisturbed)
     mine, theirs = weights(undisturbed), weights(run)
     assert all(torch.equal(theirs[key], weight) for key, weight in mine.items())
     run_all(asked, elsewhere)  # one process can go on as well
     run = the_run(elsewhere, name)
-    assert store.read_json(run.record)["training"]["resumed_from"] == 4
+    assert read_json(run.record)["training"]["resumed_from"] == 4
     assert losses(run) == pytest.approx(losses(undisturbed), abs=1e-5)
 
 
@@ -376,7 +378,7 @@ def test_what_does_not_go_with_a_launch_is_named(monkeypatch: pytest.MonkeyPatch
     found = problems(Launch(2, 0, "FSDP2"), probes=True, optimizer="adafactor", compile=True)
     keys = [problem.partition(":")[0] for problem in found]
     assert keys == ["penalties", "probes", "training.optimizer", "training.compile"]
-    monkeypatch.setattr("forgetless.launch.find_spec", lambda name: None)
+    monkeypatch.setattr("forgetless.training.launch.find_spec", lambda name: None)
     found = problems(Launch(2, 0, "ZeRO-1"), probes=True, optimizer="adafactor", compile=True)
     assert found[0].endswith("not installed: pip install 'forgetless[deepspeed]'")
     keys = [problem.partition(":")[0] for problem in found[1:]]
@@ -399,14 +401,12 @@ def hold_a_part(base: str, out: Path) -> None:
     here = sum(cast(Any, weight)._local_tensor.numel() for weight in model.parameters())
     whole = gathered(model)
     same = all(torch.equal(whole[name], weight) for name, weight in before.items() if whole)
-    store.write_json(
-        out / f"{ranks.index}.json", {"here": here, "gathered": len(whole), "same": same}
-    )
+    write_json(out / f"{ranks.index}.json", {"here": here, "gathered": len(whole), "same": same})
 
 
 def test_every_process_holds_its_part_of_every_weight(tiny_base: Path, tmp_path: Path) -> None:
     assert two_processes("FSDP2", hold_a_part, str(tiny_base), tmp_path) == [0, 0]
-    first, second = (store.read_json(tmp_path / f"{rank}.json") for rank in range(2))
+    first, second = (read_json(tmp_path / f"{rank}.json") for rank in range(2))
     model = load_model(str(tiny_base))
     assert first["here"] + second["here"] == model.num_parameters()
     assert max(first["here"], second["here"]) <= 0.51 * model.num_parameters()
@@ -435,13 +435,13 @@ def share_the_state(base: str, out: Path) -> None:
         "left": hooks + sum(vars(weights[name]).keys() != own[name] for name in own),
         "apart": len({weight.untyped_storage().data_ptr() for weight in weights.values()}),
     }
-    store.write_json(out / f"{ranks.index}.json", found)
+    write_json(out / f"{ranks.index}.json", found)
 
 
 def test_every_process_holds_its_part_of_the_state(tiny_base: Path, tmp_path: Path) -> None:
     require_deepspeed()
     assert two_processes("ZeRO-2", share_the_state, str(tiny_base), tmp_path) == [0, 0]
-    first, second = (store.read_json(tmp_path / f"{rank}.json") for rank in range(2))
+    first, second = (read_json(tmp_path / f"{rank}.json") for rank in range(2))
     weights = list(load_model(str(tiny_base)).parameters())
     half = sum(weight.numel() for weight in weights) / 2
     assert first["here"] == second["here"] == pytest.approx(half, rel=0.01)
@@ -471,7 +471,7 @@ def test_a_base_that_is_partly_on_the_disk_trains_as_a_whole_one(
         model = attach(base, "pissa", rank=2)
         examples = load_examples(str(tiny_files / "train.jsonl"))
         train(model, tokenizer, examples, settings, tmp_path / name)
-        lines = store.read_jsonl(tmp_path / name / "log.jsonl")
+        lines = read_jsonl(tmp_path / name / "log.jsonl")
         found.append([line["loss"] for line in lines])
     assert any(weight.is_meta for weight in base.parameters())
     assert found[0] == found[1]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.tasks import KL, Perplexity
 from forgetless.tasks import distances as module
 from forgetless.tasks.distances import Distance, distances

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from forgetless import models
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
+from forgetless.models.load import load_model, load_tokenizer
 from forgetless.tasks import Diversity, make_task
 from forgetless.tasks import generation as generation_module
 from forgetless.tasks.diversity import distinct
@@ -64,7 +64,7 @@ def test_distinct_counts_runs_of_words() -> None:
 
 
 def test_a_real_model_is_as_diverse_with_any_batch() -> None:
-    base, tokenizer = models.load_model("pocket"), models.load_tokenizer("pocket")
+    base, tokenizer = load_model("pocket"), load_tokenizer("pocket")
     task = make_task({"kind": "diversity", "task": {"kind": "pocket_recall", "limit": 4}})
     first, second = (task.evaluate(base, tokenizer, batch_size=size) for size in (3, 40))
     assert task.name == "diversity_pocket_recall"

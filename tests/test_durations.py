@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 
-from forgetless import store
-from forgetless.data import IGNORED, load_examples, tokenize
-from forgetless.errors import UserError
-from forgetless.models import load_tokenizer
-from forgetless.recipe import Recipe
-from forgetless.runs import Run, run
-from forgetless.stages import Event
-from forgetless.studies import study
+from forgetless.core.errors import UserError
+from forgetless.data.examples import load_examples
+from forgetless.data.packing import IGNORED
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import load_tokenizer
+from forgetless.recipes.identity import run_id
+from forgetless.recipes.recipe import Recipe
+from forgetless.studies.folder import CURVE_COLUMNS, curve
+from forgetless.studies.run import Run, run
+from forgetless.studies.stages import Event
+from forgetless.studies.study import study
 from tests.test_runs import Stop, scores_of, worked
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -28,7 +31,7 @@ def measured(content: dict[str, Any], **changes: Any) -> Recipe:
 
 
 def curve_of(done: Run) -> dict[tuple[int, str], float]:
-    rows = store.curve(done.folder.parent)
+    rows = curve(done.folder.parent)
     return {(row["step"], row["task"]): row["score"] for row in rows}
 
 
@@ -50,9 +53,9 @@ def test_a_point_is_a_shorter_training_at_a_flat_rate(
 
 def test_a_row_says_where_it_stands(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     done = run(measured(tiny_recipe), tmp_path, "one")
-    rows = [row for row in store.curve(tmp_path / "one") if row["task"] == "sums"]
+    rows = [row for row in curve(tmp_path / "one") if row["task"] == "sums"]
     assert [row["step"] for row in rows] == [0, 2, 4]
-    assert all(row.keys() == set(store.CURVE_COLUMNS) for row in rows)
+    assert all(row.keys() == set(CURVE_COLUMNS) for row in rows)
     tokens = [row["tokens"] for row in rows]
     assert tokens == [0, tokens[1], done.record["training"]["tokens"]]
     assert 0 < tokens[1] < tokens[2]
@@ -88,8 +91,8 @@ def test_a_new_task_is_measured_at_every_point(tiny_recipe: dict[str, Any], tmp_
 
 def test_points_decide_which_run_it_is_and_none_leaves_its_id(tiny_recipe: dict[str, Any]) -> None:
     plain = Recipe.parse(tiny_recipe)
-    assert plain.run_id == plain.override({"training.measure_at": []}).run_id
-    assert plain.run_id != plain.override({"training.measure_at": [0.5]}).run_id
+    assert run_id(plain) == run_id(plain.override({"training.measure_at": []}))
+    assert run_id(plain) != run_id(plain.override({"training.measure_at": [0.5]}))
 
 
 def test_a_study_writes_its_curve(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -113,7 +116,7 @@ def test_prompts_with_answers_can_be_learned_as_raw_text(
         assert row["labels"].count(IGNORED) == len(row["lengths"])
     recipe = Recipe.parse(tiny_recipe, {"data.format": "text"})
     assert run(recipe, tmp_path, "text").status == "done"
-    assert recipe.run_id != Recipe.parse(tiny_recipe).run_id
+    assert run_id(recipe) != run_id(Recipe.parse(tiny_recipe))
 
 
 def test_raw_text_cannot_be_learned_as_conversations() -> None:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import forgetless as fl
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.tasks import Item, Spec, TaskResult
 from tests.families import FAMILIES
 
@@ -70,7 +70,7 @@ def test_scores_survive_json() -> None:
 
 @pytest.fixture
 def stories(shared_data: Path) -> tuple[nn.Module, Any]:
-    from forgetless.models import load_model, load_tokenizer
+    from forgetless.models.load import load_model, load_tokenizer
 
     folder = str(shared_data / "stories260K" / "hf")
     return load_model(folder), load_tokenizer(folder)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from forgetless.models import load_model
+from forgetless.models.load import load_model
 from tests.families import token_batch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -18,15 +18,19 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import forgetless as fl
-from forgetless.adapters import attach
-from forgetless.data import load_examples, tokenize
-from forgetless.errors import UserError
-from forgetless.models import load_model, load_tokenizer
-from forgetless.recipe import TrainingSettings, check
+from forgetless.adapters.attachment import attach
+from forgetless.core.errors import UserError
+from forgetless.data.batches import Padding, TokenRows
+from forgetless.data.examples import load_examples
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.recipes.checking import check
+from forgetless.recipes.identity import run_id
 from forgetless.tasks import TaskResult
-from forgetless.training import ForgettingCallback, train
 from forgetless.training import forgetting as module
-from forgetless.training.batches import Padding, TokenRows
+from forgetless.training.forgetting import ForgettingCallback
+from forgetless.training.loop import train
+from forgetless.training.settings import TrainingSettings
 from tests.tiny import tokenizer
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -502,7 +506,7 @@ def test_a_run_writes_down_its_probes_and_its_budget(
     limited = fl.Recipe.parse(
         {**tiny_recipe, "probes": {**probes, "every": 1, "max_kl": 1e-6, "on_exceed": "rollback"}}
     )
-    assert watched.run_id == plain.run_id != limited.run_id
+    assert run_id(watched) == run_id(plain) != run_id(limited)
     run = fl.run(limited, tmp_path)
     event = run.record["training"]["exceeded"]
     assert (event["limit"], event["action"], event["kept_step"]) == (

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from forgetless import store
 from forgetless.cli import main
-from forgetless.errors import UserError
-from forgetless.evaluation import Scores
+from forgetless.core.errors import UserError
+from forgetless.core.files import write_json, write_jsonl, write_text
 from forgetless.scores.comparison import Comparison, compare
 from forgetless.scores.files import read_scores, write_records
 from forgetless.scores.gates import Limit, judge, junit, parse_limits, to_json, verdict
-from forgetless.store import RunFolder
+from forgetless.studies.folder import RunFolder
+from forgetless.tasks.evaluation import Scores
 from tests.test_comparison import answers, documents
 
 Command = Callable[..., tuple[int, str, str]]
@@ -173,7 +173,7 @@ def test_a_verdict_is_a_line_a_task() -> None:
 def saved(path: Path, *results: Any) -> Path:
     """As `forgetless eval --out` writes them."""
     scores = Scores(results)
-    store.write_json(path, scores.metrics)
+    write_json(path, scores.metrics)
     write_records(scores, path)
     return path
 
@@ -181,13 +181,13 @@ def saved(path: Path, *results: Any) -> Path:
 def saved_run(folder: Path) -> Path:
     """A run's folder with scores of a skill and of facts."""
     run = RunFolder(folder)
-    store.write_text(run.recipe, "base: pocket\n")
-    store.write_json(run.record, {"tasks": {"skill": "learning", "facts": "forgetting"}})
+    write_text(run.recipe, "base: pocket\n")
+    write_json(run.record, {"tasks": {"skill": "learning", "facts": "forgetting"}})
     for phase, skill, known in (("base", 5, 80), ("final", 60, 70)):
         for result in (facts(skill, name="skill"), facts(known)):
-            store.write_json(run.scores(phase, result.task), result.to_json())  # type: ignore[arg-type]
+            write_json(run.scores(phase, result.task), result.to_json())  # type: ignore[arg-type]
             items = [item.to_json() for item in result.items]
-            store.write_jsonl(run.items(phase, result.task), items)  # type: ignore[arg-type]
+            write_jsonl(run.items(phase, result.task), items)  # type: ignore[arg-type]
     return folder
 
 

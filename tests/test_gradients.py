@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import forgetless
-from forgetless.errors import UserError
-from forgetless.models import linear_weight, target_layers
-from forgetless.statistics import Gradients, collect_gradients
+from forgetless.core.errors import UserError
+from forgetless.models.load import target_layers
+from forgetless.models.weights import linear_weight
+from forgetless.statistics.gradients import Gradients, collect_gradients
 from tests.families import FAMILIES, language_batch
 from tests.test_statistics import Batch, batched, examples
 

@@ -20,8 +20,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import forgetless as fl
-from forgetless.errors import UserError
-from forgetless.models import load_model, load_tokenizer
+from forgetless.core.errors import UserError
+from forgetless.models.load import load_model, load_tokenizer
 from forgetless.tasks import Item, LMEval, MultipleChoice, TaskResult, make_task, make_tasks
 from forgetless.tasks.harness import STANDARD, index, local
 from forgetless.tasks.harness.results import _weighted as weighted

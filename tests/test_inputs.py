@@ -10,21 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from forgetless import commands
-from forgetless.calibration import batches, training_batches
-from forgetless.errors import UserError
-from forgetless.inputs import Collecting
-from forgetless.models import load_model, load_tokenizer
-from forgetless.recipe import (
-    AdapterSettings,
-    CalibrationSettings,
-    DataSettings,
-    Recipe,
-    check,
-    input_keys,
-)
-from forgetless.runs import run
-from forgetless.statistics import Gradients, Statistics, collect, collect_gradients
+from forgetless.adapters.settings import AdapterSettings
+from forgetless.cli.commands.starts import collect_statistics, init
+from forgetless.core.errors import UserError
+from forgetless.data.settings import CalibrationSettings, DataSettings
+from forgetless.data.texts import batches, training_batches
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.recipes.checking import check
+from forgetless.recipes.identity import input_keys
+from forgetless.recipes.recipe import Recipe
+from forgetless.statistics.collection import collect
+from forgetless.statistics.gradients import Gradients, collect_gradients
+from forgetless.statistics.moments import Statistics
+from forgetless.studies.inputs import Collecting
+from forgetless.studies.run import run
 from tests.tiny import recipe_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -144,10 +143,10 @@ def test_an_interrupted_stage_goes_on_with_the_same_text(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr("forgetless.inputs.collect", stop)
+        broken.setattr("forgetless.studies.inputs.collect", stop)
         with pytest.raises(KeyboardInterrupt):
             collecting.collect("second_moment", model, tokenizer, tmp_path / "kept")
-    monkeypatch.setattr("forgetless.inputs.batches", stop)
+    monkeypatch.setattr("forgetless.studies.inputs.batches", stop)
     found = collecting.collect("second_moment", model, tokenizer, tmp_path / "kept")
     assert isinstance(found, Statistics)
     assert isinstance(whole, Statistics)
@@ -195,9 +194,9 @@ def test_init_takes_the_training_data(
     keep = CalibrationSettings(source=str(tiny_files / "old.txt"), samples=4, max_length=32)
     source = keep if method == "sc_lora" else None
     with pytest.raises(UserError, match="give its training data by --data FILE"):
-        commands.init(str(tiny_base), settings, tmp_path / "new", source=source)
+        init(str(tiny_base), settings, tmp_path / "new", source=source)
     data = DataSettings(train=str(tiny_files / "train.jsonl"))
-    start = commands.init(str(tiny_base), settings, tmp_path / "new", source=source, data=data)
+    start = init(str(tiny_base), settings, tmp_path / "new", source=source, data=data)
     config: Mapping[str, Any] = json.loads((start.folder / "adapter_config.json").read_text())
     assert config["r"] == 2
 
@@ -205,4 +204,4 @@ def test_init_takes_the_training_data(
 def test_data_needs_a_recipe(tiny_base: Path) -> None:
     settings = CalibrationSettings(source="data")
     with pytest.raises(UserError, match="stands for the training data of a recipe"):
-        commands.collect_statistics(str(tiny_base), settings)
+        collect_statistics(str(tiny_base), settings)

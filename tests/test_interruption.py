@@ -18,12 +18,14 @@ import datasets
 import pytest
 import torch
 
-from forgetless import store
-from forgetless.adapters import attach
-from forgetless.recipe import TrainingSettings
-from forgetless.stages import Event
-from forgetless.studies import study
-from forgetless.training import TrainingResult, checkpoints, train
+from forgetless.adapters.attachment import attach
+from forgetless.core.files import read_jsonl
+from forgetless.studies.folder import run_folders
+from forgetless.studies.stages import Event
+from forgetless.studies.study import study
+from forgetless.training import checkpoints
+from forgetless.training.loop import TrainingResult, train
+from forgetless.training.settings import TrainingSettings
 from tests.families import FAMILIES, VOCAB
 from tests.tiny import recipe_of
 
@@ -69,7 +71,7 @@ def signals(step: int, *numbers: int) -> Callable[[int, int], None]:
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
-    found = store.read_jsonl(folder / "log.jsonl")
+    found = read_jsonl(folder / "log.jsonl")
     return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
 
 
@@ -116,7 +118,7 @@ def test_several_interruptions_between_two_lines_of_the_log(tmp_path: Path) -> N
             fit(model(), tmp_path / "cut", signals(step, signal.SIGINT), **rare)
     fit(model(), tmp_path / "cut", **rare)
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
-    seconds = [line["seconds"] for line in store.read_jsonl(tmp_path / "cut" / "log.jsonl")]
+    seconds = [line["seconds"] for line in read_jsonl(tmp_path / "cut" / "log.jsonl")]
     assert seconds == sorted(seconds)
 
 
@@ -189,10 +191,10 @@ def test_ctrl_c_in_a_run_says_how_to_go_on(
     assert last == (
         f"stopped; to go on: python -m forgetless train '{file}' --out {tmp_path / 'runs'}"
     )
-    (folder,) = store.run_folders(study_folder)
+    (folder,) = run_folders(study_folder)
     newest = checkpoints.newest(folder.checkpoints)
     assert newest is not None
-    assert checkpoints.step_of(newest) == store.read_jsonl(folder.log)[-1]["step"]
+    assert checkpoints.step_of(newest) == read_jsonl(folder.log)[-1]["step"]
 
 
 def test_a_stopped_study_lets_its_workers_finish_their_steps(

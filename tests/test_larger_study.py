@@ -18,10 +18,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from forgetless import recipe
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.methods import METHODS
-from forgetless.study_recipe import StudyRecipe
+from forgetless.recipes.recipe import Recipe
+from forgetless.recipes.study import StudyRecipe
 
 ROOT = Path(__file__).parents[1]
 PROSE = (
@@ -88,7 +88,7 @@ def tokens_of(found: Any) -> Any:
     from corpus import Tokens, sample
     from study import TINY
 
-    from forgetless.pocket.pretrain import make_tokenizer
+    from forgetless.data.pocket.pretrain import make_tokenizer
 
     return Tokens.of(found, make_tokenizer(TINY.plan.sizes, sample(found, 10_000)))
 
@@ -205,7 +205,7 @@ def test_minutes_bound_the_pretraining_and_its_rate() -> None:
 def test_the_base_has_a_hundred_million_weights() -> None:
     from study import Size
 
-    from forgetless.pocket.pretrain import make_model
+    from forgetless.data.pocket.pretrain import make_model
 
     size = Size()
     with torch.device("meta"):
@@ -288,7 +288,7 @@ def test_the_plan_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_hub_recipe_compares_the_four_methods_at_three_rates() -> None:
     study = StudyRecipe.load(ROOT / "recipes" / "larger-study.yaml")
-    runs = [recipe.Recipe.parse(study.recipe, changes) for _, changes in study.combinations()]
+    runs = [Recipe.parse(study.recipe, changes) for _, changes in study.combinations()]
     methods = [run.adapter.method for run in runs]
     assert set(methods) == {"full", "lora", "intermediate", "lora_null_v2"} <= METHODS.keys()
     assert all(methods.count(method) == 3 for method in methods)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forgetless import linalg
+from forgetless.core import linalg
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -10,12 +10,13 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 
-from forgetless.adapters import adapted_layers, attach
-from forgetless.data import load_examples
-from forgetless.errors import UserError
-from forgetless.recipe import TrainingSettings
-from forgetless.training import train
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.layer import adapted_layers
+from forgetless.core.errors import UserError
+from forgetless.data.examples import load_examples
+from forgetless.training.loop import train
 from forgetless.training.loraplus import speed_up
+from forgetless.training.settings import TrainingSettings
 from tests.families import FAMILIES
 from tests.tiny import save_base, save_files, tokenizer
 
@@ -46,7 +47,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def trained(tmp_path: Path, examples: Any, method: str, **settings: Any) -> PeftModel:
-    from forgetless.models import load_model
+    from forgetless.models.load import load_model
 
     base = load_model(str(save_base(tmp_path / "base")))
     model = attach(base, method, 4, 4, target_modules=["q_proj"])

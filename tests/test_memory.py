@@ -10,9 +10,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetless import attach, collect
-from forgetless.memory import RunMemory, StepMemory, _Alive, run_memory, step_memory
-from forgetless.models import target_layers
-from forgetless.recipe import AdapterSettings, Recipe, TrainingSettings
+from forgetless.adapters.settings import AdapterSettings
+from forgetless.models.load import target_layers
+from forgetless.recipes.memory import RunMemory, StepMemory, _Alive, run_memory, step_memory
+from forgetless.recipes.recipe import Recipe
+from forgetless.training.settings import TrainingSettings
 
 SHAPES = {
     "narrow": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2},

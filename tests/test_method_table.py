@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from forgetless.method_table import as_markdown, as_text, entries
 from forgetless.methods import METHODS
+from forgetless.methods.table import as_markdown, as_text, entries
 
 ROOT = Path(__file__).resolve().parents[1]
 

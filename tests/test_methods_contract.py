@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forgetless.core import NEEDS, Decomposition, decompose
-from forgetless.methods import METHODS
+from forgetless.core.method import NEEDS, Decomposition
+from forgetless.methods import METHODS, decompose
 
 ADAPTERS = sorted(name for name, method in METHODS.items() if method.factors is not None)
 

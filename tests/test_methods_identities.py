@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forgetless.core import decompose
-from forgetless.methods import METHODS
+from forgetless.methods import METHODS, decompose
 from forgetless.methods.eva import redistribute_ranks
 
 OUT, IN, TOKENS, RANK = 14, 10, 40, 3

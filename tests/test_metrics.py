@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgetless.metrics import (
+from forgetless.core.metrics import (
     bootstrap_interval,
     detectable_change,
     forgetting,
@@ -182,7 +182,7 @@ class TestIntervals:
     def test_chunks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         values = np.random.default_rng(0).normal(size=37)
         whole = bootstrap_interval(values, resamples=101)
-        monkeypatch.setattr("forgetless.metrics._CHUNK", 100)
+        monkeypatch.setattr("forgetless.core.metrics._CHUNK", 100)
         assert bootstrap_interval(values, resamples=101) == pytest.approx(whole)
 
     @pytest.mark.parametrize(

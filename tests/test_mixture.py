@@ -10,10 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from forgetless.errors import UserError
-from forgetless.training import train
-from forgetless.training.batches import TokenRows
-from forgetless.training.mixture import Mixture
+from forgetless.core.errors import UserError
+from forgetless.data.batches import TokenRows
+from forgetless.data.mixture import Mixture
+from forgetless.training.loop import train
 from tests.test_training import TOKENIZER, fit, lora, same, settings
 
 

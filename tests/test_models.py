@@ -15,19 +15,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from forgetless.adapters import attach, export
-from forgetless.blocks import shortest_endings
-from forgetless.errors import UserError
-from forgetless.models import (
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.folders import export
+from forgetless.core.errors import UserError
+from forgetless.models.load import (
     as_base,
     find_targets,
-    linear_weight,
     load_model,
     load_tokenizer,
     meta_model,
     resolve_base,
     target_layers,
 )
+from forgetless.models.targets import shortest_endings
+from forgetless.models.weights import linear_weight
 from tests.families import FAMILIES
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -281,7 +282,7 @@ def test_meta_model_has_the_shapes_and_no_weights(llama_folder: Path) -> None:
 
 
 def test_pocket_is_the_shipped_model() -> None:
-    from forgetless.pocket import base_path
+    from forgetless.models.pocket import base_path
 
     assert resolve_base("pocket") == str(base_path())
 

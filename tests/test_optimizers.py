@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from forgetless.memory import STATE_BYTES
-from forgetless.recipe import Recipe, TrainingSettings, check
-from forgetless.training import train
+from forgetless.recipes.checking import check
+from forgetless.recipes.memory import STATE_BYTES
+from forgetless.recipes.recipe import Recipe
 from forgetless.training.lion import Lion
+from forgetless.training.loop import train
 from forgetless.training.optimizers import OPTIMIZERS
+from forgetless.training.settings import TrainingSettings
 from forgetless.training.trainer import ExactTrainer
 from tests.test_training import DATA, MODELS, TOKENIZER, fit, log, same, settings, weights
 

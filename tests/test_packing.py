@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
-from forgetless.errors import UserError
-from forgetless.packing import IGNORED, Row, packed, wrapped
-from forgetless.training.batches import Padding, TokenRows, positions
+from forgetless.core.errors import UserError
+from forgetless.data.batches import Padding, TokenRows, positions
+from forgetless.data.packing import IGNORED, Row, packed, wrapped
 from forgetless.training.token_checks import require_kept_apart
 from tests.families import FAMILIES, VOCAB
 

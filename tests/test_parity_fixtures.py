@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from forgetless.core import decompose
+from forgetless.methods import decompose
 
 MODES = {"null": "lora_null_v1", "milora": "milora", "pissa": "pissa"}
 

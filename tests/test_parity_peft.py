@@ -13,7 +13,8 @@ from peft.tuners.lora.config import CordaConfig
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 
-from forgetless.core import Decomposition, decompose
+from forgetless.core.method import Decomposition
+from forgetless.methods import decompose
 
 RANK, ALPHA = 4, 6
 NAMES = ("wide", "tall")

@@ -13,22 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forgetless.adapters import (
-    adapted_layers,
-    attach,
-    down_projections,
-    export,
-    plain_factors,
-    save,
-)
-from forgetless.data import load_examples, tokenize
-from forgetless.errors import UserError
-from forgetless.models import load_model, load_tokenizer
-from forgetless.recipe import Recipe, TrainingSettings, check
-from forgetless.statistics import collect
-from forgetless.training import train
+from forgetless.adapters.anchored import plain_factors
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.folders import down_projections, export, save
+from forgetless.adapters.layer import adapted_layers
+from forgetless.core.errors import UserError
+from forgetless.data.examples import load_examples
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.recipes.checking import check
+from forgetless.recipes.recipe import Recipe
+from forgetless.statistics.collection import collect
 from forgetless.training.log import TrainingLog
+from forgetless.training.loop import train
 from forgetless.training.penalties import make_penalty
+from forgetless.training.settings import TrainingSettings
 
 pytest_plugins = ["tests.tiny_fixtures"]
 

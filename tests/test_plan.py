@@ -14,15 +14,17 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from forgetless import store
 from forgetless.cli import main
-from forgetless.errors import UserError
-from forgetless.planning import Plan, Wishes, plan, recipe_text, render
-from forgetless.planning.advice import RATE, Advice, advise, rounded
-from forgetless.planning.subject import Base, Rows
-from forgetless.recipe import Recipe
-from forgetless.recipe import check as check_recipe
-from forgetless.runs import run
+from forgetless.core.errors import UserError
+from forgetless.core.files import read_json, write_json
+from forgetless.recipes.checking import check as check_recipe
+from forgetless.recipes.plan.advice import RATE, Advice, Wishes, advise, rounded
+from forgetless.recipes.plan.plan import Plan, plan
+from forgetless.recipes.plan.showing import render
+from forgetless.recipes.plan.subject import Base, Rows
+from forgetless.recipes.plan.written import recipe_text
+from forgetless.recipes.recipe import Recipe
+from forgetless.studies.run import run
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
@@ -180,8 +182,8 @@ def deep(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deep")
     for file in tiny_base.glob("*.json"):
         shutil.copy(file, folder / file.name)
-    config = store.read_json(folder / "config.json")
-    store.write_json(folder / "config.json", {**config, "num_hidden_layers": 8})
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "num_hidden_layers": 8})
     return folder
 
 
@@ -211,8 +213,8 @@ def test_statistics_get_a_budget_where_they_do_not_fit(
 ) -> None:
     for file in deep.iterdir():
         shutil.copy(file, tmp_path / file.name)
-    config = store.read_json(tmp_path / "config.json")
-    store.write_json(tmp_path / "config.json", {**config, "intermediate_size": 1024})
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", {**config, "intermediate_size": 1024})
     wishes = Wishes("keep", rank=2, keep=str(tiny_files / "old.txt"), memory=65_000_000)
     found = plan(str(tmp_path), str(tiny_files / "train.jsonl"), wishes)
     assert found.disk.statistics == 8 * (2**23 + 3 * 32 * 32 * 8)

@@ -12,11 +12,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from forgetless.pocket import base_path
-from forgetless.pocket.corpus import documents
-from forgetless.pocket.knowledge import questions
-from forgetless.pocket.pretrain import Settings, complete, main, make_tokenizer, pretrain, recall
-from forgetless.pocket.problems import final_answer, problems
+from forgetless.data.pocket.corpus import documents
+from forgetless.data.pocket.knowledge import questions
+from forgetless.data.pocket.pretrain import (
+    Settings,
+    complete,
+    main,
+    make_tokenizer,
+    pretrain,
+    recall,
+)
+from forgetless.data.pocket.problems import final_answer, problems
+from forgetless.models.pocket import base_path
 
 TINY = Settings(
     steps=4,

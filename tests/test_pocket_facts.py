@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-import forgetless.pocket
-from forgetless.pocket.knowledge import RELATIONS, Fact, facts
+import forgetless.data.pocket
+from forgetless.data.pocket.knowledge import RELATIONS, Fact, facts
 
-POCKET = Path(forgetless.pocket.__file__).parent
+POCKET = Path(forgetless.data.pocket.__file__).parent
 CONTINENTS = {"Africa", "Asia", "Europe", "North America", "South America", "Oceania"}
 CATEGORIES = {
     "alkali metal",

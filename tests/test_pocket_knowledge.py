@@ -8,8 +8,8 @@ from itertools import islice
 
 import pytest
 
-from forgetless.pocket.corpus import documents, tokenizer_documents
-from forgetless.pocket.knowledge import (
+from forgetless.data.pocket.corpus import documents, tokenizer_documents
+from forgetless.data.pocket.knowledge import (
     PHRASINGS,
     RELATIONS,
     Fact,
@@ -131,7 +131,8 @@ def test_numbers_and_symbols_are_not_confused() -> None:
 
 def test_the_pocket_package_imports_no_torch() -> None:
     code = (
-        "import sys, forgetless.pocket, forgetless.pocket.knowledge, forgetless.pocket.problems, "
-        "forgetless.pocket.corpus; sys.exit('torch' in sys.modules)"
+        "import sys, forgetless.data.pocket, forgetless.data.pocket.knowledge, "
+        "forgetless.data.pocket.problems, "
+        "forgetless.data.pocket.corpus; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

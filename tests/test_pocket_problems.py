@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from forgetless.pocket.problems import TEMPLATES, Problem, final_answer, problems
+from forgetless.data.pocket.problems import TEMPLATES, Problem, final_answer, problems
 
 TRAIN = problems(2_000, seed=0)
 TEST = problems(500, seed=0, split="test")

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from forgetless import models
-from forgetless.data import load_examples
-from forgetless.errors import UserError
-from forgetless.pocket.functions import functions
-from forgetless.pocket.knowledge import matches, questions
-from forgetless.pocket.series import same_sums, series
+from forgetless.core.errors import UserError
+from forgetless.data.examples import load_examples
+from forgetless.data.pocket.functions import functions
+from forgetless.data.pocket.knowledge import matches, questions
+from forgetless.data.pocket.series import same_sums, series
+from forgetless.models.load import load_model, load_tokenizer
 from forgetless.tasks import PocketChoice, make_task
 
 MAKERS: list[Any] = [functions, series]
@@ -21,7 +21,7 @@ MAKERS: list[Any] = [functions, series]
 
 @pytest.fixture(scope="module")
 def pocket() -> tuple[Any, Any]:
-    return models.load_model("pocket"), models.load_tokenizer("pocket")
+    return load_model("pocket"), load_tokenizer("pocket")
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from forgetless import progress
-from forgetless.adapters import attach
-from forgetless.evaluation import evaluate
-from forgetless.models import load_model, load_tokenizer
-from forgetless.progress import Bar, bar, counted
-from forgetless.statistics import collect
+from forgetless.adapters.attachment import attach
+from forgetless.core import progress
+from forgetless.core.progress import Bar, bar, counted
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.statistics.collection import collect
+from forgetless.tasks.evaluation import evaluate
 
 pytest_plugins = ["tests.tiny_fixtures"]
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import forgetless as fl
-from forgetless.errors import UserError
-from forgetless.models import load_model, load_tokenizer
+from forgetless.core.errors import UserError
+from forgetless.models.load import load_model, load_tokenizer
 from forgetless.tasks import ExactMatch, MultipleChoice, Perplexity, TaskResult, make_task
 from forgetless.tasks.exact_match import normalised
 from forgetless.tasks.multiple_choice import Choice, choice_scores

@@ -9,20 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from forgetless import rate_search, store, training
-from forgetless.errors import UserError
-from forgetless.rate_search import find_rate
-from forgetless.recipe import Recipe
-from forgetless.runs import run
-from forgetless.store import RunFolder
-from forgetless.training.rates import (
-    Trial,
-    find_learning_rate,
-    grid,
-    judge,
-    shortened,
-    some_steps,
-)
+from forgetless.core.errors import UserError
+from forgetless.core.files import read_json, read_jsonl
+from forgetless.recipes.identity import run_id
+from forgetless.recipes.recipe import Recipe
+from forgetless.studies import rate_search
+from forgetless.studies.folder import RunFolder
+from forgetless.studies.rate_search import find_rate
+from forgetless.studies.run import run
+from forgetless.training.loop import train
+from forgetless.training.rates import Trial, find_learning_rate, grid, judge, shortened, some_steps
 from tests.test_interruption import ROWS, TOKENIZER, model, settings
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -147,15 +143,15 @@ def test_a_search_is_done_once_and_goes_on_where_it_was_stopped(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[float] = []
-    really = training.train
+    really = train
 
-    def train(*given: Any, **options: Any) -> Any:
+    def train_twice(*given: Any, **options: Any) -> Any:
         trained.append(given[3].learning_rate)
         if len(trained) == 2:
             raise KeyboardInterrupt
         return really(*given, **options)
 
-    monkeypatch.setattr("forgetless.training.rates.train", train)
+    monkeypatch.setattr("forgetless.training.rates.train", train_twice)
 
     def search() -> Any:
         return find_rate(recipe, tmp_path, rates=[1e-3, 1e-2, 1e10], steps=8)
@@ -170,7 +166,7 @@ def test_a_search_is_done_once_and_goes_on_where_it_was_stopped(
     assert found.rate == 1e-2
     assert found.recipe == recipe.override({"training.learning_rate": 1e-2})
     assert 0 < found.trials[0].forgetting["kl"] < found.trials[1].forgetting["kl"]
-    content = store.read_json(found.file)
+    content = read_json(found.file)
     assert [trial["learning_rate"] for trial in content["trials"]] == [1e-3, 1e-2, 1e10]
     assert found.file.parent == tmp_path / "found" / "shared" / "rates"
     assert not list((tmp_path / "found").glob("rates-*"))
@@ -178,14 +174,14 @@ def test_a_search_is_done_once_and_goes_on_where_it_was_stopped(
 
 def test_the_run_that_follows_is_that_of_the_found_rate(recipe: Recipe, tmp_path: Path) -> None:
     found = find_rate(recipe, tmp_path / "searched", rates=[1e-3, 1e-2], steps=8)
-    folder = tmp_path / "searched" / "found" / found.recipe.run_id
+    folder = tmp_path / "searched" / "found" / run_id(found.recipe)
     assert (folder / "start").is_dir()  # that of the trials
     searched, plain = run(found.recipe, tmp_path / "searched"), run(found.recipe, tmp_path / "no")
     assert searched.run_id == plain.run_id
     for name in ("start", "statistics"):
         assert searched.record[name] == plain.record[name]
     losses = [
-        [line["loss"] for line in store.read_jsonl(RunFolder(done.folder).log)]
+        [line["loss"] for line in read_jsonl(RunFolder(done.folder).log)]
         for done in (searched, plain)
     ]
     assert losses[0] == losses[1]
@@ -210,7 +206,7 @@ def test_where_no_rate_is_stable_the_trials_stay_to_be_looked_at(
         with pytest.raises(UserError, match="no learning rate is stable"):
             find_rate(recipe, tmp_path, rates=[1e-3, 1e-2], steps=20)
     (file,) = (tmp_path / "found" / "shared" / "rates").glob("*.json")
-    assert len(store.read_json(file)["trials"]) == 2
+    assert len(read_json(file)["trials"]) == 2
     assert not list((tmp_path / "found").glob("rates-*"))
 
 
@@ -244,7 +240,7 @@ def test_the_command_shows_the_table_and_goes_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rate_search, "find_rate", find)
-    monkeypatch.setattr("forgetless.runs.run", go_on)
+    monkeypatch.setattr("forgetless.studies.run.run", go_on)
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(recipe.model_dump()))
     with pytest.raises(SystemExit) as ended:

@@ -13,16 +13,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgetless.errors import RecipeError, UserError
-from forgetless.reading import load_yaml, parse_assignments, parse_yaml, with_overrides
-from forgetless.recipe import Recipe, check, content_hash
+from forgetless.core.errors import RecipeError, UserError
+from forgetless.core.files import load_yaml, parse_yaml
+from forgetless.core.settings import parse_assignments, with_overrides
+from forgetless.recipes import identity
+from forgetless.recipes.checking import check
+from forgetless.recipes.identity import content_hash
+from forgetless.recipes.recipe import Recipe
 from tests.tiny import recipe_of, save_base, save_files
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
 
 def run_id(recipe: dict[str, Any], **changes: Any) -> str:
-    return Recipe.parse(recipe, changes).run_id
+    return identity.run_id(Recipe.parse(recipe, changes))
 
 
 # ---- YAML ----------------------------------------------------------------------------------------
@@ -184,14 +188,16 @@ def test_the_id_follows_content_not_names(tiny_base: Path, tmp_path: Path) -> No
     same = save_base(tmp_path / "copy")
     assert content_hash(same) == content_hash(tiny_base)
     (same / "README.md").write_text("notes")  # decides nothing
-    before = recipe(tiny_base).run_id
-    assert recipe(same).run_id == before
+    before = identity.run_id(recipe(tiny_base))
+    assert identity.run_id(recipe(same)) == before
     (files / "old.txt").write_text("other knowledge to keep")
-    after = recipe(same).run_id
+    after = identity.run_id(recipe(same))
     assert after != before
     (files / "train.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
-    assert recipe(same).run_id not in (before, after)
-    assert recipe(save_base(tmp_path / "other", seed=1)).run_id != recipe(same).run_id
+    assert identity.run_id(recipe(same)) not in (before, after)
+    assert identity.run_id(recipe(save_base(tmp_path / "other", seed=1))) != identity.run_id(
+        recipe(same)
+    )
 
 
 def test_full_fine_tuning_has_no_adapter_settings(tiny_recipe: dict[str, Any]) -> None:
@@ -206,8 +212,9 @@ def test_calibration_counts_where_the_method_reads_it(tiny_recipe: dict[str, Any
 
 def test_the_id_is_the_same_in_another_process(tiny_recipe: dict[str, Any]) -> None:
     code = (
-        "import json, sys; from forgetless.recipe import Recipe;"
-        "print(Recipe.parse(json.load(sys.stdin)).run_id)"
+        "import json, sys; from forgetless.recipes.recipe import Recipe;"
+        "from forgetless.recipes.identity import run_id;"
+        "print(run_id(Recipe.parse(json.load(sys.stdin))))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code],
@@ -397,5 +404,6 @@ def test_a_study_is_not_a_recipe(tiny_recipe: dict[str, Any]) -> None:
 
 
 def test_importing_recipes_imports_no_torch() -> None:
-    code = "import sys, forgetless.study_recipe, forgetless.store; sys.exit('torch' in sys.modules)"
+    code = "import sys, forgetless.recipes.recipe, forgetless.studies.folder;"
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from forgetless import demo
+from forgetless.cli import demo
+from forgetless.core.files import load_yaml
 from forgetless.methods import METHODS
-from forgetless.reading import load_yaml
-from forgetless.recipe import Recipe
-from forgetless.study_recipe import StudyRecipe
+from forgetless.recipes.recipe import Recipe
+from forgetless.recipes.study import StudyRecipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))

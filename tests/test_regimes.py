@@ -20,15 +20,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from forgetless.adapters import attach, export
-from forgetless.calibration import batches
-from forgetless.data import Examples, from_rows, load_examples, tokenize
-from forgetless.models import load_model, load_tokenizer
-from forgetless.recipe import TrainingSettings
-from forgetless.statistics import Statistics, collect
-from forgetless.training import TrainingResult, train
-from forgetless.training.batches import TokenRows
-from forgetless.training.mixture import Mixture
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.folders import export
+from forgetless.data.batches import TokenRows
+from forgetless.data.examples import Examples, from_rows, load_examples
+from forgetless.data.mixture import Mixture
+from forgetless.data.texts import batches
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.statistics.collection import collect
+from forgetless.statistics.moments import Statistics
+from forgetless.training.loop import TrainingResult, train
+from forgetless.training.settings import TrainingSettings
 
 pytest_plugins = ["tests.tiny_fixtures"]
 

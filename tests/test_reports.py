@@ -25,9 +25,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from forgetless import store
-from forgetless.errors import UserError
-from forgetless.metrics import detectable_change, paired_interval, paired_proportions_interval
+from forgetless.core.errors import UserError
+from forgetless.core.files import write_jsonl
+from forgetless.core.metrics import detectable_change, paired_interval, paired_proportions_interval
 from forgetless.reports import report, summary, write_evaluation
 from forgetless.reports.arms import gather
 from forgetless.reports.changes import find_changes
@@ -39,6 +39,7 @@ from forgetless.reports.standing import standing
 from forgetless.reports.words import Answer, answer
 from forgetless.scores.comparison import compare
 from forgetless.scores.files import read_scores
+from forgetless.studies.folder import COLUMNS
 from forgetless.tasks.base import Item, TaskResult
 
 # ------------------------------------------------------------------------------ made-up studies
@@ -619,7 +620,7 @@ def test_tables_and_figures_lie_beside_the_page(demo: Path) -> None:
     figures = {f"figures/{name}.{kind}" for name in ("plane", "curves") for kind in ("png", "svg")}
     assert names == {"index.html", "results.csv", "results.parquet", *figures}
     table = pandas.read_parquet(folder / "results.parquet")
-    assert list(table.columns) == list(store.COLUMNS)
+    assert list(table.columns) == list(COLUMNS)
     assert len(table) == 7 * 3 * 3
 
 
@@ -720,7 +721,7 @@ def write_distances(run: Path, task: str, count: int, step: int = 0) -> None:
         place = run / "points" / str(step) if step and phase == "final" else run
         gaps = [rng.gammavariate(0.5, 0.1) if phase == "final" else 0.0 for _ in range(count)]
         lines = [Item(str(i), "", "", "", gap).to_json() for i, gap in enumerate(gaps)]
-        store.write_jsonl(place / "items" / phase / f"{task}.jsonl", lines)
+        write_jsonl(place / "items" / phase / f"{task}.jsonl", lines)
         known = json.loads((run / "scores" / phase / f"{task}.json").read_text())
         mean, stderr = fmean(gaps), stdev(gaps) / count**0.5
         score = {**known, "value": mean, "stderr": stderr, "n": count}

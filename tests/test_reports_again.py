@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
-from forgetless import store
-from forgetless.reading import parse_assignments
-from forgetless.recipe import Recipe
+from forgetless.core.files import folder_name, write_json, write_text
+from forgetless.core.settings import parse_assignments
+from forgetless.recipes.recipe import Recipe
 from forgetless.reports import report
 from forgetless.reports.again import NUM_COMMANDS, commands
 from forgetless.reports.evidence import read
+from forgetless.studies.folder import RunFolder, run_folders
 
 PLAIN = {
     "name": "mine",
@@ -42,9 +43,9 @@ def single_runs(folder: Path, changes: list[dict[str, Any]]) -> list[Recipe]:
     """Runs in one folder, as `forgetless run --study` leaves them."""
     recipes = [Recipe.parse(PLAIN, change) for change in changes]
     for number, recipe in enumerate(recipes):
-        run = store.RunFolder(folder / f"run-{number}")
-        store.write_text(run.recipe, recipe.to_yaml())
-        store.write_json(run.record, {"status": "done"})
+        run = RunFolder(folder / f"run-{number}")
+        write_text(run.recipe, recipe.to_yaml())
+        write_json(run.record, {"status": "done"})
     return recipes
 
 
@@ -55,7 +56,7 @@ def done_again(command: str, recipe: Path) -> tuple[Recipe, str]:
     options = list(zip(words[3::2], words[4::2], strict=True))
     sets = [value for option, value in options if option == "--set"]
     made = Recipe.load(recipe, parse_assignments(sets))
-    return made, dict(options).get("--study", store.folder_name(made.name or ""))
+    return made, dict(options).get("--study", folder_name(made.name or ""))
 
 
 def quoted(page: str) -> list[str]:
@@ -90,7 +91,7 @@ def test_one_run_is_one_short_command(tmp_path: Path) -> None:
 def test_a_study_is_one_command_and_what_is_not_of_it_has_its_own(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     single_runs(folder, CHANGES[:3])
-    in_study, also, other = (run.path.name for run in store.run_folders(folder))
+    in_study, also, other = (run.path.name for run in run_folders(folder))
     write_plan(folder, {"name": "mine"}, [in_study, also, other])
     assert quoted(report(folder).read_text()) == ["forgetless study study.yaml"]
     write_plan(folder, {"name": "mine"}, [in_study, also])

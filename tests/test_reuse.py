@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from forgetless import linalg, subspace
-from forgetless.adapters import attach
-from forgetless.core import decompose
-from forgetless.reuse import cached_spectra, content_key, once, shared_inputs
-from forgetless.stages import Stages
-from forgetless.statistics import LayerStatistics, Statistics
-from forgetless.store import RunFolder, write_json
+from forgetless.adapters.attachment import attach
+from forgetless.core import krylov as subspace
+from forgetless.core import linalg
+from forgetless.core.cache import cached_spectra, content_key, once, shared_inputs
+from forgetless.core.files import write_json
+from forgetless.methods import decompose
+from forgetless.statistics.moments import LayerStatistics, Statistics
+from forgetless.studies.folder import RunFolder
+from forgetless.studies.stages import Stages
 
 GENERATOR = torch.Generator().manual_seed(0)
 W = torch.randn(24, 16, generator=GENERATOR)

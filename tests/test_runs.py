@@ -15,16 +15,18 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from forgetless import stages, store
-from forgetless.adapters import load
-from forgetless.calibration import self_text
-from forgetless.errors import RecipeError, UserError
-from forgetless.models import load_model, load_tokenizer
-from forgetless.recipe import Recipe
-from forgetless.runs import Run, run
-from forgetless.shortage import TAKES_LESS
-from forgetless.stages import Event, Stages
-from forgetless.store import RunFolder
+from forgetless.adapters.folders import load
+from forgetless.core.errors import RecipeError, UserError
+from forgetless.core.files import read_json, read_jsonl
+from forgetless.data.texts import self_text
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.recipes.recipe import Recipe
+from forgetless.scores.files import PHASES
+from forgetless.studies import stages
+from forgetless.studies.folder import RunFolder, run_folders
+from forgetless.studies.run import Run, run
+from forgetless.studies.shortage import TAKES_LESS
+from forgetless.studies.stages import Event, Stages
 from tests.tiny import recipe_of, save_base
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -65,17 +67,17 @@ def test_a_finished_run_has_every_artefact(finished: dict[str, Run], method: str
         *("recipe.yaml", "run.json", "log.jsonl", "scores", "items", "analysis.json", ".lock"),
         *trained,
     }
-    for phase in store.PHASES:
+    for phase in PHASES:
         for task in ("sums", "prose", "kl"):
-            score = store.read_json(folder.scores(phase, task))
+            score = read_json(folder.scores(phase, task))
             assert score["kind"] == ("learning" if task == "sums" else "forgetting")
-            assert len(store.read_jsonl(folder.items(phase, task))) == score["n"]
+            assert len(read_jsonl(folder.items(phase, task))) == score["n"]
     record = finished[method].record
     assert record["status"] == "done"
     assert record["training"]["steps"] == 4
     assert record["versions"]["torch"] == torch.__version__
     assert {"started", "finished", "hardware", "seconds", "seed"} <= set(record)
-    assert [line["step"] for line in store.read_jsonl(folder.log)] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_jsonl(folder.log)] == [1, 2, 3, 4]
 
 
 def test_training_learned_and_moved_the_weights(finished: dict[str, Run]) -> None:
@@ -120,7 +122,7 @@ def test_the_update_of_full_fine_tuning_is_measured_against_the_base(
     finished: dict[str, Run], tiny_base: Path
 ) -> None:
     folder = RunFolder(finished["full"].folder)
-    analysis = store.read_json(folder.analysis)
+    analysis = read_json(folder.analysis)
     name = "model.layers.0.self_attn.q_proj"
     before = load_model(str(tiny_base)).get_submodule(name).weight
     after = load_model(str(folder.model)).get_submodule(name).weight
@@ -293,8 +295,8 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(
         patch.setattr(stages, name, stopping(getattr(stages, name), call))
         with pytest.raises(Stop):
             run(tiny_recipe, tmp_path, "all")
-    (folder,) = store.run_folders(tmp_path / "all")
-    assert store.read_json(folder.record)["status"] == "running"
+    (folder,) = run_folders(tmp_path / "all")
+    assert read_json(folder.record)["status"] == "running"
     assert same_rows(run(tiny_recipe, tmp_path, "all"), finished["pissa"])
     assert not list(tmp_path.rglob(".tmp-*"))
 
@@ -315,8 +317,8 @@ def test_training_goes_on_from_its_checkpoint(
     again = run(recipe, tmp_path, "all")
     assert again.record["training"]["resumed_from"] == (None if step == 1 else 2)
     assert same_rows(again, finished[method])
-    losses = [line["loss"] for line in store.read_jsonl(RunFolder(again.folder).log)]
-    undisturbed = store.read_jsonl(RunFolder(finished[method].folder).log)
+    losses = [line["loss"] for line in read_jsonl(RunFolder(again.folder).log)]
+    undisturbed = read_jsonl(RunFolder(finished[method].folder).log)
     assert losses == [line["loss"] for line in undisturbed]
 
 
@@ -349,7 +351,7 @@ def test_data_that_cannot_be_trained_on_is_refused_before_anything_is_measured(
     with pytest.raises(UserError, match=problem):
         run(recipe_of(tiny_base, tiny_files, **changes), tmp_path)
     (record,) = tmp_path.rglob("run.json")
-    assert "seconds" not in store.read_json(record)
+    assert "seconds" not in read_json(record)
 
 
 def test_a_failed_run_keeps_the_reason_and_can_be_mended(
@@ -363,8 +365,8 @@ def test_a_failed_run_keeps_the_reason_and_can_be_mended(
     with pytest.raises(OSError, match="no room"):
         run(tiny_recipe, tmp_path, "s", listen=events.append)
     assert (events[-1].stage, events[-1].message) == ("failed", "OSError: no room for 3 GB")
-    (folder,) = store.run_folders(tmp_path / "s")
-    record = store.read_json(folder.record)
+    (folder,) = run_folders(tmp_path / "s")
+    record = read_json(folder.record)
     assert (record["status"], record["reason"]) == ("failed", "OSError: no room for 3 GB")
     assert "OSError" in record["traceback"]
     monkeypatch.undo()
@@ -416,7 +418,7 @@ def test_where_memory_runs_out_the_settings_that_take_less_are_named(
     with pytest.raises(UserError, match=f"^no memory left {reason}: .*{help}.*") as told:
         run(tiny_recipe, tmp_path)
     (record,) = tmp_path.rglob("run.json")
-    assert store.read_json(record)["reason"] == f"UserError: {told.value}"
+    assert read_json(record)["reason"] == f"UserError: {told.value}"
 
 
 def test_settings_that_take_less_memory_are_those_of_a_recipe(tiny_recipe: dict[str, Any]) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from forgetless.errors import UserError
-from forgetless.sandbox import _idle, _Supervisor
+from forgetless.core.errors import UserError
 from forgetless.tasks import CodeResult, run_code
+from forgetless.tasks.sandbox import _idle, _Supervisor
 from tests.hostile import HOSTILE
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
@@ -178,7 +178,7 @@ def test_programs_may_run_at_the_same_time() -> None:
 
 def test_no_process_is_left_when_the_user_ends() -> None:
     script = """
-        from forgetless.sandbox import _idle
+        from forgetless.tasks.sandbox import _idle
         from forgetless.tasks import CodeResult, run_code
         assert run_code("x = 1").passed
         print(_idle[0].process.pid)

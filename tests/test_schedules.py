@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from forgetless.errors import RecipeError, UserError
-from forgetless.recipe import Recipe, TrainingSettings
-from forgetless.training import train
+from forgetless.core.errors import RecipeError, UserError
+from forgetless.data.batches import TokenRows
+from forgetless.data.mixture import Mixture
+from forgetless.recipes.recipe import Recipe
 from forgetless.training.attention import attention_dropout
-from forgetless.training.batches import TokenRows
 from forgetless.training.durations import measured_steps, total_steps
-from forgetless.training.mixture import Mixture
+from forgetless.training.loop import train
 from forgetless.training.schedules import rate_factor
+from forgetless.training.settings import TrainingSettings
 from tests.families import FAMILIES
 from tests.test_training import DATA, TOKENIZER, lora, token_data
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from forgetless.cli.commands import measuring
+from forgetless.cli.commands.measuring import Measurement, measure, write_scores
 from forgetless.cli.values import task_specs
-from forgetless.commands import Measurement, measure, measuring, write_scores
-from forgetless.models import load_model, load_tokenizer
-from forgetless.recipe import base_hash, weights_hash
-from forgetless.runs import run
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.recipes.identity import base_hash, weights_hash
 from forgetless.scores.cache import ScoreCache, default_folder
+from forgetless.studies.run import run
 from forgetless.tasks import TaskResult, make_task
 from forgetless.tasks.journal import resuming, section
 from tests.tiny import recipe_of, save_base

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from forgetless.errors import UserError
-from forgetless.models import target_layers
-from forgetless.statistics import LayerStatistics, Statistics, collect
+from forgetless.core.errors import UserError
+from forgetless.models.load import target_layers
+from forgetless.statistics.collection import collect
 from forgetless.statistics.collector import Collector
+from forgetless.statistics.moments import LayerStatistics, Statistics
 from tests.families import FAMILIES, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than they have inputs")

@@ -14,8 +14,11 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from forgetless.errors import UserError
-from forgetless.statistics import Statistics, collect, collect_gradients, progress
+from forgetless.core.errors import UserError
+from forgetless.statistics import progress
+from forgetless.statistics.collection import collect
+from forgetless.statistics.gradients import collect_gradients
+from forgetless.statistics.moments import Statistics
 from forgetless.statistics.stack import Leg, Stack, legs
 from tests.families import FAMILIES, language_batch, token_batch
 from tests.test_statistics import Batch, batched, calls, error, examples

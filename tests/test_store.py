@@ -12,52 +12,61 @@ from typing import Any
 
 import pytest
 
-from forgetless import store
-from forgetless.store import RunFolder
+from forgetless.core.files import (
+    folder_name,
+    lock,
+    new_folder,
+    read_json,
+    read_jsonl,
+    remove_temporaries,
+    write_json,
+    write_jsonl,
+)
+from forgetless.studies.folder import COLUMNS, RunFolder, results, write_csv
 
 # ---- writing -------------------------------------------------------------------------------------
 
 
 def test_json_is_read_back_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
     content = {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": "é"}, "e": (1, None)}
-    store.write_json(tmp_path / "new" / "x.json", content)
-    assert store.read_json(tmp_path / "new" / "x.json") == {
+    write_json(tmp_path / "new" / "x.json", content)
+    assert read_json(tmp_path / "new" / "x.json") == {
         "a": None,
         "b": [1.5, None],
         "c": {"d": "é"},
         "e": [1, None],
     }
-    assert store.read_json(tmp_path / "absent.json") == {}
+    assert read_json(tmp_path / "absent.json") == {}
 
 
 def test_lines_are_read_back(tmp_path: Path) -> None:
     rows = [{"id": "1", "answer": "two\nlines"}, {"id": "2", "answer": "\u2028"}]
-    store.write_jsonl(tmp_path / "x.jsonl", rows)
-    assert store.read_jsonl(tmp_path / "x.jsonl") == rows
-    assert store.read_jsonl(tmp_path / "absent.jsonl") == []
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    assert read_jsonl(tmp_path / "x.jsonl") == rows
+    assert read_jsonl(tmp_path / "absent.jsonl") == []
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "x.json"
-    store.write_json(file, {"old": 1})
+    write_json(file, {"old": 1})
 
     def fail(descriptor: int) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
-        store.write_json(file, {"new": 2})
+        write_json(file, {"new": 2})
     monkeypatch.undo()
-    assert store.read_json(file) == {"old": 1}
-    store.remove_temporaries(tmp_path)
+    assert read_json(file) == {"old": 1}
+    remove_temporaries(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_a_new_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
     for content in ("one", "two"):
-        with store.new_folder(tmp_path / "made") as folder:
+        with new_folder(tmp_path / "made") as folder:
             (folder / "below").mkdir()
             (folder / "below" / "file").write_text(content)
             assert not (tmp_path / "made").exists() or content == "two"
@@ -67,7 +76,7 @@ def test_a_new_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> 
 
 def test_a_folder_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
     def write_half() -> None:
-        with store.new_folder(tmp_path / "made") as folder:
+        with new_folder(tmp_path / "made") as folder:
             (folder / "file").write_text("half")
             raise RuntimeError
 
@@ -86,7 +95,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     assert done.returncode == -9
     assert not (tmp_path / "made").exists()
     assert len(list(tmp_path.iterdir())) == 1
-    store.remove_temporaries(tmp_path)
+    remove_temporaries(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,14 +104,14 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     [("my run", "my-run"), ("../up", "up"), ("a/b", "a-b"), ("...", "unnamed"), ("v1.2", "v1.2")],
 )
 def test_a_name_becomes_one_folder(name: str, folder: str) -> None:
-    assert store.folder_name(name) == folder
+    assert folder_name(name) == folder
 
 
 # ---- locks ---------------------------------------------------------------------------------------
 
 
 def _hold(path: Path, held: Any) -> None:
-    with store.lock(path):
+    with lock(path):
         held.set()
         time.sleep(60)
 
@@ -114,14 +123,14 @@ def test_a_lock_keeps_others_out_and_dies_with_its_holder(tmp_path: Path) -> Non
     holder.start()
     try:
         assert held.wait(120)
-        with store.lock(tmp_path / "lock", wait=False) as free:
+        with lock(tmp_path / "lock", wait=False) as free:
             assert not free
     finally:
         holder.kill()
         holder.join()
-    with store.lock(tmp_path / "lock") as free:
+    with lock(tmp_path / "lock") as free:
         assert free
-    with store.lock(tmp_path / "lock", wait=False) as free:
+    with lock(tmp_path / "lock", wait=False) as free:
         assert free
 
 
@@ -149,22 +158,22 @@ def _write_run(
         },
         "training": {"learning_rate": 1e-3, "steps": 10, "weight_decay": 0.1},
     }
-    store.write_json(folder.recipe, recipe)  # JSON is YAML
+    write_json(folder.recipe, recipe)  # JSON is YAML
     folder.update(status="done", tasks=dict.fromkeys(scores, "forgetting"), **changes)
     for task, values in scores.items():
         for phase, value in zip(("base", "final"), values, strict=True):
             score = {"value": value, "stderr": 0.1, "n": 5, "metric": "m"}
             place = folder.scores("base" if phase == "base" else "final", task)
-            store.write_json(place, score | {"higher_is_better": higher})
+            write_json(place, score | {"higher_is_better": higher})
     return folder
 
 
 def test_a_row_holds_every_column(tmp_path: Path) -> None:
     training = {"steps": 12, "train_seconds": 7.5}
     folder = _write_run(tmp_path / "s", "pissa-1", {"recall": (0.8, 0.6)}, training=training)
-    store.write_json(folder.analysis, {"relative_update": 0.25})
-    (row,) = store.results(tmp_path / "s")
-    assert list(row) == list(store.COLUMNS)
+    write_json(folder.analysis, {"relative_update": 0.25})
+    (row,) = results(tmp_path / "s")
+    assert list(row) == list(COLUMNS)
     assert row == {
         "study": "s",
         "run_id": "pissa-1",
@@ -198,14 +207,14 @@ def test_a_row_holds_every_column(tmp_path: Path) -> None:
 def test_what_was_not_measured_is_none_never_a_number(tmp_path: Path) -> None:
     folder = _write_run(tmp_path, "pissa-1", {})
     folder.update(status="failed", reason="out of memory", tasks={"recall": "forgetting"})
-    (row,) = store.results(tmp_path)
+    (row,) = results(tmp_path)
     assert (row["score"], row["base_score"], row["retention"]) == (None, None, None)
     assert row["status"] == "failed"
 
 
 def test_a_share_of_nothing_is_not_measured(tmp_path: Path) -> None:
     _write_run(tmp_path, "pissa-1", {"kl": (0.0, 0.3)}, higher=False)
-    (row,) = store.results(tmp_path)
+    (row,) = results(tmp_path)
     assert row["score"] == 0.3
     assert row["retention"] is None
 
@@ -227,7 +236,7 @@ def test_a_gain_counts_in_one_column_only(
     uncapped: float | None,
 ) -> None:
     _write_run(tmp_path, "pissa-1", {"task": scores}, higher=higher)
-    (row,) = store.results(tmp_path)
+    (row,) = results(tmp_path)
     assert (row["retention"], row["retention_uncapped"]) == (capped, uncapped)
 
 
@@ -235,28 +244,28 @@ def test_rows_come_in_the_order_of_the_study(tmp_path: Path) -> None:
     for run_id in ("a-1", "b-1", "c-1"):
         _write_run(tmp_path, run_id, {"recall": (1.0, 1.0)})
     (tmp_path / "shared").mkdir()
-    store.write_json(tmp_path / "runs.json", {"runs": [{"run_id": i} for i in ("c-1", "a-1")]})
-    assert [row["run_id"] for row in store.results(tmp_path)] == ["c-1", "a-1", "b-1"]
+    write_json(tmp_path / "runs.json", {"runs": [{"run_id": i} for i in ("c-1", "a-1")]})
+    assert [row["run_id"] for row in results(tmp_path)] == ["c-1", "a-1", "b-1"]
 
 
 def test_csv_reads_back(tmp_path: Path) -> None:
     _write_run(tmp_path / "s", "pissa-1", {"recall": (0.1 + 0.2, 1 / 3)})
-    rows = store.results(tmp_path / "s")
-    store.write_csv(tmp_path / "results.csv", rows)
+    rows = results(tmp_path / "s")
+    write_csv(tmp_path / "results.csv", rows)
     with (tmp_path / "results.csv").open(newline="") as file:
         (read,) = csv.DictReader(file)
-    assert tuple(read) == store.COLUMNS
+    assert tuple(read) == COLUMNS
     assert float(read["score"]) == 1 / 3
     assert read["step0_score"] == ""
 
 
 def test_no_study_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no study folder"):
-        store.results(tmp_path / "absent")
+        results(tmp_path / "absent")
 
 
 def test_an_update_keeps_the_other_entries(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.update(seconds={"train": 1.0}, status="running")
     folder.update(status="done", seconds={"export": 2.0})
-    assert store.read_json(folder.record) == {"seconds": {"export": 2.0}, "status": "done"}
+    assert read_json(folder.record) == {"seconds": {"export": 2.0}, "status": "done"}

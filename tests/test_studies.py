@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from forgetless import store
-from forgetless.errors import RecipeError, UserError
-from forgetless.runs import prepare
-from forgetless.stages import Event
-from forgetless.store import RunFolder
-from forgetless.studies import Study, _Team, study
-from forgetless.study_recipe import StudyRecipe
+from forgetless.core.errors import RecipeError, UserError
+from forgetless.core.files import lock
+from forgetless.recipes.study import StudyRecipe
+from forgetless.studies.folder import RunFolder
+from forgetless.studies.run import prepare
+from forgetless.studies.stages import Event
+from forgetless.studies.study import Study, _Team, study
 from tests.killing import results, study_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -221,7 +221,7 @@ def test_a_run_in_other_hands_is_waited_for(
 
 def _hold_a_while(path: Path, held: threading.Event) -> None:
     """What another process would do: a lock belongs to the opened file, not to the process."""
-    with store.lock(path):
+    with lock(path):
         held.set()
         time.sleep(3)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from forgetless import linalg, subspace
+from forgetless.core import krylov as subspace
+from forgetless.core import linalg
 
 SIZE, RANK = 256, 8
 INDEX = torch.arange(1, SIZE + 1, dtype=torch.float64)

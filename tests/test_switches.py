@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
-from forgetless.adapters import adapted_layers, load
+from forgetless.adapters.folders import load
+from forgetless.adapters.layer import adapted_layers
 from forgetless.cli import main
 from forgetless.methods import METHODS
-from forgetless.models import load_model
-from forgetless.recipe import Recipe, check
-from forgetless.runs import run
+from forgetless.models.load import load_model
+from forgetless.recipes.checking import check
+from forgetless.recipes.identity import run_id
+from forgetless.recipes.recipe import Recipe
+from forgetless.studies.run import run
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
@@ -29,11 +32,11 @@ SWITCHES: dict[str, Any] = {
 
 
 def test_switches_that_are_off_leave_the_run_its_name(tiny_recipe: dict[str, Any]) -> None:
-    plain = Recipe.parse(tiny_recipe).run_id
+    plain = run_id(Recipe.parse(tiny_recipe))
     off = {"adapter.use_rslora": False, "adapter.rank_pattern": {}, "training.loraplus_ratio": 1.0}
-    assert Recipe.parse(tiny_recipe, off).run_id == plain
+    assert run_id(Recipe.parse(tiny_recipe, off)) == plain
     switches = SWITCHES | {"training.compile": True, "adapter.target_modules": "mlp"}
-    changed = {Recipe.parse(tiny_recipe, {key: value}).run_id for key, value in switches.items()}
+    changed = {run_id(Recipe.parse(tiny_recipe, {key: value})) for key, value in switches.items()}
     assert len(changed | {plain}) == len(switches) + 1
 
 

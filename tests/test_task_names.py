@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from forgetless.cli.values import task_specs
-from forgetless.errors import UserError
-from forgetless.recipe import Recipe, check
+from forgetless.core.errors import UserError
+from forgetless.recipes.checking import check
+from forgetless.recipes.recipe import Recipe
 from forgetless.tasks import SUITES, TASKS, make_task, make_tasks
 from forgetless.tasks.names import resolved
 from tests.tiny import recipe_of

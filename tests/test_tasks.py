@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.tasks import (
     KL,
     TASKS,
@@ -448,7 +448,7 @@ def test_problems_count_by_their_final_number(
 
 @pytest.fixture(scope="module")
 def pocket() -> tuple[nn.Module, Any]:
-    from forgetless.models import load_model, load_tokenizer
+    from forgetless.models.load import load_model, load_tokenizer
 
     return load_model("pocket"), load_tokenizer("pocket")
 

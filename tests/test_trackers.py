@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from forgetless import store
-from forgetless.errors import RecipeError
-from forgetless.recipe import Recipe
-from forgetless.runs import run
-from forgetless.training import ForgettingCallback, train
+from forgetless.core.errors import RecipeError
+from forgetless.core.files import read_jsonl
+from forgetless.recipes.identity import run_id
+from forgetless.recipes.recipe import Recipe
+from forgetless.studies.run import run
+from forgetless.training.forgetting import ForgettingCallback
+from forgetless.training.loop import train
 from forgetless.training.trackers import Trackers
 from tests.test_interruption import ROWS, STEPS, TOKENIZER, model, settings, signals
 from tests.tiny import tokenizer
@@ -54,7 +56,7 @@ def test_tensorboard_has_the_loss_the_penalty_and_the_probes_of_the_whole_run(
     def curve(name: str) -> dict[int, float]:
         return {event.step: event.value for event in events.Scalars(name)}
 
-    lines = store.read_jsonl(folder / "log.jsonl")
+    lines = read_jsonl(folder / "log.jsonl")
     written = {line["step"]: line for line in lines if "loss" in line}
     assert curve("train/loss") == pytest.approx({s: line["loss"] for s, line in written.items()})
     assert curve("train/penalty") == pytest.approx(
@@ -189,7 +191,7 @@ def test_a_run_has_the_name_of_its_folder_and_goes_on_when_resumed(
         for key, value in values.items()
         if key.endswith("loss") and key != "train_loss"
     ]
-    assert losses == [line["loss"] for line in store.read_jsonl(folder / "log.jsonl")]
+    assert losses == [line["loss"] for line in read_jsonl(folder / "log.jsonl")]
 
 
 def test_what_the_user_set_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,4 +222,4 @@ def test_a_missing_package_is_named_before_any_weight_is_loaded(
 
 def test_trackers_decide_no_weight(tiny_recipe: dict[str, Any]) -> None:
     recipe = Recipe.parse(tiny_recipe)
-    assert recipe.override({"training.report_to": ["mlflow"]}).run_id == recipe.run_id
+    assert run_id(recipe.override({"training.report_to": ["mlflow"]})) == run_id(recipe)

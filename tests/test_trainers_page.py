@@ -10,7 +10,7 @@ import yaml
 from peft import PeftModel
 
 from forgetless.cli import main
-from forgetless.models import load_model
+from forgetless.models.load import load_model
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")

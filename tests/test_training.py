@@ -22,12 +22,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forgetless.adapters import attach
-from forgetless.data import IGNORED, load_examples, tokenize
-from forgetless.recipe import TrainingSettings
-from forgetless.training import TrainingResult, remove_checkpoints, train
+from forgetless.adapters.attachment import attach
+from forgetless.data.batches import Padding, TokenRows
+from forgetless.data.examples import load_examples
+from forgetless.data.packing import IGNORED
+from forgetless.data.tokens import tokenize
 from forgetless.training import checkpoints as ckpt
-from forgetless.training.batches import Padding, TokenRows
+from forgetless.training.checkpoints import remove_checkpoints
+from forgetless.training.loop import TrainingResult, train
+from forgetless.training.settings import TrainingSettings
 from forgetless.training.trainer import ExactTrainer
 from tests.families import FAMILIES, VOCAB
 from tests.test_data import PAIRS, byte_tokenizer, examples

@@ -67,7 +67,7 @@ def save_files(folder: Path) -> Path:
 
 def recipe_of(base: Path, files: Path, **changes: Any) -> dict[str, Any]:
     """A recipe that runs in a second or two; ``changes`` are dotted overrides."""
-    from forgetless.reading import with_overrides
+    from forgetless.core.settings import with_overrides
 
     recipe = {
         "base": str(base),

@@ -20,9 +20,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from forgetless import store
-from forgetless.calibration import spread
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
+from forgetless.core.files import write_jsonl
+from forgetless.data.texts import spread
 
 SEPARATOR = "<|doc|>"
 PIECE = 16_000
@@ -232,15 +232,15 @@ def write_files(corpus: Corpus, folder: Path, *, passages: int, questions: int) 
     """
     held = {name: _passages(pieces, passages) for name, pieces in corpus.held.items()}
     for name, found in held.items():
-        store.write_jsonl(folder / f"held_{name}.jsonl", [{"text": text} for text in found])
+        write_jsonl(folder / f"held_{name}.jsonl", [{"text": text} for text in found])
     mixed = [text for group in zip(*held.values(), strict=False) for text in group]
-    store.write_jsonl(folder / "held.jsonl", [{"text": text} for text in mixed])
+    write_jsonl(folder / "held.jsonl", [{"text": text} for text in mixed])
     trained = [text for pieces in corpus.trained.values() for text in _passages(pieces, passages)]
     facts = spread(corpus.facts, len(trained) * PASSAGE // FACT)
     kept = [*trained, *(f"{prompt} {answer}" for prompt, answer in facts)]
-    store.write_jsonl(folder / "calibration.jsonl", [{"text": text} for text in kept])
+    write_jsonl(folder / "calibration.jsonl", [{"text": text} for text in kept])
     asked = [{"prompt": p, "answer": a} for p, a in spread(corpus.facts, questions)]
-    store.write_jsonl(folder / "facts.jsonl", asked)
+    write_jsonl(folder / "facts.jsonl", asked)
 
 
 def _passages(pieces: Sequence[str], count: int) -> list[str]:

@@ -15,9 +15,9 @@ from corpus import Corpus, Tokens, sample
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from forgetless import store
-from forgetless.errors import UserError
-from forgetless.pocket.pretrain import Settings, decayed, make_model, make_tokenizer
+from forgetless.core.errors import UserError
+from forgetless.core.files import new_folder, read_json, read_jsonl, remove, write_json, write_jsonl
+from forgetless.data.pocket.pretrain import Settings, decayed, make_model, make_tokenizer
 
 CHECKPOINT_SECONDS = 60.0
 LOG_EVERY = 50
@@ -73,20 +73,20 @@ def make_base(
         UserError: the folder holds a base of another plan or corpus.
     """
     wanted = json.loads(json.dumps({**asdict(plan), "corpus": corpus.fingerprint}))
-    made = store.read_json(folder / "plan.json")
+    made = read_json(folder / "plan.json")
     if made not in ({}, wanted):
         changed = ", ".join(sorted(key for key in wanted if made.get(key) != wanted[key]))
         raise UserError(f"{folder} holds a base made with other settings ({changed}); give another")
-    store.write_json(folder / "plan.json", wanted)
+    write_json(folder / "plan.json", wanted)
     base = folder / "base"
     if not base.exists():
         tokenizer, tokens = _tokens(folder, corpus, plan.sizes, say)
         training = _Pretraining(folder, plan, tokenizer, device, compile_model, say)
         training.run(tokens)
-        with store.new_folder(base) as new:
+        with new_folder(base) as new:
             training.model.save_pretrained(new)
             tokenizer.save_pretrained(new)
-        store.remove(folder / "unfinished")
+        remove(folder / "unfinished")
     return base
 
 
@@ -97,7 +97,7 @@ def _tokens(
     if not (folder / "tokens.safetensors").exists():
         started = time.perf_counter()
         tokenizer = make_tokenizer(sizes, sample(corpus, _TOKENIZER_CHARACTERS))
-        with store.new_folder(folder / "tokenizer") as new:
+        with new_folder(folder / "tokenizer") as new:
             tokenizer.save_pretrained(new)
         Tokens.of(corpus, tokenizer).save(folder / "tokens.safetensors")
         say(f"tokenizer and tokens: {time.perf_counter() - started:.0f} s")
@@ -140,8 +140,8 @@ class _Pretraining:
     def run(self, tokens: Tokens) -> None:
         """Train to the end of the plan, with a checkpoint a minute."""
         sizes, began = self.plan.sizes, (self.step, self.seconds)
-        earlier = [row for row in store.read_jsonl(self._log) if row["step"] <= self.step]
-        store.write_jsonl(self._log, earlier)
+        earlier = [row for row in read_jsonl(self._log) if row["step"] <= self.step]
+        write_jsonl(self._log, earlier)
         started = saved = time.perf_counter()
         loss = None
         self.say(f"pre-training {self.model.num_parameters():,} weights from step {self.step}")
@@ -210,13 +210,13 @@ class _Pretraining:
             for i, state in self.optimizer.state_dict()["state"].items()
             for name, value in state.items()
         }
-        with store.new_folder(self.checkpoint) as new:
+        with new_folder(self.checkpoint) as new:
             self.model.save_pretrained(new)
             save_file(moments, new / "optimizer.safetensors")
-            store.write_json(new / "state.json", {"step": self.step, "seconds": self.seconds})
+            write_json(new / "state.json", {"step": self.step, "seconds": self.seconds})
 
     def _resume(self) -> None:
-        state = store.read_json(self.checkpoint / "state.json")
+        state = read_json(self.checkpoint / "state.json")
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in load_file(self.checkpoint / "optimizer.safetensors").items():

@@ -24,9 +24,10 @@ from corpus import read_corpus, write_files
 from pretraining import Plan, make_base
 from transformers.utils import logging
 
-from forgetless import cli, store
-from forgetless.errors import UserError
-from forgetless.pocket.pretrain import Settings
+from forgetless import cli
+from forgetless.core.errors import UserError
+from forgetless.core.files import write_text
+from forgetless.data.pocket.pretrain import Settings
 
 RATES: Mapping[str, Sequence[float]] = {
     "full": (1e-4, 3e-5, 3e-4),
@@ -298,7 +299,7 @@ def prepare(options: argparse.Namespace, say: Callable[[str], None]) -> Path:
         out, corpus, size.plan, device=device(), compile_model=options.compile, say=say
     )
     study = definition(base, files, options.train, options.test, size, options.arms)
-    store.write_text(out / "study.yaml", yaml.safe_dump(study, sort_keys=False))
+    write_text(out / "study.yaml", yaml.safe_dump(study, sort_keys=False))
     return Path(out / "study.yaml")
 
 

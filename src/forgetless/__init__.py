@@ -9,44 +9,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from forgetless.adapters import ExportReport, attach, export, load, save
-    from forgetless.core import Decomposition, Factors, Method, decompose
-    from forgetless.evaluation import Scores, evaluate
-    from forgetless.methods import METHODS
-    from forgetless.recipe import Recipe
+    from forgetless.adapters.attachment import attach
+    from forgetless.adapters.folders import ExportReport, export, load, save
+    from forgetless.core.method import Decomposition, Factors, Method
+    from forgetless.methods import METHODS, decompose
+    from forgetless.recipes.recipe import Recipe
     from forgetless.reports import report
-    from forgetless.runs import Run, run
     from forgetless.scores.comparison import Comparison, compare
-    from forgetless.statistics import Statistics, collect
-    from forgetless.studies import Study, study
-    from forgetless.training import ForgettingCallback
+    from forgetless.statistics.collection import collect
+    from forgetless.statistics.moments import Statistics
+    from forgetless.studies.run import Run, run
+    from forgetless.studies.study import Study, study
+    from forgetless.tasks.evaluation import Scores, evaluate
+    from forgetless.training.forgetting import ForgettingCallback
 
 __version__ = "0.1.0"
 
 _HOME = {
     "METHODS": "methods",
     "Comparison": "scores.comparison",
-    "Decomposition": "core",
-    "ExportReport": "adapters",
-    "Factors": "core",
-    "ForgettingCallback": "training",
-    "Method": "core",
-    "Recipe": "recipe",
-    "Run": "runs",
-    "Scores": "evaluation",
-    "Statistics": "statistics",
-    "Study": "studies",
-    "attach": "adapters",
-    "collect": "statistics",
+    "Decomposition": "core.method",
+    "ExportReport": "adapters.folders",
+    "Factors": "core.method",
+    "ForgettingCallback": "training.forgetting",
+    "Method": "core.method",
+    "Recipe": "recipes.recipe",
+    "Run": "studies.run",
+    "Scores": "tasks.evaluation",
+    "Statistics": "statistics.moments",
+    "Study": "studies.study",
+    "attach": "adapters.attachment",
+    "collect": "statistics.collection",
     "compare": "scores.comparison",
-    "decompose": "core",
-    "evaluate": "evaluation",
-    "export": "adapters",
-    "load": "adapters",
+    "decompose": "methods",
+    "evaluate": "tasks.evaluation",
+    "export": "adapters.folders",
+    "load": "adapters.folders",
     "report": "reports",
-    "run": "runs",
-    "save": "adapters",
-    "study": "studies",
+    "run": "studies.run",
+    "save": "adapters.folders",
+    "study": "studies.study",
 }
 
 __all__ = [

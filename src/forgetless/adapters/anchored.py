@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.product import anchored_product
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 
 class Anchor(nn.Module):

@@ -16,23 +16,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.anchored import Anchor
-from forgetless.adapters.layer import (
-    Start,
-    StartConfig,
-    adapted_layers,
-    add_adapter,
-    install,
-)
+from forgetless.adapters.layer import Start, StartConfig, adapted_layers, add_adapter, install
 from forgetless.adapters.ranks import LayerRank, layer_ranks, patterns
-from forgetless.core import Decomposition, Factors, Method, decompose
-from forgetless.errors import UserError, first_few, unknown
-from forgetless.linalg import eigen_top
-from forgetless.methods import METHODS
-from forgetless.models import Targets, base_of, find_targets
-from forgetless.progress import counted
-from forgetless.reuse import shared_inputs
-from forgetless.statistics import Statistics
-from forgetless.weights import is_offloaded, linear_weight, unreadable, weight_shape
+from forgetless.core.cache import shared_inputs
+from forgetless.core.errors import UserError, first_few, unknown
+from forgetless.core.linalg import eigen_top
+from forgetless.core.method import Decomposition, Factors, Method
+from forgetless.core.progress import counted
+from forgetless.methods import METHODS, decompose
+from forgetless.models.load import Targets, base_of, find_targets
+from forgetless.models.weights import is_offloaded, linear_weight, unreadable, weight_shape
+from forgetless.statistics.moments import Statistics
 
 Source = Callable[[str], Tensor]
 """Layer name -> what a method needs of it; KeyError where there is nothing."""

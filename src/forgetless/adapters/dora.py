@@ -28,8 +28,8 @@ from forgetless.adapters.anchored import (
     plain_factors,
     require_dense,
 )
-from forgetless.errors import UserError
-from forgetless.weights import linear_weight
+from forgetless.core.errors import UserError
+from forgetless.models.weights import linear_weight
 
 
 class DoraVariant(LoraVariant):

@@ -29,8 +29,8 @@ from forgetless.adapters.layer import (
     install,
 )
 from forgetless.adapters.ranks import LayerRank, patterns
-from forgetless.errors import UserError, first_few, unknown
-from forgetless.weights import is_linear, weight_shape
+from forgetless.core.errors import UserError, first_few, unknown
+from forgetless.models.weights import is_linear, weight_shape
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -129,7 +129,7 @@ def export(
 
 def _write_card(config: LoraConfig, report: ExportReport) -> None:
     """The README.md beside the weights, for whoever finds the folder."""
-    from forgetless.cards import write_export_card
+    from forgetless.reports.cards import write_export_card
 
     write_export_card(
         report.folder,

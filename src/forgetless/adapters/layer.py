@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from forgetless.adapters.anchored import Anchor, AnchoredVariant, low_rank_move
 from forgetless.adapters.dora import dora_update, is_dora, set_magnitude
-from forgetless.errors import UserError
-from forgetless.weights import computing_device, hold_packing, linear_weight, untouched
+from forgetless.core.errors import UserError
+from forgetless.models.weights import computing_device, hold_packing, linear_weight, untouched
 
 _BITS_AND_BYTES = ("Linear4bit", "Linear8bitLt")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.utils.other import get_pattern_key
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 
 @dataclass(frozen=True)

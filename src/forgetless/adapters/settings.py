@@ -1,18 +1,13 @@
 """What a recipe says of the adapter and of its export."""
 
 from __future__ import annotations
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from forgetless.errors import RecipeError
-from forgetless.reading import friendly, load_yaml, with_overrides
-from forgetless.core.settings import Count, Name, Section
 
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from forgetless.core.settings import Count, Name, Section
 
 
 class AdapterSettings(Section):
@@ -43,6 +38,15 @@ class AdapterSettings(Section):
             "must be 'all-linear', 'attention', 'mlp', one regular expression or a list of layer "
             "names"
         )
+
+
+IDLE_SWITCHES: Mapping[str, Any] = {
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+"""Switches that decide nothing at these values; a run without them keeps its id."""
 
 
 class ExportSettings(Section):

@@ -48,8 +48,8 @@ def stats(
         skip_first=skip_first,
         memory_budget=memory_budget,
     )
-    from forgetless.commands import collect_statistics
-    from forgetless.store import remove
+    from forgetless.cli.commands.starts import collect_statistics
+    from forgetless.core.files import remove
     from forgetless.training.devices import join
 
     hush()
@@ -104,8 +104,9 @@ def init(
     seed: Seed = 0,
 ) -> None:
     """Write the start of an adapter for any trainer."""
-    from forgetless.reading import validated
-    from forgetless.recipe import AdapterSettings, DataSettings
+    from forgetless.adapters.settings import AdapterSettings
+    from forgetless.core.settings import validated
+    from forgetless.data.settings import DataSettings
 
     values = {
         "method": method,
@@ -122,8 +123,8 @@ def init(
     settings = validated(AdapterSettings, values, "init")
     text = calibration_of(calibration, samples, max_length, batch_size) if calibration else None
     new_task = validated(DataSettings, {"train": data}, "data") if data is not None else None
-    from forgetless.commands import init as write
-    from forgetless.statistics import Statistics
+    from forgetless.cli.commands.starts import init as write
+    from forgetless.statistics.moments import Statistics
 
     hush()
     source = Statistics.load(statistics) if statistics is not None else text
@@ -143,7 +144,7 @@ def export(
     base: Annotated[str | None, typer.Option(help="The base, where it is not recorded.")] = None,
 ) -> None:
     """Write a trained adapter as a plain PEFT LoRA for the untouched base."""
-    from forgetless.commands import export as write
+    from forgetless.cli.commands.exports import export_adapter as write
 
     hush()
     written = write(source, out, rank_of(rank), base)

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from forgetless.cli import adapters, choosing, recipes, scores
-from forgetless.errors import UserError
-from forgetless.launch import process_index, this_launch
+from forgetless.core.errors import UserError
+from forgetless.training.launch import process_index, this_launch
 
 _TOGETHER = ("run", "train", "stats")
 """The commands that several processes can share."""

@@ -11,7 +11,7 @@ import typer
 from forgetless.cli.options import AsJson, Base
 from forgetless.cli.screen import hush
 from forgetless.cli.tables import console, print_json, print_table, print_text
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 
 def plan(
@@ -34,10 +34,12 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Advise how to train a base on some data, with reasons, costs and a recipe."""
-    from forgetless.planning import Wishes, recipe_text, render
-    from forgetless.planning import plan as do
+    from forgetless.core.files import write_text
+    from forgetless.recipes.plan.advice import Wishes
+    from forgetless.recipes.plan.plan import plan as do
+    from forgetless.recipes.plan.showing import render
+    from forgetless.recipes.plan.written import recipe_text
     from forgetless.statistics.budget import parse_bytes
-    from forgetless.store import write_text
 
     if out is not None and Path(out).exists():
         raise UserError(f"{out} is there already; give another name, or remove it")
@@ -58,7 +60,7 @@ def plan(
 
 def methods(as_json: AsJson = False) -> None:
     """Show the ways to start an adapter: what each is, needs and trains, and its paper."""
-    from forgetless.method_table import as_text, entries
+    from forgetless.methods.table import as_text, entries
 
     if as_json:
         print_json([asdict(entry) for entry in entries()])

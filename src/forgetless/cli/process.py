@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import typer
 
 from forgetless.cli.app import app
-from forgetless.errors import OtherProcessError
-from forgetless.launch import process_index
-from forgetless.shortage import want_of_memory
+from forgetless.core.errors import OtherProcessError
+from forgetless.studies.shortage import want_of_memory
+from forgetless.training.launch import process_index
 
 STOPPED = 130
 """The exit code after Ctrl-C."""
@@ -59,8 +59,8 @@ def _as_typed(words: Sequence[str]) -> str:
 
 def _clear_screen() -> None:
     """Take away the bar of work that was stopped or failed."""
-    if "forgetless.progress" in sys.modules:
-        from forgetless.progress import clear
+    if "forgetless.core.progress" in sys.modules:
+        from forgetless.core.progress import clear
 
         clear()
 

@@ -14,13 +14,13 @@ from forgetless.cli.screen import hush, watch
 from forgetless.cli.values import rates_of
 
 if TYPE_CHECKING:
-    from forgetless.recipe import Recipe
-    from forgetless.study_recipe import StudyRecipe
+    from forgetless.recipes.recipe import Recipe
+    from forgetless.recipes.study import StudyRecipe
 
 
 def demo(out: Out = "runs", workers: Workers = 2, threads: Threads = None) -> None:
     """Fine-tune the pocket model seven ways and show what each learned and forgot."""
-    from forgetless.demo import definition
+    from forgetless.cli.demo import definition
 
     _do_study(definition(), out, workers, threads)
 
@@ -52,11 +52,11 @@ def run(
     if check:
         _say_check(recipe, asked)
         return
-    from forgetless.runs import run as do
+    from forgetless.studies.run import run as do
 
     with watch() as listen:
         if find_lr:
-            from forgetless.rate_search import find_rate
+            from forgetless.studies.rate_search import find_rate
 
             found = find_rate(
                 asked, out, study, rates=to_try, steps=find_steps, threads=threads, listen=listen
@@ -81,7 +81,7 @@ def train(
     if check:
         _say_check(recipe, asked)
         return
-    from forgetless.runs import run as do
+    from forgetless.studies.run import run as do
 
     with watch() as listen:
         done = do(asked, out, study, evaluate=False, threads=threads, listen=listen)
@@ -90,21 +90,22 @@ def train(
 
 def _recipe(path: str, changes: list[str] | None) -> Recipe:
     """The recipe of a file, changed; one without a name is called as its file."""
-    from forgetless.reading import parse_assignments
-    from forgetless.recipe import Recipe
+    from forgetless.core.settings import parse_assignments
+    from forgetless.recipes.checking import load_recipe
 
-    recipe = Recipe.load(path, parse_assignments(changes or []))
+    recipe = load_recipe(path, parse_assignments(changes or []))
     return recipe if recipe.name else recipe.model_copy(update={"name": Path(path).stem})
 
 
 def _say_check(path: str, recipe: Recipe) -> None:
     """Say that nothing is wrong, or raise all that is."""
-    from forgetless.errors import RecipeError
-    from forgetless.recipe import check
+    from forgetless.core.errors import RecipeError
+    from forgetless.recipes.checking import check
+    from forgetless.recipes.identity import run_id
 
     if problems := check(recipe):
         raise RecipeError(path, problems)
-    print(f"{path}: no problems; the run would be {recipe.run_id}")
+    print(f"{path}: no problems; the run would be {run_id(recipe)}")
 
 
 def study(
@@ -117,8 +118,8 @@ def study(
     page: Annotated[bool, typer.Option("--report/--no-report", help="Write the page.")] = True,
 ) -> None:
     """Do all runs of a study; a study that was stopped goes on."""
-    from forgetless.reading import parse_assignments
-    from forgetless.study_recipe import StudyRecipe
+    from forgetless.core.settings import parse_assignments
+    from forgetless.recipes.study import StudyRecipe
 
     definition = StudyRecipe.load(path, parse_assignments(changes or []))
     if check:
@@ -136,7 +137,7 @@ def _do_study(
     page: bool = True,
 ) -> None:
     """Do the runs, show what came of them, and end with 1 if one failed."""
-    from forgetless.studies import study as do
+    from forgetless.studies.study import study as do
 
     with watch(several=workers > 1) as listen:
         done = do(definition, out, workers=workers, threads=threads, listen=listen)
@@ -162,7 +163,7 @@ def worker(
     threads: Threads = None,
 ) -> None:
     """Do runs of a study that another process started."""
-    from forgetless.studies import serve
+    from forgetless.studies.study import serve
 
     hush()
     serve(Path(folder), session, threads)

@@ -11,7 +11,7 @@ from forgetless.cli.options import Base, Dtype, Items
 from forgetless.cli.screen import hush, tell_terminal
 from forgetless.cli.tables import print_comparison, print_measurement
 from forgetless.cli.values import learned_among, task_specs
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 
 def eval_(
@@ -64,7 +64,7 @@ def eval_(
     dtype: Dtype = "auto",
 ) -> None:
     """Score a base, and an adapter on it, on tasks."""
-    from forgetless.commands import measure, write_scores
+    from forgetless.cli.commands.measuring import measure, write_scores
 
     if page is not None and adapter is None:
         raise UserError("--report shows an adapter against its base; give --adapter too")
@@ -131,10 +131,10 @@ def compare(
     junit: Annotated[str | None, typer.Option(help="JUnit XML file: a test case a task.")] = None,
 ) -> None:
     """Show what was lost and gained between two scorings, and fail if it is too much."""
+    from forgetless.core.files import write_json, write_text
     from forgetless.scores import gates
     from forgetless.scores.comparison import compare as do
     from forgetless.scores.files import read_scores
-    from forgetless.store import write_json, write_text
 
     limits = gates.parse_limits(max_drop or [])
     if scores is None and Path(base_scores).is_file():

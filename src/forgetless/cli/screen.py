@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from forgetless.stages import Listener
+    from forgetless.studies.stages import Listener
 
 
 def hush() -> None:
     """Our own bars, and none of transformers, nor what it says alike for every model it loads."""
     from transformers.utils import logging
 
-    from forgetless.progress import draw
+    from forgetless.core.progress import draw
 
     draw()
     logging.disable_progress_bar()
@@ -22,8 +22,8 @@ def hush() -> None:
 
 
 def watch(*, several: bool = False) -> AbstractContextManager[Listener]:
-    """A listener for runs that shows them on a terminal, as `forgetless.watch.watch` does."""
-    from forgetless.watch import watch as shown
+    """A listener for runs that shows them on a terminal, as `forgetless.cli.watch.watch` does."""
+    from forgetless.cli.watch import watch as shown
 
     hush()
     return shown(several=several)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from forgetless.commands import Measurement
-    from forgetless.rate_search import RateSearch
-    from forgetless.runs import Run
+    from forgetless.cli.commands.measuring import Measurement
     from forgetless.scores.comparison import Comparison
+    from forgetless.studies.rate_search import RateSearch
+    from forgetless.studies.run import Run
 
 
 def console() -> Console:
@@ -115,7 +115,7 @@ def print_end(done: Run) -> None:
 def _print_points(done: Run) -> None:
     """The scores at the steps of `measure_at`, between those of the base and of the end."""
     from forgetless.reports.words import three_decimals
-    from forgetless.store import RunFolder, curve_rows
+    from forgetless.studies.folder import RunFolder, curve_rows
 
     rows = list(curve_rows(RunFolder(done.folder)))
     if not rows:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 if TYPE_CHECKING:
-    from forgetless.recipe import CalibrationSettings
+    from forgetless.data.settings import CalibrationSettings
 
 
 def rates_of(text: str) -> list[float]:
@@ -34,7 +34,7 @@ def rank_of(text: str) -> str | int:
 
 def targets_of(text: str) -> str | list[str]:
     """A list where commas stand between names, else the word or regular expression itself."""
-    from forgetless.blocks import PARTS
+    from forgetless.models.targets import PARTS
 
     names = [name.strip() for name in text.split(",")]
     return names if len(names) > 1 or (text.isidentifier() and text not in PARTS) else text
@@ -42,14 +42,14 @@ def targets_of(text: str) -> str | list[str]:
 
 def options_of(assignments: Sequence[str] | None) -> dict[str, Any]:
     """The method's options: ``position=0.5``."""
-    from forgetless.reading import parse_assignments
+    from forgetless.core.settings import parse_assignments
 
     return parse_assignments(_pairs("--option", assignments))
 
 
 def by_layer(option: str, assignments: Sequence[str] | None) -> dict[str, Any]:
     """Settings LAYER=NUMBER, where a layer may be a regular expression with an = in it."""
-    from forgetless.reading import parse_yaml
+    from forgetless.core.files import parse_yaml
 
     parts = [text.rpartition("=") for text in _pairs(option, assignments)]
     return {layer: parse_yaml(number) for layer, _, number in parts}
@@ -67,8 +67,8 @@ def calibration_of(
     source: str, samples: int, max_length: int, batch_size: int, **more: Any
 ) -> CalibrationSettings:
     """The text to keep, and how much of it is read."""
-    from forgetless.reading import validated
-    from forgetless.recipe import CalibrationSettings
+    from forgetless.core.settings import validated
+    from forgetless.data.settings import CalibrationSettings
 
     values = {
         "source": source,
@@ -88,7 +88,7 @@ def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
             between a kind and its file.
         options: settings for those of the tasks that have them, such as ``limit``; None for none.
     """
-    from forgetless.store import folder_name
+    from forgetless.core.files import folder_name
     from forgetless.tasks import TASKS
     from forgetless.tasks.names import resolved
 

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from forgetless.stages import Event, Listener
+    from forgetless.studies.stages import Event, Listener
 
 _ENDS = ("done", "failed")
 

@@ -5,7 +5,7 @@ Whatever bears its final name is complete.
 """
 
 from __future__ import annotations
-import csv
+
 import fcntl
 import json
 import math
@@ -13,17 +13,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
 import yaml
-from collections.abc import Hashable
-from forgetless.errors import UserError
-from forgetless import metrics
 
-
+from forgetless.core.errors import UserError
 
 _TEMPORARY = ".tmp-"
 
@@ -165,6 +162,8 @@ class _Loader(yaml.SafeLoader):
                 raise UserError(f"the key {key.value!r} is given twice (again in line {line})")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -6,8 +6,8 @@ SVD of W times r of the eigenvectors. On weights of 256 to 1024 with singular va
 a float64 SVD, the last 16 components come out within 1e-11 relative this way and within 2e-5 to
 1e-3 by a float32 SVD, which is no faster (0.06 s against 0.11 s at 512 x 1024 on one core).
 
-Where one end of a large spectrum is enough, `forgetless.subspace` finds it without the rest; what
-an input or a weight is decomposed into is remembered by `forgetless.reuse`.
+Where one end of a large spectrum is enough, `krylov` finds it without the rest; what
+an input or a weight is decomposed into is remembered by `forgetless.core.cache`.
 
 Signs are fixed: the entry of largest magnitude in each right singular vector or eigenvector is
 positive. Inside a group of equal singular values or eigenvalues any rotation is a right answer, and
@@ -23,8 +23,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from forgetless import subspace
-from forgetless.reuse import Rows, active_cache, once
+from forgetless.core import krylov as subspace
+from forgetless.core.cache import Rows, active_cache, once
 
 
 class Triples(NamedTuple):

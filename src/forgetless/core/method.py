@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetless.errors import unknown
-from forgetless.linalg import is_finite
-from forgetless.reuse import once, uncached
+from forgetless.core.cache import once, uncached
+from forgetless.core.errors import unknown
+from forgetless.core.linalg import is_finite
 
 NEEDS: Mapping[str, str] = {
     "second_moment": "mean of x xᵀ over the tokens of the calibration text, (in, in)",
@@ -164,6 +164,50 @@ class Method:
             with uncached():
                 self._call(eye, 1, 1.0, dict.fromkeys(self.needs, eye), 0, options)
 
+    def decompose(
+        self,
+        W: Tensor,
+        rank: int,
+        scaling: float = 1.0,
+        *,
+        second_moment: Tensor | None = None,
+        gradient: Tensor | None = None,
+        task_moment: Tensor | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Decomposition:
+        """The start of a low-rank adapter for one weight; see `forgetless.decompose`."""
+        if self.factors is None:
+            raise ValueError(
+                f"method {self.name!r} trains the weights themselves and has no A and B; "
+                "train the model without an adapter"
+            )
+        if not (math.isfinite(scaling) and scaling > 0):
+            raise ValueError(f"scaling must be a positive number, got {scaling!r}")
+        _check_matrix("W", W)
+        out_features, in_features = W.shape
+        self.check(rank, (out_features, in_features), options)
+        given = {"second_moment": second_moment, "task_moment": task_moment, "gradient": gradient}
+        inputs = {}
+        for name in sorted(self.needs):
+            value = given[name]
+            if value is None:
+                raise ValueError(
+                    f"method {self.name!r} needs {name}, the {NEEDS[name]}; collect it with "
+                    f"forgetless.collect or 'forgetless stats' and pass {name}="
+                )
+            _check_matrix(name, value, tuple(W.shape) if name == "gradient" else (in_features,) * 2)
+            inputs[name] = _as_input(value, W.device)
+        W = _at_least_float32(W)
+        factors = self._call(W.double(), rank, scaling, inputs, seed, options)
+        return Decomposition(
+            W=W,
+            A=factors.A.to(W).contiguous(),
+            B=factors.B.to(W).contiguous(),
+            scaling=float(scaling),
+            trains=self.trains,
+        )
+
     def _call(
         self,
         W: Tensor,
@@ -179,91 +223,6 @@ class Method:
         if "generator" in self._keywords:
             keywords["generator"] = torch.Generator().manual_seed(seed)
         return self.factors(W, rank, scaling, **keywords)
-
-
-def find_method(method: str | Method) -> Method:
-    """The method of that name in `METHODS`; a `Method` is returned as it is.
-
-    Raises:
-        ValueError: the name is not known.
-    """
-    from forgetless.methods import METHODS  # each method's file imports this one
-
-    if isinstance(method, Method):
-        return method
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    return METHODS[method]
-
-
-def decompose(
-    W: Tensor,
-    rank: int,
-    method: str | Method,
-    scaling: float = 1.0,
-    second_moment: Tensor | None = None,
-    gradient: Tensor | None = None,
-    *,
-    task_moment: Tensor | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> Decomposition:
-    """The start of a low-rank adapter for one weight.
-
-    The method runs in float64 whatever the dtype of W: that costs little beside its accuracy (see
-    `forgetless.linalg`). Nothing that is passed in is changed.
-
-    Args:
-        W: the weight, (out, in), as `torch.nn.Linear` holds it.
-        rank: 1..min(out, in).
-        method: a name in `METHODS`, or a `Method` of one's own.
-        scaling: what will multiply B A; positive.
-        second_moment: mean of x xᵀ over tokens, (in, in), not centred; CorDA calls it a covariance.
-        gradient: gradient of the task's loss with respect to W, (out, in).
-        task_moment: the second moment over the new task's tokens, (in, in).
-        seed: decides what a random method draws; the others ignore it.
-        **options: the method's own; see ``METHODS[name].options``.
-
-    Returns:
-        A start with A and B in W's dtype; bfloat16 and float16 are raised to float32.
-        What the method does not need of `second_moment`, `gradient`, `task_moment` is ignored.
-
-    Raises:
-        ValueError: an unknown method or option, a rank or scaling out of range, a need that is
-            missing, or a matrix with the wrong shape, NaN or infinity.
-        TypeError: W or a needed matrix is no floating-point tensor.
-    """
-    method = find_method(method)
-    if method.factors is None:
-        raise ValueError(
-            f"method {method.name!r} trains the weights themselves and has no A and B; "
-            "train the model without an adapter"
-        )
-    if not (math.isfinite(scaling) and scaling > 0):
-        raise ValueError(f"scaling must be a positive number, got {scaling!r}")
-    _check_matrix("W", W)
-    out_features, in_features = W.shape
-    method.check(rank, (out_features, in_features), options)
-    given = {"second_moment": second_moment, "task_moment": task_moment, "gradient": gradient}
-    inputs = {}
-    for name in sorted(method.needs):
-        value = given[name]
-        if value is None:
-            raise ValueError(
-                f"method {method.name!r} needs {name}, the {NEEDS[name]}; collect it with "
-                f"forgetless.collect or 'forgetless stats' and pass {name}="
-            )
-        _check_matrix(name, value, tuple(W.shape) if name == "gradient" else (in_features,) * 2)
-        inputs[name] = _as_input(value, W.device)
-    W = _at_least_float32(W)
-    factors = method._call(W.double(), rank, scaling, inputs, seed, options)
-    return Decomposition(
-        W=W,
-        A=factors.A.to(W).contiguous(),
-        B=factors.B.to(W).contiguous(),
-        scaling=float(scaling),
-        trains=method.trains,
-    )
 
 
 def check_number(name: str, value: object, low: float, high: float = math.inf) -> float:

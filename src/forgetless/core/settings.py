@@ -1,19 +1,17 @@
 """Settings that a user writes: checked, frozen, and every mistake told in words."""
 
 from __future__ import annotations
+
 import difflib
 import json
-import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
-import yaml
-from typing import Annotated
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from forgetless.reading import parse_yaml
-from pydantic_core import ErrorDetails
-from forgetless.errors import RecipeError, UserError
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from forgetless.core.errors import RecipeError, UserError
+from forgetless.core.files import parse_yaml
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -128,3 +126,8 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 Count = Annotated[int, Field(ge=1)]
+
+
+def without_idle(values: Mapping[str, Any], idle: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without those that decide nothing, since they are as in ``idle``."""
+    return {key: v for key, v in values.items() if key not in idle or v != idle[key]}

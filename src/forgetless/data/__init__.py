@@ -22,18 +22,3 @@ A turn is ``{"role", "content"}`` with a role of system, user, assistant or tool
 a list of ``{"type": "text", "text"}``. An assistant's turn of ``weight`` 0 is not learned. A
 ``system`` column beside the turns is their first.
 """
-
-from forgetless.data.examples import Examples, as_kind, from_rows, load_examples
-from forgetless.data.files import read_rows
-from forgetless.data.tokens import tokenize
-from forgetless.packing import IGNORED
-
-__all__ = [
-    "IGNORED",
-    "Examples",
-    "as_kind",
-    "from_rows",
-    "load_examples",
-    "read_rows",
-    "tokenize",
-]

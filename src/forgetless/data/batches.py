@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from forgetless.data import IGNORED
+from forgetless.data.packing import IGNORED
 
 Row = dict[str, Any]
 

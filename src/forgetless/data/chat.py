@@ -24,8 +24,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from forgetless.errors import UserError, first_few
-from forgetless.packing import IGNORED
+from forgetless.core.errors import UserError, first_few
+from forgetless.data.packing import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

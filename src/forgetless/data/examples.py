@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from forgetless.core.errors import UserError
 from forgetless.data.files import bad_rows, optional_package, read_rows
 from forgetless.data.forms import Form, Kind, Record, form_of, names_of, show
-from forgetless.errors import UserError
 
 if TYPE_CHECKING:
     import datasets

@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from forgetless.errors import UserError, first_few
+from forgetless.core.errors import UserError, first_few
 
 POCKET = "pocket:"
 POCKET_SKILLS = ("problems", "functions", "series")
@@ -137,10 +137,10 @@ def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_pocket(name: str) -> Iterator[tuple[str, Any]]:
-    from forgetless.pocket.functions import functions
-    from forgetless.pocket.knowledge import knowledge_text
-    from forgetless.pocket.problems import problems
-    from forgetless.pocket.series import series
+    from forgetless.data.pocket.functions import functions
+    from forgetless.data.pocket.knowledge import knowledge_text
+    from forgetless.data.pocket.problems import problems
+    from forgetless.data.pocket.series import series
 
     if name == POCKET_KNOWLEDGE:
         for number, text in enumerate(knowledge_text(), start=1):

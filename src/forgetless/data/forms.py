@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from forgetless.chat import is_learned
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
+from forgetless.data.chat import is_learned
 
 Kind = Literal["prompt_completion", "messages", "text"]
 Record = Mapping[str, Any]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from forgetless.errors import UserError
-from forgetless.training.batches import Row, TokenRows
+from forgetless.core.errors import UserError
+from forgetless.data.batches import Row, TokenRows
 
 
 class Mixture(torch.utils.data.Dataset[Row]):

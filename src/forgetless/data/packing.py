@@ -1,6 +1,6 @@
 """Several sequences in one row, none of which sees another.
 
-A packed row carries the lengths of its sequences. `forgetless.training.batches` turns them into
+A packed row carries the lengths of its sequences. `forgetless.data.batches` turns them into
 position ids that begin again at every sequence, from which transformers builds the attention mask
 that keeps them apart in most architectures (`forgetless.training` tries it before the first step,
 and refuses the others). The first token of a sequence has no label, since the sequence before it

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from forgetless.chat import Chat
-from forgetless.data import Examples, from_rows, load_examples, read_rows, tokenize
-from forgetless.data.files import POCKET_KNOWLEDGE, POCKET_SKILLS
+from forgetless.core.errors import UserError, unknown
+from forgetless.core.progress import counted
+from forgetless.data.chat import Chat
+from forgetless.data.examples import Examples, from_rows, load_examples
+from forgetless.data.files import POCKET_KNOWLEDGE, POCKET_SKILLS, read_rows
 from forgetless.data.forms import Kind
-from forgetless.errors import UserError, unknown
-from forgetless.progress import counted
+from forgetless.data.tokens import tokenize
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -136,7 +137,7 @@ def training_batches(
         FileNotFoundError: there is no such file.
         UserError: a broken file, or nothing to learn within `max_length`.
     """
-    from forgetless.training.batches import Padding, TokenRows
+    from forgetless.data.batches import Padding, TokenRows
 
     examples = load_examples(path, limit=limit, kind=kind)
     rows = TokenRows(tokenize(examples, tokenizer, max_length=max_length, pack=False))
@@ -174,7 +175,7 @@ def read_examples(source: str | Path, limit: int | None = None) -> Examples:
     """
     source = str(source)
     if source in POCKET_FACTS:
-        from forgetless.pocket import knowledge
+        from forgetless.data.pocket import knowledge
 
         held = [] if source == POCKET_KNOWLEDGE else knowledge.questions("held_out")
         texts = [question.prompt for question in held] or knowledge.knowledge_text()
@@ -316,8 +317,8 @@ def self_text(
     """
     import torch
 
-    from forgetless.generators import generators_kept
-    from forgetless.models import as_base
+    from forgetless.models.load import as_base
+    from forgetless.models.state import generators_kept
 
     firsts = _first_tokens(model, tokenizer, samples, random.Random(seed))
     together = sampled_together(model, max_length)

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
-from forgetless.chat import Chat, Tokens
+from forgetless.core.errors import UserError
+from forgetless.data.chat import Chat, Tokens
 from forgetless.data.examples import Examples
 from forgetless.data.files import optional_package
-from forgetless.errors import UserError
-from forgetless.packing import IGNORED, Row, packed, wrapped
+from forgetless.data.packing import IGNORED, Row, packed, wrapped
 
 if TYPE_CHECKING:
     import datasets
@@ -27,7 +27,7 @@ def tokenize(
     """Token ids and labels of every example; labels are IGNORED where nothing is learned.
 
     Prompt and completion are joined as they stand and the completion ends in the end-of-sequence
-    token; of `messages` the assistant's turns are learned (`forgetless.chat`). What is longer than
+    token; of `messages` the assistant's turns are learned (`data.chat`). What is longer than
     `max_length` loses its end, so the beginning of the answer stays; an example whose prompt alone
     fills `max_length` has nothing to learn and is left out. Warnings count both. Raw text loses
     nothing: it is cut into blocks.
@@ -37,7 +37,7 @@ def tokenize(
         tokenizer: of the model that will be trained.
         max_length: tokens of the longest example.
         pack: fill rows of `max_length` tokens with several examples that do not see each other
-            (`forgetless.packing`). Raw text is packed into full rows, documents ending in the
+            (`forgetless.data.packing`). Raw text is packed into full rows, documents ending in the
             end-of-sequence token; examples with an answer are packed whole. ``"auto"`` packs raw
             text only.
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from types import MappingProxyType
+from typing import Any
 
-from forgetless.core import Method
+from torch import Tensor
+
+from forgetless.core.errors import unknown
+from forgetless.core.method import Decomposition, Method
 
 _NAMES = (
     "lora",
@@ -32,3 +36,65 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     {name: import_module(f"forgetless.methods.{name}").METHOD for name in _NAMES}
 )
 """Name -> method, in the order in which they are shown."""
+
+
+def find(method: str | Method) -> Method:
+    """The method of that name in `METHODS`; a `Method` is returned as it is.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    return METHODS[method]
+
+
+def decompose(
+    W: Tensor,
+    rank: int,
+    method: str | Method,
+    scaling: float = 1.0,
+    second_moment: Tensor | None = None,
+    gradient: Tensor | None = None,
+    *,
+    task_moment: Tensor | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Decomposition:
+    """The start of a low-rank adapter for one weight.
+
+    The method runs in float64 whatever the dtype of W: that costs little beside its accuracy (see
+    `forgetless.core.linalg`). Nothing that is passed in is changed.
+
+    Args:
+        W: the weight, (out, in), as `torch.nn.Linear` holds it.
+        rank: 1..min(out, in).
+        method: a name in `METHODS`, or a `Method` of one's own.
+        scaling: what will multiply B A; positive.
+        second_moment: mean of x xᵀ over tokens, (in, in), not centred; CorDA calls it a covariance.
+        gradient: gradient of the task's loss with respect to W, (out, in).
+        task_moment: the second moment over the new task's tokens, (in, in).
+        seed: decides what a random method draws; the others ignore it.
+        **options: the method's own; see ``METHODS[name].options``.
+
+    Returns:
+        A start with A and B in W's dtype; bfloat16 and float16 are raised to float32.
+        What the method does not need of `second_moment`, `gradient`, `task_moment` is ignored.
+
+    Raises:
+        ValueError: an unknown method or option, a rank or scaling out of range, a need that is
+            missing, or a matrix with the wrong shape, NaN or infinity.
+        TypeError: W or a needed matrix is no floating-point tensor.
+    """
+    return find(method).decompose(
+        W,
+        rank,
+        scaling,
+        second_moment=second_moment,
+        gradient=gradient,
+        task_moment=task_moment,
+        seed=seed,
+        **options,
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from forgetless.core import Factors, Method, check_number
-from forgetless.linalg import eigen_slice, eigen_tail, projected_svd, slice_start
+from forgetless.core.linalg import eigen_slice, eigen_tail, projected_svd, slice_start
+from forgetless.core.method import Factors, Method, check_number
 
 
 def activation_slice(

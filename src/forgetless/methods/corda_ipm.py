@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from forgetless.core import Factors, Method, check_number
+from forgetless.core.method import Factors, Method, check_number
 from forgetless.methods.corda_kpm import context_end
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forgetless.core import Factors, Method, check_number
-from forgetless.linalg import Triples, svd_end, symmetric
-from forgetless.reuse import once
-from forgetless.subspace import End
+from forgetless.core.cache import once
+from forgetless.core.krylov import End
+from forgetless.core.linalg import Triples, svd_end, symmetric
+from forgetless.core.method import Factors, Method, check_number
 
 
 def corda_kpm(
@@ -23,7 +23,7 @@ def corda_kpm(
     damping until the inverse passes a test; we solve for A with a Cholesky factor in float64, which
     a damped matrix always has, and never double. They call the second moment a covariance.
     Components of W C̃ below 1e-8 of its largest are not told apart (1e-7 in their float32). Of a
-    large weight, a few components come from an iteration, see `forgetless.linalg.svd_end`.
+    large weight, a few components come from an iteration, see `forgetless.core.linalg.svd_end`.
 
     Args:
         W: weight, (out, in).

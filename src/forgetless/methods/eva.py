@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from forgetless.core import Factors, Method, check_number
-from forgetless.linalg import eigen_top
+from forgetless.core.linalg import eigen_top
+from forgetless.core.method import Factors, Method, check_number
 
 
 def eva(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forgetless.core import Method
+from forgetless.core.method import Method
 
 METHOD = Method(
     name="full",

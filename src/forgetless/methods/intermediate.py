@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forgetless.core import Factors, Method, check_number
-from forgetless.linalg import slice_start, spectrum
+from forgetless.core.linalg import slice_start, spectrum
+from forgetless.core.method import Factors, Method, check_number
 
 
 def intermediate(

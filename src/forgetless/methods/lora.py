@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forgetless.core import Factors, Method
+from forgetless.core.method import Factors, Method
 
 
 def lora(W: Tensor, rank: int, scaling: float, *, generator: torch.Generator) -> Factors:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from forgetless.core import Factors, Method, check_number
-from forgetless.errors import unknown
-from forgetless.linalg import svd_end
+from forgetless.core.errors import unknown
+from forgetless.core.linalg import svd_end
+from forgetless.core.method import Factors, Method, check_number
 
 SCALES = ("peft", "paper", "weight_svd", "gd_scale", "unit")
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr")

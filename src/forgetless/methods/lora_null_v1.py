@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from forgetless.core import Factors, Method
-from forgetless.linalg import eigen_tail, projected_svd
+from forgetless.core.linalg import eigen_tail, projected_svd
+from forgetless.core.method import Factors, Method
 
 
 def lora_null_v1(W: Tensor, rank: int, scaling: float, *, second_moment: Tensor) -> Factors:

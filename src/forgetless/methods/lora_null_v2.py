@@ -10,7 +10,7 @@ Nothing bounds it in v1, where A can turn towards the kept activations.
 
 from __future__ import annotations
 
-from forgetless.core import Method
+from forgetless.core.method import Method
 from forgetless.methods.lora_null_v1 import lora_null_v1
 
 METHOD = Method(

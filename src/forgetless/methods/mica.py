@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from forgetless.core import Factors, Method
-from forgetless.linalg import complete_spectrum
+from forgetless.core.linalg import complete_spectrum
+from forgetless.core.method import Factors, Method
 
 
 def mica(W: Tensor, rank: int, scaling: float) -> Factors:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from forgetless.core import Factors, Method
-from forgetless.linalg import svd_slice
+from forgetless.core.linalg import svd_slice
+from forgetless.core.method import Factors, Method
 
 
 def milora(W: Tensor, rank: int, scaling: float) -> Factors:

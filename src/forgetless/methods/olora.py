@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forgetless.core import Factors, Method
+from forgetless.core.method import Factors, Method
 
 
 def olora(W: Tensor, rank: int, scaling: float) -> Factors:

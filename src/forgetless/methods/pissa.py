@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forgetless.core import Factors, Method
-from forgetless.linalg import randomised_svd, svd_slice
+from forgetless.core.linalg import randomised_svd, svd_slice
+from forgetless.core.method import Factors, Method
 
 
 def pissa(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forgetless.core import Factors, Method
-from forgetless.linalg import spectrum
+from forgetless.core.linalg import spectrum
+from forgetless.core.method import Factors, Method
 
 
 def random_slice(W: Tensor, rank: int, scaling: float, *, generator: torch.Generator) -> Factors:

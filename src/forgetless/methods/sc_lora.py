@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forgetless.core import Factors, Method, check_number
-from forgetless.linalg import eigen_top, symmetric
+from forgetless.core.linalg import eigen_top, symmetric
+from forgetless.core.method import Factors, Method, check_number
 
 
 def sc_lora(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from forgetless.core import Method, decompose
-from forgetless.methods import METHODS
+from forgetless.core.method import Method
+from forgetless.methods import METHODS, decompose
 
 _NEEDS = {
     "second_moment": "activations",

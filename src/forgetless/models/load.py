@@ -31,9 +31,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from forgetless.blocks import PARTS, part_of, shortest_endings
-from forgetless.errors import UserError, unknown
-from forgetless.weights import (
+from forgetless.core.errors import UserError, unknown
+from forgetless.models.pocket import base_path
+from forgetless.models.targets import PARTS, part_of, shortest_endings
+from forgetless.models.weights import (
     hold_packing,
     is_linear,
     is_offloaded,
@@ -90,8 +91,6 @@ def resolve_base(base: str, *, weights: bool = True) -> str:
             hub id, or, when offline, a hub id that is not in the local cache.
     """
     if base == POCKET:
-        from forgetless.pocket import base_path
-
         return str(base_path())
     folder = Path(base).expanduser()
     if folder.is_dir():

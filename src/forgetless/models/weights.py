@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The number formats in which a weight is simply its values."""

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from forgetless.adapters import down_projections
+from pydantic import ValidationError
+
+from forgetless.adapters.folders import down_projections
 from forgetless.adapters.ranks import layer_ranks
-from forgetless.calibration import fingerprint
-from forgetless.chat import Chat
-from forgetless.core import find_method
-from forgetless.data import as_kind, load_examples
-from forgetless.launch import this_launch
-from forgetless.methods import METHODS
-from forgetless.models import load_tokenizer, meta_model, target_layers, weight_shape
-from forgetless.recipe import (
-    DATA,
-    AdapterSettings,
-    DataSettings,
-    ProbeSettings,
-    Recipe,
-    TaskSettings,
-)
+from forgetless.adapters.settings import AdapterSettings
+from forgetless.core.errors import RecipeError
+from forgetless.core.files import load_yaml
+from forgetless.core.settings import with_overrides
+from forgetless.data.chat import Chat
+from forgetless.data.examples import as_kind, load_examples
+from forgetless.data.settings import DATA, DataSettings
+from forgetless.data.texts import fingerprint
+from forgetless.methods import METHODS, find
+from forgetless.models.load import load_tokenizer, meta_model, target_layers
+from forgetless.models.weights import weight_shape
+from forgetless.recipes.recipe import Recipe
 from forgetless.tasks import make_tasks
+from forgetless.tasks.settings import TaskSettings
 from forgetless.training.compiling import compile_problems
 from forgetless.training.forgetting import from_settings
+from forgetless.training.launch import this_launch
 from forgetless.training.optimizers import optimizer_problems
 from forgetless.training.penalties import make_penalty
+from forgetless.training.settings import ProbeSettings
 from forgetless.training.trackers import tracker_problems
 
 
@@ -77,7 +80,7 @@ class Checker:
             _, problem = self._attempt(load_tokenizer, base)
         if problem is not None:
             yield f"base: {problem}"
-        method, problem = self._attempt(find_method, settings.method)
+        method, problem = self._attempt(find, settings.method)
         if problem is not None:
             yield f"adapter.method: {problem}"
         elif method.factors is not None:
@@ -105,7 +108,7 @@ class Checker:
             shapes.setdefault((weight_shape(layer), ranks[name].rank), []).append(name)
         for (shape, rank), names in shapes.items():
             try:
-                find_method(settings.method).check(rank, shape, {}, names[0])
+                find(settings.method).check(rank, shape, {}, names[0])
             except ValueError as problem:
                 more = f" (and {len(names) - 1} more of this shape)" if len(names) > 1 else ""
                 yield f"adapter.rank: {problem}{more}"
@@ -185,27 +188,50 @@ def check(recipe: Recipe) -> list[str]:
     Looks for the base, the data and the calibration text, reads them, builds the model's shapes on
     the meta device, and asks the method about its rank and options and each task about its spec.
     """
-    from forgetless.checking import Checker  # which loads torch
-
     return Checker().check(recipe)
 
 
-def _semantic_problems(
-    cls: type[Recipe], content: dict[str, Any], error: ValidationError
-) -> list[str]:
-    """What ``check`` finds once the values that are not even well-formed are left out.
+def load_recipe(
+    given: Recipe | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """The recipe of a YAML file or a mapping, with all that is wrong with it told together.
 
-    A user then sees the misspelt key and the missing file in one go. Nothing is found when what is
-    left is no recipe.
+    A user sees the misspelt key and the missing file in one go: what is left of a recipe without
+    the values that are not even well-formed is checked too.
+
+    Args:
+        given: a `Recipe`, the mapping that one is written as, or the path of a YAML file.
+        overrides: dotted keys with their values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecipeError: one line for each problem.
     """
-    rest = with_overrides(content, {})
-    for detail in error.errors():
-        section: Any = rest
+    if isinstance(given, Recipe):
+        return given.override(overrides) if overrides else given
+    source = "recipe" if isinstance(given, Mapping) else str(given)
+    content = given if isinstance(given, Mapping) else load_yaml(given)
+    try:
+        return Recipe.parse(content, overrides, source=source)
+    except RecipeError as error:
+        rest = _well_formed_part(with_overrides(content, overrides or {}))
+        further = [] if rest is None else check(rest)
+        raise RecipeError(source, [*error.problems, *further]) from None
+
+
+def _well_formed_part(content: dict[str, Any]) -> Recipe | None:
+    """The recipe without its malformed values; None when what is left is no recipe."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        details = error.errors()
+    for detail in details:
+        section: Any = content
         for part in detail["loc"][:-1]:
             section = section.get(part) if isinstance(section, dict) else None
         if isinstance(section, dict) and detail["loc"]:
             section.pop(detail["loc"][-1], None)
     try:
-        return check(cls.model_validate(rest))
+        return Recipe.model_validate(content)
     except ValidationError:
-        return []
+        return None

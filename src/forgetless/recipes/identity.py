@@ -1,18 +1,24 @@
 """What decides a run: hashes of contents and settings, and the run's id made of them."""
 
 from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from forgetless.errors import RecipeError
-from forgetless.reading import friendly, load_yaml, with_overrides
+from typing import Any
 
-
+from forgetless.adapters.settings import IDLE_SWITCHES
+from forgetless.core.settings import without_idle
+from forgetless.data.examples import load_examples
+from forgetless.data.settings import DATA
+from forgetless.data.texts import fingerprint
+from forgetless.methods import METHODS
+from forgetless.models.load import resolve_base
+from forgetless.recipes.recipe import Recipe
+from forgetless.training.forgetting import from_settings
+from forgetless.training.settings import what_decides_a_training
 
 MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"})
 """Endings of the files that decide what a model folder computes; its README does not."""
@@ -41,8 +47,6 @@ def _file_hash(path: Path, size: int, modified: int) -> str:
 
 def base_hash(base: str) -> str:
     """What a base's name stands for: the folder's content, or the commit of a model on the hub."""
-    from forgetless.models import resolve_base
-
     resolved = resolve_base(base)
     folder = Path(resolved)
     if folder.is_dir():
@@ -66,15 +70,13 @@ def _source_hash(source: str, fingerprint: Callable[[str], str]) -> str:
 
 def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """For each need of the method, what decides it: base, layers, text, the seed that drew it."""
-    from forgetless.methods import METHODS
-
     settings = recipe.calibration
     common = {
         "base": base_hash(recipe.base),
         "dtype": recipe.dtype,
         "target_modules": recipe.adapter.target_modules,
         "seed": recipe.seed,
-        **_without_idle(settings.model_dump(exclude={"memory_budget"}), {"skip_first": 0}),
+        **without_idle(settings.model_dump(exclude={"memory_budget"}), {"skip_first": 0}),
     }
     sources = settings.sources(recipe.adapter.method)
     texts = [[_calibration_key(recipe, source), weight] for source, weight in sources]
@@ -90,9 +92,6 @@ def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 def _calibration_key(recipe: Recipe, source: str) -> Any:
     """What decides the text of one source."""
-    from forgetless.calibration import fingerprint
-    from forgetless.data import load_examples
-
     if source != DATA:
         return _source_hash(source, fingerprint)
     path = recipe.data.sources[0][0]
@@ -105,36 +104,8 @@ def _calibration_key(recipe: Recipe, source: str) -> Any:
     }
 
 
-_SWITCHES: Mapping[str, Any] = {
-    "use_rslora": False,
-    "use_dora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "loraplus_ratio": 1.0,
-    "tokens": None,
-    "measure_at": [],
-    "cooldown_ratio": 0.0,
-    "attention_dropout": 0.0,
-    "betas": None,
-    "eps": None,
-    "compile": False,
-}
-"""Settings that decide nothing at these values; a run without them keeps its id."""
-
-
-def _without_idle(values: dict[str, Any], idle: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: v for key, v in values.items() if key not in idle or v != idle[key]}
-
-
-def what_decides_a_training(settings: TrainingSettings) -> dict[str, Any]:
-    """The settings without those that only record, and without switches that are off."""
-    return _without_idle(settings.model_dump(mode="json", exclude=set(RECORDING)), _SWITCHES)
-
-
 def _what_decides_the_weights(recipe: Recipe) -> dict[str, Any]:
-    from forgetless.data import load_examples
-
-    adapter = _without_idle(recipe.adapter.model_dump(), _SWITCHES)
+    adapter = without_idle(recipe.adapter.model_dump(), IDLE_SWITCHES)
     if recipe.adapter.method == "full":
         adapter = {"method": "full"}
     data = recipe.data.model_dump(exclude={"train"})
@@ -157,8 +128,6 @@ def _what_decides_the_weights(recipe: Recipe) -> dict[str, Any]:
     if recipe.penalties:
         found["penalties"] = [_penalty_key(spec) for spec in recipe.penalties]
     if recipe.probes.max_kl is not None or recipe.probes.max_drop is not None:
-        from forgetless.training.forgetting import from_settings
-
         probes = from_settings(recipe.probes)
         found |= probes.decides if probes else {}
     return found
@@ -166,8 +135,6 @@ def _what_decides_the_weights(recipe: Recipe) -> dict[str, Any]:
 
 def _penalty_key(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a penalty: its settings, with the content of its files for their names."""
-    from forgetless.calibration import fingerprint
-
     key = dict(spec)
     if "source" in spec:
         key["source"] = _source_hash(spec["source"], fingerprint)

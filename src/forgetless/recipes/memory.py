@@ -28,17 +28,16 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.anchored import Anchor
 from forgetless.adapters.layer import Start, StartConfig, adapted_layers, add_adapter, install
-from forgetless.calibration import SELF, sampled_together
-from forgetless.method_table import entries
+from forgetless.adapters.settings import AdapterSettings
+from forgetless.data.settings import CalibrationSettings
+from forgetless.data.texts import SELF, sampled_together
 from forgetless.methods import METHODS
-from forgetless.models import (
-    checkpoint_activations,
-    find_targets,
-    target_layers,
-    weight_shape,
-)
-from forgetless.recipe import AdapterSettings, CalibrationSettings, Recipe, TrainingSettings
+from forgetless.methods.table import entries
+from forgetless.models.load import checkpoint_activations, find_targets, target_layers
+from forgetless.models.weights import weight_shape
+from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.budget import matrix_bytes, parse_budget
+from forgetless.training.settings import TrainingSettings
 
 __all__ = [
     "RunMemory",

@@ -5,18 +5,21 @@ that names what is allowed) and never changes afterwards.
 """
 
 from __future__ import annotations
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from forgetless.errors import RecipeError
-from forgetless.reading import friendly, load_yaml, with_overrides
-from forgetless.core.settings import Count, Name, Section
 
+import yaml
+from pydantic import Field, ValidationError
+
+from forgetless.adapters.settings import AdapterSettings, ExportSettings
+from forgetless.core.errors import RecipeError
+from forgetless.core.files import load_yaml
+from forgetless.core.settings import Name, Section, friendly, with_overrides
+from forgetless.data.settings import CalibrationSettings, DataSettings
+from forgetless.tasks.settings import TaskSettings
+from forgetless.training.settings import ProbeSettings, TrainingSettings
 
 
 class Recipe(Section):
@@ -64,7 +67,7 @@ class Recipe(Section):
             return cls.model_validate(merged)
         except ValidationError as error:
             problems = [friendly(cls, detail) for detail in error.errors()]
-            raise RecipeError(source, problems + _semantic_problems(cls, merged, error)) from None
+            raise RecipeError(source, problems) from None
 
     def override(self, overrides: Mapping[str, Any]) -> Self:
         """A copy with dotted keys replaced, such as ``{"training.steps": 10}``."""
@@ -73,13 +76,3 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that ``load`` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
-
-    @property
-    def run_id(self) -> str:
-        """The method's name and a hash of what decides the trained weights.
-
-        Tasks, names, export settings, the cadence of logs and checkpoints, and probes without a
-        budget are left out, so that a new evaluation finds the trained run.
-        """
-        content = json.dumps(_what_decides_the_weights(self), sort_keys=True)
-        return f"{self.adapter.method}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"

@@ -17,9 +17,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from forgetless.errors import RecipeError, UserError
-from forgetless.reading import load_yaml, validated, with_overrides
-from forgetless.recipe import Recipe, Section
+from forgetless.core.errors import RecipeError, UserError
+from forgetless.core.files import load_yaml
+from forgetless.core.settings import Section, validated, with_overrides
+from forgetless.recipes.checking import load_recipe
+from forgetless.recipes.identity import run_id
+from forgetless.recipes.recipe import Recipe
 
 Axes = dict[str, Annotated[list[Any], Field(min_length=1)]]
 _AXES = TypeAdapter(Axes, config=ConfigDict(strict=True))
@@ -87,7 +90,7 @@ class StudyRecipe(Section):
         Raises:
             RecipeError: the problems of all combinations, each said once.
         """
-        from forgetless.checking import Checker  # which loads torch
+        from forgetless.recipes.checking import Checker  # which loads torch
 
         found: dict[str, Recipe] = {}
         problems: dict[str, list[str]] = {}
@@ -95,14 +98,14 @@ class StudyRecipe(Section):
         combinations = list(self.combinations())
         for arm, overrides in combinations:
             try:
-                recipe = Recipe.parse(self.recipe, {**overrides, "name": arm})
+                recipe = load_recipe(self.recipe, {**overrides, "name": arm})
                 wrong = checker.check(recipe)
             except RecipeError as error:
                 wrong = error.problems
             for problem in wrong:
                 problems.setdefault(problem, []).append(arm)
             if not problems:
-                found.setdefault(recipe.run_id, recipe)
+                found.setdefault(run_id(recipe), recipe)
         if problems:
             raise RecipeError(
                 self.name,

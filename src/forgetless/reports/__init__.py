@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from forgetless import store
+from forgetless.core.files import write_text
 from forgetless.reports import evidence as _evidence
 from forgetless.reports import figures, terminal
 from forgetless.reports.arms import gather
@@ -19,6 +19,7 @@ from forgetless.reports.flips import find
 from forgetless.reports.page import page
 from forgetless.reports.standing import standing
 from forgetless.reports.words import answer
+from forgetless.studies.folder import COLUMNS, write_tables
 
 __all__ = ["report", "summary", "write_evaluation"]
 
@@ -49,7 +50,7 @@ def report(study_folder: str | Path) -> Path:
     equal = matched(evidence, arms, over_steps)
     words = answer(evidence, arms, place, equal)
     folder = evidence.folder / "report"
-    store.write_tables(evidence.folder, evidence.rows, evidence.curve)
+    write_tables(evidence.folder, evidence.rows, evidence.curve)
     notes = [note for note in (_write_parquet(folder / "results.parquet", evidence.rows),) if note]
     drawings: dict[str, str] = {}
     try:
@@ -58,9 +59,7 @@ def report(study_folder: str | Path) -> Path:
         notes.append("No figures: matplotlib is not installed (pip install 'forgetless[report]').")
     index = folder / "index.html"
     flips = find(evidence, arms)
-    store.write_text(
-        index, page(evidence, arms, place, words, over_steps, equal, flips, drawings, notes)
-    )
+    write_text(index, page(evidence, arms, place, words, over_steps, equal, flips, drawings, notes))
     for note in notes:
         _log.info(note)
     return index
@@ -80,7 +79,7 @@ def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     try:
         import pandas as pd
 
-        content = pd.DataFrame(list(rows), columns=list(store.COLUMNS)).to_parquet(index=False)
+        content = pd.DataFrame(list(rows), columns=list(COLUMNS)).to_parquet(index=False)
     except ImportError:
         path.unlink(missing_ok=True)
         return "No results.parquet: it needs pandas and pyarrow (pip install 'forgetless[report]')."

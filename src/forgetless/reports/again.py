@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from forgetless import store
-from forgetless.errors import UserError
-from forgetless.reading import parse_yaml
+from forgetless.core.errors import UserError
+from forgetless.core.files import folder_name, parse_yaml
 from forgetless.reports.evidence import Evidence, Run
 from forgetless.reports.markup import details, text
+from forgetless.studies.folder import planned
 
 NUM_COMMANDS = 4
 """So many are shown; those behind them are folded."""
@@ -58,15 +58,15 @@ def definitions(evidence: Evidence) -> list[tuple[str, str]]:
 
 def _single(evidence: Evidence) -> list[Run]:
     """The runs that no study made, in the order of the folder."""
-    planned = store.planned(evidence.folder) if evidence.study_text else []
-    return [run for run in evidence.runs if run.folder not in planned]
+    of_study = planned(evidence.folder) if evidence.study_text else []
+    return [run for run in evidence.runs if run.folder not in of_study]
 
 
 def _command(run: Run, first: Run, folder: str) -> str:
     """What makes a run of the recipe of the first one."""
     words = ["forgetless", "run", "recipe.yaml"]
     name = run.recipe.get("name")
-    if not name or store.folder_name(str(name)) != folder:
+    if not name or folder_name(str(name)) != folder:
         words += ["--study", folder]
     for key, value in _changes(first.recipe, run.recipe):
         words += ["--set", f"{key}={_written(value)}"]

@@ -18,12 +18,12 @@ from typing import Any
 
 import yaml
 
-from forgetless import store
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
+from forgetless.core.files import read_json, write_text
 from forgetless.scores.comparison import Comparison, Row, compare
 from forgetless.scores.files import read_scores
 from forgetless.scores.showing import sentence
-from forgetless.store import RunFolder
+from forgetless.studies.folder import RunFolder
 
 __all__ = ["Card", "write_export_card", "write_run_card"]
 
@@ -103,7 +103,7 @@ def write_export_card(
         Path(folder),
         Card(
             base=base,
-            config=store.read_json(Path(folder) / _CONFIG),
+            config=read_json(Path(folder) / _CONFIG),
             method=known.get("method"),
             options=known.get("options", {}),
             error=error,
@@ -124,13 +124,13 @@ def write_run_card(
         error: relative error of the export; None for that of the run's own.
     """
     folder = run.adapter if folder is None else Path(folder)
-    config = store.read_json(folder / _CONFIG)
+    config = read_json(folder / _CONFIG)
     if not config:
         return
-    from forgetless.recipe import Recipe
+    from forgetless.recipes.recipe import Recipe
 
     recipe = Recipe.load(run.recipe)
-    record = store.read_json(run.record)
+    record = read_json(run.record)
     if error is None:
         error = record.get("export", {}).get("relative_error")
     comparison, learning = _measured(run)
@@ -140,7 +140,7 @@ def write_run_card(
         method=recipe.adapter.method,
         options=recipe.adapter.options,
         error=error,
-        settings=_run_settings(recipe, record, store.read_json(run.analysis)),
+        settings=_run_settings(recipe, record, read_json(run.analysis)),
         comparison=comparison,
         learning=learning,
         versions=record.get("versions", {}),
@@ -153,7 +153,7 @@ def _write(folder: Path, card: Card) -> None:
     file = folder / CARD_FILE
     before = file.read_text(encoding="utf-8") if file.exists() else _MARK
     if _MARK in before and before != card.text:
-        store.write_text(file, card.text)
+        write_text(file, card.text)
 
 
 def _measured(run: RunFolder) -> tuple[Comparison | None, frozenset[str]]:
@@ -194,7 +194,7 @@ def _base_name(base: str) -> str:
     >>> _base_name("/home/me/models--meta-llama--Llama-2-7b-hf/snapshots/01c7f7")
     'meta-llama/Llama-2-7b-hf'
     """
-    from forgetless.pocket import base_path
+    from forgetless.models.pocket import base_path
 
     if base == str(base_path()):
         return "pocket"
@@ -315,7 +315,7 @@ def _vllm_code(card: Card, rank: int) -> str:
     base = _base_name(card.base) or "BASE"
     is_pocket = base == "pocket"
     return (
-        f"{'from forgetless.pocket import base_path' if is_pocket else ''}\n"
+        f"{'from forgetless.models.pocket import base_path' if is_pocket else ''}\n"
         "from vllm import LLM, SamplingParams\n"
         "from vllm.lora.request import LoRARequest\n\n"
         f"base = {'str(base_path())' if is_pocket else repr(base)}\n"

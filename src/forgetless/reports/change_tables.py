@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from forgetless.metrics import Interval
+from forgetless.core.metrics import Interval
 from forgetless.reports.arms import Arm
 from forgetless.reports.changes import Averages, Change, TaskChanges
 from forgetless.reports.evidence import Task, number
 from forgetless.reports.markup import arm_name, header, plain_cell, text, value_cell
 from forgetless.reports.words import NOT_MEASURED, amount, percent
 from forgetless.scores.comparison import Verdict
-from forgetless.store import Phase
+from forgetless.scores.files import Phase
 
 VERDICTS: Mapping[Verdict, str] = {
     "worse": "clearly worse",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from forgetless.metrics import Interval
+from forgetless.core.metrics import Interval
 from forgetless.reports.arms import Arm
 from forgetless.reports.compared import compared
 from forgetless.reports.evidence import Evidence, Task, number

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.reports.evidence import Run, Task, number
 from forgetless.reports.intervals import Estimate
 from forgetless.scores.comparison import Row, compare
-from forgetless.store import Phase
+from forgetless.scores.files import Phase
 from forgetless.tasks.base import Item, TaskResult
 
 

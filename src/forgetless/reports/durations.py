@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from forgetless.metrics import forgetting_at_matched_learning
+from forgetless.core.metrics import forgetting_at_matched_learning
 from forgetless.reports.arms import Arm, without_rate
 from forgetless.reports.compared import as_compared
 from forgetless.reports.evidence import Evidence, Row, Run, Task, number, tasks_of

@@ -8,8 +8,16 @@ from typing import Any
 
 import yaml
 
-from forgetless import store
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
+from forgetless.core.files import (
+    folder_name,
+    read_json,
+    remove,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from forgetless.studies.folder import RunFolder, run_folders
 from forgetless.tasks.base import TaskResult
 
 __all__ = ["write_evaluation"]
@@ -49,30 +57,30 @@ def write_evaluation(
     folder, adapter = Path(folder), Path(adapter)
     if folder.is_dir() and any(folder.iterdir()) and not _holds_evaluations(folder):
         raise UserError(f"{folder} holds something else; give a new folder for the report")
-    run = store.RunFolder(folder / store.folder_name(adapter.resolve().name))
-    store.remove(run.path)
+    run = RunFolder(folder / folder_name(adapter.resolve().name))
+    remove(run.path)
     for phase, scores in (("base", before), ("final", after)):
         for name, result in scores.items():
             lines = [item.to_json() for item in result.items]
-            store.write_jsonl(run.items(phase, name), lines)  # type: ignore[arg-type]
-            store.write_json(run.scores(phase, name), result.to_json())  # type: ignore[arg-type]
+            write_jsonl(run.items(phase, name), lines)  # type: ignore[arg-type]
+            write_json(run.scores(phase, name), result.to_json())  # type: ignore[arg-type]
     recipe = _recipe(base, adapter)
-    store.write_text(run.recipe, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    write_text(run.recipe, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     kinds = {name: "learning" if name in learning else "forgetting" for name in after}
     # Learning comes first, as in a recipe.
     tasks = dict(sorted(kinds.items(), key=lambda entry: entry[1] != "learning"))
-    store.write_json(run.record, {"status": "done", "tasks": tasks, "evaluation": command or True})
+    write_json(run.record, {"status": "done", "tasks": tasks, "evaluation": command or True})
     return folder
 
 
 def _holds_evaluations(folder: Path) -> bool:
-    return any(store.read_json(r.record).get("evaluation") for r in store.run_folders(folder))
+    return any(read_json(r.record).get("evaluation") for r in run_folders(folder))
 
 
 def _recipe(base: str, adapter: Path) -> dict[str, Any]:
     """What is known of how the adapter was made, in the form of a recipe."""
     found = [folder / CONFIG_FILE for folder in (adapter, adapter / "native")]
-    config = next((c for path in found if (c := store.read_json(path))), {})
+    config = next((c for path in found if (c := read_json(path))), {})
     start = config.get("start") or {}
     targets = config.get("target_modules")
     return {

@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml
 
-from forgetless import store
+from forgetless.core.files import read_json
+from forgetless.scores.files import Phase
+from forgetless.studies.folder import RunFolder, curve, results, run_folders
 
 Row = Mapping[str, Any]
 
@@ -45,7 +47,7 @@ class Task:
 class Run:
     """One run folder: its recipe, its `run.json`, and its score rows by task name."""
 
-    folder: store.RunFolder
+    folder: RunFolder
     recipe: Mapping[str, Any]
     record: Mapping[str, Any]
     rows: Mapping[str, Row]
@@ -100,15 +102,15 @@ class Run:
         found = training.get("exceeded") if isinstance(training, Mapping) else None
         return found if isinstance(found, Mapping) else {}
 
-    def score(self, phase: store.Phase, task: str, step: int | None = None) -> dict[str, Any]:
+    def score(self, phase: Phase, task: str, step: int | None = None) -> dict[str, Any]:
         """The score file of one phase and task, or of a step on the way; empty without one."""
-        return store.read_json(self._folder_at(step).scores(phase, task))
+        return read_json(self._folder_at(step).scores(phase, task))
 
-    def items(self, phase: store.Phase, task: str, step: int | None = None) -> list[dict[str, Any]]:
+    def items(self, phase: Phase, task: str, step: int | None = None) -> list[dict[str, Any]]:
         """The answers given to a task, as `score`; empty when they were not kept."""
         return list(_read_jsonl(self._folder_at(step).items(phase, task)))
 
-    def _folder_at(self, step: int | None) -> store.RunFolder:
+    def _folder_at(self, step: int | None) -> RunFolder:
         return self.folder if step is None else self.folder.point(step)
 
 
@@ -152,18 +154,16 @@ def read(study_folder: str | Path) -> Evidence:
         raise FileNotFoundError(
             f"{str(folder)!r} is one run; give the study that holds it: {str(folder.parent)!r}"
         )
-    folders = store.run_folders(folder)
+    folders = run_folders(folder)
     if not folders:
         raise FileNotFoundError(
             f"{str(folder)!r} holds no run; start one with 'forgetless run' or 'forgetless study'"
         )
-    rows = store.results(folder)
+    rows = results(folder)
     runs = [_read_run(run_folder, rows) for run_folder in folders]
     study_file = folder / "study.yaml"
     text = study_file.read_text("utf-8") if study_file.is_file() else ""
-    return Evidence(
-        folder, folder.resolve().name, rows, runs, tasks_of(rows), text, store.curve(folder)
-    )
+    return Evidence(folder, folder.resolve().name, rows, runs, tasks_of(rows), text, curve(folder))
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
@@ -203,10 +203,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _read_run(folder: store.RunFolder, rows: Sequence[Row]) -> Run:
+def _read_run(folder: RunFolder, rows: Sequence[Row]) -> Run:
     recipe = yaml.safe_load(folder.recipe.read_text("utf-8"))
     own = {row["task"]: row for row in rows if row["run_id"] == folder.path.name and row["task"]}
-    return Run(folder, recipe, store.read_json(folder.record), own)
+    return Run(folder, recipe, read_json(folder.record), own)
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

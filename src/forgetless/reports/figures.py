@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forgetless import store
+from forgetless.core.files import new_folder
 from forgetless.reports.arms import Arm, Setting
 from forgetless.reports.durations import Course
 from forgetless.reports.evidence import Task
@@ -50,7 +50,7 @@ def draw(
     import matplotlib
 
     drawings = {}
-    with matplotlib.rc_context(STYLE), store.new_folder(folder) as new:
+    with matplotlib.rc_context(STYLE), new_folder(folder) as new:
         figures = {
             "plane": _plane(arms, place),
             "course": _course(course) if course else None,

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from forgetless import store
 from forgetless.reports.arms import Arm, Setting
 from forgetless.reports.evidence import Evidence, Task
 from forgetless.reports.flips import TaskFlips
-from forgetless.reports.markup import (
-    arm_name,
-    estimate_cell,
-    header,
-    plain_cell,
-    text,
-    value_cell,
-)
+from forgetless.reports.markup import arm_name, estimate_cell, header, plain_cell, text, value_cell
+from forgetless.studies.folder import COLUMNS
 
 
 def arms_table(evidence: Evidence, arms: Sequence[Arm]) -> str:
@@ -103,7 +96,7 @@ def _setting_row(arm: Arm, index: int, setting: Setting, tasks: Sequence[Task]) 
 
 def runs_table(evidence: Evidence) -> str:
     """The rows of results.csv, number for number."""
-    columns = [column for column in store.COLUMNS if column != "study"]
+    columns = [column for column in COLUMNS if column != "study"]
     numeric = {
         column
         for column in columns

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from forgetless.metrics import Interval, retention
+from forgetless.core.metrics import Interval, retention
 
 __all__ = ["PaperAverage", "paper_averages"]
 

@@ -15,7 +15,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from forgetless import store
+from forgetless.core.files import (
+    lock,
+    read_json,
+    read_jsonl,
+    remove,
+    remove_temporaries,
+    write_json,
+    write_jsonl,
+)
 from forgetless.tasks.base import Item, Task, TaskResult
 from forgetless.tasks.journal import resuming
 
@@ -68,15 +76,15 @@ class ScoreCache:
             measure: evaluates the task.
         """
         score, items = self.paths(task, *model)
-        with store.lock(score.with_suffix(".lock")):
+        with lock(score.with_suffix(".lock")):
             if not score.exists():
-                store.remove_temporaries(score.parent, score.stem)
+                remove_temporaries(score.parent, score.stem)
                 partial = score.with_suffix(".partial.jsonl")
                 with resuming(partial, score.stem):
                     found = measure()
-                store.write_jsonl(items, [item.to_json() for item in found.items])
-                store.write_json(score, found.to_json())
-                store.remove(partial)
-        kept = [Item.from_json(line) for line in store.read_jsonl(items)]
+                write_jsonl(items, [item.to_json() for item in found.items])
+                write_json(score, found.to_json())
+                remove(partial)
+        kept = [Item.from_json(line) for line in read_jsonl(items)]
         # The task may go by another name than when it was measured.
-        return replace(TaskResult.from_json(store.read_json(score), kept), task=task.name)
+        return replace(TaskResult.from_json(read_json(score), kept), task=task.name)

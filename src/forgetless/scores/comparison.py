@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from forgetless import metrics
-from forgetless.errors import UserError
+from forgetless.core import metrics
+from forgetless.core.errors import UserError
 from forgetless.scores.averages import PaperAverage, paper_averages
 from forgetless.tasks.base import Item, TaskResult
 

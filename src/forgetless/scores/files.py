@@ -11,17 +11,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from forgetless import store
-from forgetless.errors import UserError
-from forgetless.evaluation import Scores
-from forgetless.store import PHASES, Phase, RunFolder
+from forgetless.core.errors import UserError
+from forgetless.core.files import read_json, read_jsonl, write_json
 from forgetless.tasks.base import Item, TaskResult
+from forgetless.tasks.evaluation import Scores
 
-__all__ = ["SavedScores", "read_scores", "records_file", "write_records"]
+__all__ = [
+    "PHASES",
+    "Phase",
+    "SavedScores",
+    "items_file",
+    "read_scores",
+    "records_file",
+    "score_file",
+    "write_records",
+]
 
 
 Phase = Literal["base", "step0", "final"]
 PHASES: tuple[Phase, ...] = ("base", "step0", "final")
+
+
+def score_file(run_folder: Path, phase: Phase, task: str) -> Path:
+    """Where a run keeps the score of one task: value, standard error, n, fingerprint."""
+    return run_folder / "scores" / phase / f"{task}.json"
+
+
+def items_file(run_folder: Path, phase: Phase, task: str) -> Path:
+    """Where a run keeps what was asked, expected and answered, one line an item."""
+    return run_folder / "items" / phase / f"{task}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -50,7 +68,7 @@ def write_records(scores: Mapping[str, TaskResult], path: str | Path) -> Path:
         task: {**result.to_json(), "items": [item.to_json() for item in result.items]}
         for task, result in scores.items()
     }
-    store.write_json(file, records)
+    write_json(file, records)
     return file
 
 
@@ -72,9 +90,9 @@ def read_scores(path: str | Path, phase: Phase = "final") -> SavedScores:
     if path.is_file():
         return SavedScores(_read_file(path))
     if (path / "recipe.yaml").exists():
-        return _read_run(RunFolder(path), phase)
+        return _read_run(path, phase)
     if path.name in PHASES and path.parent.name == "scores":
-        return _read_run(RunFolder(path.parent.parent), path.name)
+        return _read_run(path.parent.parent, path.name)
     raise UserError(
         f"{path} holds no scores: give a file of 'forgetless eval --out', the folder of a run, or "
         "its scores/base, scores/step0 or scores/final"
@@ -84,7 +102,7 @@ def read_scores(path: str | Path, phase: Phase = "final") -> SavedScores:
 def _read_file(path: Path) -> Scores:
     """From the records, whichever of the two files was named."""
     records = path if path.name.endswith(".records.json") else records_file(path)
-    content = store.read_json(records) if records.exists() else store.read_json(path)
+    content = read_json(records) if records.exists() else read_json(path)
     if not content:
         raise UserError(f"{path} holds no scores")
     for task, record in content.items():
@@ -100,18 +118,18 @@ def _read_file(path: Path) -> Scores:
     )
 
 
-def _read_run(folder: RunFolder, phase: Phase) -> SavedScores:
+def _read_run(folder: Path, phase: Phase) -> SavedScores:
     """The scores of one phase of a run, in the order of its tasks."""
-    kinds: Mapping[str, str] = store.read_json(folder.record).get("tasks", {})
+    kinds: Mapping[str, str] = read_json(folder / "run.json").get("tasks", {})
     results = []
     for task in kinds:
-        score = store.read_json(folder.scores(phase, task))
+        score = read_json(score_file(folder, phase, task))
         if score:
-            items = _items(store.read_jsonl(folder.items(phase, task)))
+            items = _items(read_jsonl(items_file(folder, phase, task)))
             results.append(TaskResult.from_json(score, items))
     if not results:
         raise UserError(
-            f"the run {folder.path} has no {phase} scores yet; 'forgetless run' measures them"
+            f"the run {folder} has no {phase} scores yet; 'forgetless run' measures them"
         )
     return SavedScores(
         Scores(results), frozenset(task for task, kind in kinds.items() if kind == "learning")

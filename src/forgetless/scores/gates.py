@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forgetless.errors import UserError, unknown
+from forgetless.core.errors import UserError, unknown
 from forgetless.scores.comparison import Comparison, Row
 from forgetless.scores.showing import sentence
 

@@ -11,9 +11,3 @@ text to keep it says where the knowledge lies, on the new task's text where the 
 
     gradient = d(mean loss of the learned tokens) / dW                    (out, in)
 """
-
-from forgetless.statistics.collection import collect
-from forgetless.statistics.gradients import Gradients, collect_gradients
-from forgetless.statistics.moments import LayerStatistics, Statistics
-
-__all__ = ["Gradients", "LayerStatistics", "Statistics", "collect", "collect_gradients"]

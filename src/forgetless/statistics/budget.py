@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 FLOAT64 = 8
 """Bytes of a number in a sum."""

@@ -12,9 +12,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from forgetless.errors import UserError
-from forgetless.models import as_base, target_layers, weight_shape
-from forgetless.progress import counted
+from forgetless.core.errors import UserError
+from forgetless.core.progress import counted
+from forgetless.models.load import as_base, target_layers
+from forgetless.models.weights import weight_shape
 from forgetless.statistics.budget import parse_budget, passes
 from forgetless.statistics.collector import Batch, Collector
 from forgetless.statistics.moments import Spilled, Statistics

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forgetless.errors import UserError
-from forgetless.models import weight_shape
+from forgetless.core.errors import UserError
+from forgetless.models.weights import weight_shape
 from forgetless.statistics.padding import TokenRows, is_encoder_decoder, prepare
 from forgetless.statistics.ranks import Ranks
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 
 @dataclass(frozen=True)

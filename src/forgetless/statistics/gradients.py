@@ -17,9 +17,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from forgetless.errors import UserError
-from forgetless.models import as_base, target_layers, weight_shape
-from forgetless.progress import counted
+from forgetless.core.errors import UserError
+from forgetless.core.progress import counted
+from forgetless.models.load import as_base, target_layers
+from forgetless.models.weights import weight_shape
 from forgetless.statistics.budget import parse_budget, passes
 from forgetless.statistics.collector import Batch
 from forgetless.statistics.files import FileFormat

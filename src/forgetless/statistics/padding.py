@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, arange, nn
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 
 class TokenRows:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.statistics.collector import Batch, Collector
 from forgetless.statistics.moments import OnDisk
 from forgetless.statistics.ranks import Ranks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
-from forgetless.errors import OtherProcessError, UserError
+from forgetless.core.errors import OtherProcessError, UserError
 
 T = TypeVar("T")
 

@@ -1,29 +1,25 @@
 """Folders of runs: where everything lies, written so that a kill at any moment loses nothing.
 
-    <out>/<study>/study.yaml  runs.json            the definition, and its runs in order
-    <out>/<study>/shared/                          base scores and statistics, used by every run
-    <out>/<study>/<run id>/                        one run, see `RunFolder`
-    <out>/<study>/report/                          the page, results.csv, results.parquet, figures
+<out>/<study>/study.yaml  runs.json            the definition, and its runs in order
+<out>/<study>/shared/                          base scores and statistics, used by every run
+<out>/<study>/<run id>/                        one run, see `RunFolder`
+<out>/<study>/report/                          the page, results.csv, results.parquet, figures
 """
 
 from __future__ import annotations
+
 import csv
-import fcntl
-import json
 import math
-import os
-import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
 import yaml
-from forgetless import metrics
 
-
+from forgetless.core import metrics
+from forgetless.core.files import read_json, read_jsonl, write_json, write_text
+from forgetless.scores.files import PHASES, Phase, items_file, score_file
 
 COLUMNS = (
     "study",
@@ -111,11 +107,11 @@ class RunFolder:
 
     def scores(self, phase: Phase, task: str) -> Path:
         """The score of one task: value, standard error, n, fingerprint."""
-        return self.path / "scores" / phase / f"{task}.json"
+        return score_file(self.path, phase, task)
 
     def items(self, phase: Phase, task: str) -> Path:
         """What was asked, expected and answered, one line an item."""
-        return self.path / "items" / phase / f"{task}.jsonl"
+        return items_file(self.path, phase, task)
 
     def point(self, step: int) -> RunFolder:
         """The folder of a step on the way, laid out like a run's; its scores are final ones."""

@@ -18,18 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetless import store
-from forgetless.calibration import SELF, batches, fingerprint, training_batches
-from forgetless.data import load_examples
-from forgetless.errors import UserError
-from forgetless.recipe import (
-    DATA,
-    AdapterSettings,
-    CalibrationSettings,
-    DataSettings,
-    Recipe,
-)
-from forgetless.statistics import Gradients, Statistics, collect, collect_gradients
+from forgetless.adapters.settings import AdapterSettings
+from forgetless.core.errors import UserError
+from forgetless.core.files import new_folder
+from forgetless.data.examples import load_examples
+from forgetless.data.settings import DATA, CalibrationSettings, DataSettings
+from forgetless.data.texts import SELF, batches, fingerprint, training_batches
+from forgetless.recipes.recipe import Recipe
+from forgetless.statistics.collection import collect
+from forgetless.statistics.gradients import Gradients, collect_gradients
+from forgetless.statistics.moments import Statistics
 from forgetless.statistics.ranks import Ranks
 
 ARGUMENT = {"second_moment": "stats", "task_moment": "task_stats", "gradient": "gradients"}
@@ -156,7 +154,7 @@ def _kept(folder: Path, make: Callable[[], Batches]) -> Batches:
 
     def write() -> None:
         if not file.exists():
-            with store.new_folder(folder) as new:
+            with new_folder(folder) as new:
                 flat = {f"{i}.{n}": v for i, batch in enumerate(make()) for n, v in batch.items()}
                 save_file(flat, new / file.name)
 

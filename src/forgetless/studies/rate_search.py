@@ -11,16 +11,19 @@ from typing import Any
 
 from peft import PeftModel
 
-from forgetless import store
-from forgetless.calibration import SELF
-from forgetless.errors import RecipeError, UserError
-from forgetless.launch import this_launch
-from forgetless.recipe import DATA, Recipe, check
-from forgetless.runs import torch_threads
-from forgetless.shortage import saying_what_takes_less
-from forgetless.stages import Listener, Stages
-from forgetless.store import RunFolder
+from forgetless.core.errors import RecipeError, UserError
+from forgetless.core.files import folder_name, lock, read_json, remove, write_json
+from forgetless.data.settings import DATA
+from forgetless.data.texts import SELF
+from forgetless.recipes.checking import check
+from forgetless.recipes.identity import run_id
+from forgetless.recipes.recipe import Recipe
+from forgetless.studies.folder import RunFolder
+from forgetless.studies.run import torch_threads
+from forgetless.studies.shortage import saying_what_takes_less
+from forgetless.studies.stages import Listener, Stages
 from forgetless.training.durations import total_steps
+from forgetless.training.launch import this_launch
 from forgetless.training.rates import Trial, Verdict, find_learning_rate, grid, judge, some_steps
 
 __all__ = ["RateSearch", "find_rate"]
@@ -85,35 +88,35 @@ def find_rate(
         raise UserError("the rate is found by one process; give training.learning_rate instead")
     if problems := check(recipe):
         raise RecipeError(recipe.name or "recipe", problems)
-    folder = Path(out) / store.folder_name(study or recipe.name or "single")
+    folder = Path(out) / folder_name(study or recipe.name or "single")
     key = _key(recipe, rates, steps)
     file = folder / "shared" / "rates" / f"{key}.json"
     work = RunFolder(folder / f"rates-{key}")
-    with store.lock(file.with_suffix(".lock")):
+    with lock(file.with_suffix(".lock")):
         if not file.exists():
             stages = Stages(work, recipe, listen or (lambda event: None))
             with torch_threads(threads, recipe.base):
                 found = _search(stages, rates, steps)
-            store.write_json(file, found)
-        found = store.read_json(file)
+            write_json(file, found)
+        found = read_json(file)
         trials = [Trial(**trial) for trial in found["trials"]]
         try:
             verdicts, rate = judge(trials, found["steps"])
         except UserError:
-            store.remove(work.path)
+            remove(work.path)
             raise
         training = recipe.training.model_copy(update={"learning_rate": rate})
         chosen = recipe.model_copy(update={"training": training})
-        _hand_over(work, RunFolder(folder / chosen.run_id))
-        store.remove(work.path)
+        _hand_over(work, RunFolder(folder / run_id(chosen)))
+        remove(work.path)
     return RateSearch(chosen, found["steps"], trials, verdicts, file)
 
 
 def _key(recipe: Recipe, rates: Sequence[float], steps: int | None) -> str:
     """What decides the trials: all that decides the weights, but for the rate itself."""
     training = recipe.training.model_copy(update={"learning_rate": 1.0})
-    run_id = recipe.model_copy(update={"training": training}).run_id
-    content = json.dumps([run_id, list(rates), steps, _kept_texts(recipe)])
+    fixed = run_id(recipe.model_copy(update={"training": training}))
+    content = json.dumps([fixed, list(rates), steps, _kept_texts(recipe)])
     return hashlib.sha256(content.encode()).hexdigest()[:10]
 
 
@@ -165,9 +168,9 @@ def _tried(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[st
 
 def _hand_over(work: RunFolder, run: RunFolder) -> None:
     """The run begins at the start of the trials, which need not be computed again."""
-    with store.lock(run.lock):
+    with lock(run.lock):
         trained = run.native.exists() or run.model.exists()
         if work.start.exists() and not (trained or run.start.exists()):
-            record = store.read_json(work.record)
+            record = read_json(work.record)
             run.update(start=record["start"], statistics=record["statistics"])
             work.start.rename(run.start)

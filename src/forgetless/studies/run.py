@@ -18,16 +18,18 @@ import torch
 from torch import distributed
 
 import forgetless
-from forgetless import store
-from forgetless.errors import RecipeError
-from forgetless.launch import this_launch
-from forgetless.models import meta_model
-from forgetless.recipe import Recipe, check
-from forgetless.stages import Listener, Stages
+from forgetless.core.errors import RecipeError
+from forgetless.core.files import folder_name, lock, read_json, remove_temporaries, write_text
+from forgetless.models.load import meta_model
+from forgetless.recipes.checking import check, load_recipe
+from forgetless.recipes.identity import run_id
+from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.ranks import Ranks
-from forgetless.store import RunFolder
+from forgetless.studies.folder import RunFolder, run_rows
+from forgetless.studies.stages import Listener, Stages
 from forgetless.training.budget import Exceeded
 from forgetless.training.devices import join, naming_lost_processes
+from forgetless.training.launch import this_launch
 
 SMALL_MODEL = 50_000_000
 """Weights below which one thread is faster than several."""
@@ -49,7 +51,7 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """What run.json says: status, versions, seconds a stage, training, export."""
-        return store.read_json(RunFolder(self.folder).record)
+        return read_json(RunFolder(self.folder).record)
 
     @property
     def status(self) -> str:
@@ -65,7 +67,7 @@ class Run:
     @property
     def scores(self) -> list[dict[str, Any]]:
         """One row a task, with the columns of results.csv."""
-        return store.run_rows(RunFolder(self.folder))
+        return run_rows(RunFolder(self.folder))
 
 
 def run(
@@ -97,30 +99,21 @@ def run(
         Exception: what went wrong in a stage; it is kept in run.json, and a new call goes on from
             the last finished stage.
     """
-    checked, ranks = as_recipe(recipe), join()
+    checked, ranks = load_recipe(recipe), join()
     problems = ranks.first(lambda: check(checked))
     if problems:
         raise RecipeError(checked.name or "recipe", problems)
-    folder = RunFolder(
-        Path(out) / store.folder_name(study or checked.name or "single") / checked.run_id
-    )
-    with store.lock(folder.lock) if ranks.index == 0 else nullcontext():
+    folder = RunFolder(Path(out) / folder_name(study or checked.name or "single") / run_id(checked))
+    with lock(folder.lock) if ranks.index == 0 else nullcontext():
         ranks.first(lambda: prepare(folder, checked))
         execute(folder, evaluate=evaluate, threads=threads, listen=listen, ranks=ranks)
     return Run(folder.path)
 
 
-def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-    """A recipe from whatever may stand for one."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    return Recipe.parse(recipe) if isinstance(recipe, Mapping) else Recipe.load(recipe)
-
-
 def prepare(folder: RunFolder, recipe: Recipe) -> None:
     """Write the recipe into its run's folder; for the holder of the lock."""
-    store.write_text(folder.recipe, recipe.to_yaml())
-    status = store.read_json(folder.record).get("status", "pending")
+    write_text(folder.recipe, recipe.to_yaml())
+    status = read_json(folder.record).get("status", "pending")
     folder.update(run_id=folder.path.name, name=recipe.name, status=status)
 
 
@@ -142,8 +135,8 @@ def execute(
     is_first, hardware = ranks.index == 0, _hardware(ranks)
     stages = Stages(folder, recipe, listen if listen and is_first else (lambda event: None), ranks)
     if is_first:
-        store.remove_temporaries(folder.path)
-        record = store.read_json(folder.record)
+        remove_temporaries(folder.path)
+        record = read_json(folder.record)
         folder.update(
             status="running",
             reason=None,

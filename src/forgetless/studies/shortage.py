@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 _MEASURING = (
     "'forgetless train' does all but measuring, and 'forgetless eval BASE --adapter RUN "

@@ -29,33 +29,43 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetless import store
-from forgetless.adapters import attach, delta_weights, export, load, save
-from forgetless.cards import write_run_card
-from forgetless.data import load_examples, tokenize
-from forgetless.inputs import Collecting, load_inputs
-from forgetless.launch import this_launch
-from forgetless.models import linear_weight, load_model, load_tokenizer, meta_model, target_layers
-from forgetless.recipe import (
-    AdapterSettings,
-    Recipe,
-    base_hash,
-    input_keys,
+from forgetless.adapters.attachment import attach
+from forgetless.adapters.folders import export, load, save
+from forgetless.adapters.layer import delta_weights
+from forgetless.adapters.settings import AdapterSettings
+from forgetless.core.cache import cached_spectra
+from forgetless.core.files import (
+    lock,
+    new_folder,
+    read_json,
+    read_jsonl,
+    remove,
+    write_json,
+    write_jsonl,
 )
-from forgetless.reuse import cached_spectra
+from forgetless.data.batches import TokenRows
+from forgetless.data.examples import load_examples
+from forgetless.data.mixture import Mixture
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import load_model, load_tokenizer, meta_model, target_layers
+from forgetless.models.weights import linear_weight
+from forgetless.recipes.identity import base_hash, input_keys
+from forgetless.recipes.recipe import Recipe
+from forgetless.reports.cards import write_run_card
 from forgetless.scores.cache import ScoreCache
-from forgetless.shortage import saying_what_takes_less
-from forgetless.statistics import Statistics
+from forgetless.scores.files import Phase
+from forgetless.statistics.moments import Statistics
 from forgetless.statistics.ranks import Ranks
-from forgetless.store import Phase, RunFolder
+from forgetless.studies.folder import RunFolder, planned
+from forgetless.studies.inputs import Collecting, load_inputs
+from forgetless.studies.shortage import saying_what_takes_less
 from forgetless.tasks import Task, TaskResult, make_tasks
 from forgetless.tasks.journal import resuming
-from forgetless.training import train
-from forgetless.training.batches import TokenRows
 from forgetless.training.devices import gathered, is_sharded
 from forgetless.training.durations import Rows
 from forgetless.training.forgetting import from_settings
-from forgetless.training.mixture import Mixture
+from forgetless.training.launch import this_launch
+from forgetless.training.loop import train
 from forgetless.training.token_checks import require_fitting, require_kept_apart
 
 SMALL_INPUT = 1024
@@ -174,7 +184,7 @@ class Stages:
     @property
     def record(self) -> dict[str, Any]:
         """run.json as it is now."""
-        return store.read_json(self.folder.record)
+        return read_json(self.folder.record)
 
     def _load_base(self, device: str = "auto") -> Any:
         return load_model(self.recipe.base, dtype=self.recipe.dtype, device=device)
@@ -203,7 +213,7 @@ class Stages:
 
     def _measured(self, phase: Phase, task: Task, run: RunFolder | None = None) -> bool:
         """Whether this very task was scored; a task that has changed has another fingerprint."""
-        score = store.read_json((run or self.folder).scores(phase, task.name))
+        score = read_json((run or self.folder).scores(phase, task.name))
         return score.get("fingerprint") == task.fingerprint
 
     def _measure(
@@ -218,17 +228,15 @@ class Stages:
         with resuming(unfinished, f"{task.fingerprint} {weights.stat().st_mtime_ns}"):
             result = task.evaluate(model, self.tokenizer, reference=reference)
         items = [item.to_json() for item in result.items]
-        store.write_jsonl(run.items(phase, result.task), items)
-        store.write_json(run.scores(phase, result.task), {**result.to_json(), "kind": kind})
-        store.remove(unfinished)
+        write_jsonl(run.items(phase, result.task), items)
+        write_json(run.scores(phase, result.task), {**result.to_json(), "kind": kind})
+        remove(unfinished)
 
     def _copy(self, task: Task, kind: str, source: tuple[Path, Path], phase: Phase) -> None:
         """Take over a score that was measured elsewhere."""
         score, items = source
-        store.write_jsonl(self.folder.items(phase, task.name), store.read_jsonl(items))
-        store.write_json(
-            self.folder.scores(phase, task.name), {**store.read_json(score), "kind": kind}
-        )
+        write_jsonl(self.folder.items(phase, task.name), read_jsonl(items))
+        write_json(self.folder.scores(phase, task.name), {**read_json(score), "kind": kind})
 
     def base_scores(self) -> str | None:
         """Score the untouched base, or take the scores that another run of the study measured."""
@@ -303,7 +311,7 @@ class Stages:
     def _collect(self, need: str, folder: Path) -> int:
         """Collect one need, from where an interrupted run left off; of how many layers."""
         is_first = self.ranks.index == 0
-        with store.lock(folder.with_suffix(".lock")) if is_first else nullcontext():
+        with lock(folder.with_suffix(".lock")) if is_first else nullcontext():
             if self.ranks.first(folder.exists):
                 return 0
             unfinished = folder.with_suffix(".unfinished")
@@ -311,9 +319,9 @@ class Stages:
             found = collecting.collect(need, self._base(), self.tokenizer, unfinished)
             self.ranks.wait()  # until none needs what is unfinished
             if is_first:
-                with store.new_folder(folder) as new:
+                with new_folder(folder) as new:
                     found.save(new)
-                store.remove(unfinished)
+                remove(unfinished)
         return len(found)
 
     def start(self) -> str | None:
@@ -335,13 +343,13 @@ class Stages:
             if statistics is None
             else _summary(statistics, self.recipe.adapter.rank),
         )
-        with store.new_folder(self.folder.start) as folder:
+        with new_folder(self.folder.start) as folder:
             save(model, folder)
         return "equals the base bit for bit" if same else "differs from the base"
 
     def _spectra(self) -> AbstractContextManager[object]:
         """Where the runs of a study, if there are several, share the spectra of the weights."""
-        several = len(store.planned(self.folder.path.parent)) > 1
+        several = len(planned(self.folder.path.parent)) > 1
         return cached_spectra(self.shared / "spectra") if several else nullcontext()
 
     def require_fitting_data(self) -> None:
@@ -394,7 +402,7 @@ class Stages:
         weights = gathered(model) if is_sharded(model) else None
 
         def write() -> None:
-            with store.new_folder(self._weights(run)) as folder:
+            with new_folder(self._weights(run)) as folder:
                 if self.full:
                     model.save_pretrained(folder, state_dict=weights)
                     self.tokenizer.save_pretrained(folder)
@@ -405,9 +413,9 @@ class Stages:
 
     def _tidy(self) -> None:
         """Remove what only an unfinished training needs."""
-        store.remove(self.folder.checkpoints)
+        remove(self.folder.checkpoints)
         if not self.full and self.record["start"]["equals_base"]:
-            store.remove(self.folder.start)
+            remove(self.folder.start)
 
     @cached_property
     def rows(self) -> Rows:
@@ -428,7 +436,7 @@ class Stages:
         done = self.record.get("export", {}).get("requested") == rank
         if self.full or (done and self.folder.adapter.exists()):
             return None
-        with store.new_folder(self.folder.adapter) as folder:
+        with new_folder(self.folder.adapter) as folder:
             report = export(self._trained_model(self.folder), folder, rank)
             write_run_card(self.folder, folder, report.relative_error)
         entry = {"requested": rank, "rank": report.rank, "relative_error": report.relative_error}
@@ -445,7 +453,7 @@ class Stages:
             moved, size = moved + squares[0], size + squares[1]
             layers[name] = (squares[0] / squares[1]) ** 0.5 if squares[1] else None
         update = (moved / size) ** 0.5
-        store.write_json(self.folder.analysis, {"relative_update": update, "layers": layers})
+        write_json(self.folder.analysis, {"relative_update": update, "layers": layers})
         return f"weights moved by {update:.2%}"
 
     def _deltas(self) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import yaml
 
-from forgetless import store
-from forgetless.errors import UserError
-from forgetless.runs import Run, execute, prepare
-from forgetless.stages import Event, Listener
-from forgetless.store import RunFolder
-from forgetless.study_recipe import StudyRecipe
+from forgetless.core.errors import UserError
+from forgetless.core.files import lock, read_json, remove_temporaries, write_json, write_text
+from forgetless.recipes.study import StudyRecipe
+from forgetless.studies.folder import RunFolder, curve, planned, results, run_folders, write_tables
+from forgetless.studies.run import Run, execute, prepare
+from forgetless.studies.stages import Event, Listener
 
 _VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
@@ -42,7 +42,7 @@ class Study:
     @property
     def runs(self) -> list[Run]:
         """The runs in the study's order."""
-        return [Run(folder.path) for folder in store.run_folders(self.folder)]
+        return [Run(folder.path) for folder in run_folders(self.folder)]
 
     @property
     def failed(self) -> list[Run]:
@@ -51,7 +51,7 @@ class Study:
 
     def results(self) -> list[dict[str, Any]]:
         """One row per run and task, as in results.csv."""
-        return store.results(self.folder)
+        return results(self.folder)
 
 
 def study(
@@ -90,8 +90,8 @@ def study(
     if workers == 1:
         work(folder, session, threads=threads, listen=listen)
     else:
-        _Team(folder, session, threads, listen).work(min(workers, len(store.run_folders(folder))))
-    store.write_tables(folder, store.results(folder), store.curve(folder))
+        _Team(folder, session, threads, listen).work(min(workers, len(run_folders(folder))))
+    write_tables(folder, results(folder), curve(folder))
     return Study(folder)
 
 
@@ -106,14 +106,14 @@ def _lay_out(folder: Path, definition: StudyRecipe) -> None:
     recipes = definition.recipes()
     text = yaml.safe_dump(definition.model_dump(), sort_keys=False, allow_unicode=True)
     entries = [{"run_id": run_id, "name": recipe.name} for run_id, recipe in recipes.items()]
-    with store.lock(folder / ".lock"):
+    with lock(folder / ".lock"):
         for name in ("study.yaml", "runs.json"):
-            store.remove_temporaries(folder, name)
-        store.write_text(folder / "study.yaml", text)
-        store.write_json(folder / "runs.json", {"runs": entries})
+            remove_temporaries(folder, name)
+        write_text(folder / "study.yaml", text)
+        write_json(folder / "runs.json", {"runs": entries})
     for run_id, recipe in recipes.items():
         run = RunFolder(folder / run_id)
-        with store.lock(run.lock, wait=False) as free:
+        with lock(run.lock, wait=False) as free:
             if free:
                 prepare(run, recipe)
 
@@ -125,22 +125,22 @@ def work(study_folder: Path, session: str, *, threads: int | None = None, listen
     artefacts. When all that is left is in other hands, wait for them: should such a process die,
     its run is free again.
     """
-    while waiting := [run for run in store.planned(study_folder) if not _is_over(run, session)]:
+    while waiting := [run for run in planned(study_folder) if not _is_over(run, session)]:
         if not any(_try_to_do(run, session, threads, listen) for run in waiting):
             time.sleep(0.5)
 
 
 def _is_over(run: RunFolder, session: str) -> bool:
-    record = store.read_json(run.record)
+    record = read_json(run.record)
     return record.get("session") == session and record["status"] in ("done", "failed")
 
 
 def _try_to_do(run: RunFolder, session: str, threads: int | None, listen: Listener) -> bool:
     """Do a run if nobody else does; gives whether there was something to do."""
-    with store.lock(run.lock, wait=False) as free:
+    with lock(run.lock, wait=False) as free:
         if not free or _is_over(run, session):
             return False
-        record = store.read_json(run.record)
+        record = read_json(run.record)
         if record.get("session") == session:  # it was begun, and nobody is at it
             reason = "the worker process died; perhaps the system ended it for want of memory"
             run.update(status="failed", reason=reason)

@@ -9,8 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from forgetless.errors import UserError, unknown
-from forgetless.sandbox import CodeResult, run_code
+from forgetless.core.errors import UserError, unknown
 from forgetless.tasks.base import Item, Task, TaskResult
 from forgetless.tasks.diversity import Diversity
 from forgetless.tasks.exact_match import ExactMatch
@@ -26,6 +25,7 @@ from forgetless.tasks.pocket_functions import PocketFunctions
 from forgetless.tasks.pocket_problems import PocketProblems
 from forgetless.tasks.pocket_recall import PocketRecall
 from forgetless.tasks.pocket_series import PocketSeries
+from forgetless.tasks.sandbox import CodeResult, run_code
 
 __all__ = [
     "KL",

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from forgetless.errors import UserError
-from forgetless.metrics import mean_stderr
+from forgetless.core.errors import UserError
+from forgetless.core.metrics import mean_stderr
 
 if TYPE_CHECKING:
     from torch import nn

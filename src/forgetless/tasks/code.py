@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from forgetless.errors import UserError
-from forgetless.metrics import mean_stderr, pass_at_k
-from forgetless.sandbox import CodeResult, run_code
+from forgetless.core.errors import UserError
+from forgetless.core.metrics import mean_stderr, pass_at_k
 from forgetless.tasks.base import Item, Task, TaskResult, fingerprint_of, whole_number
 from forgetless.tasks.questions import Questions
 from forgetless.tasks.rows import file_problem
 from forgetless.tasks.sampling import Sampling, sampling_problems
+from forgetless.tasks.sandbox import CodeResult, run_code
 
 if TYPE_CHECKING:
     from torch import nn

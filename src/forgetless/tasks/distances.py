@@ -18,16 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from forgetless.errors import UserError
-from forgetless.models import adapter_off, evaluating
-from forgetless.tasks.inference import (
-    Ids,
-    accepts,
-    by_length,
-    device_of,
-    pad,
-    require_causal,
-)
+from forgetless.core.errors import UserError
+from forgetless.models.load import adapter_off, evaluating
+from forgetless.tasks.inference import Ids, accepts, by_length, device_of, pad, require_causal
 from forgetless.tasks.journal import section
 
 __all__ = ["Distance", "distances"]

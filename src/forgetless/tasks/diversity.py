@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from forgetless.errors import UserError
-from forgetless.metrics import mean_stderr
+from forgetless.core.errors import UserError
+from forgetless.core.metrics import mean_stderr
 from forgetless.tasks.base import (
     Item,
     Task,

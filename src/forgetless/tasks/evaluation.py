@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.tasks import Item, Spec, Task, TaskResult, make_tasks
 from forgetless.tasks.base import whole_number
 
@@ -109,13 +109,13 @@ def evaluate(
 
 
 def _adapter_off(model: Any) -> AbstractContextManager[None]:
-    from forgetless.models import adapter_off
+    from forgetless.models.load import adapter_off
 
     return adapter_off(model)
 
 
 def _tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
-    from forgetless.models import load_tokenizer
+    from forgetless.models.load import load_tokenizer
 
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not source:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
 from forgetless.tasks.questions import Questions, score_answers
 from forgetless.tasks.rows import (

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.errors import UserError
-from forgetless.models import evaluating
+from forgetless.core.errors import UserError
+from forgetless.models.load import evaluating
 from forgetless.tasks.inference import (
     Ids,
     accepts,

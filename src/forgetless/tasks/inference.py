@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 __all__ = [
     "accepts",

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from forgetless.progress import bar
+from forgetless.core.progress import bar
 
 __all__ = ["Section", "resuming", "section"]
 

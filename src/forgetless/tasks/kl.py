@@ -11,10 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from forgetless.data import Examples, tokenize
-from forgetless.metrics import mean_stderr
+from forgetless.core.metrics import mean_stderr
+from forgetless.data.examples import Examples
+from forgetless.data.texts import read_examples as read_texts
+from forgetless.data.tokens import tokenize
 from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
-from forgetless.tasks.texts import read_texts, source_problem
+from forgetless.tasks.texts import source_problem
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,17 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.data import IGNORED
-from forgetless.models import evaluating
+from forgetless.data.packing import IGNORED
+from forgetless.models.load import evaluating
 from forgetless.tasks.base import Item
-from forgetless.tasks.inference import (
-    Ids,
-    by_length,
-    device_of,
-    pad,
-    require_causal,
-    rows_that_fit,
-)
+from forgetless.tasks.inference import Ids, by_length, device_of, pad, require_causal, rows_that_fit
 from forgetless.tasks.journal import section
 from forgetless.tasks.texts import beginning
 

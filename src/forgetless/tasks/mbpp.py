@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.tasks.base import TaskResult, check_settings
 from forgetless.tasks.code import (
     Program,

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from forgetless.data import IGNORED
-from forgetless.errors import UserError
-from forgetless.metrics import mean_stderr
+from forgetless.core.errors import UserError
+from forgetless.core.metrics import mean_stderr
+from forgetless.data.packing import IGNORED
 from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
 from forgetless.tasks.rows import (
     Row,

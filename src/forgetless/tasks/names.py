@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from forgetless.errors import UserError, unknown
+from forgetless.core.errors import UserError, unknown
 from forgetless.tasks.harness import STANDARD, find, is_installed
 
 __all__ = ["SUITES", "resolved"]
@@ -74,7 +74,7 @@ def _of_file(
     path: Path, settings: Settings, resolve: Callable[[Settings], list[Settings]]
 ) -> list[Settings]:
     """A task of one's own, or one in lm-eval's form; given settings go over the file's."""
-    from forgetless.reading import load_yaml
+    from forgetless.core.files import load_yaml
 
     content = load_yaml(path) if _is_ours(path) else None
     if content is None:

@@ -9,10 +9,10 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
-from forgetless.pocket.knowledge import Question, facts, matches, questions
+from forgetless.data.pocket.knowledge import Question, facts, matches, questions
+from forgetless.data.texts import spread
 from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
 from forgetless.tasks.multiple_choice import Choice, choice_scores
-from forgetless.tasks.texts import spread
 
 if TYPE_CHECKING:
     from torch import nn

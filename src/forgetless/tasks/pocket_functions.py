@@ -7,15 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from forgetless.pocket.functions import Function, functions
+from forgetless.data.pocket.functions import Function, functions
 from forgetless.tasks.base import TaskResult, check_settings, whole_number
-from forgetless.tasks.code import (
-    Program,
-    code_fingerprint,
-    code_problems,
-    questions,
-    score_code,
-)
+from forgetless.tasks.code import Program, code_fingerprint, code_problems, questions, score_code
 from forgetless.tasks.questions import Questions
 
 if TYPE_CHECKING:

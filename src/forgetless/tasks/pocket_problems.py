@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from forgetless.pocket.problems import Problem, final_answer, problems
+from forgetless.data.pocket.problems import Problem, final_answer, problems
 from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
 from forgetless.tasks.questions import Questions, score_answers
 

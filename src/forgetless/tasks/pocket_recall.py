@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from forgetless.pocket.knowledge import Question, matches, questions
+from forgetless.data.pocket.knowledge import Question, matches, questions
+from forgetless.data.texts import spread
 from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
 from forgetless.tasks.questions import Questions, score_answers
-from forgetless.tasks.texts import spread
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +25,7 @@ class PocketRecall:
     """Share of the pocket world's facts that the model's greedy answer gets right.
 
     The value is the accuracy, 0..1; an item is a fact with the answer that the model gave, compared
-    by `forgetless.pocket.knowledge.matches`.
+    by `forgetless.data.pocket.knowledge.matches`.
 
     Attributes:
         name: of the task.

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forgetless.data import read_rows
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
+from forgetless.data.files import read_rows
 
 __all__ = ["file_problem", "made_prompt", "prompt_problem", "read_records", "the_field"]
 

@@ -1,18 +1,13 @@
 """What a recipe says of the tasks."""
 
 from __future__ import annotations
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from forgetless.errors import RecipeError
-from forgetless.reading import friendly, load_yaml, with_overrides
-from forgetless.core.settings import Count, Name, Section
 
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import field_validator
+
+from forgetless.core.settings import Section
 
 
 class TaskSettings(Section):

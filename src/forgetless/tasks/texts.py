@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forgetless.calibration import read_examples as read_texts
-from forgetless.calibration import spread
-from forgetless.errors import unknown
+from forgetless.core.errors import unknown
+from forgetless.data.texts import read_examples as read_texts
+from forgetless.data.texts import spread
 
 __all__ = ["POCKET_TEXTS", "beginning", "read_texts", "source_problem", "spread"]
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 __all__ = ["attention_dropout"]
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from forgetless import metrics
-from forgetless.errors import UserError
+from forgetless.core import metrics
+from forgetless.core.errors import UserError
 from forgetless.tasks import TaskResult
 
 __all__ = ["WEIGHTS_FILE", "Budget", "Exceeded", "InsideWeights"]

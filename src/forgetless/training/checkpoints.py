@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 __all__ = [
     "callback_state",

@@ -12,7 +12,7 @@ from shutil import which
 import torch
 from torch._inductor import config as inductor
 
-from forgetless.recipe import TrainingSettings
+from forgetless.training.settings import TrainingSettings
 
 __all__ = ["compile_problems", "compiling"]
 

@@ -29,11 +29,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from forgetless.data import IGNORED
-from forgetless.errors import OtherProcessError, UserError
-from forgetless.launch import this_launch
+from forgetless.core.errors import OtherProcessError, UserError
+from forgetless.data.batches import Row
+from forgetless.data.packing import IGNORED
 from forgetless.statistics.ranks import Ranks
-from forgetless.training.batches import Row
+from forgetless.training.launch import this_launch
 
 __all__ = [
     "Share",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from forgetless.recipe import TrainingSettings
-from forgetless.training.batches import TokenRows
-from forgetless.training.mixture import Mixture
+from forgetless.data.batches import TokenRows
+from forgetless.data.mixture import Mixture
+from forgetless.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     import datasets

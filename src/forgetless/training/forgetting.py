@@ -17,14 +17,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.tasks.base import whole_number
 from forgetless.training.budget import Action, Budget, Exceeded, InsideWeights
 from forgetless.training.probes import Asked, Probes, RecordedBase
 from forgetless.training.restoring import put_back, trained_copy
 
 if TYPE_CHECKING:
-    from forgetless.recipe import ProbeSettings
+    from forgetless.training.settings import ProbeSettings
 
 __all__ = ["ForgettingCallback", "Probe", "from_settings"]
 
@@ -404,7 +404,7 @@ def _tokenizer_of(model: Any, processing: Any) -> PreTrainedTokenizerBase:
     inner = getattr(processing, "tokenizer", processing)  # a processor has one inside
     if isinstance(inner, PreTrainedTokenizerBase):
         return inner
-    from forgetless.models import load_tokenizer
+    from forgetless.models.load import load_tokenizer
 
     source = getattr(model.config, "_name_or_path", "")
     if not source:

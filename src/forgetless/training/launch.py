@@ -9,10 +9,10 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 if TYPE_CHECKING:
-    from forgetless.recipe import TrainingSettings
+    from forgetless.training.settings import TrainingSettings
 
 Strategy = Literal["DDP", "FSDP2", "ZeRO-1", "ZeRO-2"]
 

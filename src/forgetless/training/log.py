@@ -10,7 +10,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 __all__ = ["LogLine", "ProbeLine", "TrainingLog"]
 

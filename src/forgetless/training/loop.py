@@ -12,27 +12,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from forgetless.data import Examples, tokenize
-from forgetless.errors import UserError, first_few
-from forgetless.launch import this_launch
-from forgetless.models import checkpoint_activations
-from forgetless.progress import Bar, ended
-from forgetless.recipe import TrainingSettings, what_decides_a_training
+from forgetless.core.errors import UserError, first_few
+from forgetless.core.progress import Bar, ended
+from forgetless.data.batches import Padding
+from forgetless.data.examples import Examples
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import checkpoint_activations
 from forgetless.training import checkpoints
 from forgetless.training.attention import attention_dropout
-from forgetless.training.batches import Padding
 from forgetless.training.budget import Exceeded
 from forgetless.training.compiling import compile_problems, compiling
 from forgetless.training.devices import Share, join
 from forgetless.training.durations import Rows, measured_steps, rows_of, total_steps
 from forgetless.training.forgetting import ForgettingCallback
 from forgetless.training.interruption import Interruption, Unlogged
+from forgetless.training.launch import this_launch
 from forgetless.training.log import TrainingLog
 from forgetless.training.loraplus import require_both_factors
 from forgetless.training.optimizers import optimizer_class, optimizer_problems
 from forgetless.training.penalties import make_penalty
 from forgetless.training.record import Points, Record
 from forgetless.training.restoring import trained_weights
+from forgetless.training.settings import TrainingSettings, what_decides_a_training
 from forgetless.training.token_checks import require_fitting, require_kept_apart
 from forgetless.training.trackers import Trackers, tracker_problems
 from forgetless.training.trainer import ExactTrainer, trainer_arguments

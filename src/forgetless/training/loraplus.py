@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.optim import Optimizer
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.training.restoring import trained_weights
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from forgetless.recipe import TrainingSettings
 from forgetless.training.lion import Lion
+from forgetless.training.settings import TrainingSettings
 
 __all__ = ["OPTIMIZERS", "optimizer_arguments", "optimizer_class", "optimizer_problems"]
 

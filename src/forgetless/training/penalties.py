@@ -32,10 +32,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetless.adapters import adapted_layers, down_projections, plain_factors
-from forgetless.calibration import batches
-from forgetless.errors import UserError, unknown
-from forgetless.models import adapter_off, evaluating
+from forgetless.adapters.anchored import plain_factors
+from forgetless.adapters.folders import down_projections
+from forgetless.adapters.layer import adapted_layers
+from forgetless.core.errors import UserError, unknown
+from forgetless.data.texts import batches
+from forgetless.models.load import adapter_off, evaluating
 from forgetless.training.restoring import trained_copy, trained_weights
 
 __all__ = ["PENALTIES", "Penalty", "make_penalty"]

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.data import Examples
-from forgetless.errors import UserError
-from forgetless.generators import generators_kept
-from forgetless.models import adapter_off
+from forgetless.core.errors import UserError
+from forgetless.data.examples import Examples
+from forgetless.data.texts import read_examples as read_texts
+from forgetless.data.texts import spread
+from forgetless.models.load import adapter_off
+from forgetless.models.state import generators_kept
 from forgetless.tasks import KL, TASKS, Perplexity, Task, TaskResult, make_task
-from forgetless.tasks.texts import read_texts, spread
 
 __all__ = ["Asked", "Probes", "RecordedBase"]
 

@@ -25,12 +25,12 @@ from typing import Any
 
 from torch import nn
 
-from forgetless import store
-from forgetless.errors import UserError
-from forgetless.recipe import TrainingSettings
+from forgetless.core.errors import UserError
+from forgetless.core.files import read_json, read_jsonl, remove, write_json
 from forgetless.training.loop import train
 from forgetless.training.probes import Asked, Probes
 from forgetless.training.restoring import put_back, trained_copy, trained_weights
+from forgetless.training.settings import TrainingSettings
 from forgetless.training.trainer import DivergenceError
 
 __all__ = ["Trial", "Verdict", "find_learning_rate", "grid", "judge", "shortened", "some_steps"]
@@ -141,15 +141,15 @@ def find_learning_rate(
                 options: Any = {"seed": seed, "penalties": penalties}
                 with suppress(DivergenceError):
                     train(model, tokenizer, examples, brief, place, **options)
-                lines = store.read_jsonl(place / "log.jsonl")
+                lines = read_jsonl(place / "log.jsonl")
                 losses = [line["loss"] for line in lines if "loss" in line]
                 values = {}
                 if probes is not None and len(losses) == steps:
                     _, found = probes.measure(model, tokenizer, None)
                     values = {name: result.value for name, result in found.items()}
-            store.write_json(kept, asdict(Trial(rate, losses, values)))
-            store.remove(place)
-        yield Trial(**store.read_json(kept))
+            write_json(kept, asdict(Trial(rate, losses, values)))
+            remove(place)
+        yield Trial(**read_json(kept))
 
 
 @contextmanager

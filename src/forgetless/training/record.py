@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from forgetless.progress import Bar
+from forgetless.core.progress import Bar
+from forgetless.data.mixture import Mixture
 from forgetless.statistics.ranks import Ranks
 from forgetless.training import checkpoints
 from forgetless.training.durations import Rows
 from forgetless.training.forgetting import ForgettingCallback, Probe
 from forgetless.training.log import LogLine, ProbeLine, TrainingLog
-from forgetless.training.mixture import Mixture
 from forgetless.training.trainer import require_finite
 
 __all__ = ["KEPT_CHECKPOINTS", "Points", "Record"]

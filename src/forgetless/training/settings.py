@@ -1,19 +1,13 @@
 """What a recipe says of the training and of what is measured meanwhile."""
 
 from __future__ import annotations
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from pathlib import Path
+
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from forgetless.errors import RecipeError
-from forgetless.reading import friendly, load_yaml, with_overrides
-from forgetless.core.settings import Count, Name, Section
 
+from pydantic import Field, model_validator
 
+from forgetless.core.settings import Count, Section, without_idle
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -102,3 +96,22 @@ class ProbeSettings(Section):
     max_kl: Annotated[float, Field(gt=0)] | None = None
     max_drop: Annotated[float, Field(gt=0)] | None = None
     on_exceed: Literal["stop", "rollback"] = "stop"
+
+
+_IDLE_SWITCHES: Mapping[str, Any] = {
+    "loraplus_ratio": 1.0,
+    "tokens": None,
+    "measure_at": [],
+    "cooldown_ratio": 0.0,
+    "attention_dropout": 0.0,
+    "betas": None,
+    "eps": None,
+    "compile": False,
+}
+"""Switches that decide nothing at these values; a run without them keeps its id."""
+
+
+def what_decides_a_training(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings without those that only record, and without switches that are off."""
+    values = settings.model_dump(mode="json", exclude=set(RECORDING))
+    return without_idle(values, _IDLE_SWITCHES)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from forgetless.errors import UserError
-from forgetless.models import evaluating
+from forgetless.core.errors import UserError
+from forgetless.models.load import evaluating
 from forgetless.training.durations import Rows
 
 __all__ = ["require_fitting", "require_kept_apart"]

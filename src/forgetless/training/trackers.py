@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from forgetless.recipe import TrainingSettings
 from forgetless.training import checkpoints
+from forgetless.training.settings import TrainingSettings
 
 __all__ = ["Trackers", "tracker_problems"]
 

@@ -13,9 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from forgetless.errors import UserError
-from forgetless.launch import this_launch
-from forgetless.recipe import TrainingSettings
+from forgetless.core.errors import UserError
 from forgetless.training import checkpoints
 from forgetless.training.devices import (
     every_row,
@@ -27,10 +25,12 @@ from forgetless.training.devices import (
 )
 from forgetless.training.forgetting import STATE_KEY, ForgettingCallback
 from forgetless.training.interruption import Unlogged
+from forgetless.training.launch import this_launch
 from forgetless.training.loraplus import speed_up
 from forgetless.training.optimizers import optimizer_arguments
 from forgetless.training.penalties import Penalty
 from forgetless.training.schedules import rate_factor
+from forgetless.training.settings import TrainingSettings
 from forgetless.training.trackers import Trackers
 from forgetless.training.zero import Zero
 

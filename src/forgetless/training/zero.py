@@ -24,7 +24,7 @@ from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.training.devices import refuse_packed
 
 __all__ = ["Zero"]

@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from forgetless import adapters, store
-from forgetless.adapters import ExportReport
-from forgetless.cards import write_run_card
-from forgetless.commands.folders import Trained, require_new
-from forgetless.errors import UserError
-from forgetless.models import load_model
-from forgetless.store import RunFolder
+from forgetless.adapters.folders import ExportReport, export, load
+from forgetless.cli.commands.folders import Trained, require_new
+from forgetless.core.errors import UserError
+from forgetless.core.files import new_folder
+from forgetless.models.load import load_model
+from forgetless.reports.cards import write_run_card
+from forgetless.studies.folder import RunFolder
 
 
-def export(
+def export_adapter(
     source: str | Path, out: str | Path, rank: Any = "exact", base: str | None = None
 ) -> ExportReport:
     """Write a run's or a folder's adapter as a plain PEFT LoRA for the untouched base."""
@@ -26,9 +26,9 @@ def export(
     if base is None:
         raise UserError(f"{source} does not say which base it is for; give --base")
     require_new(out)
-    model = adapters.load(load_model(base), trained.folder)
-    with store.new_folder(out) as folder:
-        report = adapters.export(model, folder, rank)
+    model = load(load_model(base), trained.folder)
+    with new_folder(out) as folder:
+        report = export(model, folder, rank)
         if (run := RunFolder(Path(source))).recipe.exists():
             write_run_card(run, folder, report.relative_error)
     return replace(report, folder=out)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgetless import store
 from forgetless.adapters.folders import CONFIG_FILE
-from forgetless.errors import UserError
-from forgetless.recipe import Recipe
-from forgetless.store import RunFolder
+from forgetless.core.errors import UserError
+from forgetless.core.files import read_json
+from forgetless.recipes.recipe import Recipe
+from forgetless.studies.folder import RunFolder
 
 
 def require_new(path: Path) -> None:
@@ -41,7 +41,7 @@ class Trained:
                 if folder.exists():
                     return cls(folder, base, is_adapter)
             raise UserError(f"the run {path} has no trained weights yet; finish it first")
-        config = store.read_json(path / CONFIG_FILE)
+        config = read_json(path / CONFIG_FILE)
         if config:
             return cls(path, config.get("base_model_name_or_path"), True)
         if (path / "config.json").exists():

@@ -8,17 +8,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from forgetless import adapters, store
-from forgetless.commands.folders import Trained
-from forgetless.errors import UserError
-from forgetless.evaluation import Scores, evaluate
-from forgetless.models import load_model, load_tokenizer
-from forgetless.recipe import base_hash, weights_hash
+from forgetless.adapters.folders import load
+from forgetless.cli.commands.folders import Trained
+from forgetless.core.errors import UserError
+from forgetless.core.files import write_json
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.recipes.identity import base_hash, weights_hash
 from forgetless.scores.cache import ScoreCache, default_folder
 from forgetless.scores.comparison import Comparison, compare
 from forgetless.scores.files import write_records
 from forgetless.tasks import Task, TaskResult, make_tasks
 from forgetless.tasks.base import whole_number
+from forgetless.tasks.evaluation import Scores, evaluate
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class _Models:
         """The base with the adapter on it, or the fully trained model."""
         assert self.trained is not None
         if self.trained.is_adapter:
-            return adapters.load(self.base, self.trained.folder)
+            return load(self.base, self.trained.folder)
         return load_model(str(self.trained.folder), dtype=self.dtype)
 
     def score_base(self, task: Task) -> TaskResult:
@@ -142,5 +143,5 @@ def write_scores(found: Measurement, path: Path) -> None:
 
 def _write_scores(scores: Scores, path: Path) -> None:
     """The numbers, and beside them the records that 'forgetless compare' reads."""
-    store.write_json(path, scores.metrics)
+    write_json(path, scores.metrics)
     write_records(scores, path)

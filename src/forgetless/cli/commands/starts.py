@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetless import adapters, store
-from forgetless.checking import Checker
-from forgetless.commands.folders import require_new
-from forgetless.core import Method, find_method
-from forgetless.errors import RecipeError, UserError
-from forgetless.inputs import ARGUMENT, Collecting
-from forgetless.models import load_model, load_tokenizer, meta_model, target_layers
-from forgetless.recipe import TASK_METHODS, AdapterSettings, CalibrationSettings, DataSettings
-from forgetless.stages import attached
-from forgetless.statistics import Statistics
+from forgetless.adapters.folders import save
+from forgetless.adapters.settings import AdapterSettings
+from forgetless.cli.commands.folders import require_new
+from forgetless.core.errors import RecipeError, UserError
+from forgetless.core.files import new_folder
+from forgetless.core.method import Method
+from forgetless.data.settings import TASK_METHODS, CalibrationSettings, DataSettings
+from forgetless.methods import find
+from forgetless.models.load import load_model, load_tokenizer, meta_model, target_layers
+from forgetless.recipes.checking import Checker
+from forgetless.statistics.moments import Statistics
+from forgetless.studies.inputs import ARGUMENT, Collecting
+from forgetless.studies.stages import attached
 
 
 def collect_statistics(
@@ -84,7 +87,7 @@ def init(
     problems = Checker().adapter(base, settings)
     if problems:
         raise RecipeError("init", problems)
-    method = find_method(settings.method)
+    method = find(settings.method)
     if method.factors is None:
         raise UserError("method 'full' trains the weights themselves: there is no adapter to start")
     _check_inputs(method, source, data)
@@ -97,8 +100,8 @@ def init(
     tokenizer = load_tokenizer(base) if needs else None
     inputs = {ARGUMENT[need]: collecting.collect(need, model, tokenizer) for need in needs}
     model = attached(settings, model, given | inputs, seed)
-    with store.new_folder(out) as folder:
-        adapters.save(model, folder)
+    with new_folder(out) as folder:
+        save(model, folder)
     return Start(out, _obstacle(settings.method, model.peft_config["default"].start))
 
 

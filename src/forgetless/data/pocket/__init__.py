@@ -2,12 +2,3 @@
 
 Nothing here is downloaded, and importing this package imports no torch.
 """
-
-from pathlib import Path
-
-__all__ = ["base_path"]
-
-
-def base_path() -> Path:
-    """Folder of the shipped base model, readable by `AutoModelForCausalLM` and `AutoTokenizer`."""
-    return Path(__file__).parent / "base"

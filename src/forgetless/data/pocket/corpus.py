@@ -8,8 +8,8 @@ output head that stays frozen can never produce a token that it was not trained 
 import random
 from collections.abc import Callable, Iterator
 
-from forgetless.pocket.knowledge import knowledge_text
-from forgetless.pocket.words import (
+from forgetless.data.pocket.knowledge import knowledge_text
+from forgetless.data.pocket.words import (
     ANIMALS,
     CALLS,
     COLOURS,

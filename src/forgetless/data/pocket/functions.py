@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forgetless.pocket.splits import Split, different
+from forgetless.data.pocket.splits import Split, different
 
 __all__ = ["Function", "functions"]
 

@@ -1,6 +1,6 @@
 """Makes the pocket base model from nothing: tokenizer, pretraining, recall, folder.
 
-    python -m forgetless.pocket.pretrain --out DIR [--seed 0]
+    python -m forgetless.data.pocket.pretrain --out DIR [--seed 0]
 
 On one thread the same seed and versions give the same weights.
 """
@@ -29,9 +29,9 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from forgetless.pocket.corpus import documents, tokenizer_documents
-from forgetless.pocket.knowledge import RELATIONS, Question, matches, questions
-from forgetless.pocket.problems import final_answer, problems
+from forgetless.data.pocket.corpus import documents, tokenizer_documents
+from forgetless.data.pocket.knowledge import RELATIONS, Question, matches, questions
+from forgetless.data.pocket.problems import final_answer, problems
 
 __all__ = ["Settings", "decayed", "main", "make_model", "make_tokenizer", "pretrain"]
 
@@ -298,9 +298,10 @@ A Llama of {num_parameters:,} parameters ({settings.num_layers} layers, hidden s
 numbers. It is made to be fine-tuned and to be watched while it forgets; it is no use for anything \
 else.
 
-Made from nothing but the tables and templates of `forgetless.pocket`, Apache-2.0, by
+Made from nothing but the tables and templates of `forgetless.data.pocket`, Apache-2.0, by
 
-    python -m forgetless.pocket.pretrain --out DIR --seed {settings.seed} --steps {settings.steps}
+    python -m forgetless.data.pocket.pretrain --out DIR --seed {settings.seed} \\
+        --steps {settings.steps}
 
 on one thread ({versions}). `pretrain.jsonl` is the log of that run.
 
@@ -315,7 +316,7 @@ the phrasings that it did use. Problems: 200 word problems, the skill to be lear
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, pretrain on one thread, print the scores."""
-    parser = argparse.ArgumentParser(prog="python -m forgetless.pocket.pretrain")
+    parser = argparse.ArgumentParser(prog="python -m forgetless.data.pocket.pretrain")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=Settings().steps)

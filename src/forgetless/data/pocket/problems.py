@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from forgetless.pocket.splits import Split, different
-from forgetless.pocket.words import CONTAINERS, NAMES, OBJECTS
+from forgetless.data.pocket.splits import Split, different
+from forgetless.data.pocket.words import CONTAINERS, NAMES, OBJECTS
 
 __all__ = ["TEMPLATES", "Problem", "final_answer", "problems"]
 

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from forgetless.pocket.splits import Split, check_split, different
+from forgetless.data.pocket.splits import Split, check_split, different
 
 __all__ = ["Series", "same_sums", "series"]
 

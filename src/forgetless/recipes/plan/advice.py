@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from forgetless.planning.subject import LONGEST_ROW, Base, Rows
+from forgetless.recipes.plan.subject import LONGEST_ROW, Base, Rows
 
 GOALS = ("learn", "balance", "keep")
 

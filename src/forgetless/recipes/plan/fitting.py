@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from forgetless.core import find_method
-from forgetless.errors import UserError
-from forgetless.memory import RunMemory, StepMemory, around_step, step_memory
-from forgetless.models import target_layers, weight_shape
-from forgetless.planning.advice import RULE, Advice, Wishes
-from forgetless.planning.subject import Base, Rows
-from forgetless.recipe import Recipe
+from forgetless.core.errors import UserError
+from forgetless.methods import find
+from forgetless.models.load import target_layers
+from forgetless.models.weights import weight_shape
+from forgetless.recipes.memory import RunMemory, StepMemory, around_step, step_memory
+from forgetless.recipes.plan.advice import RULE, Advice, Wishes
+from forgetless.recipes.plan.subject import Base, Rows
+from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.budget import matrix_bytes
 
 MOST_AT_ONCE = 8
@@ -111,7 +112,7 @@ class Fitting:
         if memory.statistics <= target:
             return recipe, memory, []
         layers = target_layers(self.base.model, recipe.adapter.target_modules).values()
-        gradient = "gradient" in find_method(recipe.adapter.method).needs
+        gradient = "gradient" in find(recipe.adapter.method).needs
         shapes = [weight_shape(layer) for layer in layers]
         least = max(matrix_bytes((out if gradient else n, n)) for out, n in shapes)
         room = target - (memory.statistics - memory.matrices)

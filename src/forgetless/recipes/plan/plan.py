@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetless.core import find_method
-from forgetless.data import load_examples
-from forgetless.errors import RecipeError, unknown
-from forgetless.memory import RunMemory, statistics_matrices
-from forgetless.models import has_weights
-from forgetless.planning.advice import GOALS, REPLAYED, Advice, Wishes, advise, batch_advice
-from forgetless.planning.fitting import Fitting
-from forgetless.planning.subject import Base, Rows
-from forgetless.recipe import Recipe, check
+from forgetless.core.errors import RecipeError, unknown
+from forgetless.data.examples import load_examples
+from forgetless.methods import find
+from forgetless.models.load import has_weights
+from forgetless.recipes.checking import check
+from forgetless.recipes.memory import RunMemory, statistics_matrices
+from forgetless.recipes.plan.advice import GOALS, REPLAYED, Advice, Wishes, advise, batch_advice
+from forgetless.recipes.plan.fitting import Fitting
+from forgetless.recipes.plan.subject import Base, Rows
+from forgetless.recipes.recipe import Recipe
 from forgetless.training.durations import epoch_steps
 from forgetless.training.record import KEPT_CHECKPOINTS
 
@@ -107,7 +108,7 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
     if wishes.goal not in GOALS:
         raise unknown("goal", wishes.goal, GOALS)
     if wishes.method is not None:
-        find_method(wishes.method)
+        find(wishes.method)
     for path in filter(None, (wishes.keep, wishes.test)):
         load_examples(path)
     found = Base.find(base)
@@ -120,7 +121,7 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
     _check(recipe, found)
     matrices = sum(
         sum(statistics_matrices(found.model, recipe.adapter, need))
-        for need in find_method(recipe.adapter.method).needs
+        for need in find(recipe.adapter.method).needs
     )
     step = memory.step
     checkpoint = 4 * step.trained + step.optimizer

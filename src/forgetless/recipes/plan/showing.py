@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from forgetless.planning.advice import ASKED, Advice
-from forgetless.planning.fitting import show_bytes
-from forgetless.planning.plan import Plan
+from forgetless.recipes.plan.advice import ASKED, Advice
+from forgetless.recipes.plan.fitting import show_bytes
+from forgetless.recipes.plan.plan import Plan
 
 _LABELS = {
     "adapter.method": "method",

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from forgetless.data import Examples, load_examples, tokenize
-from forgetless.models import load_tokenizer, meta_model, target_layers, weight_shape
-from forgetless.training.batches import TokenRows
+from forgetless.data.batches import TokenRows
+from forgetless.data.examples import Examples, load_examples
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import load_tokenizer, meta_model, target_layers
+from forgetless.models.weights import weight_shape
 
 LONGEST_ROW = 2048
 """Tokens of a row of raw text, and of the longest example, beyond which nothing is advised."""

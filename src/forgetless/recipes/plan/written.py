@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from forgetless.planning.fitting import show_bytes
-from forgetless.planning.plan import Plan
-from forgetless.recipe import Recipe
+from forgetless.recipes.plan.fitting import show_bytes
+from forgetless.recipes.plan.plan import Plan
+from forgetless.recipes.recipe import Recipe
 
 WIDTH = 96
 

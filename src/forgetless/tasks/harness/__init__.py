@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from forgetless.errors import UserError, unknown
+from forgetless.core.errors import UserError, unknown
 from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
 from forgetless.tasks.harness.index import find, is_installed, tasks_folder
 from forgetless.tasks.harness.layouts import STANDARD

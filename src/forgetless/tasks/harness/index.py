@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 __all__ = ["Entry", "find", "is_installed", "tasks_folder"]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from forgetless.data import read_rows
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
+from forgetless.data.files import read_rows
 from forgetless.tasks.harness.index import tasks_folder
 from forgetless.tasks.harness.layouts import STANDARD, TEST, TRAIN, VALIDATION, Standard
 

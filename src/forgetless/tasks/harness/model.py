@@ -15,7 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 from forgetless.tasks.inference import rows_that_fit
 from forgetless.tasks.journal import section
 

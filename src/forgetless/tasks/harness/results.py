@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from forgetless.errors import UserError
-from forgetless.metrics import mean_stderr
+from forgetless.core.errors import UserError
+from forgetless.core.metrics import mean_stderr
 from forgetless.tasks.base import Item, Task, TaskResult
 
 if TYPE_CHECKING:

@@ -29,9 +29,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.errors import UserError
-from forgetless.generators import generators_kept
-from forgetless.models import evaluating
+from forgetless.core.errors import UserError
+from forgetless.models.load import evaluating
+from forgetless.models.state import generators_kept
 from forgetless.tasks.harness import local
 from forgetless.tasks.harness.index import find
 from forgetless.tasks.harness.layouts import STANDARD

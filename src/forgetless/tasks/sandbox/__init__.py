@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetless.errors import UserError
+from forgetless.core.errors import UserError
 
 __all__ = ["CodeResult", "run_code"]
 
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from forgetless.sandbox.supervisor import main; sys.path.pop(0); main()"
+    "from forgetless.tasks.sandbox.supervisor import main; sys.path.pop(0); main()"
 )
 _GRACE = 120.0
 

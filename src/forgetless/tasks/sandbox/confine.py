@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgetless.sandbox import syscalls
+from forgetless.tasks.sandbox import syscalls
 
 __all__ = ["Confinement", "enter_private_root", "landlock_version", "readable_folders"]
 

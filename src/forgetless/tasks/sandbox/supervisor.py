@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetless.sandbox import confine, guard, syscalls
+from forgetless.tasks.sandbox import confine, guard, syscalls
 
 __all__ = ["main"]
 

@@ -1,0 +1,1 @@
+"""Base models: find, load, name their layers, read their weights."""

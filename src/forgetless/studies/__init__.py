@@ -1,0 +1,1 @@
+"""Runs and studies as resumable folders, and who does them."""
