@@ -20,7 +20,7 @@ test: check
 # transformers and peft seconds slower and noisy, so they get an environment of their own.
 test-quantised:
 	$(MAKE) VENV=.venv-quantised EXTRAS=dev,quantised .venv-quantised/.ready
-	.venv-quantised/bin/python -m pytest tests/test_adapters_bases.py
+	.venv-quantised/bin/python -m pytest tests/adapters/test_bases.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,55 @@
+"""The README does what it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_example_runs_as_printed(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + PYTHON[0]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pocket_recall" in done.stdout
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_python_example_has_ten_lines() -> None:
+    assert len(PYTHON[0].splitlines()) <= 11
+
+
+def test_the_method_shown_is_the_whole_file() -> None:
+    file = ROOT / "src" / "forgetless" / "methods" / "milora.py"
+    assert PYTHON[1] == file.read_text(encoding="utf-8")
+
+
+def test_the_tree_names_every_module() -> None:
+    tree = README.split("## The source")[1]
+    package = ROOT / "src" / "forgetless"
+    modules = {path.name for path in package.glob("*.py") if not path.name.startswith("_")}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    named = set(re.findall(r"^  (\S+)", tree, flags=re.MULTILINE))
+    assert named == modules | folders
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_every_link_leads_to_a_file(target: str) -> None:
+    assert (ROOT / target).is_file()
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"make (\w+)", README))))
+def test_every_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
