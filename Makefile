@@ -26,6 +26,8 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest --quiet tests/project/test_layout.py
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -33,7 +33,7 @@ from forgetless.reports.standing import standing
 from forgetless.reports.words import answer
 from forgetless.studies.folder import CURVE_COLUMNS, curve, results, write_csv
 
-from .test_reports import Sheet, make_study, plain, two_sheets, write_json
+from .test_page import Sheet, make_study, plain, two_sheets, write_json
 
 DOCS = Path(__file__).parents[2] / "docs"
 

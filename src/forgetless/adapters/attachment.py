@@ -37,7 +37,7 @@ _HOW_TO_GET = {
     "task_moment": "statistics of the new task; "
     "pass task_stats=forgetless.collect(model, batches) on its data",
     "gradient": "the gradients of the new task's loss; "
-    "pass gradients=forgetless.statistics.collect_gradients(model, batches)",
+    "pass gradients=forgetless.statistics.gradients.collect_gradients(model, batches)",
 }
 
 

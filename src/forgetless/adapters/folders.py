@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from forgetless.adapters.anchored import Anchor, plain_factors
+from forgetless.adapters.card import write_export_card
 from forgetless.adapters.dora import is_dora
 from forgetless.adapters.layer import (
     ANCHORED_TYPE,
@@ -129,8 +130,6 @@ def export(
 
 def _write_card(config: LoraConfig, report: ExportReport) -> None:
     """The README.md beside the weights, for whoever finds the folder."""
-    from forgetless.reports.cards import write_export_card
-
     write_export_card(
         report.folder,
         config.base_model_name_or_path or "",

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import distributed
 
-import forgetless
 from forgetless.core.errors import RecipeError
 from forgetless.core.files import folder_name, lock, read_json, remove_temporaries, write_text
 from forgetless.models.load import meta_model
@@ -183,7 +182,7 @@ def _now() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "forgetless": forgetless.__version__}
+    found = {"python": platform.python_version(), "forgetless": version("forgetless")}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             found[package] = version(package)

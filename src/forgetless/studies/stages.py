@@ -51,11 +51,11 @@ from forgetless.models.load import load_model, load_tokenizer, meta_model, targe
 from forgetless.models.weights import linear_weight
 from forgetless.recipes.identity import base_hash, input_keys
 from forgetless.recipes.recipe import Recipe
-from forgetless.reports.cards import write_run_card
 from forgetless.scores.cache import ScoreCache
 from forgetless.scores.files import Phase
 from forgetless.statistics.moments import Statistics
 from forgetless.statistics.ranks import Ranks
+from forgetless.studies.card import write_run_card
 from forgetless.studies.folder import RunFolder, planned
 from forgetless.studies.inputs import Collecting, load_inputs
 from forgetless.studies.shortage import saying_what_takes_less

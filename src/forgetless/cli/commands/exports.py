@@ -11,7 +11,7 @@ from forgetless.cli.commands.folders import Trained, require_new
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder
 from forgetless.models.load import load_model
-from forgetless.reports.cards import write_run_card
+from forgetless.studies.card import write_run_card
 from forgetless.studies.folder import RunFolder
 
 

@@ -6,7 +6,6 @@ It holds no folder of the machine that it was written on, and no text of a task'
 
 from __future__ import annotations
 
-import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -18,27 +17,39 @@ from typing import Any
 
 import yaml
 
-from forgetless.core.errors import UserError
 from forgetless.core.files import read_json, write_text
-from forgetless.scores.comparison import Comparison, Row, compare
-from forgetless.scores.files import read_scores
-from forgetless.scores.showing import sentence
-from forgetless.studies.folder import RunFolder
+from forgetless.methods import METHODS
+from forgetless.models.pocket import base_path
 
-__all__ = ["Card", "write_export_card", "write_run_card"]
+__all__ = ["Card", "file_name", "pairs", "table", "write", "write_export_card"]
+
 
 CARD_FILE = "README.md"
+
+
 _MARK = "<!-- Written by forgetless. Without this line it will not be written again. -->"
 
+
 _CONFIG = "adapter_config.json"
+
+
 _PACKAGES = ("torch", "transformers", "peft")
+
+
 _CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+
+
+_NOT_MEASURED = "Not measured. `forgetless eval BASE --adapter FOLDER --tasks ...` does."
 _PIPELINES = {"CAUSAL_LM": "text-generation"}
+
 
 # What vLLM accepts as max_lora_rank.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
+
 _HUB_CACHE = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)")
+
+
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
@@ -53,8 +64,7 @@ class Card:
         options: of the method.
         error: relative error of the export, 0 where it is exact; None where that is not known.
         settings: further rows of the table of settings.
-        comparison: learning and forgetting; None where nothing was measured.
-        learning: tasks that training should raise.
+        scores: the paragraphs on what was learned and forgotten; none where nothing was measured.
         versions: of the packages it was made with.
     """
 
@@ -64,8 +74,7 @@ class Card:
     options: Mapping[str, Any] = field(default_factory=dict)
     error: float | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
-    comparison: Comparison | None = None
-    learning: frozenset[str] = frozenset()
+    scores: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -75,7 +84,8 @@ class Card:
         parts = [
             f"---\n{metadata}---\n\n{_MARK}",
             *_introduction(self),
-            *_scores(self),
+            "## What it learned and what it forgot",
+            *(self.scores or [_NOT_MEASURED]),
             *_loading(self),
             *_making(self),
             *_caveats(self),
@@ -99,7 +109,7 @@ def write_export_card(
         error: relative error of the export.
     """
     known = start or {}
-    _write(
+    write(
         Path(folder),
         Card(
             base=base,
@@ -113,56 +123,12 @@ def write_export_card(
     )
 
 
-def write_run_card(
-    run: RunFolder, folder: str | Path | None = None, error: float | None = None
-) -> None:
-    """Write the card of a run's adapter, with whatever of it is measured by now.
-
-    Args:
-        run: the run's folder.
-        folder: of the exported adapter; None for the run's own, and nothing where there is none.
-        error: relative error of the export; None for that of the run's own.
-    """
-    folder = run.adapter if folder is None else Path(folder)
-    config = read_json(folder / _CONFIG)
-    if not config:
-        return
-    from forgetless.recipes.recipe import Recipe
-
-    recipe = Recipe.load(run.recipe)
-    record = read_json(run.record)
-    if error is None:
-        error = record.get("export", {}).get("relative_error")
-    comparison, learning = _measured(run)
-    card = Card(
-        base=recipe.base,
-        config=config,
-        method=recipe.adapter.method,
-        options=recipe.adapter.options,
-        error=error,
-        settings=_run_settings(recipe, record, read_json(run.analysis)),
-        comparison=comparison,
-        learning=learning,
-        versions=record.get("versions", {}),
-    )
-    _write(folder, card)
-
-
-def _write(folder: Path, card: Card) -> None:
+def write(folder: Path, card: Card) -> None:
     """Write the card, unless somebody made the file their own or nothing changes."""
     file = folder / CARD_FILE
     before = file.read_text(encoding="utf-8") if file.exists() else _MARK
     if _MARK in before and before != card.text:
         write_text(file, card.text)
-
-
-def _measured(run: RunFolder) -> tuple[Comparison | None, frozenset[str]]:
-    """The final scores against the base's, where both were measured."""
-    try:
-        base, final = read_scores(run.path, "base"), read_scores(run.path, "final")
-        return compare(base.scores, final.scores), base.learning
-    except UserError:
-        return None, frozenset()
 
 
 def _versions() -> dict[str, str]:
@@ -171,9 +137,6 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-# ------------------------------------------------------------------------------------- metadata
 
 
 def _metadata(card: Card) -> dict[str, Any]:
@@ -194,27 +157,22 @@ def _base_name(base: str) -> str:
     >>> _base_name("/home/me/models--meta-llama--Llama-2-7b-hf/snapshots/01c7f7")
     'meta-llama/Llama-2-7b-hf'
     """
-    from forgetless.models.pocket import base_path
-
     if base == str(base_path()):
         return "pocket"
     if cached := _HUB_CACHE.search(base):
         return f"{cached['owner']}/{cached['name']}"
     if _HUB_ID.fullmatch(base) and not Path(base).exists():
         return base
-    return _file_name(base)
+    return file_name(base)
 
 
 def _is_on_the_hub(base: str) -> bool:
     return "/" in _base_name(base)
 
 
-def _file_name(path: str) -> str:
+def file_name(path: str) -> str:
     """The last part of a path; what is no path, such as "self" or "pocket:held", stays."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-
-
-# ------------------------------------------------------------------------------------- sections
 
 
 def _introduction(card: Card) -> list[str]:
@@ -229,53 +187,12 @@ def _introduction(card: Card) -> list[str]:
 
 
 def _about(method: str) -> str:
-    from forgetless.methods import METHODS
-
     known = METHODS.get(method)
     return "" if known is None else f": {known.summary} ({known.paper})"
 
 
 def _rank(config: Mapping[str, Any]) -> int:
     return int(max([config["r"], *dict(config.get("rank_pattern") or {}).values()]))
-
-
-def _scores(card: Card) -> list[str]:
-    title = "## What it learned and what it forgot"
-    if card.comparison is None:
-        return [title, "Not measured. `forgetless eval BASE --adapter FOLDER --tasks ...` does."]
-    rows = sorted(card.comparison, key=lambda row: row.task not in card.learning)
-    level = f"{card.comparison.level:.0%}".replace("%", " %")
-    head = ["task", "", "metric", "base", "adapter", "change", f"{level} interval", "items", "kept"]
-    table = _table(head, [_score_cells(row, row.task in card.learning) for row in rows])
-    said = "\n".join(f"- `{row.task}`: {sentence(row)}." for row in rows)
-    parts = [title, table, said]
-    averages = [average for average in card.comparison.averages if not average.missing]
-    if averages:
-        cells = [[a.name, f"{a.base:.4f}", f"{a.score:.4f}"] for a in averages]
-        parts.append(_table(["average", "base", "adapter"], cells))
-    if card.comparison.unmatched:
-        parts.append(f"Not measured for both: {', '.join(card.comparison.unmatched)}.")
-    note = (
-        f"Base and adapter answered the same items; the {level} interval is that of the "
-        "difference over items. *Kept* is the share of the base's score that is left. Loss and KL "
-        "are in nats per token, and lower is better."
-    )
-    return [*parts, note]
-
-
-def _score_cells(row: Row, learned: bool) -> list[str]:
-    low, high = row.interval
-    return [
-        f"`{row.task}`",
-        "learning" if learned else "forgetting",
-        row.metric.partition(",")[0],
-        f"{row.base:.4g}",
-        f"{row.score:.4g}",
-        f"{row.difference:+.3g}",
-        "unknown" if math.isnan(low) else f"{low:+.3g} to {high:+.3g}",
-        str(row.n),
-        "–" if math.isnan(row.retention) else f"{100 * row.retention:.3g} %",
-    ]
 
 
 def _loading(card: Card) -> list[str]:
@@ -294,7 +211,7 @@ def _peft_code(card: Card) -> str:
     base = _base_name(card.base) or "BASE"
     if base == "pocket":
         return (
-            "from forgetless.models import load_model, load_tokenizer\n"
+            "from forgetless.models.load import load_model, load_tokenizer\n"
             "from peft import PeftModel\n\n"
             'base, tokenizer = load_model("pocket"), load_tokenizer("pocket")\n'
             'model = PeftModel.from_pretrained(base, "this-folder")\n'
@@ -329,15 +246,15 @@ def _making(card: Card) -> list[str]:
     config = card.config
     rows = {
         "start": f"`{card.method}`" if card.method else "",
-        "options": _pairs(card.options),
+        "options": pairs(card.options),
         "layers": _layers(config.get("target_modules")),
         "rank of the file": str(_rank(config)),
         "error of the export": _error(card.error),
         **card.settings,
-        "versions": _pairs(card.versions, " "),
+        "versions": pairs(card.versions, " "),
     }
     cells = [[name, _cell(value)] for name, value in rows.items() if value]
-    return ["## How it was made", _table(["setting", "value"], cells)]
+    return ["## How it was made", table(["setting", "value"], cells)]
 
 
 def _error(error: float | None) -> str:
@@ -352,101 +269,13 @@ def _layers(targets: Any) -> str:
     return ", ".join(sorted(map(str, targets)))
 
 
-def _pairs(values: Mapping[str, Any], between: str = "=") -> str:
+def pairs(values: Mapping[str, Any], between: str = "=") -> str:
     return ", ".join(f"{name}{between}{value}" for name, value in values.items())
-
-
-def _run_settings(
-    recipe: Any, record: Mapping[str, Any], analysis: Mapping[str, Any]
-) -> dict[str, str]:
-    """The rows of a run: what it was trained on, for how long, and what it was told to keep."""
-    adapter, training, data = recipe.adapter, recipe.training, recipe.data
-    trained = record.get("training", {})
-    update = analysis.get("relative_update")
-    sources = ", ".join(
-        _file_name(path) + (f" (weight {weight:g})" if len(data.sources) > 1 else "")
-        for path, weight in data.sources
-    )
-    return {
-        "rank and alpha in training": f"{adapter.rank}, {adapter.alpha:g}",
-        "dropout": f"{adapter.dropout:g}",
-        "training data": sources,
-        "knowledge to keep": _kept_text(recipe),
-        "steps": _steps(trained, training),
-        "batch": str(training.batch_size * training.gradient_accumulation),
-        "optimiser": _optimiser(training),
-        "penalties": "; ".join(map(_penalty, recipe.penalties)),
-        "budget of forgetting": _budget(recipe.probes),
-        "final loss": _final_loss(trained),
-        "size of the update": f"{update:.3g} of the weights' norm" if update else "",
-        "seed": str(recipe.seed),
-    }
-
-
-def _optimiser(training: Any) -> str:
-    """Name and settings; those that most trainings leave out only where they are used."""
-    used = {
-        "cool-down": training.cooldown_ratio,
-        "attention dropout": training.attention_dropout,
-        "LoRA+ ratio": 0 if training.loraplus_ratio == 1 else training.loraplus_ratio,
-    }
-    return ", ".join(
-        [
-            f"{training.optimizer}, learning rate {training.learning_rate:g}",
-            f"{training.schedule}, warm-up {training.warmup_ratio:g}",
-            *[f"{name} {value:g}" for name, value in used.items() if value],
-            f"weight decay {training.weight_decay:g}, {training.precision}",
-        ]
-    )
-
-
-def _penalty(spec: Mapping[str, Any]) -> str:
-    """Its kind and settings, without the folders of this machine."""
-    settings = {key: value for key, value in spec.items() if key != "kind"}
-    for key in {"source", "adapters"} & set(settings):
-        paths = [settings[key]] if isinstance(settings[key], str) else settings[key]
-        settings[key] = "+".join(_file_name(str(path)) for path in paths)
-    return f"{spec['kind']} ({_pairs(settings)})" if settings else str(spec["kind"])
-
-
-def _budget(probes: Any) -> str:
-    limits = {"KL to the base": probes.max_kl, "drop of a score": probes.max_drop}
-    return ", ".join(f"{name} at most {at:g}" for name, at in limits.items() if at is not None)
-
-
-def _steps(trained: Mapping[str, Any], training: Any) -> str:
-    """Those that the weights have behind them; fewer than were planned where a budget ended it."""
-    over = trained.get("exceeded")
-    if not over:
-        return str(trained.get("steps", training.steps or ""))
-    seen = f"at step {over['step']} {over['probe']} reached {over['value']:.3g}"
-    return f"{over['kept_step']}; ended by the budget: {seen}"
-
-
-def _final_loss(trained: Mapping[str, Any]) -> str:
-    """Of the weights that the adapter has; not known of those that a training went back to."""
-    over = trained.get("exceeded")
-    went_back = over and over["kept_step"] != over["step"]
-    return f"{trained['final_loss']:.4g}" if "final_loss" in trained and not went_back else ""
-
-
-def _kept_text(recipe: Any) -> str:
-    """The calibration text, where the method reads one."""
-    from forgetless.methods import METHODS
-
-    known = METHODS.get(recipe.adapter.method)
-    if known is None or not known.needs:
-        return "none: this start reads no text"
-    text = recipe.calibration
-    called = {"self": "sampled from the base itself", "data": "the training data"}
-    sources = [called.get(name) or _file_name(name) for name, _ in text.sources(known.name)]
-    read = " and ".join(sources)
-    return f"{read}; {text.samples} texts of at most {text.max_length} tokens"
 
 
 def _caveats(card: Card) -> list[str]:
     said = []
-    if card.comparison is not None:
+    if card.scores:
         said += [
             "These are the scores of one training with one seed; the intervals are over the items "
             "of a task, not over trainings.",
@@ -463,7 +292,7 @@ def _caveats(card: Card) -> list[str]:
     return ["## What to keep in mind", "\n".join(f"- {line}" for line in said)]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

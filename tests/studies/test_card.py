@@ -14,12 +14,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
 import forgetless as fl
+from forgetless.adapters.card import Card, _base_name
 from forgetless.cli.commands.exports import export_adapter
 from forgetless.core.files import read_json, write_json
 from forgetless.models.load import load_model
 from forgetless.recipes.recipe import Recipe
-from forgetless.reports.cards import Card, _base_name, write_run_card
 from forgetless.scores.comparison import compare
+from forgetless.studies.card import score_paragraphs, write_run_card
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.run import run as run_recipe
 from tests.families import FAMILIES
@@ -253,7 +254,7 @@ def test_learning_comes_first_and_averages_and_gaps_are_named() -> None:
     base = {name: answers(1, 1, 1, 0, name=name) for name in names}
     tuned = {name: answers(1, 1, 0, 0, name=name) for name in names}
     comparison = compare({**base, "more": base["skill"]}, tuned)
-    card = Card(HUB, CONFIG, comparison=comparison, learning=frozenset({"skill"}))
+    card = Card(HUB, CONFIG, scores=score_paragraphs(comparison, frozenset({"skill"})))
     lines = card.text.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("| `"))
     assert lines[first].startswith("| `skill` | learning | accuracy | 0.75 | 0.5 | -0.25 |")
