@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import load_yaml, parse_yaml
 from forgetless.core.settings import parse_assignments, with_overrides
 from forgetless.recipes import identity
-from forgetless.recipes.checking import check
+from forgetless.recipes.checking import check, load_recipe
 from forgetless.recipes.identity import content_hash
 from forgetless.recipes.recipe import Recipe
 from tests.tiny import recipe_of, save_base, save_files
@@ -376,7 +377,7 @@ def test_a_sound_recipe_has_no_problems_and_no_weight_is_read(
     assert check(Recipe.parse(tiny_recipe, {"base": str(base)})) == []
 
 
-def test_all_problems_are_shown_together(tiny_recipe: dict[str, Any]) -> None:
+def test_all_problems_are_shown_together(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     changes = {
         "training.learning_rat": 1e-3,
         "dtype": "bf16",
@@ -384,8 +385,10 @@ def test_all_problems_are_shown_together(tiny_recipe: dict[str, Any]) -> None:
         "data.train": "absent.jsonl",
         "tasks.forgetting": ["pocket_recal"],
     }
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(tiny_recipe))
     with pytest.raises(RecipeError) as caught:
-        Recipe.parse(tiny_recipe, changes, source="mine.yaml")
+        load_recipe(file, changes)
     shown = str(caught.value)
     for part in (
         "learning_rat: unknown",
@@ -395,7 +398,7 @@ def test_all_problems_are_shown_together(tiny_recipe: dict[str, Any]) -> None:
         "recal'; did",
     ):
         assert part in shown
-    assert shown.startswith("mine.yaml: 8 problems")
+    assert shown.startswith(f"{file}: 8 problems")
 
 
 def test_a_study_is_not_a_recipe(tiny_recipe: dict[str, Any]) -> None:

@@ -87,8 +87,8 @@ def test_a_folder_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from forgetless import store\n"
-        "with store.new_folder(Path(sys.argv[1]) / 'made') as folder:\n"
+        "import os, sys; from pathlib import Path; from forgetless.core.files import new_folder\n"
+        "with new_folder(Path(sys.argv[1]) / 'made') as folder:\n"
         "    (folder / 'file').write_text('half'); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)

@@ -23,10 +23,16 @@ from forgetless.core.errors import UserError
 
 __all__ = ["CodeResult", "run_code"]
 
-_START = (
-    "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from forgetless.tasks.sandbox.supervisor import main; sys.path.pop(0); main()"
-)
+# The packages above are known by their folders alone: what their own files import is not there.
+_START = """
+import sys, types
+folder = sys.argv[1]
+for name in ("forgetless", "forgetless.tasks", "forgetless.tasks.sandbox"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["forgetless.tasks.sandbox"].__path__ = [folder]
+from forgetless.tasks.sandbox.supervisor import main
+main()
+"""
 _GRACE = 120.0
 
 
@@ -96,12 +102,12 @@ class _Supervisor:
                 f"{sys.platform}: evaluate such tasks in a Linux machine or container"
             )
         self.owner = os.getpid()
-        source = str(Path(__file__).resolve().parents[2])
+        folder = str(Path(__file__).resolve().parent)
         keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         # One seed for the order of sets makes a score the same every time.
         fixed = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "LC_ALL": "C.UTF-8"}
         self.process = subprocess.Popen(
-            [sys.executable, "-S", "-s", "-P", "-B", "-X", "utf8", "-c", _START, source, *options],
+            [sys.executable, "-S", "-s", "-P", "-B", "-X", "utf8", "-c", _START, folder, *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=keep | fixed,
