@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from forgetless.core.errors import RecipeError, UserError
-from forgetless.core.files import load_yaml, parse_yaml
 from forgetless.core.settings import parse_assignments, with_overrides
 from forgetless.recipes import identity
 from forgetless.recipes.checking import check, load_recipe
@@ -28,71 +24,6 @@ pytest_plugins = ["tests.tiny_fixtures"]
 
 def run_id(recipe: dict[str, Any], **changes: Any) -> str:
     return identity.run_id(Recipe.parse(recipe, changes))
-
-
-# ---- YAML ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-5", 1e-5),
-        ("1E5", 1e5),
-        ("-2.5e+3", -2500.0),
-        ("1.e2", 100.0),
-        (".5", 0.5),
-        ("1_000.5", 1000.5),
-        ("-.inf", -math.inf),
-        ("3", 3),
-        ("1.2.3", "1.2.3"),
-        ("e5", "e5"),
-        ("5e", "5e"),
-        ("'1e-5'", "1e-5"),
-        ("true", True),
-        ("null", None),
-    ],
-)
-def test_numbers_are_read_as_people_mean_them(text: str, value: Any) -> None:
-    assert parse_yaml(text) == value
-    assert type(parse_yaml(text)) is type(value)
-
-
-@given(st.floats(allow_nan=False, allow_infinity=False))
-def test_every_float_survives_yaml(value: float) -> None:
-    assert parse_yaml(repr(value)) == value
-
-
-def test_a_key_given_twice_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"'steps' is given twice \(again in line 3\)"):
-        parse_yaml("steps: 1\nseed: 2\nsteps: 3\n")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"# nothing\n", "is empty"),
-        (b"- a\n- b\n", "must hold keys and values"),
-        (b"just words", "must hold keys and values"),
-        (b"1: 2\n", "must hold keys and values"),
-        (b"a: [1, 2\n", "not valid YAML: line 2"),
-        (b"a: b: c\n", "not valid YAML: line 1"),
-        (b"\xff\xfe\x00", "not a text file"),
-        (b"!!python/object/apply:os.system ['true']", "not valid YAML"),
-    ],
-)
-def test_files_that_hold_no_recipe(tmp_path: Path, content: bytes, message: str) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        load_yaml(file)
-
-
-def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such file: .*absent\.yaml"):
-        load_yaml(tmp_path / "absent.yaml")
-    with pytest.raises(UserError, match="is a folder"):
-        load_yaml(tmp_path)
 
 
 # ---- overrides -----------------------------------------------------------------------------------

@@ -1,138 +1,15 @@
-"""Folders of runs: whole files or none, locks that die with their holder, and the table."""
+"""Folders of runs: their records, and the tables."""
 
 from __future__ import annotations
 
 import csv
-import multiprocessing
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forgetless.core.files import (
-    folder_name,
-    lock,
-    new_folder,
-    read_json,
-    read_jsonl,
-    remove_temporaries,
-    write_json,
-    write_jsonl,
-)
+from forgetless.core.files import read_json, write_json
 from forgetless.studies.folder import COLUMNS, RunFolder, results, write_csv
-
-# ---- writing -------------------------------------------------------------------------------------
-
-
-def test_json_is_read_back_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    content = {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": "é"}, "e": (1, None)}
-    write_json(tmp_path / "new" / "x.json", content)
-    assert read_json(tmp_path / "new" / "x.json") == {
-        "a": None,
-        "b": [1.5, None],
-        "c": {"d": "é"},
-        "e": [1, None],
-    }
-    assert read_json(tmp_path / "absent.json") == {}
-
-
-def test_lines_are_read_back(tmp_path: Path) -> None:
-    rows = [{"id": "1", "answer": "two\nlines"}, {"id": "2", "answer": "\u2028"}]
-    write_jsonl(tmp_path / "x.jsonl", rows)
-    assert read_jsonl(tmp_path / "x.jsonl") == rows
-    assert read_jsonl(tmp_path / "absent.jsonl") == []
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "x.json"
-    write_json(file, {"old": 1})
-
-    def fail(descriptor: int) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_json(file, {"new": 2})
-    monkeypatch.undo()
-    assert read_json(file) == {"old": 1}
-    remove_temporaries(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_a_new_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
-    for content in ("one", "two"):
-        with new_folder(tmp_path / "made") as folder:
-            (folder / "below").mkdir()
-            (folder / "below" / "file").write_text(content)
-            assert not (tmp_path / "made").exists() or content == "two"
-    assert (tmp_path / "made" / "below" / "file").read_text() == "two"
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
-
-
-def test_a_folder_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
-    def write_half() -> None:
-        with new_folder(tmp_path / "made") as folder:
-            (folder / "file").write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_half()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
-    code = (
-        "import os, sys; from pathlib import Path; from forgetless.core.files import new_folder\n"
-        "with new_folder(Path(sys.argv[1]) / 'made') as folder:\n"
-        "    (folder / 'file').write_text('half'); os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    assert done.returncode == -9
-    assert not (tmp_path / "made").exists()
-    assert len(list(tmp_path.iterdir())) == 1
-    remove_temporaries(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "folder"),
-    [("my run", "my-run"), ("../up", "up"), ("a/b", "a-b"), ("...", "unnamed"), ("v1.2", "v1.2")],
-)
-def test_a_name_becomes_one_folder(name: str, folder: str) -> None:
-    assert folder_name(name) == folder
-
-
-# ---- locks ---------------------------------------------------------------------------------------
-
-
-def _hold(path: Path, held: Any) -> None:
-    with lock(path):
-        held.set()
-        time.sleep(60)
-
-
-def test_a_lock_keeps_others_out_and_dies_with_its_holder(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    held = context.Event()
-    holder = context.Process(target=_hold, args=(tmp_path / "lock", held))
-    holder.start()
-    try:
-        assert held.wait(120)
-        with lock(tmp_path / "lock", wait=False) as free:
-            assert not free
-    finally:
-        holder.kill()
-        holder.join()
-    with lock(tmp_path / "lock") as free:
-        assert free
-    with lock(tmp_path / "lock", wait=False) as free:
-        assert free
-
 
 # ---- the table -----------------------------------------------------------------------------------
 

@@ -1,28 +1,93 @@
-"""Files that are whole or absent, locks that die with their process, and YAML.
+"""Files that are whole or absent, locks that end with their process, and YAML.
 
-A file is written under a temporary name, flushed to the disk and renamed; a folder likewise.
-Whatever bears its final name is complete.
+A file or a folder is written under a temporary name, flushed to the disk and renamed, so whatever
+bears its final name is complete. A file is replaced in one step everywhere. A folder is exchanged
+for the new one in one step on Linux and macOS: its name stands for a whole folder at every moment.
+Elsewhere, and on file systems that cannot exchange two names (some network ones), two renames
+follow each other, and a reader who comes between them finds nothing. Of several writers at once
+the last one wins, whole. A reader who opens several files of a folder one by one while it is
+replaced may get some of each.
 """
 
 from __future__ import annotations
 
-import fcntl
+import ctypes
+import errno
+import glob
 import json
+import logging
 import math
 import os
+import platform
 import re
 import shutil
 import uuid
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from forgetless.core.errors import UserError
 
+_log = logging.getLogger(__name__)
+
 _TEMPORARY = ".tmp-"
+_PATIENCE_SECONDS = 1
+"""How long a lock is waited for without a word."""
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside ``path``; what is written to it is ``path`` when the block ends well.
+
+    When the block raises, the old file stays as it was. A link is followed, not replaced.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(
+    path: str | Path, keep: Callable[[str], bool] = lambda name: False
+) -> Iterator[Path]:
+    """A temporary folder that takes the name ``path`` when the block ends well.
+
+    A folder that had the name is replaced. When the block raises, it stays as it was.
+
+    Args:
+        path: the folder; a link is followed, not replaced.
+        keep: whether a file or folder of this name, directly in the old folder, goes into the new
+            one, where the block did not write one of that name itself.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in sorted(path.iterdir()) if path.is_dir() else ():
+            if keep(entry.name) and not (temporary / entry.name).exists():
+                _link(entry, temporary / entry.name)
+        for file in [*sorted(temporary.rglob("*")), temporary]:
+            _flush(file)
+        _put(temporary, path)
+        _flush(path.parent)
+    finally:
+        remove(temporary)  # by now the old folder, where there was one
 
 
 def _temporary(path: Path) -> Path:
@@ -30,24 +95,98 @@ def _temporary(path: Path) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Ask the system to bring a file or the names in a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Ask the system to bring a file, or the names in a folder, to the disk."""
+    on_windows = os.name == "nt"  # which opens no folders, and flushes what may be written only
+    if path.is_symlink() or (on_windows and path.is_dir()):
+        return
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def _link(old: Path, new: Path) -> None:
+    """A second name for a file, or for all files below a folder; a copy where there can be none."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    if old.is_dir() and not old.is_symlink():
+        shutil.copytree(old, new, symlinks=True, copy_function=link)
+    else:
+        link(str(old), str(new))
+
+
+def _put(new: Path, path: Path) -> None:
+    """Rename a folder to ``path``; what had the name before is then at ``new``, or gone."""
+    while True:
+        try:
+            new.rename(path)
+            return
+        except OSError as problem:
+            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES):
+                raise
+        if _exchange(new, path):
+            return
+        old = _temporary(path)
+        with suppress(FileNotFoundError):  # another writer's first rename was faster
+            path.rename(old)
+        try:
+            new.rename(path)
+            remove(old)
+            return
+        except OSError as problem:
+            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another writer's is there
+                old.rename(path)
+                raise
+            remove(old)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two files or folders swap their names in one step; False where that cannot be."""
+    if os.name == "nt":
+        return False
+    library, names = ctypes.CDLL(None), (os.fsencode(a), os.fsencode(b))
+    here, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE, on macOS RENAME_SWAP
+    if hasattr(library, "renameat2"):
+        return bool(library.renameat2(here, names[0], here, names[1], swap) == 0)
+    return hasattr(library, "renamex_np") and bool(library.renamex_np(*names, swap) == 0)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path, name: str = "") -> None:
+    """Delete what killed writers left of ``name...``, or of everything in and below ``folder``.
+
+    Only for the holder of the lock on these files: other writers may be at work on others.
+    """
+    pattern = f"{_TEMPORARY}{'?' * 12}-{glob.escape(name)}*"
+    for left in folder.glob(pattern) if name else folder.rglob(pattern):
+        remove(left)
+
+
+def folder_name(name: str) -> str:
+    """The name as that of a folder: letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "unnamed"
+
+
+# ---- text and JSON -------------------------------------------------------------------------------
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _flush(path.parent)
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -62,23 +201,6 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, "".join(line + "\n" for line in lines))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return content
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; empty when there is no such file."""
-    if not path.exists():
-        return []
-    # Not splitlines(): an answer may hold U+2028, which JSON leaves as it is.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -89,44 +211,45 @@ def _finite(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name ``path`` when the block ends well.
+def read_json(path: Path, *, damaged_as_missing: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file.
 
-    A folder that had the name is replaced. When the block raises, nothing is left.
+    Args:
+        path: the file.
+        damaged_as_missing: whether one that is damaged is as good as none, which is logged.
+
+    Raises:
+        UserError: it is damaged; the message names it and says what to do.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    temporary.mkdir()
+    objects = _objects(path, lambda text: [text], damaged_as_missing)
+    return objects[0] if objects else {}
+
+
+def read_jsonl(path: Path, *, damaged_as_missing: bool = False) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; empty when there is no such file. See `read_json`."""
+    # Not splitlines(): an answer may hold U+2028, which JSON leaves as it is.
+    return _objects(path, lambda text: filter(None, text.split("\n")), damaged_as_missing)
+
+
+def _objects(
+    path: Path, split: Callable[[str], Iterable[str]], damaged_as_missing: bool
+) -> list[dict[str, Any]]:
     try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            _flush(file)
-        if path.exists():
-            path.rename(_temporary(path))
-        temporary.rename(path)
-        _flush(path.parent)
-    finally:
-        for left in path.parent.glob(f"{_TEMPORARY}*-{path.name}"):
-            remove(left)
+        found = [json.loads(part) for part in split(path.read_text(encoding="utf-8"))]
+        if not all(isinstance(each, dict) for each in found):
+            raise ValueError("there is something else than an object in it")
+    except FileNotFoundError:
+        return []
+    except (ValueError, RecursionError) as problem:  # no JSON, no UTF-8, or too deeply nested
+        damage = f"{path} is damaged ({problem})"
+        if not damaged_as_missing:
+            raise UserError(f"{damage}: delete it and repeat the command that wrote it") from None
+        _log.warning("%s; it is left out", damage)
+        return []
+    return found
 
 
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def remove_temporaries(folder: Path, name: str = "") -> None:
-    """Delete what killed writers left of ``name...``, or of everything in and below ``folder``.
-
-    Only for the holder of the lock on these files.
-    """
-    pattern = f"{_TEMPORARY}*-{name}*"
-    for left in folder.glob(pattern) if name else folder.rglob(pattern):
-        remove(left)
+# ---- locks ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -134,34 +257,70 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file ``path``; gives False when another process has it and ``wait`` is off.
 
     The lock is the operating system's, so a process that is killed lets go of it. The empty file
-    stays: deleting it would let two processes hold two files of one name.
+    stays: deleting it would let two processes hold two files of one name. Beside it lies who holds
+    it, which the log says where somebody has to wait.
+
+    Raises:
+        UserError: the file is a link.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    if path.is_symlink():
+        raise UserError(f"the lock {path} is a link, which may lead anywhere; delete it")
+    taken, holder = FileLock(path), _holder(path)
+    try:
+        taken.acquire(timeout=_PATIENCE_SECONDS if wait else 0)
+    except Timeout:
+        if wait:
+            _log.warning("waiting for %s, which %s", path, held_by(path))
+            taken.acquire(poll_interval=0.5)
+    if not taken.is_locked:
+        yield False
+        return
+    try:
+        own = {"process": os.getpid(), "host": platform.node(), "since": _now()}
+        with suppress(OSError):  # it is for people alone
+            write_json(holder, own)
         yield True
+    finally:
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
+        taken.release()
 
 
-def folder_name(name: str) -> str:
-    """The name as that of a folder: letters, digits, dots and dashes."""
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "unnamed"
+def _holder(path: Path) -> Path:
+    return path.with_name(f"{path.name}.holder")
+
+
+def held_by(path: Path) -> str:
+    """Who has the lock file ``path``: ``process 4711 on node3 holds since ...``."""
+    try:
+        found = read_json(_holder(path))
+        return "process {process} on {host} holds since {since}".format(**found)
+    except (UserError, KeyError):  # it has just taken it, or let go of it
+        return "another process holds"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+
+
+# ---- YAML ----------------------------------------------------------------------------------------
+
+_LARGEST_YAML = 1_000_000
+"""Characters of a YAML text with its aliases written out."""
+
+
+_DEEPEST_YAML = 100
+"""Brackets inside each other; what PyYAML takes for them grows with their square."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-5`` is a number (YAML 1.1 says a string) and no key comes twice."""
+    """YAML in which ``1e-5`` is a number; YAML 1.1 says a string."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise UserError(f"the key {key.value!r} is given twice (again in line {line})")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    def fetch_flow_collection_start(self, kind: type[yaml.Token]) -> None:
+        if self.flow_level >= _DEEPEST_YAML:
+            raise RecursionError
+        super().fetch_flow_collection_start(kind)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -179,13 +338,70 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text; raises ``UserError`` naming the line that cannot be read."""
+    """The value of a YAML text: plain data, every key of which is text and given once.
+
+    Raises:
+        UserError: it cannot be read, has other keys, or is too large with its aliases written out;
+            the message names the line.
+    """
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain data only
+        loader = _Loader(text)  # a SafeLoader: builds plain data only
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, {})
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
-        raise UserError(f"not valid YAML: {where}{getattr(error, 'problem', error)}") from None
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        advice = "; indent with spaces" if "'\\t'" in problem else ""
+        raise UserError(f"not valid YAML: {where}{problem}{advice}") from None
+    except UserError:
+        raise
+    except ValueError as error:  # a date or a number that looks like one and is none
+        raise UserError(f"not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError("not valid YAML: lists or keys are nested too deeply") from None
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """Characters of a node with its aliases written out; see `parse_yaml`."""
+    line = node.start_mark.line + 1
+    if node not in known:
+        known[node] = 0  # until its size is known, for whatever names it inside itself
+        parts = [node.value] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+            parts = [part for pair in node.value for part in pair]
+        sizes = (len(part) if isinstance(part, str) else _size(part, known) for part in parts)
+        known[node] = 1 + sum(sizes)
+    elif not known[node]:
+        raise UserError(f"line {line}: an alias stands inside of what it names")
+    if known[node] > _LARGEST_YAML:
+        raise UserError(
+            f"line {line}: more than {_LARGEST_YAML:,} characters, aliases (*name) written out"
+        )
+    return known[node]
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"line {line}: a key must be text, got {_KINDS[type(key)]}")
+        if key.tag.rpartition(":")[2] not in ("str", "merge"):
+            quoted = f"; write '{key.value}' with quotes" if key.value else ""
+            raise UserError(
+                f"line {line}: a key must be text, got {key.value or 'nothing'}{quoted}"
+            )
+        if key.value in seen:
+            raise UserError(f"the key {key.value!r} is given twice (again in line {line})")
+        seen.add(key.value)
+
+
+_KINDS = {yaml.SequenceNode: "a list", yaml.MappingNode: "keys and values"}
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -202,12 +418,15 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no such file: {path} (looked in {path.absolute().parent})")
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file; a recipe is YAML") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not a text file in UTF-8 (byte {error.start + 1} is none of it); a recipe "
+            "is YAML"
+        ) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if content is None:
         raise UserError(f"{path} is empty; see recipes/own-model.yaml for a recipe to start from")
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not isinstance(content, dict):
         raise UserError(f"{path} must hold keys and values such as 'base: pocket'")
     return content
