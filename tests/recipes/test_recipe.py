@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from forgetless.core.errors import RecipeError, UserError
+from forgetless.core.hashing import content_hash
 from forgetless.core.settings import parse_assignments, with_overrides
 from forgetless.recipes import identity
 from forgetless.recipes.checking import check, load_recipe
-from forgetless.recipes.identity import content_hash
 from forgetless.recipes.recipe import Recipe
 from tests.tiny import recipe_of, save_base, save_files
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from forgetless.adapters.anchored import plain_factors
 from forgetless.adapters.attachment import attach
@@ -22,11 +27,13 @@ from forgetless.data.examples import load_examples
 from forgetless.data.tokens import tokenize
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.recipes.checking import check
+from forgetless.recipes.identity import run_id
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.collection import collect
+from forgetless.training import penalties
 from forgetless.training.log import TrainingLog
 from forgetless.training.loop import train
-from forgetless.training.penalties import make_penalty
+from forgetless.training.penalties import Penalty, kl, make_penalty
 from forgetless.training.settings import TrainingSettings
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -101,14 +108,14 @@ def test_kl_is_that_of_the_base_on_the_texts(
     )
     shaken(model)
     for step in range(2):
-        batch = penalty._batches[step]
+        batch = penalty.batches[step]
         with torch.no_grad():
             p = base(**batch).logits.double().softmax(-1)
             q = model(**batch).logits.double().softmax(-1)
         kl = (p * (p / q).log()).sum(-1)[batch["attention_mask"].bool()].mean()
         assert penalty(model, step).item() == pytest.approx(kl.item(), rel=1e-4)
     assert penalty(model, 0).item() != penalty(model, 1).item()
-    assert penalty(model, 0).item() == penalty(model, len(penalty._batches)).item()
+    assert penalty(model, 0).item() == penalty(model, len(penalty.batches)).item()
 
 
 def test_a_penalty_leaves_the_model_as_it_was(
@@ -132,7 +139,7 @@ def test_ewc_weighs_by_the_mean_squared_gradient(
     texts = {"source": str(tiny_files / "old.txt"), "samples": 3, "max_length": 12}
     reader = prepared(full, tokenizer, kind="kl", weight=1, **texts)
     expected = torch.zeros_like(full.lm_head.weight)
-    for batch in reader._batches:
+    for batch in reader.batches:
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             ids = ids[mask.bool()][None]
             logits = full(input_ids=ids).logits[0, :-1]
@@ -199,11 +206,11 @@ def test_orthogonality_needs_an_a_that_moves(
 
 def test_its_own_text_is_that_of_the_base(adapted: Any, tokenizer: Any) -> None:
     spec: Any = {"kind": "kl", "weight": 1, "source": "self", "samples": 2, "max_length": 12}
-    (before,) = prepared(adapted, tokenizer, **spec)._batches
+    (before,) = prepared(adapted, tokenizer, **spec).batches
     with torch.no_grad():
         for module in adapted_layers(adapted).values():
             module.lora_A["default"].weight.fill_(1)
-    (after,) = prepared(adapted, tokenizer, **spec)._batches
+    (after,) = prepared(adapted, tokenizer, **spec).batches
     assert torch.equal(before["input_ids"], after["input_ids"])
 
 
@@ -211,7 +218,7 @@ def test_fisher_information_is_not_summed_in_16_bits(
     tokenizer: Any, tiny_base: Path, tiny_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(str(tiny_base), dtype="bfloat16")
-    module = "forgetless.training.penalties"
+    module = "forgetless.training.penalties.ewc"
     monkeypatch.setattr(f"{module}.EWC._sequences", lambda _: [torch.ones(1, 2)] * 600)
     monkeypatch.setattr(f"{module}._log_likelihood", lambda model, _: model.lm_head.weight.sum())
     penalty = prepared(model, tokenizer, kind="ewc", weight=1, source=str(tiny_files / "old.txt"))
@@ -241,7 +248,7 @@ def test_ewc_leaves_the_modes_as_they_were_when_it_fails(
         assert not model.training
         raise KeyError
 
-    monkeypatch.setattr("forgetless.training.penalties._log_likelihood", fail)
+    monkeypatch.setattr("forgetless.training.penalties.ewc._log_likelihood", fail)
     full.train()
     with pytest.raises(KeyError):
         prepared(full, tokenizer, kind="ewc", weight=1, source=str(tiny_files / "old.txt"))
@@ -397,3 +404,125 @@ def test_a_log_from_before_penalties_were_written_is_read(tmp_path: Path) -> Non
     (read,) = TrainingLog(tmp_path / "log.jsonl", 1).lines
     assert (read.loss, read.penalty) == (2.5, None)
     assert (tmp_path / "log.jsonl").read_text() == written
+
+
+# ---- the divergence in parts ---------------------------------------------------------------------
+
+
+def logits_of(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(2, 5, 50), as a model gives them."""
+    draw = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(2, 5, 50, generator=draw)).to(dtype)
+
+
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("chunk", [1, 120, 1 << 23])
+def test_parts_give_the_divergence_and_its_gradient(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kl, "_CHUNK_LOGITS", chunk)
+    ours, exact = logits_of(0).requires_grad_(), logits_of(0).double().requires_grad_()
+    value = kl._MeanKL.apply(ours, logits_of(1), MASK)  # type: ignore[no-untyped-call]
+    p, q = logits_of(1).double().log_softmax(-1), exact.log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1)[MASK.bool()].mean()
+    (7 * value).backward()
+    torch.autograd.backward(7 * expected)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert ours.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(ours.grad.double(), exact.grad, atol=1e-6, rtol=1e-5)
+    assert not ours.grad[1, 3:].any()
+
+
+def test_the_gradient_of_16_bits_has_16_bits() -> None:
+    ours = logits_of(0, torch.bfloat16).requires_grad_()
+    same = kl._MeanKL.apply(ours, ours.detach().clone(), MASK)  # type: ignore[no-untyped-call]
+    assert same.item() == 0
+    value = kl._MeanKL.apply(ours, logits_of(1), MASK)  # type: ignore[no-untyped-call]
+    value.backward()
+    assert ours.grad is not None
+    assert ours.grad.dtype == torch.bfloat16
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most bytes that were alive at once, of all storages that were made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t.untyped_storage() for t in tree_leaves(args) if isinstance(t, Tensor)]
+        self.seen.update(storage for storage in given if storage not in self.seen)
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return found
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
+def test_no_softmax_of_all_tokens_is_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kl, "_CHUNK_LOGITS", 1000)
+    ours, base = (torch.randn(4, 100, 1000, requires_grad=n == 0) for n in range(2))
+    mask = torch.ones(4, 100, dtype=torch.long)
+    with Alive() as alive:
+        value = kl._MeanKL.apply(ours, base, mask)  # type: ignore[no-untyped-call]
+        (gradient,) = torch.autograd.grad(value, ours)
+    assert gradient.shape == ours.shape
+    assert alive.most < 0.1 * ours.nbytes
+
+
+# ---- a penalty of one's own ----------------------------------------------------------------------
+
+
+@dataclass
+class Named(Penalty):
+    """A penalty with a file and a setting, which does not like full fine-tuning."""
+
+    notes: str = ""
+    power: int = 2
+    files: ClassVar[Sequence[str]] = ("notes",)
+
+    def check(self, method: str) -> None:
+        if method == "full":
+            raise UserError("'named' needs an adapter")
+        Path(self.notes).read_text()
+
+    def prepare(self, model: nn.Module, tokenizer: Any, seed: int) -> None:
+        self.prepared = seed
+
+    def __call__(self, model: nn.Module, step: int) -> Tensor:
+        return torch.zeros((), requires_grad=True)
+
+
+def test_one_line_makes_a_penalty_known_everywhere(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(penalties, "PENALTIES", {**penalties.PENALTIES, "named": Named})
+    spec = {"kind": "named", "weight": 1.0, "notes": str(tmp_path / "notes.txt"), "power": 3}
+    recipe = Recipe.parse(tiny_recipe, {"penalties": [spec]})
+    assert check(recipe) == [
+        f"penalties.0: [Errno 2] No such file or directory: '{tmp_path / 'notes.txt'}'"
+    ]
+    (tmp_path / "notes.txt").write_text("one")
+    (tmp_path / "moved.txt").write_text("one")
+    assert check(recipe) == []
+    assert check(recipe.override({"adapter.method": "full"})) == [
+        "penalties.0: 'named' needs an adapter"
+    ]
+    moved = recipe.override({"penalties": [{**spec, "notes": str(tmp_path / "moved.txt")}]})
+    assert run_id(moved) == run_id(recipe)
+    assert run_id(recipe.override({"penalties": [{**spec, "power": 4}]})) != run_id(recipe)
+    (tmp_path / "moved.txt").write_text("other")
+    assert run_id(moved) != run_id(recipe)
+    assert penalties.words_of(spec) == "named (weight=1.0, notes=notes.txt, power=3)"

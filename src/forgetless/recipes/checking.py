@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from forgetless.adapters.folders import down_projections
 from forgetless.adapters.ranks import layer_ranks
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.core.errors import RecipeError
@@ -153,13 +152,9 @@ class Checker:
 
     def _penalties(self, recipe: Recipe) -> Iterator[str]:
         for position, spec in enumerate(recipe.penalties):
-            _, problem = self._attempt(make_penalty, spec)
-            if problem is None and "source" in spec:
-                _, problem = self._attempt(fingerprint, spec["source"])
-            if problem is None and recipe.adapter.method == "full" and "adapters" in spec:
-                problem = f"{spec['kind']!r} needs an adapter; full has none"
-            for folder in spec.get("adapters", ()) if problem is None else ():
-                problem = problem or self._attempt(down_projections, folder)[1]
+            penalty, problem = self._attempt(make_penalty, spec)
+            if problem is None:
+                _, problem = self._attempt(penalty.check, recipe.adapter.method)
             if problem is not None:
                 yield f"penalties.{position}: {problem}"
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from forgetless.adapters.settings import IDLE_SWITCHES
+from forgetless.core.hashing import files_hash, source_hash
 from forgetless.core.settings import without_idle
 from forgetless.data.examples import load_examples
 from forgetless.data.settings import DATA
@@ -18,31 +17,11 @@ from forgetless.methods import METHODS
 from forgetless.models.load import resolve_base
 from forgetless.recipes.recipe import Recipe
 from forgetless.training.forgetting import from_settings
+from forgetless.training.penalties import identity_of
 from forgetless.training.settings import what_decides_a_training
 
 MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"})
 """Endings of the files that decide what a model folder computes; its README does not."""
-
-
-def content_hash(path: str | Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a folder."""
-    path = Path(path)
-    return _hash_of(sorted(path.rglob("*")) if path.is_dir() else [path], path)
-
-
-def _hash_of(files: Iterable[Path], root: Path) -> str:
-    digest = hashlib.sha256()
-    for file in filter(Path.is_file, files):
-        status = file.stat()
-        name = file.relative_to(root).as_posix()
-        digest.update(f"{name}:{_file_hash(file, status.st_size, status.st_mtime_ns)}\n".encode())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=4096)
-def _file_hash(path: Path, size: int, modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def base_hash(base: str) -> str:
@@ -60,12 +39,7 @@ def base_hash(base: str) -> str:
 def weights_hash(folder: str | Path) -> str:
     """SHA-256 of the files in a model's or an adapter's folder that decide what it computes."""
     folder = Path(folder)
-    return _hash_of(sorted(f for f in folder.iterdir() if f.suffix in MODEL_FILES), folder)
-
-
-def _source_hash(source: str, fingerprint: Callable[[str], str]) -> str:
-    """The content of a file or folder; what else a source may be called knows its fingerprint."""
-    return content_hash(source) if Path(source).exists() else fingerprint(source)
+    return files_hash((f for f in folder.iterdir() if f.suffix in MODEL_FILES), folder)
 
 
 def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -93,12 +67,12 @@ def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def _calibration_key(recipe: Recipe, source: str) -> Any:
     """What decides the text of one source."""
     if source != DATA:
-        return _source_hash(source, fingerprint)
+        return source_hash(source, fingerprint)
     path = recipe.data.sources[0][0]
     as_text = {"format": "text"} if recipe.data.format == "text" else {}
     return {
         **as_text,
-        "data": _source_hash(path, lambda name: load_examples(name).fingerprint),
+        "data": source_hash(path, lambda name: load_examples(name).fingerprint),
         "max_length": recipe.data.max_length,
         "limit": recipe.data.limit,
     }
@@ -110,7 +84,7 @@ def _what_decides_the_weights(recipe: Recipe) -> dict[str, Any]:
         adapter = {"method": "full"}
     data = recipe.data.model_dump(exclude={"train"})
     content = [
-        [_source_hash(path, lambda name: load_examples(name).fingerprint), weight]
+        [source_hash(path, lambda name: load_examples(name).fingerprint), weight]
         for path, weight in recipe.data.sources
     ]
     data["content"] = content[0][0] if isinstance(recipe.data.train, str) else content
@@ -126,21 +100,11 @@ def _what_decides_the_weights(recipe: Recipe) -> dict[str, Any]:
         "training": what_decides_a_training(recipe.training),
     }
     if recipe.penalties:
-        found["penalties"] = [_penalty_key(spec) for spec in recipe.penalties]
+        found["penalties"] = [identity_of(spec) for spec in recipe.penalties]
     if recipe.probes.max_kl is not None or recipe.probes.max_drop is not None:
         probes = from_settings(recipe.probes)
         found |= probes.decides if probes else {}
     return found
-
-
-def _penalty_key(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a penalty: its settings, with the content of its files for their names."""
-    key = dict(spec)
-    if "source" in spec:
-        key["source"] = _source_hash(spec["source"], fingerprint)
-    if "adapters" in spec:
-        key["adapters"] = [content_hash(folder) for folder in spec["adapters"]]
-    return key
 
 
 def run_id(recipe: Recipe) -> str:

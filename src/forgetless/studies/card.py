@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forgetless.adapters.card import Card, file_name, pairs, table, write
+from forgetless.adapters.card import Card, file_name, table, write
 from forgetless.adapters.folders import CONFIG_FILE
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
@@ -17,6 +17,7 @@ from forgetless.scores.comparison import Comparison, Row, compare
 from forgetless.scores.files import read_scores
 from forgetless.scores.showing import sentence
 from forgetless.studies.folder import RunFolder
+from forgetless.training.penalties import words_of
 
 __all__ = ["score_paragraphs", "write_run_card"]
 
@@ -117,7 +118,7 @@ def _run_settings(
         "steps": _steps(trained, training),
         "batch": str(training.batch_size * training.gradient_accumulation),
         "optimiser": _optimiser(training),
-        "penalties": "; ".join(map(_penalty, recipe.penalties)),
+        "penalties": "; ".join(map(words_of, recipe.penalties)),
         "budget of forgetting": _budget(recipe.probes),
         "final loss": _final_loss(trained),
         "size of the update": f"{update:.3g} of the weights' norm" if update else "",
@@ -140,15 +141,6 @@ def _optimiser(training: Any) -> str:
             f"weight decay {training.weight_decay:g}, {training.precision}",
         ]
     )
-
-
-def _penalty(spec: Mapping[str, Any]) -> str:
-    """Its kind and settings, without the folders of this machine."""
-    settings = {key: value for key, value in spec.items() if key != "kind"}
-    for key in {"source", "adapters"} & set(settings):
-        paths = [settings[key]] if isinstance(settings[key], str) else settings[key]
-        settings[key] = "+".join(file_name(str(path)) for path in paths)
-    return f"{spec['kind']} ({pairs(settings)})" if settings else str(spec["kind"])
 
 
 def _budget(probes: Any) -> str:

@@ -1,0 +1,78 @@
+"""Penalties: what a training pays, at every step, for leaving what the model knew.
+
+One file a penalty, one line in `_NAMES`. Each file gives the formula and its source. In an adapter
+the trained weights are those of A and B. Where B starts at zero (plain LoRA), the Fisher
+information of A is zero at the start: there EWC holds B alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+from forgetless.adapters.card import file_name
+from forgetless.core.errors import UserError, unknown
+from forgetless.core.hashing import content_hash, source_hash
+from forgetless.data.texts import fingerprint
+from forgetless.training.penalties.penalty import Penalty
+
+__all__ = ["PENALTIES", "Penalty", "identity_of", "make_penalty", "words_of"]
+
+_NAMES = (
+    "l2_start",
+    "kl",
+    "ewc",
+    "orthogonality",
+)
+
+PENALTIES: Mapping[str, type[Penalty]] = MappingProxyType(
+    {name: import_module(f"forgetless.training.penalties.{name}").PENALTY for name in _NAMES}
+)
+"""Kind -> penalty, in the order in which they are shown."""
+
+
+def make_penalty(spec: Mapping[str, Any]) -> Penalty:
+    """The penalty that a recipe names: ``{kind: kl, weight: 0.1, source: old.txt}``.
+
+    Raises:
+        UserError: an unknown kind or setting, or a weight that is not positive.
+    """
+    settings = dict(spec)
+    kind = settings.pop("kind", None)
+    if kind not in PENALTIES:
+        raise unknown("penalty", str(kind), PENALTIES)
+    known = [field.name for field in fields(PENALTIES[kind])]
+    for name in settings:
+        if name not in known:
+            raise unknown(f"setting of penalty {kind!r}:", name, known)
+    weight = settings.get("weight")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
+        raise UserError(f"penalty {kind!r} needs a positive weight, got {weight!r}")
+    return PENALTIES[kind](**settings)
+
+
+def identity_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a penalty: its settings, with the content of its files for their names."""
+    files = make_penalty(spec).files
+
+    def content(value: Any) -> Any:
+        if isinstance(value, str):
+            return source_hash(value, fingerprint)
+        return [content_hash(folder) for folder in value]
+
+    return {key: content(value) if key in files else value for key, value in spec.items()}
+
+
+def words_of(spec: Mapping[str, Any]) -> str:
+    """Kind and settings as a card names them, without the folders of this machine."""
+    files = make_penalty(spec).files
+    shown = []
+    for key, value in spec.items():
+        if key in files:
+            names = [value] if isinstance(value, str) else value
+            value = "+".join(file_name(str(name)) for name in names)
+        shown += [] if key == "kind" else [f"{key}={value}"]
+    return f"{spec['kind']} ({', '.join(shown)})"
