@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from forgetless.adapters.attachment import attach
     from forgetless.adapters.folders import ExportReport, export, load, save
+    from forgetless.core.continual import continual_metrics
     from forgetless.core.method import Decomposition, Factors, Method
     from forgetless.methods import METHODS, decompose
     from forgetless.recipes.recipe import Recipe
@@ -41,6 +42,7 @@ _HOME = {
     "attach": "adapters.attachment",
     "collect": "statistics.collection",
     "compare": "scores.comparison",
+    "continual_metrics": "core.continual",
     "decompose": "methods",
     "evaluate": "tasks.evaluation",
     "export": "adapters.folders",
@@ -67,6 +69,7 @@ __all__ = [
     "attach",
     "collect",
     "compare",
+    "continual_metrics",
     "decompose",
     "evaluate",
     "export",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,21 +11,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgetless.core.metrics import (
-    bootstrap_interval,
+    Interval,
+    bootstrap_mean,
     detectable_change,
     forgetting,
     forgetting_at_matched_learning,
     hypervolume,
     mcnemar,
     mean_stderr,
-    normal_interval,
-    paired_bootstrap_interval,
-    paired_interval,
+    mean_with_extremes,
+    paired_difference,
     paired_proportions_interval,
     pareto_front,
     retention,
-    retention_uncapped,
+    t_interval,
+    t_probability,
+    wilson_interval,
 )
+
+
+def bootstrap_interval(*arguments: Any, **options: Any) -> Interval:
+    return bootstrap_mean(*arguments, **options).interval
+
+
+def paired_interval(*arguments: Any, **options: Any) -> Interval:
+    return paired_difference(*arguments, **options).interval
+
 
 numbers = st.floats(-1e3, 1e3)
 scores = st.floats(0, 1e3)
@@ -117,16 +129,16 @@ class TestRetentionAndForgetting:
         assert math.isnan(retention(math.nan, 0.5))
         assert math.isnan(retention(0.5, math.nan, higher_is_better=False))
         assert math.isnan(forgetting(math.nan, 0.5))
-        assert math.isnan(retention_uncapped(0.3, 0.0))
+        assert math.isnan(retention(0.3, 0.0, capped=False))
 
     def test_gains_count_only_uncapped(self) -> None:
-        assert retention_uncapped(0.9, 0.6) == pytest.approx(1.5)
-        assert retention_uncapped(1.0, 2.0, higher_is_better=False) == 2
-        assert retention_uncapped(0.0, 2.0, higher_is_better=False) == math.inf
+        assert retention(0.9, 0.6, capped=False) == pytest.approx(1.5)
+        assert retention(1.0, 2.0, higher_is_better=False, capped=False) == 2
+        assert retention(0.0, 2.0, higher_is_better=False, capped=False) == math.inf
 
-    def test_negative_scores_are_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"0 or more, got score -0\.1 and base 0\.5"):
-            retention(-0.1, 0.5)
+    def test_a_score_with_a_sign_has_no_share(self) -> None:
+        assert math.isnan(retention(-0.1, 0.5))
+        assert math.isnan(retention(0.1, -0.5, capped=False))
 
     @given(scores, scores, st.booleans())
     def test_both_agree_on_worse(self, score: float, base: float, higher: bool) -> None:
@@ -138,11 +150,38 @@ class TestRetentionAndForgetting:
 
 
 class TestIntervals:
+    def test_student_s_and_wilson_s_by_hand(self) -> None:
+        # t(2) = 4.3027, t(40) = 2.0211; 10 right of 10: 1 / (1 + 1.96^2 / 10).
+        assert t_interval(0.0, 1.0, 2).high == pytest.approx(4.3027, abs=1e-4)
+        assert t_interval(0.0, 1.0, 40).high == pytest.approx(2.0211, abs=1e-4)
+        assert tuple(wilson_interval(1.0, 10)) == pytest.approx((0.7225, 1.0), abs=1e-4)
+        assert wilson_interval(0.5, 100, 0.9).high == pytest.approx(0.5812, abs=1e-4)
+
+    @given(numbers, st.floats(1e-3, 1e3), st.floats(0.5, 100), st.floats(0.5, 0.99))
+    def test_a_p_value_goes_with_its_interval(
+        self, value: float, stderr: float, degrees: float, level: float
+    ) -> None:
+        p = t_probability(value, stderr, degrees)
+        if abs(p - (1 - level)) > 1e-6:
+            assert (0 in t_interval(value, stderr, degrees, level)) == (p > 1 - level)
+
+    def test_a_probability_without_an_error(self) -> None:
+        assert t_probability(0.3, math.nan) == t_probability(0.0, 0.0) == 1.0
+        assert t_probability(0.3, 0.0) == 0.0
+
+    def test_items_are_added_where_most_are_alike(self) -> None:
+        changed = [0.0] * 8 + [0.5, -0.25]
+        mean = mean_with_extremes(changed, distance=1.0)
+        assert mean == (*mean_stderr([*changed, -1.0, 1.0])[:2], 10)
+        assert mean_with_extremes(changed) == (*mean_stderr([*changed, -0.5, 0.5])[:2], 10)
+        spread = [0.1, 0.2, 0.4, 0.1]
+        assert mean_with_extremes([*spread, 0.7]) == mean_stderr([*spread, 0.7])
+
     def test_normal(self) -> None:
-        low, high = normal_interval(1.0, 2.0)
+        low, high = t_interval(1.0, 2.0)
         assert (low, high) == pytest.approx((1 - 3.919928, 1 + 3.919928), abs=1e-6)
-        assert 1.0 in normal_interval(1.0, 2.0)
-        assert 5.0 not in normal_interval(1.0, 2.0)
+        assert 1.0 in t_interval(1.0, 2.0)
+        assert 5.0 not in t_interval(1.0, 2.0)
 
     @given(st.lists(st.integers(-9, 9), min_size=5, max_size=15), st.integers(0, 5))
     @settings(max_examples=30)
@@ -157,16 +196,16 @@ class TestIntervals:
 
     def test_a_constant_difference_is_certain(self) -> None:
         base = np.random.default_rng(0).normal(size=50)
-        low, high = paired_bootstrap_interval(base, base + 0.25)
+        low, high = paired_interval(base, base + 0.25)
         assert (low, high) == pytest.approx((0.25, 0.25))
-        assert paired_bootstrap_interval(base, base) == (0, 0)
+        assert paired_interval(base, base) == (0, 0)
         assert paired_interval(base, base) == (0, 0)
 
     def test_pairing_is_narrower_than_two_means(self) -> None:
         rng = np.random.default_rng(0)
         base = rng.normal(size=200)
         tuned = base + rng.normal(0.1, 0.1, size=200)
-        low, high = paired_bootstrap_interval(base, tuned)
+        low, high = paired_interval(base, tuned)
         apart = math.hypot(mean_stderr(base).stderr, mean_stderr(tuned).stderr)
         assert high - low < 0.2 * 2 * 1.96 * apart
 
@@ -194,9 +233,9 @@ class TestIntervals:
     )
     def test_refuses(self, arguments: dict[str, float], message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            bootstrap_interval([1.0, 2.0], **arguments)  # type: ignore[arg-type]
+            bootstrap_interval([1.0, 2.0], **arguments)
         with pytest.raises(ValueError, match="same items, got 2 for the base and 3"):
-            paired_bootstrap_interval([1, 2], [1, 2, 3])
+            paired_interval([1, 2], [1, 2, 3])
 
 
 class TestPairedProportions:
@@ -238,7 +277,25 @@ class TestPairedProportions:
         assert tuple(found) == pytest.approx((change - half, change + half), abs=1 / n)
 
 
-class TestPairedInterval:
+class TestPairedDifference:
+    @pytest.mark.parametrize("kind", ["right or wrong", "shares", "losses", "few"])
+    def test_its_test_goes_with_its_interval(self, kind: str) -> None:
+        rng = np.random.default_rng(3)
+        said = set()
+        for seed in range(60):
+            n = 4 if kind == "few" else 40
+            base = rng.integers(0, 2, n) if kind == "right or wrong" else rng.random(n)
+            after = base + rng.normal(-0.1 * (seed % 3), 0.3, n)
+            if kind == "shares":
+                after = np.where(rng.random(n) < 0.6, base, after)
+            if kind == "right or wrong":
+                after = np.where(rng.random(n) < 0.1 * (seed % 3), 0, base)
+            found = paired_difference(base, after, shares=kind != "losses", seed=seed)
+            outside = found.interval.low > 0 or found.interval.high < 0
+            assert outside == (found.p_value <= 0.05)
+            said.add(outside)
+        assert said == ({False} if kind == "few" else {False, True})
+
     def test_right_and_wrong_items_have_tangos(self) -> None:
         base, tuned = [1, 1, 1, 0, 0, 1], [1, 0, 0, 1, 0, 1]
         found = paired_interval(base, tuned, shares=True)
@@ -246,9 +303,9 @@ class TestPairedInterval:
 
     def test_other_items_have_the_bootstrap_s(self) -> None:
         base, tuned = np.random.default_rng(0).normal(size=(2, 20))
-        assert paired_interval(base, tuned) == paired_bootstrap_interval(base, tuned)
+        assert paired_interval(base, tuned) == paired_interval(base, tuned)
         half = np.random.default_rng(0).random(size=(2, 20))
-        assert paired_interval(*half, shares=True) == paired_bootstrap_interval(*half)
+        assert paired_interval(*half, shares=True) == paired_interval(*half)
 
     def test_few_changed_items_of_many_do_not_look_certain(self) -> None:
         base = np.full(40, 0.5)
@@ -256,7 +313,7 @@ class TestPairedInterval:
         tuned[0] = 0.25
         found = paired_interval(base, tuned, shares=True)
         assert found.high > 0.04
-        unbounded = paired_bootstrap_interval(base, tuned)
+        unbounded = paired_interval(base, tuned)
         assert 0 < unbounded.high < found.high
         assert unbounded.low < -0.25 / 40
         unchanged = paired_interval(base, base, shares=True)

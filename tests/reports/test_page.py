@@ -27,18 +27,22 @@ from rich.console import Console
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import write_jsonl
-from forgetless.core.metrics import detectable_change, paired_interval, paired_proportions_interval
+from forgetless.core.metrics import (
+    detectable_change,
+    paired_difference,
+    paired_proportions_interval,
+)
 from forgetless.reports import report, summary, write_evaluation
 from forgetless.reports.arms import gather
 from forgetless.reports.changes import find_changes
 from forgetless.reports.durations import course
 from forgetless.reports.evidence import read
 from forgetless.reports.flips import find
-from forgetless.reports.intervals import Estimate, over_items, over_seeds, t_95, wilson
 from forgetless.reports.standing import standing
 from forgetless.reports.words import Answer, answer
 from forgetless.scores.comparison import compare
 from forgetless.scores.files import read_scores
+from forgetless.scores.seeds import over_seeds
 from forgetless.studies.folder import COLUMNS
 from forgetless.tasks.base import Item, TaskResult
 
@@ -249,44 +253,6 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
-
-
-# ------------------------------------------------------------------------------------- intervals
-
-
-def test_seeds_get_students_t_interval() -> None:
-    # Mean 0.8, standard deviation 0.1, t(2) = 4.3027: 4.3027 * 0.1 / sqrt(3) = 0.2484.
-    estimate = over_seeds([0.7, 0.8, 0.9], [0.01] * 3, 100, is_share=False)
-    assert estimate.value == pytest.approx(0.8)
-    assert estimate.ends == pytest.approx((0.5516, 1.0484), abs=1e-4)
-    assert over_seeds([0.7, 0.8, 0.9], [None] * 3, 100, is_share=True).high == 1.0
-
-
-def test_one_seed_gets_the_interval_over_items() -> None:
-    assert over_seeds([0.5], [0.1], 100, is_share=True).ends == pytest.approx(
-        (0.304, 0.696), abs=1e-3
-    )
-    assert over_seeds([0.5, 0.5], [0.1, 0.1], 100, is_share=True).seeds_agree
-
-
-def test_no_error_is_known_where_none_is_told() -> None:
-    estimate = over_seeds([2.5], [None], None, is_share=False)
-    assert not estimate.has_error
-    assert estimate.overlaps(Estimate(9.0, 8.9, 9.1, 1, 10))
-
-
-def test_a_perfect_score_still_has_an_interval() -> None:
-    # Wilson at 10 of 10: low = 1 / (1 + 1.96^2 / 10) = 0.7225.
-    low, high = wilson(1.0, 10)
-    assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert over_items(1.0, 0.0, 10, is_share=True) == (low, high)
-
-
-def test_t_quantiles() -> None:
-    assert t_95(1) == pytest.approx(12.706, abs=1e-3)
-    assert t_95(40) == pytest.approx(2.021, abs=3e-3)
-    with pytest.raises(ValueError, match="at least 1"):
-        t_95(0)
 
 
 # ------------------------------------------------------------------------- the answer, hand-worked
@@ -757,7 +723,7 @@ def test_a_distance_has_one_interval_wherever_it_stands(distances: Path) -> None
     assert over_steps is not None
     [_, middle, end] = (moment.scores["kl"] for moment in over_steps.tracks[0].moments)
     gaps = [item["score"] for item in evidence.runs[0].items("final", "kl", 150)]
-    assert middle.ends == pytest.approx(paired_interval([0.0] * 30, gaps))
+    assert middle.ends == pytest.approx(paired_difference([0.0] * 30, gaps).interval)
     assert end.ends == estimate.ends
     page = report(distances).read_text()
     low, high, *on_the_way = (f"{end:.3f}" for end in (*row.interval, *middle.ends))

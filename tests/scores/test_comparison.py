@@ -17,7 +17,7 @@ from forgetless.core.metrics import (
     Interval,
     detectable_change,
     mean_stderr,
-    paired_bootstrap_interval,
+    paired_difference,
     paired_proportions_interval,
 )
 from forgetless.scores.averages import paper_averages
@@ -100,7 +100,7 @@ def test_losses_are_weighted_by_tokens_and_better_when_lower() -> None:
     assert row.forgetting == row.difference > 0
     assert row.retention == pytest.approx(base.value / tuned.value)
     assert (row.lost, row.gained, row.kept, row.p_value) == ((), (), (), None)
-    assert row.interval == paired_bootstrap_interval(before, after, tokens)
+    assert row.interval == paired_difference(before, after, tokens).interval
     assert row.interval.low <= row.difference <= row.interval.high
 
 

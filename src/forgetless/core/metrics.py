@@ -9,30 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "Finding",
     "Interval",
     "Mean",
-    "bootstrap_interval",
+    "bootstrap_mean",
     "detectable_change",
     "forgetting",
     "forgetting_at_matched_learning",
     "hypervolume",
     "mcnemar",
     "mean_stderr",
-    "normal_interval",
-    "paired_bootstrap_interval",
-    "paired_interval",
+    "mean_with_extremes",
+    "paired_difference",
     "paired_proportions_interval",
     "pareto_front",
     "pass_at_k",
     "retention",
-    "retention_uncapped",
+    "t_interval",
+    "t_probability",
+    "wilson_interval",
 ]
 
 Point = tuple[float, float]
@@ -43,9 +44,6 @@ _CHUNK = 4_000_000
 
 # Below, a resampled standard error is often 0 and a studentised interval has no ends.
 _FEWEST = 5
-
-# Each halves the bracket: from a width of 2 to 1e-18.
-_BISECTIONS = 61
 
 
 class Mean(NamedTuple):
@@ -71,6 +69,19 @@ class Interval(NamedTuple):
     def __contains__(self, value: object) -> bool:
         """Whether a number lies inside, ends included."""
         return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+class Finding(NamedTuple):
+    """A confidence interval of a mean, and the test of 0 that goes with it.
+
+    Attributes:
+        interval: nan ends where no error can be told.
+        p_value: two-sided, that the true mean is 0: below 1 - level where 0 is outside `interval`;
+            1 where no error can be told.
+    """
+
+    interval: Interval
+    p_value: float
 
 
 def mean_stderr(values: ArrayLike, weights: ArrayLike | None = None) -> Mean:
@@ -104,46 +115,32 @@ def mean_stderr(values: ArrayLike, weights: ArrayLike | None = None) -> Mean:
     return Mean(mean, float(np.sqrt(spread) / total), len(x))
 
 
-def retention(score: float, base: float, higher_is_better: bool = True) -> float:
-    """Share of the base model's score that is left, gains not counted.
+def retention(
+    score: float, base: float, higher_is_better: bool = True, *, capped: bool = True
+) -> float:
+    """Share of the base model's score that is left.
 
-        min(1, score / base)   higher is better
-        min(1, base / score)   lower is better (loss, perplexity)
+        score / base   higher is better
+        base / score   lower is better (loss, perplexity)
 
-    The mean of this over TriviaQA, NQ-open and WebQS is what LoRA-Null calls Avg1(Per).
+    The mean of the capped share over TriviaQA, NQ-open and WebQS is what LoRA-Null calls Avg1(Per).
 
     Args:
-        score: after training, 0 or more.
-        base: before training, 0 or more.
+        score: after training.
+        base: before training.
         higher_is_better: the task's direction.
+        capped: count a gain as 1, nothing lost.
 
     Returns:
-        In 0..1; nan when `base` is 0 (nothing to keep, or a distance to the base itself such as
-        KL), or when either number is nan (not measured stays not measured).
-
-    Raises:
-        ValueError: a negative score, whose ratio means nothing.
+        0 or more, at most 1 where capped; infinite where a loss fell to 0 and is not capped. nan
+        where a ratio means nothing: `base` is 0 (nothing to keep, or a distance to the base itself
+        such as KL), a score has a sign (use `forgetting`, a difference), or one was not measured.
     """
-    share = retention_uncapped(score, base, higher_is_better)
-    return share if math.isnan(share) else min(1.0, share)
-
-
-def retention_uncapped(score: float, base: float, higher_is_better: bool = True) -> float:
-    """As `retention`, with gains above 1: score / base, or base / score where lower is better.
-
-    Returns:
-        0 or more; infinite where a loss fell to 0; nan and errors as `retention`.
-    """
-    if score < 0 or base < 0:
-        raise ValueError(
-            f"retention needs scores of 0 or more, got score {score} and base {base}; "
-            "use forgetting(), a difference, for scores with a sign"
-        )
-    if base == 0 or math.isnan(score) or math.isnan(base):
+    if math.isnan(score) or math.isnan(base) or score < 0 or base <= 0:
         return math.nan
-    if higher_is_better:
-        return score / base
-    return base / score if score > 0 else math.inf
+    above, below = (score, base) if higher_is_better else (base, score)
+    share = above / below if below > 0 else math.inf
+    return min(1.0, share) if capped else share
 
 
 def forgetting(score: float, base: float, higher_is_better: bool = True) -> float:
@@ -158,31 +155,101 @@ def forgetting(score: float, base: float, higher_is_better: bool = True) -> floa
     return base - score if higher_is_better else score - base
 
 
-def normal_interval(value: float, stderr: float, level: float = 0.95) -> Interval:
-    """Interval value -/+ z * stderr of a normal distribution; nan ends for a nan `stderr`."""
-    half = _z(level) * stderr
+def t_interval(
+    value: float, stderr: float, degrees: float = math.inf, level: float = 0.95
+) -> Interval:
+    """Student's interval, value -/+ t * stderr; the normal one by default.
+
+    Args:
+        value: the middle.
+        stderr: its standard error; nan gives nan ends.
+        degrees: of freedom, above 0; may be broken, as those of Satterthwaite are.
+        level: confidence, in (0, 1).
+    """
+    # Loaded where it is used: scipy takes longer than all else that light commands import.
+    from scipy.special import stdtrit
+
+    _check_level(level)
+    half = float(stdtrit(degrees, (1 + level) / 2)) * stderr
     return Interval(value - half, value + half)
 
 
-def bootstrap_interval(
+def t_probability(value: float, stderr: float, degrees: float = math.inf) -> float:
+    """Two-sided p-value of a value where nothing but its error moves it from 0.
+
+    Returns:
+        In 0..1, below 1 - level where 0 is outside `t_interval`; 1 where the error is not known.
+    """
+    from scipy.special import stdtr  # see `t_interval`
+
+    if math.isnan(stderr) or value == 0:
+        return 1.0
+    return 2 * float(stdtr(degrees, -abs(value) / stderr)) if stderr > 0 else 0.0
+
+
+def wilson_interval(share: float, n: int, level: float = 0.95) -> Interval:
+    """Wilson's score interval of a share seen in n items; no point at a share of 0 or 1.
+
+    Reference:
+        Wilson 1927, "Probable inference, the law of succession, and statistical inference",
+        Journal of the American Statistical Association 22.
+    """
+    square = _z(level) ** 2
+    centre = (share + square / (2 * n)) / (1 + square / n)
+    half = math.sqrt(square * (share * (1 - share) / n + square / (4 * n * n))) / (1 + square / n)
+    # At a share of 0 or 1 that is one of the ends, but for rounding.
+    return Interval(max(min(centre - half, share), 0.0), min(max(centre + half, share), 1.0))
+
+
+def mean_with_extremes(
+    values: ArrayLike, weights: ArrayLike | None = None, distance: float | None = None
+) -> Mean:
+    """As `mean_stderr`, with an error also where hardly any item differs from the others.
+
+    Where half of the items or more are the same, as when few of many changed, an item is added on
+    either side of these, as far from them as the farthest, or `distance`. Otherwise nothing is.
+
+    Args:
+        values: one number an item.
+        weights: one weight an item, above 0; None for equal weights.
+        distance: of the added items; None for the farthest that was seen.
+
+    Returns:
+        Value and standard error with the added items, and n without them.
+
+    Reference:
+        Agresti and Min 2005, "Simple improved confidence intervals for comparing matched
+        proportions", Statistics in Medicine 24.
+    """
+    x, w = _items(values, weights)
+    common = _most_common(x)
+    if common is None:
+        return mean_stderr(x, w)
+    away = float(np.abs(x - common).max()) if distance is None else distance
+    mean = mean_stderr([*x, common - away, common + away], [*w, w.mean(), w.mean()])
+    return mean._replace(n=len(x))
+
+
+def bootstrap_mean(
     values: ArrayLike,
     weights: ArrayLike | None = None,
     *,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> Interval:
-    """Interval of the (weighted) mean from resampled items, studentised.
+) -> Finding:
+    """Interval of the (weighted) mean from resampled items, studentised, and its test of 0.
 
         t_b = (mean_b - mean) / stderr_b      ends: mean - t_high * stderr, mean - t_low * stderr
+        p = 2 min( share of t_b >= mean / stderr, share of t_b <= mean / stderr )
 
     Items are drawn with replacement `resamples` times, always the same way for a seed; t_low and
     t_high are quantiles of t_b. Dividing by each draw's own standard error is what makes the
     interval hold for few items and for skewed ones, where percentiles of the means are too narrow.
 
     Where half of the items or more are the same, as when few of many changed, many draws are all
-    alike and have no error to divide by. The interval is then the normal one after one item as far
-    from these as the farthest was added on either side.
+    alike and have no error to divide by. The interval is then the normal one of
+    `mean_with_extremes`.
 
     Args:
         values: one number an item.
@@ -192,16 +259,14 @@ def bootstrap_interval(
         seed: of numpy's default generator, 0 or more.
 
     Returns:
-        The interval; the one point where all items are the same; else both ends nan for fewer than
-        5 items, from which no error can be told this way.
+        Interval and p-value; the one point where all items are the same; else an unknown interval
+        for fewer than 5 items, from which no error can be told this way.
 
     Raises:
         ValueError: as `mean_stderr`, or a level or number of resamples out of its range.
 
     Reference:
-        Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 12.5 (bootstrap-t);
-        Agresti and Min 2005, "Simple improved confidence intervals for comparing matched
-        proportions", Statistics in Medicine 24 (added items).
+        Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 12.5 (bootstrap-t).
     """
     x, w = _items(values, weights)
     _check_level(level)
@@ -209,37 +274,18 @@ def bootstrap_interval(
         raise ValueError(f"resamples must be 1 or more, got {resamples}")
     mean, stderr, n = mean_stderr(x, w)
     if n > 1 and stderr == 0:
-        return Interval(mean, mean)
+        return Finding(Interval(mean, mean), t_probability(mean, stderr))
     if n < _FEWEST:
-        return Interval(math.nan, math.nan)
-    if (common := _most_common(x)) is not None:
-        return _with_extremes(x, w, common, float(np.abs(x - common).max()), level)
+        return Finding(Interval(math.nan, math.nan), 1.0)
+    if _most_common(x) is not None:
+        return _normal(mean_with_extremes(x, w), level)
     t = _studentised(x - mean, w, resamples, np.random.default_rng(seed))
     tail = (1 - level) / 2
     low, high = np.quantile(t, [tail, 1 - tail], method="inverted_cdf")
-    return Interval(float(mean - high * stderr), float(mean - low * stderr))
-
-
-def paired_bootstrap_interval(
-    base: ArrayLike,
-    score: ArrayLike,
-    weights: ArrayLike | None = None,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """`bootstrap_interval` of mean(score - base) over the same items under two models.
-
-    Pairing takes out what makes items hard or easy for both models, so the interval is narrower
-    than that of two separate means.
-
-    Raises:
-        ValueError: as `bootstrap_interval`, and when the two have different lengths.
-    """
-    return bootstrap_interval(
-        _differences(base, score), weights, level=level, resamples=resamples, seed=seed
-    )
+    interval = Interval(float(mean - high * stderr), float(mean - low * stderr))
+    beyond = min(np.mean(t >= mean / stderr), np.mean(t <= mean / stderr))
+    # Of so many draws none says no more than that it is one in as many.
+    return Finding(interval, min(1.0, 2 * max(float(beyond), 1 / resamples)))
 
 
 def paired_proportions_interval(lost: int, gained: int, n: int, *, level: float = 0.95) -> Interval:
@@ -270,16 +316,20 @@ def paired_proportions_interval(lost: int, gained: int, n: int, *, level: float 
     """
     if lost < 0 or gained < 0 or n < 1 or lost + gained > n:
         raise ValueError(f"no counts of items: lost {lost} and gained {gained} of {n}")
-    z = _z(level)
+    square = _z(level) ** 2
     change = (gained - lost) / n
 
-    def accepted(D: float) -> bool:
-        return abs(_tango_score(gained, lost, n, D)) <= z
+    def beyond(D: float) -> float:
+        """By how much the squared distance exceeds what is accepted; at most 0 inside."""
+        p = -gained - lost + (2 * n - gained + lost) * D
+        q = (math.sqrt(max(p * p + 8 * n * lost * D * (1 - D), 0.0)) - p) / (4 * n)
+        variance = max(n * (2 * q + D * (1 - D)), 0.0)
+        return float((gained - lost - n * D) ** 2 - square * variance)
 
-    return Interval(_last_accepted(accepted, change, -1.0), _last_accepted(accepted, change, 1.0))
+    return Interval(_last_accepted(beyond, change, -1.0), _last_accepted(beyond, change, 1.0))
 
 
-def paired_interval(
+def paired_difference(
     base: ArrayLike,
     score: ArrayLike,
     weights: ArrayLike | None = None,
@@ -288,13 +338,17 @@ def paired_interval(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> Interval:
-    """The interval of mean(score - base) over the same items that suits the kind of items.
+) -> Finding:
+    """Interval and test of mean(score - base) over the same items, as suits the kind of items.
 
-    * Right or wrong (1 and 0, equal weights): `paired_proportions_interval`.
-    * Other shares, of which half or more did not change: the normal interval after an item of the
-      largest possible change, 1, was added in either direction.
-    * Otherwise: `paired_bootstrap_interval`.
+    * Right or wrong (1 and 0, equal weights): `paired_proportions_interval`, with the score test of
+      the same name, z = (gained - lost) / sqrt(gained + lost).
+    * Other shares, of which half or more did not change: the normal interval of
+      `mean_with_extremes`, with items of the largest possible change, 1.
+    * Otherwise: `bootstrap_mean` of the differences.
+
+    Pairing takes out what makes items hard or easy for both models, so the interval is narrower
+    than that of two separate means.
 
     Args:
         base: one number an item, under the base model.
@@ -305,17 +359,22 @@ def paired_interval(
         resamples: of the bootstrap.
         seed: of the bootstrap.
 
-    Returns:
-        The interval; nan ends and errors as `bootstrap_interval`.
+    Raises:
+        ValueError: as `bootstrap_mean`, and when the two have different lengths.
     """
     before, after = np.asarray(base, np.float64), np.asarray(score, np.float64)
-    d, w = _items(_differences(before, after), weights)
+    if before.shape != after.shape:
+        raise ValueError(
+            f"paired scores need the same items, got {before.size} for the base and {after.size}"
+        )
+    d, w = _items(after - before, weights)
     if shares and np.isin((before, after), (0.0, 1.0)).all() and (w == w[0]).all():
         lost, gained = int((d < 0).sum()), int((d > 0).sum())
-        return paired_proportions_interval(lost, gained, len(d), level=level)
+        interval = paired_proportions_interval(lost, gained, len(d), level=level)
+        return Finding(interval, t_probability(gained - lost, math.sqrt(gained + lost)))
     if shares and len(d) >= _FEWEST and _most_common(d) == 0:
-        return _with_extremes(d, w, 0.0, 1.0, level)
-    return bootstrap_interval(d, w, level=level, resamples=resamples, seed=seed)
+        return _normal(mean_with_extremes(d, w, 1.0), level)
+    return bootstrap_mean(d, w, level=level, resamples=resamples, seed=seed)
 
 
 def detectable_change(
@@ -358,18 +417,20 @@ def detectable_change(
         raise ValueError("give either discordance or spread")
     if n < 1 or not 0 < power < 1:
         raise ValueError(f"need n of 1 or more and power in (0, 1), got n {n} and power {power}")
-    z, z_power = _z(level), NormalDist().inv_cdf(power)
+    from scipy.special import ndtri  # see `t_interval`
+
+    z, z_power = _z(level), float(ndtri(power))
     if spread is not None:
         return (z + z_power) * spread / math.sqrt(n)
     share = float(discordance or 0.0)
     if not 0 <= share <= 1:
         raise ValueError(f"discordance must be in 0..1, got {share}")
 
-    def too_small(d: float) -> bool:
+    def excess(d: float) -> float:
         changed = max(share, d)
-        return d * math.sqrt(n) < z * math.sqrt(changed) + z_power * math.sqrt(changed - d * d)
+        return d * math.sqrt(n) - z * math.sqrt(changed) - z_power * math.sqrt(changed - d * d)
 
-    return _last_accepted(too_small, 0.0, 1.0)
+    return _last_accepted(excess, 0.0, 1.0)
 
 
 def mcnemar(lost: int, gained: int) -> float:
@@ -394,12 +455,9 @@ def mcnemar(lost: int, gained: int) -> float:
     """
     if lost < 0 or gained < 0:
         raise ValueError(f"counts must be 0 or more, got lost {lost} and gained {gained}")
-    n = lost + gained
-    ways = term = 1
-    for k in range(min(lost, gained)):
-        term = term * (n - k) // (k + 1)
-        ways += term
-    return min(1.0, 2 * ways / (1 << n))
+    from scipy.special import bdtr  # see `t_interval`
+
+    return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -531,14 +589,9 @@ def _items(values: ArrayLike, weights: ArrayLike | None) -> tuple[_Floats, _Floa
     return x, w
 
 
-def _differences(base: ArrayLike, score: ArrayLike) -> _Floats:
-    before, after = np.asarray(base, np.float64), np.asarray(score, np.float64)
-    if before.shape != after.shape:
-        raise ValueError(
-            f"paired scores need the same items, got {before.size} for the base and {after.size}"
-        )
-    differences: _Floats = after - before
-    return differences
+def _normal(mean: Mean, level: float) -> Finding:
+    interval = t_interval(mean.value, mean.stderr, level=level)
+    return Finding(interval, t_probability(mean.value, mean.stderr))
 
 
 def _most_common(x: _Floats) -> float | None:
@@ -546,16 +599,6 @@ def _most_common(x: _Floats) -> float | None:
     values, counts = np.unique(x, return_counts=True)
     most = int(counts.argmax())
     return float(values[most]) if 2 * counts[most] >= len(x) else None
-
-
-def _with_extremes(
-    x: _Floats, w: _Floats, centre: float, distance: float, level: float
-) -> Interval:
-    """The normal interval of the mean after an item was added on either side of a centre."""
-    mean, stderr, _ = mean_stderr(
-        [*x, centre - distance, centre + distance], [*w, w.mean(), w.mean()]
-    )
-    return normal_interval(mean, stderr, level)
 
 
 def _studentised(x: _Floats, w: _Floats, resamples: int, rng: np.random.Generator) -> _Floats:
@@ -587,29 +630,14 @@ def _counts(n: int, draws: int, rng: np.random.Generator) -> _Floats:
     return counts.astype(np.float64)
 
 
-def _tango_score(gained: int, lost: int, n: int, D: float) -> float:
-    """Standardised distance of the counts from a change of D; infinite where D cannot be."""
-    p = -gained - lost + (2 * n - gained + lost) * D
-    c = -lost * D * (1 - D)
-    q = (math.sqrt(max(p * p - 8 * n * c, 0.0)) - p) / (4 * n)
-    distance = gained - lost - n * D
-    variance = n * (2 * q + D * (1 - D))
-    if variance <= 1e-12:
-        return 0.0 if abs(distance) < 1e-9 else math.copysign(math.inf, distance)
-    return distance / math.sqrt(variance)
+def _last_accepted(beyond: Callable[[float], float], inside: float, outside: float) -> float:
+    """Where `beyond` rises above 0 on the way from `inside`; `outside` where it never does."""
+    from scipy.optimize import brentq  # see `t_interval`
 
-
-def _last_accepted(accepted: Callable[[float], bool], inside: float, outside: float) -> float:
-    """The end, by bisection, of the stretch from `inside` in which all numbers are accepted."""
-    if accepted(outside):
+    if inside == outside or beyond(outside) <= 0:
         return outside
-    for _ in range(_BISECTIONS):
-        middle = (inside + outside) / 2
-        if accepted(middle):
-            inside = middle
-        else:
-            outside = middle
-    return inside
+    # Where nothing changed `inside` is a root too, and not the one that is looked for.
+    return float(brentq(beyond, inside + 1e-9 * (outside - inside), outside, xtol=1e-16))
 
 
 def _points(points: Iterable[Point]) -> list[Point]:
@@ -623,8 +651,10 @@ def _points(points: Iterable[Point]) -> list[Point]:
 
 def _z(level: float) -> float:
     """Two-sided normal quantile: 1.96 for a level of 0.95."""
+    from scipy.special import ndtri  # see `t_interval`
+
     _check_level(level)
-    return NormalDist().inv_cdf((1 + level) / 2)
+    return float(ndtri((1 + level) / 2))
 
 
 def _check_level(level: float) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from forgetless.core import metrics
 from forgetless.reports.compared import as_compared
 from forgetless.reports.evidence import Evidence, Run, Task, number
-from forgetless.reports.intervals import Estimate, over_seeds
 from forgetless.scores.files import Phase
+from forgetless.scores.seeds import Estimate, over_seeds
 
 # The seed and the learning rate are the points of an arm; the rest does not decide the weights.
 NOT_THE_ARM = (

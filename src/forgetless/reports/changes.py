@@ -11,9 +11,9 @@ from forgetless.core.metrics import Interval
 from forgetless.reports.arms import Arm
 from forgetless.reports.compared import compared
 from forgetless.reports.evidence import Evidence, Task, number
-from forgetless.reports.intervals import over_seeds
 from forgetless.scores.averages import PaperAverage, paper_averages
 from forgetless.scores.comparison import Row, Verdict
+from forgetless.scores.seeds import over_seeds
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from forgetless.core.errors import UserError
 from forgetless.reports.evidence import Run, Task, number
-from forgetless.reports.intervals import Estimate
 from forgetless.scores.comparison import Row, compare
 from forgetless.scores.files import Phase
+from forgetless.scores.seeds import Estimate
 from forgetless.tasks.base import Item, TaskResult
 
 

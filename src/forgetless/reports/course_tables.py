@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from forgetless.reports.arms import Arm
 from forgetless.reports.durations import Course, Matched, Moment
 from forgetless.reports.evidence import Evidence, Task
-from forgetless.reports.intervals import Estimate
 from forgetless.reports.markup import arm_name, estimate_cell, header, text
 from forgetless.reports.words import amount, level_words, unit, unit_in_full
+from forgetless.scores.seeds import Estimate
 
 Pair = tuple[Estimate | None, Estimate | None]
 

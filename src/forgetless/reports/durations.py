@@ -12,7 +12,7 @@ from forgetless.core.metrics import forgetting_at_matched_learning
 from forgetless.reports.arms import Arm, without_rate
 from forgetless.reports.compared import as_compared
 from forgetless.reports.evidence import Evidence, Row, Run, Task, number, tasks_of
-from forgetless.reports.intervals import Estimate, over_seeds
+from forgetless.scores.seeds import Estimate, over_seeds
 
 MAX_LEVELS = 6
 

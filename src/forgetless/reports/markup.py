@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from forgetless.reports.evidence import Task, number
-from forgetless.reports.intervals import Estimate
 from forgetless.reports.words import NOT_MEASURED, amount, arm_words, interval_words
+from forgetless.scores.seeds import Estimate
 
 NUM_MARKS = 8
 NUM_ON_ONE_LINE = 24

@@ -18,13 +18,13 @@ from forgetless.reports.course_tables import course_table, matched_section, rate
 from forgetless.reports.durations import Course, Matched
 from forgetless.reports.evidence import Evidence
 from forgetless.reports.flips import TaskFlips
-from forgetless.reports.intervals import Estimate
 from forgetless.reports.made import how_it_was_made, seeds_of, when
 from forgetless.reports.markup import arm_name, prose, text
 from forgetless.reports.payload import payload
 from forgetless.reports.standing import Standing
 from forgetless.reports.tables import arms_table, flips_table, runs_table
 from forgetless.reports.words import Answer, amount, interval_words
+from forgetless.scores.seeds import Estimate
 
 SCRIPTS = tuple(
     f"{name}.js"

@@ -10,7 +10,7 @@ from forgetless.reports.arms import Arm
 from forgetless.reports.durations import Course
 from forgetless.reports.evidence import Evidence, Run, Task, number
 from forgetless.reports.flips import MAX_KEPT, MAX_LISTED, ArmFlips, Flip, TaskFlips
-from forgetless.reports.intervals import Estimate
+from forgetless.scores.seeds import Estimate
 
 MAX_CURVE_POINTS = 240
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from forgetless.reports.arms import chosen
 from forgetless.reports.durations import arm_of_row
 from forgetless.reports.evidence import Row, Task, number, tasks_of
-from forgetless.reports.intervals import Estimate, over_seeds
+from forgetless.scores.seeds import Estimate, over_seeds
 
 __all__ = ["Rate", "chosen_rates", "tried"]
 

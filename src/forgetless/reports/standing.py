@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from forgetless.reports.arms import Arm, Setting, best_of, clearly_better, pareto
 from forgetless.reports.evidence import Evidence, Task
-from forgetless.reports.intervals import Estimate
+from forgetless.scores.seeds import Estimate
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from rich.text import Text
 from forgetless.reports.arms import Arm, Setting
 from forgetless.reports.evidence import Evidence, Task
 from forgetless.reports.flips import ArmFlips, TaskFlips
-from forgetless.reports.intervals import Estimate
 from forgetless.reports.standing import Standing
 from forgetless.reports.words import NOT_MEASURED, Answer, amount, arm_words, interval_words
+from forgetless.scores.seeds import Estimate
 
 NUM_EXAMPLES = 4
 

@@ -10,8 +10,8 @@ from typing import Any
 from forgetless.reports.arms import Arm, best_of
 from forgetless.reports.durations import Matched
 from forgetless.reports.evidence import Evidence, Task
-from forgetless.reports.intervals import Estimate
 from forgetless.reports.standing import Standing, leaders
+from forgetless.scores.seeds import Estimate
 
 NOT_MEASURED = "–"
 

@@ -72,7 +72,7 @@ class Row:
         score: score of the other.
         interval: of the difference.
         paired: whether the interval comes from the same items under both models (see
-            `metrics.paired_interval`) or, without items, from the two standard errors as if they
+            `metrics.paired_difference`) or, without items, from the two standard errors as if they
             were independent (wider).
         p_value: of McNemar's exact test that nothing changed; None unless items are right or wrong.
         detectable: the smallest true change that so many items show with a power of 80 % (see
@@ -108,15 +108,12 @@ class Row:
     @property
     def retention(self) -> float:
         """Share of the base's score that is left, at most 1; nan where a ratio means nothing."""
-        share = self.retention_uncapped
-        return share if math.isnan(share) else min(1.0, share)
+        return metrics.retention(self.score, self.base, self.higher_is_better)
 
     @property
     def retention_uncapped(self) -> float:
-        """As `retention`, with gains above 1; see `metrics.retention_uncapped`."""
-        if self.score < 0 or self.base < 0:
-            return math.nan
-        return metrics.retention_uncapped(self.score, self.base, self.higher_is_better)
+        """As `retention`, with gains above 1."""
+        return metrics.retention(self.score, self.base, self.higher_is_better, capped=False)
 
     @property
     def is_share(self) -> bool:
@@ -362,7 +359,7 @@ def _row(base: TaskResult, score: TaskResult, level: float, resamples: int, seed
         n=score.n,
         base=base.value,
         score=score.value,
-        interval=metrics.normal_interval(score.value - base.value, stderr, level),
+        interval=metrics.t_interval(score.value - base.value, stderr, level=level),
         paired=False,
         detectable=metrics.detectable_change(1, spread=stderr, level=level),
         extra=dict(score.extra),
@@ -387,7 +384,7 @@ def _with_statistics(
     """The row with the paired interval and, of right and wrong items, the test."""
     before, after = [old.score for old, _ in pairs], [new.score for _, new in pairs]
     weights = [old.weight for old, _ in pairs]
-    interval = metrics.paired_interval(
+    interval = metrics.paired_difference(
         before,
         after,
         weights,
@@ -395,7 +392,7 @@ def _with_statistics(
         level=level,
         resamples=resamples,
         seed=seed,
-    )
+    ).interval
     row = replace(row, interval=interval, paired=True)
     if not row.changes:
         gaps = [new - old for old, new in zip(before, after, strict=True)]

@@ -195,7 +195,8 @@ def _task_columns(
 ) -> dict[str, Any]:
     base, final = scores["base"], scores["final"]
     known = final or base
-    kept = _retention(base, final)
+    after, before = (math.nan if s.get("value") is None else s["value"] for s in (final, base))
+    kept = metrics.retention(after, before, final.get("higher_is_better", True), capped=False)
     return {
         "task": task,
         "kind": kind,
@@ -205,19 +206,10 @@ def _task_columns(
         "score": final.get("value"),
         "stderr": final.get("stderr"),
         "n": final.get("n"),
-        "retention": None if kept is None else min(1.0, kept),
+        "retention": None if math.isnan(kept) else min(1.0, kept),
         "higher_is_better": known.get("higher_is_better"),
-        "retention_uncapped": None if kept is None or math.isinf(kept) else kept,
+        "retention_uncapped": kept if math.isfinite(kept) else None,
     }
-
-
-def _retention(base: Mapping[str, Any], final: Mapping[str, Any]) -> float | None:
-    """The share that is left, gains counted; None where it is not measured or means nothing."""
-    before, after = base.get("value"), final.get("value")
-    if before is None or after is None or before < 0 or after < 0:
-        return None
-    share = metrics.retention_uncapped(after, before, final["higher_is_better"])
-    return None if math.isnan(share) else share
 
 
 def _words(names: str | Sequence[str]) -> str:

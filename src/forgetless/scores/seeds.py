@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-Z_95 = 1.959964
-# Two-sided 95 % quantiles of Student's t for 1..30 degrees of freedom.
-T_95 = (
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
-    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
-)
+from forgetless.core.metrics import t_interval, wilson_interval
+
+__all__ = ["Estimate", "over_items", "over_seeds"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,8 @@ def over_seeds(
     mean = fmean(values)
     spread = stdev(values) if len(values) > 1 else 0.0
     if spread > 0:
-        half = t_95(len(values) - 1) * spread / math.sqrt(len(values))
-        low, high = mean - half, mean + half
+        stderr = spread / math.sqrt(len(values))
+        low, high = t_interval(mean, stderr, len(values) - 1)
     else:
         low, high = over_items(mean, stderrs[0], num_items, is_share=is_share)
     if is_share:
@@ -85,28 +81,5 @@ def over_items(
     exactly; Wilson's score interval has no such hole.
     """
     if is_share and value in (0.0, 1.0) and num_items:
-        return wilson(value, num_items)
-    half = Z_95 * (stderr or 0.0)
-    return value - half, value + half
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share seen in `count` items.
-
-    Reference:
-        Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
-    square = Z_95 * Z_95
-    centre = (share + square / (2 * count)) / (1 + square / count)
-    root = math.sqrt(share * (1 - share) / count + square / (4 * count * count))
-    half = Z_95 * root / (1 + square / count)
-    return centre - half, centre + half
-
-
-def t_95(degrees: int) -> float:
-    """Student's two-sided 95 % quantile, to 4 digits up to 30 degrees of freedom, 3 above."""
-    if degrees < 1:
-        raise ValueError(f"degrees must be at least 1, got {degrees}")
-    if degrees <= len(T_95):
-        return T_95[degrees - 1]
-    return Z_95 + (Z_95**3 + Z_95) / (4 * degrees)
+        return wilson_interval(value, num_items)
+    return t_interval(value, stderr or 0.0)
