@@ -17,8 +17,7 @@ from forgetless.methods.table import as_markdown
 from forgetless.reports.durations import Course, Matched, course_of_rows, matched_over_steps
 from forgetless.reports.evidence import Task, read_csv, tasks_of
 from forgetless.reports.figures import draw_course
-from forgetless.reports.rates import tried
-from forgetless.reports.words import (
+from forgetless.reports.numbers import (
     NOT_MEASURED,
     amount,
     interval_words,
@@ -26,6 +25,7 @@ from forgetless.reports.words import (
     unit,
     unit_in_full,
 )
+from forgetless.reports.rates import tried
 from forgetless.scores.seeds import Estimate
 
 DOCS = Path(__file__).parent

@@ -37,10 +37,9 @@ from forgetless.reports.arms import gather
 from forgetless.reports.changes import find_changes
 from forgetless.reports.durations import course
 from forgetless.reports.evidence import read
-from forgetless.reports.flips import find
 from forgetless.reports.standing import standing
 from forgetless.reports.words import Answer, answer
-from forgetless.scores.comparison import compare
+from forgetless.scores.comparison import Flip, compare
 from forgetless.scores.files import read_scores
 from forgetless.scores.seeds import over_seeds
 from forgetless.studies.folder import COLUMNS
@@ -48,6 +47,7 @@ from forgetless.tasks.base import Item, TaskResult
 
 # ------------------------------------------------------------------------------ made-up studies
 
+FLIPS: tuple[Flip, ...] = ("kept", "lost", "gained", "wrong")
 METHODS = ["full", "lora", "pissa", "milora", "intermediate", "lora_null_v1", "lora_null_v2"]
 # What a trial on the pocket world gave, roughly: (problems solved, facts kept).
 PLACES = {
@@ -521,7 +521,8 @@ def test_answers_of_models_stay_text(text: str) -> None:
     assert not elements.handlers
     lost = json.loads(elements.scripts[0])["flips"][1]["arms"][0]["lost"]
     assert any(said == HOSTILE for _, said, _ in lost)
-    assert html.escape(HOSTILE) in text
+    assert HOSTILE in html.unescape(text[: text.index('id="data"')])
+    assert HOSTILE not in text
 
 
 def test_only_the_page_s_own_script_may_run(text: str) -> None:
@@ -552,7 +553,8 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     sheets = two_sheets({"lora": 0.8, "pissa": 0.5}, {"lora": 0.45})
     folder = make_study(tmp_path / "s", sheets, ["lora", "pissa"])
     page = report(folder).read_text()
-    row = re.search(r'<tr><th scope="row" data-v="pissa">.*?</tr>', page, re.DOTALL)
+    scores = page[page.index('aria-label="Scores of every arm"') :]
+    row = re.search(r'<tr><th scope="row" data-v="pissa">.*?</tr>', scores, re.DOTALL)
     assert row is not None
     assert row[0].count('class="num none">–') >= 2
     assert "`pissa` is not compared" not in page
@@ -560,14 +562,19 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
 
 
 def test_counts_of_lost_and_kept_add_up(demo: Path) -> None:
-    flips = {of_task.task.name: of_task for of_task in find(read(demo), gather(read(demo)))}
-    assert set(flips) == {"pocket_problems", "pocket_recall"}
-    recall = flips["pocket_recall"]
-    for arm in recall.arms:
-        assert arm.kept + arm.lost + arm.gained + arm.never == pytest.approx(1100)
-        assert arm.kept + arm.lost == pytest.approx(round(0.964 * 1100))
-        assert not {flip.item for flip in arm.lost_items} & set(arm.kept_items)
-        assert max(flip.seeds for flip in arm.lost_items) == arm.seeds
+    changes = {
+        of_task.task.name: of_task for of_task in find_changes(read(demo), gather(read(demo)))
+    }
+    assert [task for task in changes if changes[task].counted] == [
+        "pocket_problems",
+        "pocket_recall",
+    ]
+    for arm in changes["pocket_recall"].counted:
+        kept, lost, *others = (arm.count(flip) or 0.0 for flip in FLIPS)
+        assert kept + lost + sum(others) == pytest.approx(1100)
+        assert kept + lost == pytest.approx(round(0.964 * 1100))
+        assert not {item.id for item in arm.flipped("lost")} & set(arm.kept_items)
+        assert max(item.seeds for item in arm.flipped("lost")) == len(arm.rows)
 
 
 def test_a_report_is_the_same_when_made_again(tmp_path: Path) -> None:
@@ -849,8 +856,8 @@ def test_the_question_of_a_prompt_is_shown_and_not_its_examples(tmp_path: Path) 
     asked = [(f"Q: One?\nA: 1\n\nQ: What is {c}'s capital?\nA:", a) for c, a in capitals]
     sheet = Sheet("recall", "forgetting", 1.0, {"lora": 0.5}, 2, questions=asked)
     evidence = read(make_study(tmp_path / "s", [sheet], ["lora"]))
-    [flips] = find(evidence, gather(evidence))
-    assert flips.questions["0"] == ("What is Chile's capital?", "Santiago")
+    [of_task] = find_changes(evidence, gather(evidence))
+    assert of_task.questions["0"] == ("What is Chile's capital?", "Santiago")
 
 
 def scored(right: Sequence[bool]) -> dict[str, TaskResult]:

@@ -114,7 +114,7 @@ def print_end(done: Run) -> None:
 
 def _print_points(done: Run) -> None:
     """The scores at the steps of `measure_at`, between those of the base and of the end."""
-    from forgetless.reports.words import three_decimals
+    from forgetless.reports.numbers import three_decimals
     from forgetless.studies.folder import RunFolder, curve_rows
 
     rows = list(curve_rows(RunFolder(done.folder)))

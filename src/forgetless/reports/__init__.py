@@ -13,9 +13,9 @@ from forgetless.core.files import write_text
 from forgetless.reports import evidence as _evidence
 from forgetless.reports import figures, terminal
 from forgetless.reports.arms import gather
+from forgetless.reports.changes import find_changes
 from forgetless.reports.durations import course, matched
 from forgetless.reports.evaluated import write_evaluation
-from forgetless.reports.flips import find
 from forgetless.reports.page import page
 from forgetless.reports.standing import standing
 from forgetless.reports.words import answer
@@ -58,8 +58,10 @@ def report(study_folder: str | Path) -> Path:
     except ImportError:
         notes.append("No figures: matplotlib is not installed (pip install 'forgetless[report]').")
     index = folder / "index.html"
-    flips = find(evidence, arms)
-    write_text(index, page(evidence, arms, place, words, over_steps, equal, flips, drawings, notes))
+    changes = find_changes(evidence, arms)
+    write_text(
+        index, page(evidence, arms, place, words, over_steps, equal, changes, drawings, notes)
+    )
     for note in notes:
         _log.info(note)
     return index
@@ -71,7 +73,7 @@ def summary(study_folder: str | Path) -> RenderableType:
     arms = gather(evidence)
     place = standing(evidence, arms)
     words = answer(evidence, arms, place, matched(evidence, arms, course(evidence, arms)))
-    return terminal.render(evidence, arms, place, words, find(evidence, arms))
+    return terminal.render(evidence, arms, place, words, find_changes(evidence, arms))
 
 
 def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,10 +1,12 @@
-"""Every arm against its base, task by task: differences, distances, the papers' averages."""
+"""Every arm against its base, task by task and item by item; the papers' averages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 from forgetless.core.metrics import Interval
@@ -12,12 +14,30 @@ from forgetless.reports.arms import Arm
 from forgetless.reports.compared import compared
 from forgetless.reports.evidence import Evidence, Task, number
 from forgetless.scores.averages import PaperAverage, paper_averages
-from forgetless.scores.comparison import Row, Verdict
+from forgetless.scores.comparison import Change, Flip, Row, Verdict
 from forgetless.scores.seeds import over_seeds
+from forgetless.scores.showing import question
+
+MAX_TEXT = 320
 
 
 @dataclass(frozen=True)
-class Change:
+class FlippedItem:
+    """One question that changed sides.
+
+    Attributes:
+        id: of the question.
+        answer: what the arm says now, in the first of its seeds in which the item changed.
+        seeds: in how many of the arm's seeds it changed.
+    """
+
+    id: str
+    answer: str
+    seeds: int
+
+
+@dataclass(frozen=True)
+class ArmChange:
     """One arm on one task, at its best setting, against the base.
 
     Attributes:
@@ -53,22 +73,13 @@ class Change:
         """Of the difference: over the same items, or over the seeds where there are several."""
         differences = [row.difference for row in self.rows]
         spread = over_seeds(differences, [None], None, is_share=False)
-        if spread.seeds_agree:
-            return self.rows[0].interval
-        return Interval(spread.low, spread.high)
+        return self.rows[0].interval if spread.seeds_agree else Interval(spread.low, spread.high)
 
     @property
-    def kept(self) -> float | None:
+    def retention(self) -> float | None:
         """Share of the base's score that is left; None where a ratio means nothing."""
         shares = [row.retention for row in self.rows if not math.isnan(row.retention)]
         return fmean(shares) if shares else None
-
-    @property
-    def counts(self) -> tuple[float, float] | None:
-        """Items lost and gained; None unless they are right or wrong."""
-        if not all(row.counted for row in self.rows):
-            return None
-        return fmean(len(row.lost) for row in self.rows), fmean(len(r.gained) for r in self.rows)
 
     @property
     def verdict(self) -> Verdict:
@@ -86,51 +97,91 @@ class Change:
         known = [value for value in values if value is not None]
         return fmean(known) if known else None
 
+    @cached_property
+    def counted(self) -> list[Row]:
+        """The seeds whose items are right or wrong, and so can be lost and gained."""
+        return [row for row in self.rows if row.counted]
+
+    def count(self, flip: Flip) -> float | None:
+        """How many items were lost, gained, kept or wrong both times; the mean over seeds."""
+        return fmean(len(row.flips(flip)) for row in self.counted) if self.counted else None
+
+    def flipped(self, flip: Flip) -> list[FlippedItem]:
+        """The items lost or gained, those of most seeds first."""
+        changes = [change for row in self.counted for change in row.flips(flip)]
+        seeds = Counter(change.id for change in changes)
+        first = {change.id: change for change in reversed(changes)}
+        order = sorted(seeds, key=lambda item: -seeds[item])
+        return [FlippedItem(item, _cut(first[item].after), seeds[item]) for item in order]
+
+    @cached_property
+    def kept_items(self) -> list[str]:
+        """The questions that no seed lost."""
+        lost = {change.id for row in self.counted for change in row.flips("lost")}
+        return [change.id for change in self.counted[0].flips("kept") if change.id not in lost]
+
 
 @dataclass(frozen=True)
 class TaskChanges:
     """One task: every arm that was measured on it and can be compared."""
 
     task: Task
-    num_items: int
-    changes: tuple[Change, ...]
+    changes: tuple[ArmChange, ...]
 
+    @property
+    def num_items(self) -> int:
+        """Items of the task."""
+        return self.changes[0].rows[0].n
 
-@dataclass(frozen=True)
-class Averages:
-    """The papers' averages of one arm."""
+    @cached_property
+    def counted(self) -> list[ArmChange]:
+        """The arms whose items are right or wrong."""
+        return [change for change in self.changes if change.counted]
 
-    label: str
-    averages: tuple[PaperAverage, ...]
+    @cached_property
+    def questions(self) -> dict[str, tuple[str, str]]:
+        """Question and right answer by the item's id."""
+        rows = [row for change in self.counted for row in change.counted]
+        asked: dict[str, Change] = {}
+        for change in (change for row in rows for change in row.changes):
+            asked.setdefault(change.id, change)
+        return {id: (_cut(question(c.prompt)), _cut(c.expected)) for id, c in asked.items()}
 
 
 def find_changes(evidence: Evidence, arms: Sequence[Arm]) -> list[TaskChanges]:
     """What every arm changed, in the order of the tasks; only what was measured both times."""
-    found = []
-    for task in evidence.tasks:
-        changes = []
-        for arm in arms:
-            rows = [row for run in arm.best.runs if (row := compared(run, task.name)) is not None]
-            if rows:
-                changes.append(Change(arm.label, tuple(rows)))
-        if changes:
-            found.append(TaskChanges(task, changes[0].rows[0].n, tuple(changes)))
-    return found
+    return [
+        TaskChanges(task, changes)
+        for task in evidence.tasks
+        if (changes := tuple(_changes(task.name, arms)))
+    ]
 
 
-def find_averages(changes: Sequence[TaskChanges]) -> list[Averages]:
+def _changes(task: str, arms: Sequence[Arm]) -> Iterator[ArmChange]:
+    for arm in arms:
+        rows = tuple(row for run in arm.best.runs if (row := compared(run, task)) is not None)
+        if rows:
+            yield ArmChange(arm.label, rows)
+
+
+def find_averages(changes: Sequence[TaskChanges]) -> dict[str, tuple[PaperAverage, ...]]:
     """The papers' averages of every arm of which at least one part was measured."""
-    of_arms: dict[str, dict[str, Change]] = {}
+    of_arms: dict[str, dict[str, ArmChange]] = {}
     for of_task in changes:
         for change in of_task.changes:
             of_arms.setdefault(change.label, {})[of_task.task.name] = change
-    found = []
-    for label, of_arm in of_arms.items():
-        averages = paper_averages(
+    found = {
+        label: paper_averages(
             {task: change.base for task, change in of_arm.items()},
             {task: change.score for task, change in of_arm.items()},
             {task: change.interval for task, change in of_arm.items()},
         )
-        if averages:
-            found.append(Averages(label, averages))
-    return found
+        for label, of_arm in of_arms.items()
+    }
+    return {label: averages for label, averages in found.items() if averages}
+
+
+def _cut(text: str) -> str:
+    """A text of a length that can be read."""
+    text = text.strip()
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

@@ -76,6 +76,11 @@ class Run:
         """What every row of the run repeats in this column; None when the run has no row."""
         return next((row.get(name) for row in self.rows.values()), None)
 
+    def part(self, name: str) -> Mapping[str, Any]:
+        """A part of `run.json`; empty where it is not there."""
+        found = self.record.get(name)
+        return found if isinstance(found, Mapping) else {}
+
     def log(self) -> list[tuple[int, float]]:
         """The training loss by step, in the order of the steps."""
         losses = {}
@@ -98,8 +103,7 @@ class Run:
     @property
     def exceeded(self) -> Mapping[str, Any]:
         """The budget of forgetting that ended the training; empty when none did."""
-        training = self.record.get("training")
-        found = training.get("exceeded") if isinstance(training, Mapping) else None
+        found = self.part("training").get("exceeded")
         return found if isinstance(found, Mapping) else {}
 
     def score(self, phase: Phase, task: str, step: int | None = None) -> dict[str, Any]:

@@ -5,32 +5,25 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from functools import cache
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
 import forgetless
+from forgetless.reports import provenance, tables
 from forgetless.reports.arms import Arm
-from forgetless.reports.change_tables import changes_section, tries_section
-from forgetless.reports.changes import find_averages, find_changes
-from forgetless.reports.course_tables import course_table, matched_section, rates_section
+from forgetless.reports.changes import TaskChanges, find_averages
 from forgetless.reports.durations import Course, Matched
 from forgetless.reports.evidence import Evidence
-from forgetless.reports.flips import TaskFlips
-from forgetless.reports.made import how_it_was_made, seeds_of, when
-from forgetless.reports.markup import arm_name, prose, text
+from forgetless.reports.numbers import amount, count_words, interval_words
 from forgetless.reports.payload import payload
 from forgetless.reports.standing import Standing
-from forgetless.reports.tables import arms_table, flips_table, runs_table
-from forgetless.reports.words import Answer, amount, interval_words
-from forgetless.scores.seeds import Estimate
+from forgetless.reports.words import Answer, arm_words
 
-SCRIPTS = tuple(
-    f"{name}.js"
-    for name in ("base", "chart", "plane", "course", "curves", "probes", "flips", "tables")
-)
-NUM_STATIC_CASES = 6
+SCRIPTS = ("base", "chart", "plane", "course", "curves", "probes", "flips", "tables")
 
 
 def page(
@@ -40,7 +33,7 @@ def page(
     words: Answer,
     course: Course | None,
     matched: Matched | None,
-    flips: Sequence[TaskFlips],
+    changes: Sequence[TaskChanges],
     figures: Mapping[str, str],
     notes: Sequence[str],
 ) -> str:
@@ -53,73 +46,84 @@ def page(
         words: the answer.
         course: the scores over the steps, where runs were scored on the way.
         matched: what the arms keep at equal learning, where that can be told.
-        flips: what changed item by item.
+        changes: what every arm changed, task by task.
         figures: drawings in SVG by name, for browsers without scripts; may be empty.
         notes: what could not be made beside the page, and why.
     """
-    places = {arm.label: i for i, arm in enumerate(arms)}
-    changes = find_changes(evidence, arms)
-    changed = changes_section(changes, find_averages(changes), places)
-    changed += tries_section(arms, evidence.tasks, places)
-    equal = matched_section(matched, places) if matched else ""
-    numbers = payload(evidence, arms, course, flips)
-    sections = {
-        "plane": _has_plane(arms, evidence),
-        "course": bool(course),
-        "changes": bool(changed),
-        "flips": bool(flips),
-        "numbers": True,
-        "curves": any(curve["points"] for curve in numbers["curves"]),
-        "probes": bool(numbers["probes"]),
-        "made": True,
-    }
-    script = "\n".join(_part(name) for name in SCRIPTS)
-    return _filled(
-        _with_sections(_part("page.html"), sections),
-        {
-            "title": text(evidence.name),
-            "css": _part("page.css"),
-            "script_hashes": f"'sha256-{_sha256(script)}'",
-            "eyebrow": text(_eyebrow(evidence, arms)),
-            "headline": prose(words.title, places),
-            "sentences": "".join(f"<p>{prose(s, places)}</p>" for s in words.sentences),
-            "cards": _cards(place, places),
-            "caveats": _caveats(words, places),
-            "links": _links(sections),
-            "plane": figures.get("plane", ""),
-            "course": figures.get("course", ""),
-            "course_tables": course_table(course, places) + equal if course else "",
-            "changes": changed,
-            "rates": rates_section(evidence, arms, places) + (equal if not course else ""),
-            "arms_table": arms_table(evidence, arms),
-            "runs_table": runs_table(evidence),
-            "curves": figures.get("curves", ""),
-            "probes": figures.get("probes", ""),
-            "flips": _flips(flips, places),
-            "made": how_it_was_made(evidence, arms),
-            "footer": text(_footer(notes)),
-            "data": _embedded(numbers),
-            "js": script,
-        },
+    runs, seeds = evidence.runs, provenance.seeds_of(evidence.runs)
+    bases, day = sorted({run.base for run in runs}), provenance.day(evidence)
+    counted = [of_task for of_task in changes if of_task.counted]
+    kinds = {kind: [(c, tables.flips_table(c)) for c in counted if c.task.kind == kind]
+             for kind in ("forgetting", "learning")}  # fmt: skip
+    equal = [tables.matched_table(matched)] if matched else []
+    rates = tables.rates_table(evidence, arms)
+    data = payload(evidence, arms, course, counted)
+    script = "\n".join(_source(f"{name}.js") for name in SCRIPTS)
+    eyebrow = [
+        evidence.name,
+        f"base {', '.join(bases)}",
+        count_words(len(arms), "arm"),
+        count_words(len(seeds), "seed") if seeds else "",
+        count_words(len(runs), "run"),
+        day,
+    ]
+    versions = (run.part("versions").get("forgetless") for run in runs)
+    return _environment().get_template("page.html").render(
+        evidence=evidence,
+        places={arm.label: i for i, arm in enumerate(arms)},
+        words=words,
+        cards=_cards(place),
+        eyebrow=[part for part in eyebrow if part],
+        has_plane=_has_plane(arms, evidence),
+        has_scores=any(not of_task.task.is_distance for of_task in changes),
+        has_curves=any(curve["points"] for curve in data["curves"]),
+        has_probes=bool(data["probes"]),
+        course=[tables.course_table(course), *equal] if course else [],
+        changes=[
+            *tables.changes_tables(changes, find_averages(changes)),
+            *tables.tries_tables(arms, evidence.tasks),
+        ],
+        flips={kind: of_kind for kind, of_kind in kinds.items() if of_kind},
+        numbers=[
+            tables.arms_table(evidence, arms),
+            *([rates] if rates else []),
+            *(equal if not course else []),
+        ],
+        every_run=tables.runs_table(evidence),
+        figures={name: figures.get(name, "") for name in ("plane", "course", "curves", "probes")},
+        commands=provenance.commands(evidence),
+        definitions=provenance.definitions(evidence),
+        version=next((version for version in versions if version), forgetless.__version__),
+        bases=bases,
+        seeds=seeds,
+        day=day,
+        shared_settings=provenance.shared_settings(runs),
+        made=[provenance.differing_table(evidence, arms), provenance.unfinished_table(runs)],
+        machine=provenance.machine(runs),
+        recorded=provenance.recorded_table(runs),
+        forgetless_version=forgetless.__version__,
+        notes=notes,
+        style=Markup(_source("page.css")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=Markup(_embedded(data)),
+    )  # fmt: skip
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("forgetless.reports"), autoescape=True, undefined=StrictUndefined
     )
+    environment.filters["arm_words"] = arm_words
+    return environment
 
 
-LINKS = {
-    "plane": "Plane",
-    "course": "Steps",
-    "changes": "Changes",
-    "flips": "Lost",
-    "numbers": "Numbers",
-    "curves": "Training",
-    "made": "How",
-}
-
-
-def _links(sections: Mapping[str, bool]) -> str:
-    """The way to each section that is there."""
-    return "".join(
-        f'<a href="#{name}">{word}</a>' for name, word in LINKS.items() if sections[name]
-    )
+def _source(name: str) -> str:
+    """A style or script as it lies beside the templates."""
+    environment = _environment()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
 
 
 def _has_plane(arms: Sequence[Arm], evidence: Evidence) -> bool:
@@ -132,26 +136,39 @@ def _has_plane(arms: Sequence[Arm], evidence: Evidence) -> bool:
     return any(len(of_setting) > 1 for of_setting in kinds)
 
 
-def _with_sections(template: str, sections: Mapping[str, bool]) -> str:
-    """The template without the sections for which there is nothing."""
-
-    def choose(found: re.Match[str]) -> str:
-        return _with_sections(found[2], sections) if sections[found[1]] else ""
-
-    return re.sub(r"<!-- (\w+) -->\n(.*?)<!-- /\1 -->\n", choose, template, flags=re.DOTALL)
-
-
-def _part(name: str) -> str:
-    return files("forgetless.reports").joinpath(name).read_text("utf-8")
-
-
-def _filled(template: str, parts: Mapping[str, str]) -> str:
-    """The template with its parts; parts are not searched for places again."""
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def _cards(place: Standing) -> list[dict[str, Any]]:
+    """Three numbers to take away; only what was measured and compared."""
+    learning, forgetting = place.learning, place.forgetting
+    if len(place.placed) < 2 or learning is None or forgetting is None or place.none_learned:
+        return []
+    cards: list[dict[str, Any]] = []
+    for title, leaders in (("Kept most", place.keepers), ("Learned most", place.learners)):
+        best = leaders[0].best
+        pairs = [
+            ("kept", forgetting, best.kept(forgetting)),
+            ("learned", learning, best.final(learning)),
+        ]
+        (_, task, shown), (verb, other_task, other) = pairs if title == "Kept most" else pairs[::-1]
+        if shown is None or other is None:
+            continue
+        tied = f", {len(leaders) - 1} more not distinguishable" if len(leaders) > 1 else ""
+        cards.append({
+            "title": title, "shown": amount(task, shown.value),
+            "interval": interval_words(shown, task), "labels": [leaders[0].label],
+            "rest": f"{verb} {amount(other_task, other.value)}{tied}",
+        })  # fmt: skip
+    front = [arm.label for arm in place.front]
+    shown_front = f"{len(front)} of {len(place.placed)}"
+    return [
+        *cards,
+        {
+            "title": "On the Pareto front",
+            "shown": shown_front,
+            "labels": front,
+            "interval": "",
+            "rest": "",
+        },
+    ]
 
 
 def _embedded(content: Any) -> str:
@@ -160,123 +177,3 @@ def _embedded(content: Any) -> str:
     for sign in "<>&\u2028\u2029":
         dumped = dumped.replace(sign, f"\\u{ord(sign):04x}")
     return dumped
-
-
-def _eyebrow(evidence: Evidence, arms: Sequence[Arm]) -> str:
-    bases = sorted({run.base for run in evidence.runs})
-    seeds = seeds_of(evidence.runs)
-    parts = [
-        evidence.name,
-        f"base {', '.join(bases)}",
-        f"{len(arms)} arm{'' if len(arms) == 1 else 's'}",
-        f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}" if seeds else "",
-        f"{len(evidence.runs)} run{'' if len(evidence.runs) == 1 else 's'}",
-        when(evidence),
-    ]
-    return "  ·  ".join(part for part in parts if part)
-
-
-def _cards(place: Standing, places: Mapping[str, int]) -> str:
-    """Three numbers to take away; only what was measured and compared."""
-    if len(place.placed) < 2 or place.learning is None or place.forgetting is None:
-        return ""
-    if place.none_learned:
-        return ""
-    learning, forgetting = place.learning, place.forgetting
-    cards = []
-    for label, leaders in (("Kept most", place.keepers), ("Learned most", place.learners)):
-        arm = leaders[0]
-        kept, learned = arm.best.kept(forgetting), arm.best.final(learning)
-        if kept is None or learned is None:
-            continue
-        kept_first = label == "Kept most"
-        shown, task = (kept, forgetting) if kept_first else (learned, learning)
-        other, verb = (learned, "learned") if kept_first else (kept, "kept")
-        rest = f"{verb} {amount(learning if kept_first else forgetting, other.value)}"
-        tied = len(leaders) - 1
-        also = f", {tied} more not distinguishable" if tied else ""
-        cards.append(_card(label, _big(shown, task), arm, places, f"{rest}{also}"))
-    front = "".join(arm_name(arm.label, places[arm.label]) for arm in place.front)
-    big = f'<p class="big">{len(place.front)} of {len(place.placed)}</p>'
-    cards.append(
-        f'<div class="card"><h2>On the Pareto front</h2>{big}<p class="who many">{front}</p></div>'
-    )
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def _big(estimate: Estimate, task: Any) -> str:
-    interval = f'<span class="interval">{interval_words(estimate, task)}</span>'
-    return f'<p class="big">{text(amount(task, estimate.value))}{interval}</p>'
-
-
-def _card(label: str, big: str, arm: Arm, places: Mapping[str, int], rest: str) -> str:
-    return (
-        f'<div class="card"><h2>{label}</h2>{big}'
-        f'<p class="who">{arm_name(arm.label, places[arm.label])}</p>'
-        f'<p class="rest">{text(rest)}</p></div>'
-    )
-
-
-def _caveats(words: Answer, places: Mapping[str, int]) -> str:
-    if not words.caveats:
-        return ""
-    items = "".join(f"<li>{prose(caveat, places)}</li>" for caveat in words.caveats)
-    return f'<aside class="caveats"><h2>How far this carries</h2><ul>{items}</ul></aside>'
-
-
-def _flips(flips: Sequence[TaskFlips], places: Mapping[str, int]) -> str:
-    """One section a kind: what was lost of the old, what was learned of the new."""
-    sections = ""
-    for kind, title, about in (
-        (
-            "forgetting",
-            "What was lost",
-            "Questions that the base gets right, and what an arm says now.",
-        ),
-        ("learning", "What was learned", "Some questions that only the trained arm gets right."),
-    ):
-        of_kind = [of_task for of_task in flips if of_task.task.kind == kind]
-        if not of_kind:
-            continue
-        body = "".join(_task_flips(of_task, places, len(of_kind) > 1) for of_task in of_kind)
-        anchor = "" if sections else ' id="flips"'
-        sections += f'<section{anchor}><h2>{title}</h2><p class="about">{about}</p>{body}</section>'
-    return sections
-
-
-def _task_flips(of_task: TaskFlips, places: Mapping[str, int], with_name: bool) -> str:
-    name = text(of_task.task.name)
-    title = f"<h3>{name}</h3>" if with_name else ""
-    note = ""
-    if any(arm.seeds > 1 for arm in of_task.arms):
-        note = "Counts are means over the seeds; the list has what changed in any of them."
-        note = f'<p class="note">{note}</p>'
-    return (
-        f'{title}<div class="scroll" tabindex="0" role="region" aria-label="Counts, {name}">'
-        f"{flips_table(of_task, places)}</div>{note}"
-        f'<div class="finder" data-task="{name}">{_static_cases(of_task, places)}</div>'
-    )
-
-
-def _static_cases(of_task: TaskFlips, places: Mapping[str, int]) -> str:
-    """A few cases an arm, for browsers without scripts; scripts put a search in their place."""
-    shown = ""
-    for arm in of_task.arms:
-        is_old = of_task.task.kind == "forgetting"
-        flips = (arm.lost_items if is_old else arm.gained_items)[:NUM_STATIC_CASES]
-        if not flips:
-            continue
-        kind = "wrong" if is_old else "right"
-        rows = "".join(
-            f"<li><span>{text(of_task.questions[flip.item][0])}</span>"
-            f"<span>{text(of_task.questions[flip.item][1])}</span>"
-            f'<span class="{kind}">{text(flip.answer)}</span></li>'
-            for flip in flips
-        )
-        shown += f'<h3>{arm_name(arm.label, places[arm.label])}</h3><ul class="cases">{rows}</ul>'
-    return shown
-
-
-def _footer(notes: Sequence[str]) -> str:
-    made = f"Made by Forgetless {forgetless.__version__} from the files of the study alone."
-    return " ".join([made, "Beside this page: results.csv, results.parquet, figures.", *notes])

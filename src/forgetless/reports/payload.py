@@ -7,16 +7,19 @@ from itertools import pairwise
 from typing import Any
 
 from forgetless.reports.arms import Arm
+from forgetless.reports.changes import FlippedItem, TaskChanges
 from forgetless.reports.durations import Course
 from forgetless.reports.evidence import Evidence, Run, Task, number
-from forgetless.reports.flips import MAX_KEPT, MAX_LISTED, ArmFlips, Flip, TaskFlips
 from forgetless.scores.seeds import Estimate
 
 MAX_CURVE_POINTS = 240
+# What the page lists; the rest stays in the items folder of the runs.
+MAX_LISTED = {"forgetting": 1500, "learning": 60}
+MAX_KEPT = 150
 
 
 def payload(
-    evidence: Evidence, arms: Sequence[Arm], course: Course | None, flips: Sequence[TaskFlips]
+    evidence: Evidence, arms: Sequence[Arm], course: Course | None, counted: Sequence[TaskChanges]
 ) -> dict[str, Any]:
     """Tasks, arms with their settings, curves and flips; None where nothing was measured."""
     return {
@@ -26,7 +29,7 @@ def payload(
         "course": _course(course) if course else None,
         "curves": [curve for i, arm in enumerate(arms) for curve in _curves(i, arm)],
         "probes": [probed for i, arm in enumerate(arms) for probed in _probes(i, arm)],
-        "flips": [_flips(of_task) for of_task in flips],
+        "flips": [_flips(of_task) for of_task in counted],
     }
 
 
@@ -155,49 +158,41 @@ def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts]
 
 
-def _flips(of_task: TaskFlips) -> dict[str, Any]:
+def _flips(of_task: TaskChanges) -> dict[str, Any]:
     """The lists are cut to what a page can hold; the counts are whole."""
-    listed = MAX_LISTED[of_task.task.kind]
-    wanted = [
-        item
-        for arm in of_task.arms
-        for item in (
-            *(flip.item for flip in arm.lost_items[:listed]),
-            *(flip.item for flip in arm.gained_items[:listed]),
-            *_spread(arm.kept_items),
+    most = MAX_LISTED[of_task.task.kind]
+    arms: list[dict[str, Any]] = []
+    places: dict[str, int] = {}
+    for change in of_task.counted:
+        lost, gained = change.flipped("lost"), change.flipped("gained")
+        kept = change.kept_items[:: max(1, -(-len(change.kept_items) // MAX_KEPT))]
+
+        def listed(items: Sequence[FlippedItem]) -> list[list[Any]]:
+            return [
+                [places.setdefault(item.id, len(places)), item.answer, item.seeds]
+                for item in items[:most]
+            ]
+
+        arms.append(
+            {
+                "label": change.label,
+                "seeds": len(change.counted),
+                "lost": listed(lost),
+                "gained": listed(gained),
+                "kept": [[places.setdefault(item, len(places)), None, 0] for item in kept],
+                "totals": {
+                    "lost": len(lost),
+                    "gained": len(gained),
+                    "kept": len(change.kept_items),
+                },
+            }
         )
-    ]
-    place = {item: i for i, item in enumerate(dict.fromkeys(wanted))}
     return {
         "task": of_task.task.name,
         "kind": of_task.task.kind,
-        "questions": [list(of_task.questions[item]) for item in place],
-        "arms": [_arm_flips(arm, place, listed) for arm in of_task.arms],
+        "questions": [list(of_task.questions[item]) for item in places],
+        "arms": arms,
     }
-
-
-def _arm_flips(arm: ArmFlips, place: Mapping[str, int], listed: int) -> dict[str, Any]:
-    def rows(flips: Sequence[Flip]) -> list[list[Any]]:
-        return [[place[flip.item], flip.answer, flip.seeds] for flip in flips[:listed]]
-
-    return {
-        "label": arm.label,
-        "seeds": arm.seeds,
-        "lost": rows(arm.lost_items),
-        "gained": rows(arm.gained_items),
-        "kept": [[place[item], None, 0] for item in _spread(arm.kept_items)],
-        "totals": {
-            "lost": len(arm.lost_items),
-            "gained": len(arm.gained_items),
-            "kept": len(arm.kept_items),
-        },
-    }
-
-
-def _spread(items: Sequence[str]) -> list[str]:
-    """At most `MAX_KEPT` items from all over the list."""
-    step = max(1, -(-len(items) // MAX_KEPT))
-    return list(items[::step])
 
 
 def _round(value: float | None) -> float | None:

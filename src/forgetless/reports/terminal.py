@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -10,12 +9,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from forgetless.reports.arms import Arm, Setting
-from forgetless.reports.evidence import Evidence, Task
-from forgetless.reports.flips import ArmFlips, TaskFlips
+from forgetless.reports.arms import Arm
+from forgetless.reports.changes import ArmChange, TaskChanges
+from forgetless.reports.evidence import Evidence
+from forgetless.reports.numbers import NOT_MEASURED, amount
 from forgetless.reports.standing import Standing
-from forgetless.reports.words import NOT_MEASURED, Answer, amount, arm_words, interval_words
-from forgetless.scores.seeds import Estimate
+from forgetless.reports.tables import estimate_cell, has_retention
+from forgetless.reports.words import Answer, arm_words
 
 NUM_EXAMPLES = 4
 
@@ -25,7 +25,7 @@ def render(
     arms: Sequence[Arm],
     place: Standing,
     words: Answer,
-    flips: Sequence[TaskFlips],
+    changes: Sequence[TaskChanges],
 ) -> RenderableType:
     """Everything of the page that fits in a terminal."""
     parts: list[RenderableType] = [prose(words.title, "bold"), Text("")]
@@ -33,16 +33,16 @@ def render(
     if arms:
         parts += [Text(""), _table(evidence, arms, place)]
     parts += [prose(f"• {caveat}", "dim") for caveat in words.caveats]
-    forgotten = next((f for f in flips if f.task.kind == "forgetting"), None)
-    if forgotten is not None:
-        parts += [Text(""), *_examples(forgotten, place)]
+    forgotten = [c for c in changes if c.counted and c.task.kind == "forgetting"]
+    if forgotten:
+        parts += [Text(""), *_examples(forgotten[0], place)]
     return Group(*parts)
 
 
 def prose(sentence: str, style: str = "") -> Text:
     """A sentence with its arms in colour."""
     line = Text(style=style)
-    for i, part in enumerate(re.split(r"`([^`]*)`", sentence)):
+    for i, part in enumerate(sentence.split("`")):
         line.append(arm_words(part) if i % 2 else part, style="bold cyan" if i % 2 else "")
     return line
 
@@ -56,83 +56,62 @@ def _table(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Table:
     if with_rates:
         table.add_column("rate", justify="right")
     for task in evidence.tasks:
-        table.add_column(f"{task.name}\n{task.metric}, base {_base(arms, task)}", justify="right")
-        if _has_retention(task):
+        bases = [base for arm in arms if (base := arm.best.measured[task.name].base)]
+        shown = amount(task, bases[0].value) if bases else NOT_MEASURED
+        table.add_column(f"{task.name}\n{task.metric}, base {shown}", justify="right")
+        if has_retention(task):
             table.add_column("\nkept", justify="right")
-    for arm in arms:
-        for setting in arm.settings:
-            is_front = setting in place.front_settings
-            cells = [Text("●" if is_front else "", style="cyan"), Text(arm.label, style="bold")]
-            if with_rates:
-                cells.append(Text(f"{setting.learning_rate:g}" if setting.learning_rate else ""))
-            table.add_row(*cells, *_scores(setting, evidence.tasks))
+    for arm, setting in [(a, setting) for a in arms for setting in a.settings]:
+        cells = [Text("●" if setting in place.front_settings else "", style="cyan")]
+        cells.append(Text(arm.label, style="bold"))
+        if with_rates:
+            cells.append(Text(f"{setting.learning_rate:g}" if setting.learning_rate else ""))
+        for task in evidence.tasks:
+            for estimate in [setting.final(task), *[setting.kept(task)] * has_retention(task)]:
+                cell = estimate_cell(estimate, task)
+                under = (f"  {cell.under}", "dim") if cell.under else ""
+                cells.append(Text.assemble((cell.shown, "dim" if not cell.under else ""), under))
+        table.add_row(*cells)
     return table
 
 
-def _has_retention(task: Task) -> bool:
-    return task.kind == "forgetting" and task.is_share
+def _examples(forgotten: TaskChanges, place: Standing) -> list[RenderableType]:
+    """Some facts that the arm that lost most gets wrong now, and some that the best kept.
 
-
-def _scores(setting: Setting, tasks: Sequence[Task]) -> list[Text]:
-    cells = []
-    for task in tasks:
-        cells.append(_cell(setting.final(task), task))
-        if _has_retention(task):
-            cells.append(_cell(setting.kept(task), task))
-    return cells
-
-
-def _cell(estimate: Estimate | None, task: Task) -> Text:
-    if estimate is None:
-        return Text(NOT_MEASURED, style="dim")
-    return Text.assemble(
-        amount(task, estimate.value), (f"  {interval_words(estimate, task)}", "dim")
-    )
-
-
-def _base(arms: Sequence[Arm], task: Task) -> str:
-    bases = [base for arm in arms if (base := arm.best.measured[task.name].base) is not None]
-    return amount(task, bases[0].value) if bases else NOT_MEASURED
-
-
-def _examples(forgotten: TaskFlips, place: Standing) -> list[RenderableType]:
-    """Some facts that the arm that lost most gets wrong now, and some that the best kept."""
-    worst = max(forgotten.arms, key=lambda arm: arm.lost)
+    Of the lost ones those that the other arm kept come first: they show the difference.
+    """
+    worst = max(forgotten.counted, key=lambda change: change.count("lost") or 0.0)
     keeper = place.keepers[0].label if place.keepers else worst.label
-    best = next((arm for arm in forgotten.arms if arm.label == keeper), worst)
+    best = next((change for change in forgotten.counted if change.label == keeper), worst)
+    kept, lost = best.kept_items, worst.flipped("lost")
     parts: list[RenderableType] = []
-    if worst.lost_items:
-        known = worst.kept + worst.lost
-        head = f"Lost by `{worst.label}`: {worst.lost:,.0f} of {known:,.0f}, such as"
-        parts += [prose(head, "bold"), _lost(worst, best, forgotten)]
-    if best.kept_items:
-        known = best.kept + best.lost
-        head = f"Kept by `{best.label}`: {best.kept:,.0f} of {known:,.0f}, such as"
-        parts += [prose(head, "bold"), _kept(best, worst, forgotten)]
+    if lost:
+        rows = []
+        for item in sorted(lost, key=lambda item: item.id not in kept)[:NUM_EXAMPLES]:
+            question, expected = forgotten.questions[item.id]
+            said = ((_line(expected), "green"), "  now says ", (_line(item.answer), "red"))
+            rows.append((Text(_line(question)), Text.assemble(*said)))
+        parts += [_count("Lost", worst), Padding(_rows(rows), (0, 0, 1, 2))]
+    if kept:
+        shown = [item for item in kept if item not in {lost.id for lost in lost[:NUM_EXAMPLES]}]
+        shown = shown[:: max(1, len(shown) // NUM_EXAMPLES)][:NUM_EXAMPLES]
+        asked = [forgotten.questions[item] for item in shown]
+        rows = [(Text(_line(question)), Text(_line(a), style="green")) for question, a in asked]
+        parts += [_count("Kept", best), Padding(_rows(rows), (0, 0, 0, 2))]
     return parts
 
 
-def _lost(worst: ArmFlips, best: ArmFlips, forgotten: TaskFlips) -> RenderableType:
-    """Facts that the other arm kept come first: they show the difference."""
-    kept = set(best.kept_items)
-    chosen = sorted(worst.lost_items, key=lambda flip: flip.item not in kept)[:NUM_EXAMPLES]
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for flip in chosen:
-        question, expected = forgotten.questions[flip.item]
-        said = Text.assemble((_line(expected), "green"), "  now says ", (_line(flip.answer), "red"))
-        table.add_row(Text(_line(question)), said)
-    return Padding(table, (0, 0, 1, 2))
+def _count(verb: str, change: ArmChange) -> Text:
+    lost, kept = change.count("lost") or 0.0, change.count("kept") or 0.0
+    count = lost if verb == "Lost" else kept
+    return prose(f"{verb} by `{change.label}`: {count:,.0f} of {lost + kept:,.0f}, such as", "bold")
 
 
-def _kept(best: ArmFlips, worst: ArmFlips, forgotten: TaskFlips) -> RenderableType:
-    lost = {flip.item for flip in worst.lost_items[:NUM_EXAMPLES]}
-    items = [item for item in best.kept_items if item not in lost]
-    step = max(1, len(items) // NUM_EXAMPLES)
+def _rows(rows: Sequence[tuple[Text, Text]]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for item in items[::step][:NUM_EXAMPLES]:
-        question, expected = forgotten.questions[item]
-        table.add_row(Text(_line(question)), Text(_line(expected), style="green"))
-    return Padding(table, (0, 0, 0, 2))
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _line(text: str) -> str:

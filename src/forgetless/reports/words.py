@@ -10,10 +10,17 @@ from typing import Any
 from forgetless.reports.arms import Arm, best_of
 from forgetless.reports.durations import Matched
 from forgetless.reports.evidence import Evidence, Task
+from forgetless.reports.numbers import (
+    NOT_MEASURED,
+    amount,
+    count_words,
+    interval_words,
+    level_words,
+    listed,
+    percent,
+)
 from forgetless.reports.standing import Standing, leaders
 from forgetless.scores.seeds import Estimate
-
-NOT_MEASURED = "–"
 
 
 @dataclass(frozen=True)
@@ -51,47 +58,6 @@ def answer(
     return Answer(title, sentences, caveats)
 
 
-def amount(task: Task, value: float) -> str:
-    """A score as people read it: a share as per cent, anything else to three decimals."""
-    if task.is_share:
-        return percent(value)
-    return three_decimals(value)
-
-
-def three_decimals(value: float) -> str:
-    """Three decimals, or a smaller number as it is."""
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"
-
-
-def percent(share: float) -> str:
-    """A share as per cent with one decimal."""
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
-
-
-def interval_words(estimate: Estimate, task: Task) -> str:
-    """The interval without its unit; a dash when no error is known."""
-    if not estimate.has_error:
-        return NOT_MEASURED
-    low, high = (amount(task, end).replace("\N{NO-BREAK SPACE}%", "") for end in estimate.ends)
-    return f"{low} to {high}" if "-" in low + high else f"{low}–{high}"
-
-
-def level_words(task: Task, level: float) -> str:
-    """A round score: 80 % of a share, else the number."""
-    return f"{100 * level:g}\N{NO-BREAK SPACE}%" if task.is_share else f"{level:g}"
-
-
-def unit(task: Task) -> str:
-    """What a score of the task is: its metric, its name, and whether lower is better."""
-    better = "" if task.higher_is_better else ", lower is better"
-    return f"{task.metric} on {task.name}{better}"
-
-
-def unit_in_full(task: Task) -> str:
-    """As `unit`, with the tasks that an average is of."""
-    return f"{unit(task)} ({', '.join(task.mean_of)})" if task.mean_of else unit(task)
-
-
 def named(arms: Iterable[Arm]) -> str:
     """`a`, `b` and `c`."""
     return listed([f"`{arm.label}`" for arm in arms])
@@ -100,11 +66,6 @@ def named(arms: Iterable[Arm]) -> str:
 def arm_words(label: str) -> str:
     """An arm's name within a sentence: in quotes where its own words would run into the others."""
     return f"“{label}”" if re.search(r",|\band\b", label) else label
-
-
-def listed(words: Sequence[str]) -> str:
-    """One, two and three."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def kept_words(task: Task, *arms: Arm) -> str:
@@ -134,8 +95,8 @@ def _nothing(
         )  # fmt: skip
     failed = len(evidence.with_status("failed"))
     left = len(evidence.runs) - failed - len(evidence.with_status("done"))
-    parts = [f"{_count(failed, 'run')} failed"] if failed else []
-    parts += [f"{_count(left, 'run')} not finished"] if left else []
+    parts = [f"{count_words(failed, 'run')} failed"] if failed else []
+    parts += [f"{count_words(left, 'run')} not finished"] if left else []
     state = f" ({', '.join(parts)})" if parts else ""
     return "Nothing has been measured yet.", (f"No finished run has a score{state}.",)
 
@@ -382,10 +343,10 @@ def _about_rates(arms: Sequence[Arm]) -> str:
 def _about_gaps(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Iterable[str]:
     failed, runs = evidence.with_status("failed"), len(evidence.runs)
     if failed:
-        yield f"{_count(len(failed), 'run')} of {runs} failed and {_is(failed)} left out."
+        yield f"{count_words(len(failed), 'run')} of {runs} failed and {_is(failed)} left out."
     left = [run for run in evidence.runs if run.status not in ("done", "failed")]
     if left:
-        yield f"{_count(len(left), 'run')} of {runs} {_is(left)} not finished."
+        yield f"{count_words(len(left), 'run')} of {runs} {_is(left)} not finished."
     missing = [arm for arm in arms if arm not in place.placed]
     if missing and place.placed:
         yield f"{named(missing)} {_is(missing)} not compared: a task was not measured there."
@@ -403,7 +364,3 @@ def _starts_elsewhere(arm: Arm) -> bool:
 
 def _is(things: Sequence[object]) -> str:
     return "is" if len(things) == 1 else "are"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

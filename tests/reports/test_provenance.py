@@ -16,8 +16,8 @@ from forgetless.core.files import folder_name, write_json, write_text
 from forgetless.core.settings import parse_assignments
 from forgetless.recipes.recipe import Recipe
 from forgetless.reports import report
-from forgetless.reports.again import NUM_COMMANDS, commands
 from forgetless.reports.evidence import read
+from forgetless.reports.provenance import commands
 from forgetless.studies.folder import RunFolder, run_folders
 
 PLAIN = {
@@ -80,7 +80,7 @@ def test_the_commands_for_single_runs_make_all_of_them(tmp_path: Path) -> None:
     first.write_text(folded(page, "recipe.yaml"))
     again = [done_again(command, first) for command in quoted(page)]
     assert again == [(recipe, "mine") for recipe in recipes]
-    assert f"<summary>{len(CHANGES) - NUM_COMMANDS} more</summary>" in page
+    assert f"<summary>{len(CHANGES) - 4} more</summary>" in page
 
 
 def test_one_run_is_one_short_command(tmp_path: Path) -> None:

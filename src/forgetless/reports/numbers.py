@@ -1,0 +1,79 @@
+"""Numbers as people read them, the same on the page, in a terminal and in figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from forgetless.reports.evidence import Task
+from forgetless.scores.seeds import Estimate
+
+NOT_MEASURED = "–"
+
+
+def amount(task: Task, value: float) -> str:
+    """A score: a share as per cent, anything else to three decimals."""
+    return percent(value) if task.is_share else three_decimals(value)
+
+
+def three_decimals(value: float) -> str:
+    """Three decimals, or a smaller number as it is."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def percent(share: float) -> str:
+    """A share as per cent with one decimal."""
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def without_unit(shown: str) -> str:
+    """A number without its sign for per cent."""
+    return shown.removesuffix("\N{NO-BREAK SPACE}%")
+
+
+def points(value: float, task: Task, sign: str = "+") -> str:
+    """A difference: of shares in points of a hundred; without `sign` only a minus is written."""
+    if math.isnan(value):
+        return NOT_MEASURED
+    shown = f"{100 * value:{sign}.1f}" if task.is_share else f"{value:{sign}.3f}"
+    return shown.replace("-", "−")
+
+
+def interval_words(estimate: Estimate, task: Task) -> str:
+    """The interval of a score without its unit; a dash when no error is known."""
+    if not estimate.has_error:
+        return NOT_MEASURED
+    low, high = (without_unit(amount(task, end)) for end in estimate.ends)
+    return f"{low} to {high}" if "-" in low + high else f"{low}–{high}"
+
+
+def level_words(task: Task, level: float) -> str:
+    """A round score: 80 % of a share, else the number."""
+    return f"{100 * level:g}\N{NO-BREAK SPACE}%" if task.is_share else f"{level:g}"
+
+
+def unit(task: Task) -> str:
+    """What a score of the task is: its metric, its name, and whether lower is better."""
+    return f"{task.metric} on {task.name}{'' if task.higher_is_better else ', lower is better'}"
+
+
+def unit_in_full(task: Task) -> str:
+    """As `unit`, with the tasks that an average is of."""
+    return f"{unit(task)} ({', '.join(task.mean_of)})" if task.mean_of else unit(task)
+
+
+def count_words(count: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 41 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def listed(words: Sequence[str]) -> str:
+    """One, two and three."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -1,0 +1,186 @@
+"""How a study was made and how to make it again: settings, versions, machines, commands, files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from forgetless.core.errors import UserError
+from forgetless.core.files import folder_name, parse_yaml
+from forgetless.reports.arms import Arm
+from forgetless.reports.evidence import Evidence, Run, flatten, number
+from forgetless.reports.numbers import NOT_MEASURED, duration
+from forgetless.reports.tables import Cell, Line, Table, raw_table, text_head
+from forgetless.studies.folder import planned
+
+# What a run's record holds about its stages, in the order of the table.
+RECORDED = ("start", "seconds", "statistics", "training", "export")
+
+
+def day(evidence: Evidence) -> str:
+    """The day on which the first run was started; empty where none has been."""
+    started = (run.record.get("started") for run in evidence.runs)
+    return min((str(moment)[:10] for moment in started if moment), default="")
+
+
+def seeds_of(runs: Iterable[Run]) -> list[str]:
+    """The seeds used, in order."""
+    seeds = {run.settings.get("seed") for run in runs} - {None}
+    return [str(seed) for seed in sorted(seeds, key=lambda seed: (number(seed) or 0.0, str(seed)))]
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+def commands(evidence: Evidence) -> list[str]:
+    """One for the study, and one for each run that its definition does not make."""
+    if evidence.evaluations:
+        return [command for command in evidence.evaluations if command]
+    single = _single(evidence)
+    of_study = ["forgetless study study.yaml"] if evidence.study_text else []
+    return of_study + [_command(run, single[0], evidence.name) for run in single]
+
+
+def definitions(evidence: Evidence) -> list[tuple[str, str]]:
+    """The files that the commands read: (name, content)."""
+    if evidence.evaluations:
+        return []
+    of_study = [("study.yaml", evidence.study_text)] if evidence.study_text else []
+    firsts = _single(evidence)[:1]
+    return of_study + [("recipe.yaml", run.folder.recipe.read_text("utf-8")) for run in firsts]
+
+
+def _single(evidence: Evidence) -> list[Run]:
+    """The runs that no study made, in the order of the folder."""
+    of_study = planned(evidence.folder) if evidence.study_text else []
+    return [run for run in evidence.runs if run.folder not in of_study]
+
+
+def _command(run: Run, first: Run, folder: str) -> str:
+    """What makes a run of the recipe of the first one."""
+    words = ["forgetless", "run", "recipe.yaml"]
+    name = run.recipe.get("name")
+    if not name or folder_name(str(name)) != folder:
+        words += ["--study", folder]
+    for key, value in _changes(first.recipe, run.recipe):
+        words += ["--set", f"{key}={_written(value)}"]
+    return shlex.join(words)
+
+
+def _changes(
+    first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """The settings of `other` that differ: (dotted key, value); a mapping of other keys whole."""
+    for key in dict.fromkeys((*first, *other)):
+        old: Any = first.get(key)
+        new: Any = other.get(key)
+        if old == new:
+            continue
+        is_nested = isinstance(old, Mapping) and isinstance(new, Mapping)
+        if is_nested and old.keys() == new.keys() and not any("." in part for part in new):
+            yield from _changes(old, new, f"{prefix}{key}.")
+        else:
+            yield prefix + key, new
+
+
+def _written(value: Any) -> str:
+    """A value as YAML on one line: text without quotes where it reads the same."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        plain = str(value)
+        with suppress(UserError):
+            if parse_yaml(plain) == value:
+                return plain
+    return json.dumps(value, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------------------------- settings
+
+
+def shared_settings(runs: Sequence[Run]) -> dict[str, str]:
+    """The settings that are the same in all runs, as text."""
+    values = _settings(runs)
+    return {
+        key: shown.pop()
+        for key, shown in values.items()
+        if len(shown) == 1 and shown != {NOT_MEASURED}
+    }
+
+
+def _settings(runs: Sequence[Run]) -> dict[str, set[str]]:
+    """Every setting with its values, as text."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    return {key: {_shown(run.settings.get(key)) for run in runs} for key in keys}
+
+
+def differing_table(evidence: Evidence, arms: Sequence[Arm]) -> Table | None:
+    """The settings that differ, by arm; None where it is the method alone."""
+    settings = _settings(evidence.runs)
+    varied = [k for k, shown in settings.items() if len(shown) > 1 and k not in ("name", "seed")]
+    if not set(varied) - {"adapter.method"} or not arms:
+        return None
+    lines = []
+    for arm in arms:
+        runs = [run for setting in arm.settings for run in setting.runs]
+        values = [dict.fromkeys(_shown(run.settings.get(key)) for run in runs) for key in varied]
+        lines.append(Line(arm.label, [Cell(", ".join(v)) for v in (*values, seeds_of(runs))]))
+    heads = [text_head(key) for key in ("arm", *varied, "seeds")]
+    return Table("Settings that differ", heads, lines, title="Settings that differ")
+
+
+def unfinished_table(runs: Sequence[Run]) -> Table | None:
+    """The runs without a result, with the reason; None where there is none."""
+    lines = []
+    for run in runs:
+        if run.status != "done":
+            keys = ("adapter.method", "training.learning_rate", "seed")
+            known = [_shown(run.settings.get(key)) for key in keys]
+            reason = str(run.record.get("reason") or "not finished yet")
+            lines.append(Line(run.run_id, [Cell(v) for v in (*known, run.status, reason)]))
+    heads = [text_head(h) for h in ("run", "method", "rate", "seed", "status", "reason")]
+    title = "Runs without a result"
+    if not lines:
+        return None
+    return Table(title, heads, lines, title=title, kind="reasons", of_arms=False)
+
+
+def machine(runs: Sequence[Run]) -> dict[str, str]:
+    """Versions, hardware and the time of all runs together, as text."""
+    found: dict[str, set[str]] = {}
+    seconds = []
+    for run in runs:
+        for part in ("versions", "hardware"):
+            for key, value in flatten(run.part(part)):
+                if value is not None:
+                    found.setdefault(key, set()).add(_shown(value))
+        seconds += [s for _, v in flatten(run.part("seconds")) if (s := number(v)) is not None]
+    shown = {key: ", ".join(sorted(values)) for key, values in found.items()}
+    return shown | ({"time of all runs together": duration(sum(seconds))} if seconds else {})
+
+
+def recorded_table(runs: Sequence[Run]) -> Table:
+    """What the stages of every run wrote down, and what a task measured beside its score."""
+    rows = []
+    for run in runs:
+        row: dict[str, Any] = {"run": run.run_id}
+        parts = {part: run.part(part) for part in RECORDED}
+        parts |= {task: run.score("final", task).get("extra") or {} for task in run.rows}
+        for part, content in parts.items():
+            for key, value in flatten(content):
+                if not isinstance(value, list):
+                    row[f"{part} {key}"] = value
+        rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return raw_table("What every run recorded", columns, rows, "sortable dense")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_shown(part) for part in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_shown(part)}" for key, part in value.items())
+    if isinstance(value, float):
+        return f"{value:g}"
+    return NOT_MEASURED if value is None else str(value)
