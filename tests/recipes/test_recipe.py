@@ -57,6 +57,14 @@ def test_one_duration_replaces_the_other(tiny_recipe: dict[str, Any]) -> None:
     assert recipe.override({"training.steps": 7}).training.epochs is None
 
 
+def test_what_no_yaml_could_hold_is_refused() -> None:
+    inside: dict[str, Any] = {}
+    inside["itself"] = inside
+    for content in ({("a", "b"): 1}, inside):
+        with pytest.raises(UserError, match="plain values, and text as keys"):
+            Recipe.parse(content)  # type: ignore[arg-type]
+
+
 # ---- the recipe and its id -----------------------------------------------------------------------
 
 
@@ -101,6 +109,27 @@ def test_the_id_leaves_out_what_does_not_decide_the_weights(
     tiny_recipe: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     assert run_id(tiny_recipe, **changes) == run_id(tiny_recipe)
+
+
+def test_layers_have_no_order_and_patterns_have_one(tiny_recipe: dict[str, Any]) -> None:
+    def with_layers(*names: str) -> set[Any]:
+        null = Recipe.parse(
+            tiny_recipe, {"adapter.method": "lora_null_v1", "adapter.target_modules": list(names)}
+        )
+        return {identity.run_id(null), json.dumps(identity.input_keys(null))}
+
+    found = with_layers("q_proj", "v_proj")
+    assert with_layers("v_proj", "q_proj") == with_layers("q_proj", "v_proj", "q_proj") == found
+    assert not found & with_layers("q_proj")
+
+    patterns = [{"self_attn.q_proj": 1, "q_proj": 2}, {"q_proj": 2, "self_attn.q_proj": 1}]
+    assert len({run_id(tiny_recipe, **{"adapter.rank_pattern": p}) for p in patterns}) == 2
+
+
+def test_how_many_texts_are_read_together_decides_nothing(tiny_recipe: dict[str, Any]) -> None:
+    null = {"adapter.method": "lora_null_v1"}
+    ids = {run_id(tiny_recipe, **null, **{"calibration.batch_size": n}) for n in (1, 8, 64)}
+    assert ids == {run_id(tiny_recipe, **null)}
 
 
 @pytest.mark.parametrize("changes", OTHER_WEIGHTS, ids=str)

@@ -29,8 +29,14 @@ def with_overrides(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     """A deep copy of ``content`` with dotted keys set.
 
     Setting one of ``training.steps``, ``.epochs`` and ``.tokens`` clears the others.
+
+    Raises:
+        UserError: a mapping that no YAML file could hold, such as one inside itself.
     """
-    merged: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    try:
+        merged: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise UserError(f"a recipe has plain values, and text as keys: {problem}") from None
     durations = {f"training.{name}" for name in ("steps", "epochs", "tokens")}
     for key, value in overrides.items():
         *parents, last = key.split(".")
@@ -55,24 +61,8 @@ def validated(model: type[Model], values: Mapping[str, Any], source: str) -> Mod
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [friendly(model, detail) for detail in error.errors()]
+        problems = [_in_words(model, detail) for detail in error.errors()]
         raise RecipeError(source, problems) from None
-
-
-def friendly(model: type[BaseModel], error: ErrorDetails) -> str:
-    """One pydantic error as ``where: what is wrong, what is allowed, what was given``."""
-    where = ".".join(str(part) for part in error["loc"])
-    kind, given = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        known = _keys(model, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{where}: unknown key; {hint}"
-    if kind == "missing":
-        return f"{where}: missing; every recipe needs it"
-    if kind == "value_error":
-        return f"{where}: {error['ctx']['error']}" + _got(given)
-    return f"{where}: {_expected(error)}, got {_shown(given)}"
 
 
 _EXPECTED = {
@@ -90,20 +80,24 @@ _EXPECTED = {
 }
 
 
-def _expected(error: ErrorDetails) -> str:
-    if error["type"] in _EXPECTED:
-        return f"must be {_EXPECTED[error['type']]}"
-    return error["msg"].replace("Input should be", "must be")
-
-
-def _got(given: Any) -> str:
-    """The value, where the message of our own check does not hold it already."""
-    return "" if isinstance(given, list | dict) else f", got {_shown(given)}"
-
-
-def _shown(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _in_words(model: type[BaseModel], error: ErrorDetails) -> str:
+    """One pydantic error as ``where: what is wrong, what is allowed, what was given``."""
+    where = ".".join(str(part) for part in error["loc"])
+    kind, given = error["type"], error["input"]
+    shown = "nothing" if given is None else repr(given)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    if kind == "extra_forbidden":
+        known = _keys(model, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{where}: missing; every recipe needs it"
+    if kind == "value_error":  # our own checks say of lists and mappings what was in them
+        got = "" if isinstance(given, list | dict) else f", got {shown}"
+        return f"{where}: {error['ctx']['error']}{got}"
+    expected = f"must be {_EXPECTED[kind]}" if kind in _EXPECTED else error["msg"]
+    return f"{where}: {expected.replace('Input should be', 'must be')}, got {shown}"
 
 
 def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
@@ -123,7 +117,6 @@ class Section(BaseModel):
 
 
 Name = Annotated[str, Field(min_length=1)]
-
 
 Count = Annotated[int, Field(ge=1)]
 

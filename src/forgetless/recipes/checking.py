@@ -15,14 +15,13 @@ from forgetless.core.files import load_yaml
 from forgetless.core.settings import with_overrides
 from forgetless.data.chat import Chat
 from forgetless.data.examples import as_kind, load_examples
-from forgetless.data.settings import DATA, DataSettings
+from forgetless.data.settings import DATA
 from forgetless.data.texts import fingerprint
 from forgetless.methods import METHODS, find
 from forgetless.models.load import load_tokenizer, meta_model, target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
 from forgetless.tasks import make_tasks
-from forgetless.tasks.settings import TaskSettings
 from forgetless.training.compiling import compile_problems
 from forgetless.training.forgetting import from_settings
 from forgetless.training.launch import this_launch
@@ -41,21 +40,21 @@ class Checker:
     def check(self, recipe: Recipe) -> list[str]:
         """The problems of one recipe, see `check`."""
         found = [
-            *self._adapter(recipe.base, recipe.adapter),
-            *self._loraplus(recipe),
+            *self.adapter(recipe.base, recipe.adapter),
+            *_loraplus(recipe),
             *optimizer_problems(recipe.training),
             *compile_problems(recipe.training),
             *tracker_problems(recipe.training),
-            *self._data(recipe.base, recipe.data),
-            *self._statistics(recipe),
+            *self._data(recipe),
+            *self._calibration(recipe),
             *self._penalties(recipe),
-            *self._probes(recipe.probes),
+            *self._problem("probes", from_settings, recipe.probes),
             *this_launch().obstacles(
                 recipe.training,
                 penalties=bool(recipe.penalties),
                 probes=recipe.probes != ProbeSettings(),
             ),
-            *self._tasks(recipe.tasks),
+            *self._tasks(recipe),
         ]
         return list(dict.fromkeys(found))
 
@@ -69,70 +68,37 @@ class Checker:
                 self._seen[key] = None, str(problem)
         return self._seen[key]
 
+    def _problem(self, where: str, look: Callable[..., Any], *arguments: Any) -> list[str]:
+        """``where: what was wrong``, if anything was."""
+        _, problem = self._attempt(look, *arguments)
+        return [] if problem is None else [f"{where}: {problem}"]
+
     def adapter(self, base: str, settings: AdapterSettings) -> list[str]:
         """The problems of an adapter on a base."""
-        return list(self._adapter(base, settings))
-
-    def _adapter(self, base: str, settings: AdapterSettings) -> Iterator[str]:
-        model, problem = self._attempt(meta_model, base)
-        if problem is None:
-            _, problem = self._attempt(load_tokenizer, base)
-        if problem is not None:
-            yield f"base: {problem}"
+        found = self._problem("base", meta_model, base)
+        found = found or self._problem("base", load_tokenizer, base)
         method, problem = self._attempt(find, settings.method)
         if problem is not None:
-            yield f"adapter.method: {problem}"
-        elif method.factors is not None:
-            _, problem = self._attempt(method.check, 1, (1, 1), settings.options)
-            if problem is not None:
-                yield f"adapter.options: {problem}"
-            elif model is not None:
-                yield from self._layers(model, settings)
+            return [*found, f"adapter.method: {problem}"]
+        if method.factors is None:
+            return found
+        options = self._problem("adapter.options", method.check, 1, (1, 1), settings.options)
+        model, _ = self._attempt(meta_model, base)
+        layers = () if options or model is None else _rank_problems(model, settings)
+        return [*found, *options, *layers]
 
-    def _layers(self, model: Any, settings: AdapterSettings) -> Iterator[str]:
-        """The rank against every layer; one sentence for all layers of a shape and rank."""
-        try:
-            layers = target_layers(model, settings.target_modules)
-        except ValueError as problem:
-            yield f"adapter.target_modules: {problem}"
-            return
-        patterns = settings.rank_pattern, settings.alpha_pattern
-        try:
-            ranks = layer_ranks(layers, settings.rank, settings.alpha, *patterns)
-        except ValueError as problem:
-            yield f"adapter.{problem}"
-            return
-        shapes: dict[tuple[tuple[int, ...], int], list[str]] = {}
-        for name, layer in layers.items():
-            shapes.setdefault((weight_shape(layer), ranks[name].rank), []).append(name)
-        for (shape, rank), names in shapes.items():
-            try:
-                find(settings.method).check(rank, shape, {}, names[0])
-            except ValueError as problem:
-                more = f" (and {len(names) - 1} more of this shape)" if len(names) > 1 else ""
-                yield f"adapter.rank: {problem}{more}"
-
-    def _loraplus(self, recipe: Recipe) -> Iterator[str]:
-        """The rates of A and B can only differ where both are trained."""
-        method = METHODS.get(recipe.adapter.method)
-        if recipe.training.loraplus_ratio != 1 and method and method.trains != ("A", "B"):
-            yield (
-                f"training.loraplus_ratio: {method.name!r} trains {' and '.join(method.trains)} "
-                "alone, so there is no ratio of rates; leave it at 1 and set learning_rate"
-            )
-
-    def _data(self, base: str, settings: DataSettings) -> Iterator[str]:
-        for path, _ in settings.sources:
+    def _data(self, recipe: Recipe) -> Iterator[str]:
+        for path, _ in recipe.data.sources:
             examples, problem = self._attempt(load_examples, path)
             if problem is None and examples.kind == "messages":
-                _, problem = self._attempt(self._require_chats, base, path)
+                _, problem = self._attempt(self._require_chats, recipe.base, path)
             if problem is not None:
                 yield f"data.train: {problem}"
-            else:
-                try:
-                    as_kind(settings.format, examples)
-                except ValueError as problem:
-                    yield f"data.format: {problem}"
+                continue
+            try:
+                as_kind(recipe.data.format, examples)
+            except ValueError as misfit:
+                yield f"data.format: {misfit}"
 
     def _require_chats(self, base: str, path: str) -> None:
         """Raise what the base's chat template has against a file's conversations."""
@@ -141,14 +107,12 @@ class Checker:
         if problem is None:
             Chat(tokenizer).check([record["messages"] for record in examples], examples.where)
 
-    def _statistics(self, recipe: Recipe) -> Iterator[str]:
+    def _calibration(self, recipe: Recipe) -> Iterator[str]:
         method = METHODS.get(recipe.adapter.method)
-        if method is None or "second_moment" not in method.needs:
-            return
-        for source, _ in recipe.calibration.sources(method.name):
-            _, problem = (None, None) if source == DATA else self._attempt(fingerprint, source)
-            if problem is not None:
-                yield f"calibration.source: {problem}"
+        if method is not None and "second_moment" in method.needs:
+            for source, _ in recipe.calibration.sources(method.name):
+                if source != DATA:
+                    yield from self._problem("calibration.source", fingerprint, source)
 
     def _penalties(self, recipe: Recipe) -> Iterator[str]:
         for position, spec in enumerate(recipe.penalties):
@@ -158,23 +122,53 @@ class Checker:
             if problem is not None:
                 yield f"penalties.{position}: {problem}"
 
-    def _probes(self, settings: ProbeSettings) -> Iterator[str]:
-        _, problem = self._attempt(from_settings, settings)
-        if problem is not None:
-            yield f"probes: {problem}"
-
-    def _tasks(self, settings: TaskSettings) -> Iterator[str]:
+    def _tasks(self, recipe: Recipe) -> Iterator[str]:
         names: set[str] = set()
         for kind in ("learning", "forgetting"):
-            for position, spec in enumerate(getattr(settings, kind)):
+            for position, spec in enumerate(getattr(recipe.tasks, kind)):
                 where = f"tasks.{kind}.{position}"
-                tasks, problem = self._attempt(make_tasks, spec)
-                if problem is not None:
-                    yield f"{where}: {problem}"
-                for name in [task.name for task in tasks or ()]:
-                    if name in names:
-                        yield f"{where}: a second task named {name!r}; give it a 'name' of its own"
-                    names.add(name)
+                yield from self._problem(where, make_tasks, spec)
+                for task in self._attempt(make_tasks, spec)[0] or ():
+                    if task.name in names:
+                        yield (
+                            f"{where}: a second task named {task.name!r}; give it a 'name' of its "
+                            "own"
+                        )
+                    names.add(task.name)
+
+
+def _rank_problems(model: Any, settings: AdapterSettings) -> Iterator[str]:
+    """The rank against every layer; one sentence for all layers of a shape and rank."""
+    try:
+        layers = target_layers(model, settings.target_modules)
+    except ValueError as problem:
+        yield f"adapter.target_modules: {problem}"
+        return
+    patterns = settings.rank_pattern, settings.alpha_pattern
+    try:
+        ranks = layer_ranks(layers, settings.rank, settings.alpha, *patterns)
+    except ValueError as problem:
+        yield f"adapter.{problem}"
+        return
+    alike: dict[tuple[int, tuple[int, int]], list[str]] = {}
+    for name, layer in layers.items():
+        alike.setdefault((ranks[name].rank, weight_shape(layer)), []).append(name)
+    for (rank, shape), names in alike.items():
+        try:
+            find(settings.method).check(rank, shape, {}, names[0])
+        except ValueError as problem:
+            more = f" (and {len(names) - 1} more of this shape)" if len(names) > 1 else ""
+            yield f"adapter.rank: {problem}{more}"
+
+
+def _loraplus(recipe: Recipe) -> Iterator[str]:
+    """The rates of A and B can only differ where both are trained."""
+    method = METHODS.get(recipe.adapter.method)
+    if recipe.training.loraplus_ratio != 1 and method and method.trains != ("A", "B"):
+        yield (
+            f"training.loraplus_ratio: {method.name!r} trains {' and '.join(method.trains)} "
+            "alone, so there is no ratio of rates; leave it at 1 and set learning_rate"
+        )
 
 
 def check(recipe: Recipe) -> list[str]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from forgetless.adapters.settings import IDLE_SWITCHES
+from forgetless.adapters.settings import IDLE_SWITCHES, AdapterSettings
 from forgetless.core.hashing import files_hash, source_hash
 from forgetless.core.settings import without_idle
 from forgetless.data.examples import load_examples
@@ -27,9 +27,8 @@ MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".ji
 def base_hash(base: str) -> str:
     """What a base's name stands for: the folder's content, or the commit of a model on the hub."""
     resolved = resolve_base(base)
-    folder = Path(resolved)
-    if folder.is_dir():
-        return weights_hash(folder)
+    if Path(resolved).is_dir():
+        return weights_hash(resolved)
     from huggingface_hub import hf_hub_download
 
     commit = Path(hf_hub_download(resolved, "config.json")).parent.name
@@ -42,69 +41,52 @@ def weights_hash(folder: str | Path) -> str:
     return files_hash((f for f in folder.iterdir() if f.suffix in MODEL_FILES), folder)
 
 
+def _data_hash(path: str) -> str:
+    return source_hash(path, lambda name: load_examples(name).fingerprint)
+
+
 def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """For each need of the method, what decides it: base, layers, text, the seed that drew it."""
-    settings = recipe.calibration
+    settings = recipe.calibration.model_dump(exclude={"memory_budget"})
+    # How many texts run together decides nothing; ids have always held the default.
+    settings["batch_size"] = type(recipe.calibration).model_fields["batch_size"].default
     common = {
         "base": base_hash(recipe.base),
         "dtype": recipe.dtype,
-        "target_modules": recipe.adapter.target_modules,
+        "target_modules": _adapter_key(recipe.adapter).get("target_modules"),
         "seed": recipe.seed,
-        **without_idle(settings.model_dump(exclude={"memory_budget"}), {"skip_first": 0}),
+        **without_idle(settings, {"skip_first": 0}),
     }
-    sources = settings.sources(recipe.adapter.method)
-    texts = [[_calibration_key(recipe, source), weight] for source, weight in sources]
-    keep = texts[0][0] if len(texts) == 1 else texts
-    task = {**common, "source": _calibration_key(recipe, DATA)}
+    data_as_text: dict[str, Any] = {
+        **({"format": "text"} if recipe.data.format == "text" else {}),
+        "data": _data_hash(recipe.data.sources[0][0]),
+        "max_length": recipe.data.max_length,
+        "limit": recipe.data.limit,
+    }
+    texts: list[list[Any]] = [
+        [data_as_text if source == DATA else source_hash(source, fingerprint), weight]
+        for source, weight in recipe.calibration.sources(recipe.adapter.method)
+    ]
+    task = {**common, "source": data_as_text}
     found = {
-        "second_moment": {**common, "source": keep},
+        "second_moment": {**common, "source": texts[0][0] if len(texts) == 1 else texts},
         "task_moment": task,
         "gradient": {**task, "gradient": True},
     }
     return {need: found[need] for need in sorted(METHODS[recipe.adapter.method].needs)}
 
 
-def _calibration_key(recipe: Recipe, source: str) -> Any:
-    """What decides the text of one source."""
-    if source != DATA:
-        return source_hash(source, fingerprint)
-    path = recipe.data.sources[0][0]
-    as_text = {"format": "text"} if recipe.data.format == "text" else {}
-    return {
-        **as_text,
-        "data": source_hash(path, lambda name: load_examples(name).fingerprint),
-        "max_length": recipe.data.max_length,
-        "limit": recipe.data.limit,
-    }
-
-
-def _what_decides_the_weights(recipe: Recipe) -> dict[str, Any]:
-    adapter = without_idle(recipe.adapter.model_dump(), IDLE_SWITCHES)
-    if recipe.adapter.method == "full":
-        adapter = {"method": "full"}
-    data = recipe.data.model_dump(exclude={"train"})
-    content = [
-        [source_hash(path, lambda name: load_examples(name).fingerprint), weight]
-        for path, weight in recipe.data.sources
-    ]
-    data["content"] = content[0][0] if isinstance(recipe.data.train, str) else content
-    inputs = input_keys(recipe) if adapter["method"] != "full" else {}
-    alone = inputs.get("second_moment") if len(inputs) == 1 else None
-    found = {
-        "base": base_hash(recipe.base),
-        "dtype": recipe.dtype,
-        "seed": recipe.seed,
-        "adapter": adapter,
-        "calibration": alone or inputs or None,
-        "data": data,
-        "training": what_decides_a_training(recipe.training),
-    }
-    if recipe.penalties:
-        found["penalties"] = [identity_of(spec) for spec in recipe.penalties]
-    if recipe.probes.max_kl is not None or recipe.probes.max_drop is not None:
-        probes = from_settings(recipe.probes)
-        found |= probes.decides if probes else {}
-    return found
+def _adapter_key(settings: AdapterSettings) -> dict[str, Any]:
+    """What of an adapter's settings decides the weights."""
+    if settings.method == "full":
+        return {"method": "full"}
+    key = without_idle(settings.model_dump(), IDLE_SWITCHES)
+    if not isinstance(settings.target_modules, str):  # layers have no order
+        key["target_modules"] = sorted(set(settings.target_modules))
+    for pattern in {"rank_pattern", "alpha_pattern"} & key.keys():
+        if list(key[pattern]) != sorted(key[pattern]):  # the first that matches a layer counts
+            key[pattern] = list(key[pattern].items())
+    return key
 
 
 def run_id(recipe: Recipe) -> str:
@@ -113,5 +95,24 @@ def run_id(recipe: Recipe) -> str:
     Tasks, names, export settings, the cadence of logs and checkpoints, and probes without a
     budget are left out, so that a new evaluation finds the trained run.
     """
-    content = json.dumps(_what_decides_the_weights(recipe), sort_keys=True)
-    return f"{recipe.adapter.method}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+    content: Any = [[_data_hash(path), weight] for path, weight in recipe.data.sources]
+    if isinstance(recipe.data.train, str):
+        content = content[0][0]
+    inputs = input_keys(recipe) if recipe.adapter.method != "full" else {}
+    alone = inputs.get("second_moment") if len(inputs) == 1 else None
+    decides: dict[str, Any] = {
+        "base": base_hash(recipe.base),
+        "dtype": recipe.dtype,
+        "seed": recipe.seed,
+        "adapter": _adapter_key(recipe.adapter),
+        "calibration": alone or inputs or None,
+        "data": {**recipe.data.model_dump(exclude={"train"}), "content": content},
+        "training": what_decides_a_training(recipe.training),
+    }
+    if recipe.penalties:
+        decides["penalties"] = [identity_of(spec) for spec in recipe.penalties]
+    if recipe.probes.max_kl is not None or recipe.probes.max_drop is not None:
+        probes = from_settings(recipe.probes)
+        decides |= probes.decides if probes else {}
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return f"{recipe.adapter.method}-{digest[:10]}"

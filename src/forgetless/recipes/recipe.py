@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from forgetless.adapters.settings import AdapterSettings, ExportSettings
 from forgetless.core.errors import RecipeError
 from forgetless.core.files import load_yaml
-from forgetless.core.settings import Name, Section, friendly, with_overrides
+from forgetless.core.settings import Name, Section, validated, with_overrides
 from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.tasks.settings import TaskSettings
 from forgetless.training.settings import ProbeSettings, TrainingSettings
@@ -62,12 +62,7 @@ class Recipe(Section):
         """The recipe of a mapping such as YAML gives; raises ``RecipeError`` with all problems."""
         if "recipe" in content and ("axes" in content or "arms" in content):
             raise RecipeError(source, ["this is a study; run it with 'forgetless study'"])
-        merged = with_overrides(content, overrides or {})
-        try:
-            return cls.model_validate(merged)
-        except ValidationError as error:
-            problems = [friendly(cls, detail) for detail in error.errors()]
-            raise RecipeError(source, problems) from None
+        return validated(cls, with_overrides(content, overrides or {}), source)
 
     def override(self, overrides: Mapping[str, Any]) -> Self:
         """A copy with dotted keys replaced, such as ``{"training.steps": 10}``."""

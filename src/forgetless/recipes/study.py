@@ -11,7 +11,7 @@ arms:                                         # one run each, times the axes
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_vali
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import Section, validated, with_overrides
-from forgetless.recipes.checking import load_recipe
+from forgetless.recipes.checking import Checker, load_recipe
 from forgetless.recipes.identity import run_id
 from forgetless.recipes.recipe import Recipe
 
@@ -90,12 +90,9 @@ class StudyRecipe(Section):
         Raises:
             RecipeError: the problems of all combinations, each said once.
         """
-        from forgetless.recipes.checking import Checker  # which loads torch
-
         found: dict[str, Recipe] = {}
-        problems: dict[str, list[str]] = {}
-        checker = Checker()
-        combinations = list(self.combinations())
+        problems: dict[str, list[str]] = {}  # each with the arms that have it
+        checker, combinations = Checker(), list(self.combinations())
         for arm, overrides in combinations:
             try:
                 recipe = load_recipe(self.recipe, {**overrides, "name": arm})
@@ -106,15 +103,14 @@ class StudyRecipe(Section):
                 problems.setdefault(problem, []).append(arm)
             if not problems:
                 found.setdefault(run_id(recipe), recipe)
-        if problems:
-            raise RecipeError(
-                self.name,
-                [
-                    problem if len(arms) == len(combinations) else f"{problem} (in {_listed(arms)})"
-                    for problem, arms in problems.items()
-                ],
-            )
-        return found
+        if not problems:
+            return found
+        said = []
+        for problem, arms in problems.items():
+            more = f" and {len(arms) - 3} more" if len(arms) > 3 else ""
+            shown = f" (in {', '.join(dict.fromkeys(arms[:3]))}{more})"
+            said.append(problem if len(arms) == len(combinations) else problem + shown)
+        raise RecipeError(self.name, said)
 
     def combinations(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The name of the arm and the overrides of every run, in order."""
@@ -122,10 +118,11 @@ class StudyRecipe(Section):
             fixed = {key: value for key, value in arm.items() if key not in ("name", "axes")}
             axes = {**self.axes, **arm.get("axes", {})}
             for values in itertools.product(*axes.values()):
-                overrides = {**fixed, **dict(zip(axes, values, strict=True))}
-                shown = dict(zip(axes, values, strict=True)) if "name" in arm else overrides
-                name = " ".join([*([arm["name"]] if "name" in arm else []), *_labels(shown)])
-                yield name or self.name, overrides
+                varied = dict(zip(axes, values, strict=True))
+                named = (
+                    [arm["name"], *_labels(varied)] if "name" in arm else _labels(fixed | varied)
+                )
+                yield " ".join(named) or self.name, fixed | varied
 
 
 def _labels(overrides: Mapping[str, Any]) -> Iterator[str]:
@@ -136,8 +133,3 @@ def _labels(overrides: Mapping[str, Any]) -> Iterator[str]:
         elif key != "seed":
             shown = f"{value:g}" if isinstance(value, float) else value
             yield f"{key.rpartition('.')[2]}={shown}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(dict.fromkeys(names[:3])) + more
