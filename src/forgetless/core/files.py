@@ -22,7 +22,7 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -216,7 +216,7 @@ def read_json(path: Path, *, damaged_as_missing: bool = False) -> dict[str, Any]
 
     Args:
         path: the file.
-        damaged_as_missing: whether one that is damaged is as good as none, which is logged.
+        damaged_as_missing: whether a damaged file is as good as none, which the log then says.
 
     Raises:
         UserError: it is damaged; the message names it and says what to do.
@@ -225,28 +225,44 @@ def read_json(path: Path, *, damaged_as_missing: bool = False) -> dict[str, Any]
     return objects[0] if objects else {}
 
 
-def read_jsonl(path: Path, *, damaged_as_missing: bool = False) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; empty when there is no such file. See `read_json`."""
-    # Not splitlines(): an answer may hold U+2028, which JSON leaves as it is.
-    return _objects(path, lambda text: filter(None, text.split("\n")), damaged_as_missing)
+def read_jsonl(
+    path: Path, *, damaged_as_missing: bool = False, growing: bool = False
+) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; empty when there is no such file.
+
+    Args:
+        path: the file.
+        damaged_as_missing: as for `read_json`.
+        growing: whether it is appended to, so that its last line may be half of one.
+
+    Raises:
+        UserError: as `read_json`.
+    """
+
+    def lines(text: str) -> list[str]:
+        # Not splitlines(): an answer may hold U+2028, which JSON leaves as it is.
+        found = text.split("\n")
+        return [line for line in (found[:-1] if growing else found) if line]
+
+    return _objects(path, lines, damaged_as_missing)
 
 
 def _objects(
-    path: Path, split: Callable[[str], Iterable[str]], damaged_as_missing: bool
+    path: Path, split: Callable[[str], list[str]], damaged_as_missing: bool
 ) -> list[dict[str, Any]]:
     try:
         found = [json.loads(part) for part in split(path.read_text(encoding="utf-8"))]
-        if not all(isinstance(each, dict) for each in found):
-            raise ValueError("there is something else than an object in it")
+        if all(isinstance(each, dict) for each in found):
+            return found
+        damage = f"{path} is damaged (it holds something else than objects)"
     except FileNotFoundError:
         return []
-    except (ValueError, RecursionError) as problem:  # no JSON, no UTF-8, or too deeply nested
+    except (ValueError, RecursionError) as problem:  # no JSON, no UTF-8, or nested too deeply
         damage = f"{path} is damaged ({problem})"
-        if not damaged_as_missing:
-            raise UserError(f"{damage}: delete it and repeat the command that wrote it") from None
-        _log.warning("%s; it is left out", damage)
-        return []
-    return found
+    if not damaged_as_missing:
+        raise UserError(f"{damage}: delete it and repeat the command that wrote it")
+    _log.warning("%s; it is left out", damage)
+    return []
 
 
 # ---- locks ---------------------------------------------------------------------------------------
