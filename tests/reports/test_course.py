@@ -261,8 +261,8 @@ def test_the_page_shows_the_steps_and_what_is_kept_at_matched_learning(tmp_path:
     index = report(folder)
     page = index.read_text()
     content = json.loads(page[page.index('id="data">') + 10 :].split("</script>")[0])
-    [lora, _] = content["course"]["tracks"]
-    assert [moment["step"] for moment in lora["moments"]] == [0, 75, 150, 300]
+    rows = [dict(point["rows"]) for point in content["course"]["points"] if point["arm"] == 0]
+    assert [row["step"] for row in rows] == ["0", "75", "150", "300"]
     assert (index.parent / "figures" / "course.svg").exists()
     assert read_csv(index.parent / "curve.csv") == curve(folder)
     table = page[page.index('aria-label="Scores over the training"') :]

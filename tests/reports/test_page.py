@@ -818,8 +818,9 @@ def test_probes_are_drawn_and_do_not_stand_in_the_loss(tmp_path: Path) -> None:
     index = report(folder)
     page = index.read_text()
     content = json.loads(page[page.index('id="data">') + 10 :].split("</script>")[0])
-    [run] = content["probes"]
-    assert run["values"]["forgetting/kl"] == [[0, 0.0], [100, 0.1], [200, 0.2]]
+    [run] = content["probes"]["runs"]
+    kl = [(point["step"], point["values"]["forgetting/kl"]) for point in run["points"]]
+    assert kl == [(0, 0.0), (100, 0.1), (200, 0.2)]
     assert len(content["curves"][0]["points"]) == 30
     assert 'id="probes-chart"' in page
     assert (index.parent / "figures" / "probes.svg").exists()

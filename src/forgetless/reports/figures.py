@@ -12,9 +12,8 @@ from forgetless.core.files import new_folder
 from forgetless.reports.arms import Arm, Setting
 from forgetless.reports.durations import Course
 from forgetless.reports.evidence import Task
-from forgetless.reports.numbers import unit
+from forgetless.reports.numbers import probe_words, unit
 from forgetless.reports.standing import Standing
-from forgetless.reports.words import probe_words
 from forgetless.scores.seeds import Estimate
 
 COLOURS = ("#0069a8", "#c45100", "#00805c", "#a3418a", "#8a6d00", "#3a8fd6", "#4d5566", "#d14a6b")

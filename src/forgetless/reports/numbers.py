@@ -77,3 +77,10 @@ def duration(seconds: float) -> str:
 def listed(words: Sequence[str]) -> str:
     """One, two and three."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def probe_words(name: str) -> str:
+    """The name of a probe as people read it: what it is about, and what it measures."""
+    kind, _, measure = name.partition("/")
+    known = {"kl": "distance from the base", "loss": "loss, lower is better"}
+    return f"{kind.capitalize()}: {known.get(measure, measure.replace('_', ' '))}"

@@ -23,7 +23,7 @@ from forgetless.reports.payload import payload
 from forgetless.reports.standing import Standing
 from forgetless.reports.words import Answer, arm_words
 
-SCRIPTS = ("base", "chart", "plane", "course", "curves", "probes", "flips", "tables")
+SCRIPTS = ("page", "chart", "charts", "lists")
 
 
 def page(
@@ -57,7 +57,7 @@ def page(
              for kind in ("forgetting", "learning")}  # fmt: skip
     equal = [tables.matched_table(matched)] if matched else []
     rates = tables.rates_table(evidence, arms)
-    data = payload(evidence, arms, course, counted)
+    data = payload(evidence.tasks, arms, course, counted)
     script = "\n".join(_source(f"{name}.js") for name in SCRIPTS)
     eyebrow = [
         evidence.name,
@@ -74,10 +74,8 @@ def page(
         words=words,
         cards=_cards(place),
         eyebrow=[part for part in eyebrow if part],
-        has_plane=_has_plane(arms, evidence),
+        charts=set(data),
         has_scores=any(not of_task.task.is_distance for of_task in changes),
-        has_curves=any(curve["points"] for curve in data["curves"]),
-        has_probes=bool(data["probes"]),
         course=[tables.course_table(course), *equal] if course else [],
         changes=[
             *tables.changes_tables(changes, find_averages(changes)),
@@ -124,16 +122,6 @@ def _source(name: str) -> str:
     environment = _environment()
     assert environment.loader is not None
     return environment.loader.get_source(environment, name)[0]
-
-
-def _has_plane(arms: Sequence[Arm], evidence: Evidence) -> bool:
-    """Whether a learning and a forgetting task were measured on the same arm."""
-    kinds = [
-        {task.kind for task in evidence.tasks if setting.final(task) is not None}
-        for arm in arms
-        for setting in arm.settings
-    ]
-    return any(len(of_setting) > 1 for of_setting in kinds)
 
 
 def _cards(place: Standing) -> list[dict[str, Any]]:

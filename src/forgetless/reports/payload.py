@@ -1,4 +1,4 @@
-"""The numbers that the page's scripts draw, as plain JSON values."""
+"""What the page's scripts draw and list, as plain JSON values; scores come with their words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from forgetless.reports.arms import Arm
 from forgetless.reports.changes import FlippedItem, TaskChanges
 from forgetless.reports.durations import Course
-from forgetless.reports.evidence import Evidence, Run, Task, number
+from forgetless.reports.evidence import Run, Task, number
+from forgetless.reports.numbers import NOT_MEASURED, amount, interval_words, probe_words, unit
 from forgetless.scores.seeds import Estimate
 
 MAX_CURVE_POINTS = 240
@@ -19,178 +20,211 @@ MAX_KEPT = 150
 
 
 def payload(
-    evidence: Evidence, arms: Sequence[Arm], course: Course | None, counted: Sequence[TaskChanges]
+    tasks: Sequence[Task],
+    arms: Sequence[Arm],
+    course: Course | None,
+    counted: Sequence[TaskChanges],
 ) -> dict[str, Any]:
-    """Tasks, arms with their settings, curves and flips; None where nothing was measured."""
-    return {
-        "tasks": [_task(task) for task in evidence.tasks],
-        "arms": [_arm(arm, evidence.tasks) for arm in arms],
-        "bases": _bases(arms, evidence.tasks),
-        "course": _course(course) if course else None,
-        "curves": [curve for i, arm in enumerate(arms) for curve in _curves(i, arm)],
-        "probes": [probed for i, arm in enumerate(arms) for probed in _probes(i, arm)],
-        "flips": [_flips(of_task) for of_task in counted],
+    """Labels, charts and changed items; arms go by their places, and a chart may be missing."""
+    places = {arm.label: i for i, arm in enumerate(arms)}
+    content = {
+        "arms": list(places),
+        "plane": _plane(tasks, arms),
+        "course": _course(course, places) if course else None,
+        "curves": [
+            {"arm": i, "best": setting is arm.best, "points": points}
+            for i, arm in enumerate(arms)
+            for setting in arm.settings
+            for run in setting.runs
+            if (points := _thinned(run.log()))
+        ],
+        "probes": _probes(arms),
+        "flips": [_flips(of_task, places) for of_task in counted],
     }
+    return {name: part for name, part in content.items() if part or name in ("arms", "flips")}
 
 
-def _task(task: Task) -> dict[str, Any]:
-    return {
-        "name": task.name,
-        "kind": task.kind,
-        "metric": task.metric,
-        "higher": task.higher_is_better,
-        "share": task.is_share,
-    }
+# ------------------------------------------------------------------- learning against forgetting
 
 
-def _arm(arm: Arm, tasks: Sequence[Task]) -> dict[str, Any]:
-    settings = [
-        {
-            "rate": setting.learning_rate,
-            "best": setting is arm.best,
-            "update": _round(setting.mean_of("relative_update")),
-            "kept": {task.name: _estimate(setting.kept(task)) for task in tasks},
-            "final": {task.name: _estimate(setting.final(task)) for task in tasks},
-            "seeds": [_seed(run, tasks) for run in setting.runs],
+def _plane(tasks: Sequence[Task], arms: Sequence[Arm]) -> dict[str, Any] | None:
+    """Every arm at every learning rate, and the bases; None without a score of either kind."""
+    learning = [task for task in tasks if task.kind == "learning"]
+    forgetting = [task for task in tasks if task.kind == "forgetting"]
+    points: list[dict[str, Any]] = []
+    bases: dict[str, dict[str, Any]] = {}
+    for i, arm in enumerate(arms):
+        for setting in arm.settings:
+            rows = [("seeds", str(len(setting.runs)))]
+            if setting.learning_rate is not None:
+                rows.append(("learning rate", f"{setting.learning_rate:g}"))
+            if (update := setting.mean_of("relative_update")) is not None:
+                rows.append(("update ‖ΔW‖/‖W‖", f"{update:.3g}"))
+            learned = {task: setting.final(task) for task in learning}
+            kept = {task: setting.kept(task) for task in forgetting}
+            point = _point(i, arm.label, rows, 17 if setting is arm.best else 11, learned, kept)
+            point |= {"minor": setting is not arm.best, "named": setting is arm.best}
+            point["seeds"] = [_seed(run, learning, forgetting) for run in setting.runs]
+            points.append(point)
+        base = {task: arm.best.measured[task.name].base for task in tasks}
+        whole = {
+            t: base[t] and (Estimate(1.0, 1.0, 1.0, 1, None) if t.is_share else base[t])
+            for t in forgetting
         }
-        for setting in arm.settings
-    ]
-    return {"label": arm.label, "settings": settings}
-
-
-def _seed(run: Run, tasks: Sequence[Task]) -> dict[str, Any]:
-    kept, final = {}, {}
-    for task in tasks:
-        row: Mapping[str, Any] = run.rows.get(task.name, {})
-        final[task.name] = _round(number(row.get("score")))
-        kept[task.name] = _round(number(row.get("retention" if task.is_share else "score")))
-    return {"seed": run.settings.get("seed"), "kept": kept, "final": final}
-
-
-def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:
-    if estimate is None:
+        name = arm.best.runs[0].base
+        bases.setdefault(
+            name, _point(i, name, [], 0, {task: base[task] for task in learning}, whole)
+        )
+    points = [point for point in points if point["learned"] and point["kept"]]
+    for name, of_base in bases.items():
+        of_base["title"] = f"base {name}" if len(bases) > 1 else "base"
+    if not points:
         return None
+    shares = {t.name: f"share of {t.name}" if t.is_share else unit(t) for t in forgetting}
+    axes = {
+        "learned": [_axis(task, f"↑ Learned: {unit(task)}") for task in learning],
+        "kept": [_axis(task, f"Kept: {shares[task.name]} →") for task in forgetting],
+    }
+    known = {axis: {name for p in points for name in p[axis]} for axis in axes}
+    return {
+        **{axis: [task for task in axes[axis] if task["name"] in known[axis]] for axis in axes},
+        "points": points,
+        "bases": list(bases.values()),
+    }
+
+
+def _course(course: Course, places: Mapping[str, int]) -> dict[str, Any]:
+    """What the arms learned and kept at every step; the marks grow with the steps."""
+    points: list[dict[str, Any]] = []
+    bases: list[dict[str, Any]] = []
+    for track in course.tracks:
+        for moment in track.moments:
+            rows = [("step", f"{moment.step:,}")]
+            rows += [("tokens", f"{moment.tokens:,.0f}")] if moment.tokens is not None else []
+            seeds = {estimate.seeds for estimate in moment.scores.values()}
+            rows.append(("seeds", " to ".join(map(str, sorted(seeds)[:: len(seeds) - 1 or 1]))))
+            size = moment.step and 9 + 8 * (moment.step / course.steps[-1]) ** 0.5
+            learned = {task: moment.scores.get(task.name) for task in course.learning}
+            kept = {task: moment.scores.get(task.name) for task in course.forgetting}
+            point = _point(places[track.label], track.label, rows, size, learned, kept)
+            points.append({**point, "named": moment is track.moments[-1]})
+            if moment.step == 0 and not bases:
+                bases.append({**point, "title": "base"})
+    return {
+        "learned": [_axis(task, f"↑ Learned: {unit(task)}") for task in course.learning],
+        "kept": [_axis(task, f"Kept: {unit(task)} →") for task in course.forgetting],
+        "points": points,
+        "bases": bases,
+    }
+
+
+def _point(
+    arm: int,
+    title: str,
+    rows: Sequence[tuple[str, str]],
+    size: float,
+    learned: Mapping[Task, Estimate | None],
+    kept: Mapping[Task, Estimate | None],
+) -> dict[str, Any]:
+    """One place of an arm by every learned and every kept score."""
+    scores = {
+        axis: {task.name: _estimate(e, task) for task, e in of_axis.items() if e}
+        for axis, of_axis in (("learned", learned), ("kept", kept))
+    }
+    return {"arm": arm, "title": title, "rows": rows, "size": size, "seeds": [], **scores}
+
+
+def _seed(run: Run, learning: Sequence[Task], forgetting: Sequence[Task]) -> dict[str, Any]:
+    """The scores of one seed alone."""
+
+    def score(task: Task, column: str) -> float | None:
+        return _round(number(run.rows.get(task.name, {}).get(column)))
+
+    return {
+        "learned": {task.name: score(task, "score") for task in learning},
+        "kept": {t.name: score(t, "retention" if t.is_share else "score") for t in forgetting},
+    }
+
+
+def _estimate(estimate: Estimate, task: Task) -> dict[str, Any]:
+    text = amount(task, estimate.value)
+    items = estimate.num_items
     return {
         "value": _round(estimate.value),
         "low": _round(estimate.low) if estimate.has_error else None,
         "high": _round(estimate.high) if estimate.has_error else None,
-        "n": estimate.num_items,
-        "seeds": estimate.seeds,
+        "text": f"{text} ({interval_words(estimate, task)})" if estimate.has_error else text,
+        "items": NOT_MEASURED if items is None else f"{items:,}",
     }
 
 
-def _bases(arms: Sequence[Arm], tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """The score of each base model on each task, once."""
-    found: dict[str, dict[str, Any]] = {}
-    for arm in arms:
-        scores = found.setdefault(arm.best.runs[0].base, {})
-        for task in tasks:
-            base = arm.best.measured[task.name].base
-            if base is not None:
-                scores.setdefault(task.name, _estimate(base))
-    return [{"name": name, "scores": scores} for name, scores in found.items()]
-
-
-def _course(course: Course) -> dict[str, Any]:
-    """What the arms learned and kept at every step."""
+def _axis(task: Task, title: str) -> dict[str, Any]:
     return {
-        "learning": [_task(task) for task in course.learning],
-        "forgetting": [_task(task) for task in course.forgetting],
-        "tracks": [
-            {
-                "arm": course.labels.index(track.label),
-                "moments": [
-                    {
-                        "step": moment.step,
-                        "tokens": _round(moment.tokens),
-                        "scores": {name: _estimate(e) for name, e in moment.scores.items()},
-                    }
-                    for moment in track.moments
-                ],
-            }
-            for track in course.tracks
-        ],
+        "name": task.name,
+        "title": title,
+        "share": task.is_share,
+        "higher": task.higher_is_better,
     }
 
 
-def _curves(index: int, arm: Arm) -> list[dict[str, Any]]:
-    return [
-        {
-            "arm": index,
-            "rate": setting.learning_rate,
-            "best": setting is arm.best,
-            "seed": run.settings.get("seed"),
-            "points": [[step, _round(loss)] for step, loss in _thinned(run.log())],
-        }
-        for setting in arm.settings
-        for run in setting.runs
-    ]
+# ------------------------------------------------------------------------------- on the way
 
 
-def _probes(index: int, arm: Arm) -> list[dict[str, Any]]:
-    """What was measured on the way, of the runs at the arm's best setting."""
-    found = []
-    for run in arm.best.runs:
-        probes = run.probes()
-        names = dict.fromkeys(name for _, values in probes for name in values)
-        if names:
-            found.append(
-                {
-                    "arm": index,
-                    "seed": run.settings.get("seed"),
-                    "values": {
-                        name: [[step, _round(v[name])] for step, v in probes if name in v]
-                        for name in names
-                    },
-                    "over": run.exceeded.get("step"),
-                    "kept": run.exceeded.get("kept_step"),
-                }
-            )
-    return found
+def _probes(arms: Sequence[Arm]) -> dict[str, Any] | None:
+    """What was measured on the way, of the runs at the arms' best settings."""
+    runs: list[dict[str, Any]] = []
+    titles: dict[str, str] = {}
+    for i, arm in enumerate(arms):
+        for run in arm.best.runs:
+            over, kept = run.exceeded.get("step"), run.exceeded.get("kept_step")
+            points = []
+            for step, values in run.probes():
+                titles |= {name: probe_words(name) for name in values}
+                point = {"step": step, "values": {name: _round(v) for name, v in values.items()}}
+                if step in (over, kept):
+                    stopped = "over budget, stopped" if over == kept else "over budget"
+                    point |= (
+                        {"ring": 9, "event": stopped}
+                        if step == over
+                        else {"ring": 7, "event": "went back to here"}
+                    )
+                points.append(point)
+            runs.append({"arm": i, "points": points})
+    return {"runs": runs, "titles": titles} if titles else None
 
 
-def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float | None]]:
     """At most `MAX_CURVE_POINTS` points, the means of equal stretches of the curve."""
-    if len(points) <= MAX_CURVE_POINTS:
-        return list(points)
-    edges = [i * len(points) // MAX_CURVE_POINTS for i in range(MAX_CURVE_POINTS + 1)]
+    size = min(len(points), MAX_CURVE_POINTS)
+    edges = [i * len(points) // size for i in range(size + 1)] if size else []
     parts = [points[a:b] for a, b in pairwise(edges)]
-    return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts]
+    return [(part[-1][0], _round(sum(loss for _, loss in part) / len(part))) for part in parts]
 
 
-def _flips(of_task: TaskChanges) -> dict[str, Any]:
-    """The lists are cut to what a page can hold; the counts are whole."""
+def _flips(of_task: TaskChanges, places: Mapping[str, int]) -> dict[str, Any]:
+    """The lists are cut to what a page can hold; the totals are whole."""
     most = MAX_LISTED[of_task.task.kind]
-    arms: list[dict[str, Any]] = []
-    places: dict[str, int] = {}
+    asked: dict[str, int] = {}
+
+    def rows(items: Sequence[FlippedItem]) -> list[tuple[int, str | None, int]]:
+        return [(asked.setdefault(i.id, len(asked)), i.answer, i.seeds) for i in items[:most]]
+
+    arms = []
     for change in of_task.counted:
-        lost, gained = change.flipped("lost"), change.flipped("gained")
-        kept = change.kept_items[:: max(1, -(-len(change.kept_items) // MAX_KEPT))]
-
-        def listed(items: Sequence[FlippedItem]) -> list[list[Any]]:
-            return [
-                [places.setdefault(item.id, len(places)), item.answer, item.seeds]
-                for item in items[:most]
-            ]
-
-        arms.append(
-            {
-                "label": change.label,
-                "seeds": len(change.counted),
-                "lost": listed(lost),
-                "gained": listed(gained),
-                "kept": [[places.setdefault(item, len(places)), None, 0] for item in kept],
-                "totals": {
-                    "lost": len(lost),
-                    "gained": len(gained),
-                    "kept": len(change.kept_items),
-                },
-            }
-        )
+        lost, gained, kept = change.flipped("lost"), change.flipped("gained"), change.kept_items
+        spread = kept[:: max(1, -(-len(kept) // MAX_KEPT))]
+        arms.append({
+            "arm": places[change.label],
+            "seeds": len(change.counted),
+            "lost": rows(lost),
+            "gained": rows(gained),
+            "kept": [(asked.setdefault(item, len(asked)), None, 0) for item in spread],
+            "totals": {"lost": len(lost), "gained": len(gained), "kept": len(kept)},
+        })  # fmt: skip
     return {
         "task": of_task.task.name,
         "kind": of_task.task.kind,
-        "questions": [list(of_task.questions[item]) for item in places],
+        "questions": [of_task.questions[item] for item in asked],
         "arms": arms,
     }
 

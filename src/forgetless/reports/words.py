@@ -253,13 +253,6 @@ def _from_base(arm: Arm, task: Task) -> str:
     return f" (base {amount(task, base.value)})" if base else ""
 
 
-def probe_words(name: str) -> str:
-    """The name of a probe as people read it: what it is about, and what it measures."""
-    kind, _, measure = name.partition("/")
-    known = {"kl": "distance from the base", "loss": "loss, lower is better"}
-    return f"{kind.capitalize()}: {known.get(measure, measure.replace('_', ' '))}"
-
-
 def _budgets(arms: Sequence[Arm]) -> list[str]:
     """Which trainings ended because they had forgotten more than they were allowed."""
     found = []

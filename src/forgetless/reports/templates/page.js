@@ -2,10 +2,10 @@
 // What every part of the page uses. Text from the data only ever becomes text nodes, never HTML.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const NONE = "–";
 const MARKS = 8;
-const hidden = new Set(); // labels of the arms switched off, in the plane and the curves alike
+const hidden = new Set(); // labels of the arms switched off, in all charts alike
 const redraws = [];
+const redraw = () => redraws.forEach((draw) => draw());
 
 const byId = (id) => document.getElementById(id);
 const SVG = document.querySelector("svg").namespaceURI;
@@ -13,9 +13,7 @@ const SVG = document.querySelector("svg").namespaceURI;
 function make(parent, name, attributes = {}, text = null) {
   const isSvg = parent.namespaceURI === SVG || name === "svg";
   const node = isSvg ? document.createElementNS(SVG, name) : document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (value !== null && value !== undefined) node.setAttribute(key, value);
-  }
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
   if (text !== null) node.textContent = text;
   parent.append(node);
   return node;
@@ -29,24 +27,14 @@ function mark(parent, index) {
   make(svg, "use", { href: `#mark-${shape(index)}`, x: -8, y: -8, width: 16, height: 16 });
 }
 
-function number(value, isShare) {
-  if (value === null || value === undefined) return NONE;
-  if (isShare) return `${(100 * value).toFixed(1)}\u00a0%`;
-  return value === 0 || Math.abs(value) >= 0.001 ? value.toFixed(3) : value.toExponential(1);
-}
+// The controls above a chart; each says what it changes, and the charts are drawn again.
 
-function interval(estimate, isShare) {
-  if (!estimate || estimate.low === null) return "";
-  const [low, high] = [estimate.low, estimate.high].map((v) => number(v, isShare).replace("\u00a0%", ""));
-  return (low + high).includes("-") ? `${low} to ${high}` : `${low}–${high}`;
-}
-
-function checkbox(parent, label, checked, change) {
+function checkbox(parent, label, change, checked = true) {
   const wrap = make(parent, "label");
   const box = make(wrap, "input", { type: "checkbox" });
   box.checked = checked;
   wrap.append(label);
-  box.addEventListener("change", () => change(box.checked));
+  box.addEventListener("change", () => { change(box.checked); redraw(); });
 }
 
 function choice(parent, label, options, change) {
@@ -54,7 +42,7 @@ function choice(parent, label, options, change) {
   const wrap = make(parent, "label", {}, `${label} `);
   const select = make(wrap, "select");
   options.forEach((option, i) => make(select, "option", { value: i }, option));
-  select.addEventListener("change", () => change(Number(select.value)));
+  select.addEventListener("change", () => { change(Number(select.value)); redraw(); });
 }
 
 function segments(parent, label, options, start, change) {
@@ -64,48 +52,33 @@ function segments(parent, label, options, start, change) {
     button.addEventListener("click", () => {
       buttons.forEach((other) => other.setAttribute("aria-pressed", other === button));
       change(i);
+      redraw();
     });
     return button;
   });
 }
 
 // The arms as buttons that switch them on and off everywhere; a double click shows one alone.
-function legend(parent) {
-  data.arms.forEach((arm, index) => {
-    const button = make(parent, "button", { type: "button", title: `show or hide ${arm.label}; double click: show it alone` });
+function addLegend(parent) {
+  data.arms.forEach((label, index) => {
+    const button = make(parent, "button", { type: "button", title: `show or hide ${label}; double click: show it alone` });
     mark(button, index);
-    button.append(arm.label);
+    button.append(label);
     button.addEventListener("click", () => {
-      if (!hidden.delete(arm.label)) hidden.add(arm.label);
+      if (!hidden.delete(label)) hidden.add(label);
       redraw();
     });
     button.addEventListener("dblclick", () => {
-      const alone = data.arms.every((other) => other === arm || hidden.has(other.label));
+      const others = data.arms.filter((other) => other !== label), isAlone = others.every((other) => hidden.has(other));
       hidden.clear();
-      if (!alone) data.arms.forEach((other) => other !== arm && hidden.add(other.label));
+      if (!isAlone) others.forEach((other) => hidden.add(other));
       redraw();
     });
-    redraws.push(() => button.setAttribute("aria-pressed", !hidden.has(arm.label)));
+    redraws.push(() => button.setAttribute("aria-pressed", !hidden.has(label)));
   });
 }
 
-function redraw() {
-  redraws.forEach((draw) => draw());
-}
-
-// Draw now, and again when the width changes.
-function drawn(figure, draw) {
-  let width = 0;
-  redraws.push(() => width && draw(width));
-  const watch = () => {
-    const now = Math.floor(figure.clientWidth || figure.parentElement.clientWidth);
-    if (now > 160 && now !== width) draw((width = now));
-  };
-  new ResizeObserver(watch).observe(figure.parentElement);
-}
-
 byId("theme").addEventListener("click", () => {
-  const root = document.documentElement;
-  const isDark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  root.dataset.theme = isDark ? "light" : "dark";
+  const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = (root.dataset.theme ? root.dataset.theme === "dark" : dark) ? "light" : "dark";
 });
