@@ -283,7 +283,7 @@ def test_a_failure_that_is_no_mistake_is_exit_code_1(
     assert found.err.endswith("\nerror: RuntimeError: the device is gone (--debug shows where)\n")
 
 
-def test_a_want_of_memory_comes_with_what_takes_less(
+def test_out_of_memory_comes_with_what_takes_less(
     place: dict[str, Path], forgetless: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from forgetless.cli.commands import measuring

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from forgetless.core.files import read_json, write_json
-from forgetless.studies.folder import COLUMNS, RunFolder, results, write_csv
+from forgetless.core.files import read_json, write_json, write_jsonl
+from forgetless.studies.folder import COLUMNS, RunFolder, curve, results, write_csv
 
 # ---- the table -----------------------------------------------------------------------------------
 
@@ -79,6 +79,28 @@ def test_a_row_holds_every_column(tmp_path: Path) -> None:
         "higher_is_better": True,
         "retention_uncapped": pytest.approx(0.75),
     }
+
+
+def test_after_a_rollback_the_steps_are_those_of_the_weights(tmp_path: Path) -> None:
+    exceeded = {"step": 10, "kept_step": 6, "action": "rollback"}
+    training = {"steps": 10, "tokens": 100, "train_seconds": 1.0, "exceeded": exceeded}
+    folder = _write_run(tmp_path / "s", "lora-1", {"recall": (0.8, 0.6)}, training=training)
+    lines = [{"step": step, "loss": 1.0, "tokens": 10 * step} for step in (4, 6, 8, 10)]
+    write_jsonl(folder.log, lines)
+    for step in (4, 8):
+        folder.point(step).native.mkdir(parents=True)
+        write_json(folder.point(step).scores("final", "recall"), {"value": 0.7})
+    (row,) = results(tmp_path / "s")
+    assert row["steps"] == 6
+    points = [(row["step"], row["tokens"], row["score"]) for row in curve(tmp_path / "s")]
+    assert points == [(0, 0, 0.8), (4, 40, 0.7), (6, 60, 0.6)]
+
+
+def test_the_curve_is_read_while_the_log_is_written(tmp_path: Path) -> None:
+    folder = _write_run(tmp_path / "s", "lora-1", {"recall": (0.8, 0.6)})
+    folder.point(4).native.mkdir(parents=True)
+    folder.log.write_text('{"step": 4, "tokens": 40}\n{"step": 5, "tok')
+    assert [row["tokens"] for row in curve(tmp_path / "s")] == [0, 40, None]
 
 
 def test_what_was_not_measured_is_none_never_a_number(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.collection import collect
 from forgetless.statistics.gradients import Gradients, collect_gradients
 from forgetless.statistics.moments import Statistics
+from forgetless.studies import stages
 from forgetless.studies.inputs import Collecting
 from forgetless.studies.run import run
 from tests.tiny import recipe_of
@@ -151,6 +153,46 @@ def test_an_interrupted_stage_goes_on_with_the_same_text(
     assert isinstance(found, Statistics)
     assert isinstance(whole, Statistics)
     assert same(found, whole)
+
+
+def test_after_a_failure_fewer_texts_at_a_time_may_be_tried(
+    tiny_base: Path, tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums of an interrupted collection are of its own batches."""
+    monkeypatch.setattr("forgetless.statistics.progress.SECONDS", 0.0)
+    monkeypatch.setattr("forgetless.statistics.progress._SHARE", 0)
+    model, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
+
+    def collected(batch_size: int, kept: Path | None = None) -> Statistics:
+        changes = {"calibration.batch_size": batch_size, "calibration.samples": 8}
+        recipe = tiny(tiny_base, tiny_files, "lora_null_v1", **changes)
+        found = Collecting.of(recipe).collect("second_moment", model, tokenizer, kept)
+        assert isinstance(found, Statistics)
+        return found
+
+    forward = type(model).forward
+    calls = itertools.count()
+
+    def run_out(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 3:
+            raise MemoryError
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(type(model), "forward", run_out)
+        with pytest.raises(MemoryError):
+            collected(2, tmp_path / "kept")
+    assert list(tmp_path.rglob("progress.json"))
+    assert same(collected(1, tmp_path / "kept"), collected(2))
+
+
+def test_no_matrix_is_read_to_learn_its_size() -> None:
+    class Untouchable(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            raise AssertionError(name)
+
+    large = Statistics.of(Untouchable(a=None), {"a": "a", "b": "a"}, {"a": 1, "b": 1}, {"x": 1})
+    assert stages._summary(large, 4, {"a": 5000, "b": 5000}) == {"x": 1, "tail_energy": None}
 
 
 # ---- what decides --------------------------------------------------------------------------------

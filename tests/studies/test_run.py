@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +20,15 @@ from transformers import AutoModelForCausalLM
 
 from forgetless.adapters.folders import load
 from forgetless.core.errors import RecipeError, UserError
-from forgetless.core.files import read_json, read_jsonl
+from forgetless.core.files import lock, read_json, read_jsonl
 from forgetless.data.texts import self_text
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.files import PHASES
 from forgetless.studies import stages
 from forgetless.studies.folder import RunFolder, run_folders
+from forgetless.studies.out_of_memory import TAKES_LESS
 from forgetless.studies.run import Run, run
-from forgetless.studies.shortage import TAKES_LESS
 from forgetless.studies.stages import Event, Stages
 from tests.tiny import recipe_of, save_base
 
@@ -64,8 +67,8 @@ def test_a_finished_run_has_every_artefact(finished: dict[str, Run], method: str
     names = {path.name for path in folder.path.iterdir()}
     trained = {"model"} if method == "full" else {"native", "adapter"}
     assert names == {
-        *("recipe.yaml", "run.json", "log.jsonl", "scores", "items", "analysis.json", ".lock"),
-        *trained,
+        *("recipe.yaml", "run.json", "log.jsonl", "training.json", "analysis.json", ".lock"),
+        *("scores", "items", *trained),
     }
     for phase in PHASES:
         for task in ("sums", "prose", "kl"):
@@ -320,6 +323,68 @@ def test_training_goes_on_from_its_checkpoint(
     losses = [line["loss"] for line in read_jsonl(RunFolder(again.folder).log)]
     undisturbed = read_jsonl(RunFolder(finished[method].folder).log)
     assert losses == [line["loss"] for line in undisturbed]
+
+
+def test_who_waits_for_a_run_is_told_so(
+    tiny_recipe: dict[str, Any], done: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = threading.Event()
+
+    def hold() -> None:
+        with lock(RunFolder(done.folder).lock):
+            held.set()
+            until = time.monotonic() + 60
+            while "waiting for" not in caplog.text and time.monotonic() < until:
+                time.sleep(0.05)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(60)
+    again = run({**tiny_recipe, "name": "mine"}, done.folder.parents[1])
+    other.join()
+    assert again.status == "done"
+    assert f"{done.folder}/.lock, which process {os.getpid()} on" in caplog.text
+
+
+# ---- what a run does when a file is damaged ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("scores/final/sums.json", b'{"value": 0.5'),
+        ("scores/base/prose.json", b""),
+        ("scores/step0/kl.json", b"[]"),
+        ("items/final/kl.jsonl", b'{"id": "1"}\n{"id": '),
+        ("items/base/prose.jsonl", b"\xff\xfe"),
+        ("analysis.json", b"\0\0\0\0"),
+        ("recipe.yaml", b"base: ["),
+        ("run.json", None),
+    ],
+)
+def test_what_is_damaged_is_made_again_and_nothing_is_trained(
+    tiny_recipe: dict[str, Any], finished: dict[str, Run], done: Run, name: str, content: Any
+) -> None:
+    if content is None:
+        (done.folder / name).unlink()
+    else:
+        (done.folder / name).write_bytes(content)
+    events: list[Event] = []
+    again = run({**tiny_recipe, "name": "mine"}, done.folder.parents[1], listen=events.append)
+    assert "train" not in worked(events)
+    ours, theirs = ([{**row, "study": ""} for row in r.scores] for r in (again, finished["pissa"]))
+    assert [r | {"arm": ""} for r in ours] == [r | {"arm": ""} for r in theirs]
+    assert again.record["training"] == finished["pissa"].record["training"]
+    assert not RunFolder(again.folder).start.exists()
+
+
+def test_a_damaged_record_is_named(tiny_recipe: dict[str, Any], done: Run) -> None:
+    (done.folder / "run.json").write_text('{"status": "done", ')
+    with pytest.raises(UserError, match=r"run\.json is damaged \(.*\): delete it and repeat"):
+        run({**tiny_recipe, "name": "mine"}, done.folder.parents[1])
+    assert done.status == "failed"
+    assert done.exceeded is None
+    assert done.scores == []
 
 
 def same_rows(one: Run, other: Run) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import queue
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from forgetless.recipes.study import StudyRecipe
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.run import prepare
 from forgetless.studies.stages import Event
-from forgetless.studies.study import Study, _Team, study
+from forgetless.studies.study import Study, _run_workers, study
 from tests.killing import results, study_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -226,6 +229,94 @@ def _hold_a_while(path: Path, held: threading.Event) -> None:
         time.sleep(3)
 
 
+# ---- two calls at once ---------------------------------------------------------------------------
+
+
+def _do_and_tell(definition: dict[str, Any], out: Path, events: Any) -> None:
+    study(definition, out, listen=events.put)
+
+
+def test_two_calls_on_one_folder_share_the_runs_and_end(
+    whole: tuple[dict[str, Any], Study], tmp_path: Path
+) -> None:
+    definition, done = whole
+    context = multiprocessing.get_context("forkserver")
+    events = context.Queue()
+    calls = [
+        context.Process(target=_do_and_tell, args=(definition, tmp_path, events)) for _ in range(2)
+    ]
+    for call in calls:
+        call.start()
+    told: list[Event] = []
+    until = time.monotonic() + 300
+    while time.monotonic() < until and (any(c.is_alive() for c in calls) or not events.empty()):
+        with suppress(queue.Empty):
+            told.append(events.get(timeout=0.5))
+    ended = [call.exitcode for call in calls]
+    for call in calls:
+        call.kill()
+        call.join()
+    assert ended == [0, 0]
+    trained = [event.run_id for event in told if event.stage == "train" and event.message]
+    assert sorted(trained) == sorted(run.run_id for run in done.runs)
+    assert results(tmp_path / "killed") == results(done.folder)
+
+
+def test_another_definition_on_the_same_folder_takes_no_run_away(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = {**tiny_recipe, "tasks": {"learning": [], "forgetting": []}}
+    first = {"name": "s", "recipe": recipe, "axes": {"seed": [0, 1]}}
+    other = {"name": "s", "recipe": recipe, "axes": {"seed": [2]}}
+    began: list[str] = []
+
+    def start_the_other(event: Event) -> None:
+        began.append(event.stage)
+        if len(began) == 1:
+            study(other, tmp_path)
+
+    done = study(first, tmp_path, listen=start_the_other)
+    assert [run.status for run in done.runs] == ["done"] * 3
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def test_a_damaged_record_stops_its_run_alone(
+    whole: tuple[dict[str, Any], Study], tmp_path: Path
+) -> None:
+    definition, done = whole
+    shutil.copytree(done.folder, tmp_path / "killed")
+    damaged = RunFolder(tmp_path / "killed" / done.runs[1].run_id)
+    damaged.record.write_text('{"status": "do')
+    (RunFolder(tmp_path / "killed" / done.runs[2].run_id).record).unlink()
+    events: list[Event] = []
+    again = study(definition, tmp_path, listen=events.append)
+    (failed,) = again.failed
+    assert failed.folder == damaged.path
+    assert f"{damaged.record} is damaged" in failed.record["reason"]
+    assert "delete it and repeat the command" in failed.record["reason"]
+    assert [event.run_id for event in events if event.stage == "failed"] == [failed.run_id]
+    undamaged = [row for row in results(done.folder) if row["run_id"] != failed.run_id]
+    assert results(again.folder) == undamaged
+    damaged.record.unlink()
+    assert study(definition, tmp_path).failed == []
+    assert results(again.folder) == results(done.folder)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "../runs.json", "../study.yaml", "analysis.json"])
+def test_other_damaged_files_are_written_anew(
+    name: str, whole: tuple[dict[str, Any], Study], tmp_path: Path
+) -> None:
+    definition, done = whole
+    shutil.copytree(done.folder, tmp_path / "killed")
+    damaged = tmp_path / "killed" / done.runs[1].run_id / name
+    damaged.write_bytes(b"\0: [")
+    assert len(Study(tmp_path / "killed").results()) == (9 if name == "recipe.yaml" else 12)
+    assert study(definition, tmp_path).failed == []
+    assert results(tmp_path / "killed") == results(done.folder)
+
+
 # ---- GPUs ----------------------------------------------------------------------------------------
 
 
@@ -249,7 +340,6 @@ def test_workers_take_the_visible_gpus_in_turn(
     visible: str | None,
     count: int,
     dealt: list[str],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
@@ -257,10 +347,9 @@ def test_workers_take_the_visible_gpus_in_turn(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     events: list[Event] = []
-    team = _Team(tmp_path, "session", None, events.append)
     event = '{"run_id": "%s", "name": "", "stage": ""}'
-    team.command = ["sh", "-c", f"printf '{event}' \"${{CUDA_VISIBLE_DEVICES-unset}}\""]
-    team.work(3)
+    command = ["sh", "-c", f"printf '{event}' \"${{CUDA_VISIBLE_DEVICES-unset}}\""]
+    _run_workers(command, 3, events.append)
     assert sorted(event.run_id for event in events) == dealt
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 

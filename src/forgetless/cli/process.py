@@ -15,7 +15,7 @@ import typer
 
 from forgetless.cli.app import app
 from forgetless.core.errors import OtherProcessError
-from forgetless.studies.shortage import want_of_memory
+from forgetless.studies.out_of_memory import out_of_memory
 from forgetless.training.launch import process_index
 
 STOPPED = 130
@@ -70,7 +70,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     usage = getattr(error, "format_message", None)
     if usage is not None:
         return f"error: {usage().rstrip('.')} (see '{_help(error)}')", 2
-    if isinstance(error, MemoryError | RuntimeError) and (reason := want_of_memory(error)):
+    if isinstance(error, MemoryError | RuntimeError) and (reason := out_of_memory(error)):
         return f"error: no memory left ({reason}): {_TAKES_LESS}", 2
     if isinstance(error, KeyError) or not isinstance(error, ValueError | OSError):
         return f"error: {type(error).__name__}: {error} (--debug shows where)", 1

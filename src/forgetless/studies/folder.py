@@ -9,70 +9,33 @@
 from __future__ import annotations
 
 import csv
+import io
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from forgetless.core import metrics
-from forgetless.core.files import read_json, read_jsonl, write_json, write_text
+from forgetless.core.errors import UserError
+from forgetless.core.files import load_yaml, read_json, read_jsonl, write_json, write_text
 from forgetless.scores.files import PHASES, Phase, items_file, score_file
 
+_log = logging.getLogger(__name__)
+
 COLUMNS = (
-    "study",
-    "run_id",
-    "base",
-    "method",
-    "rank",
-    "learning_rate",
-    "seed",
-    "steps",
-    "task",
-    "kind",
-    "metric",
-    "base_score",
-    "step0_score",
-    "score",
-    "stderr",
-    "n",
-    "retention",
-    "relative_update",
-    "train_seconds",
-    "status",
-    "arm",
-    "alpha",
-    "weight_decay",
-    "target_modules",
-    "higher_is_better",
-    "retention_uncapped",
-)
+    "study", "run_id", "base", "method", "rank", "learning_rate", "seed", "steps", "task", "kind",
+    "metric", "base_score", "step0_score", "score", "stderr", "n", "retention", "relative_update",
+    "train_seconds", "status", "arm", "alpha", "weight_decay", "target_modules",
+    "higher_is_better", "retention_uncapped",
+)  # fmt: skip
 """The columns of results.csv, one row a run and task."""
 
-
 CURVE_COLUMNS = (
-    "study",
-    "run_id",
-    "arm",
-    "method",
-    "rank",
-    "learning_rate",
-    "seed",
-    "steps",
-    "step",
-    "tokens",
-    "task",
-    "kind",
-    "metric",
-    "higher_is_better",
-    "base_score",
-    "score",
-    "stderr",
-    "n",
-    "status",
-)
+    "study", "run_id", "arm", "method", "rank", "learning_rate", "seed", "steps", "step", "tokens",
+    "task", "kind", "metric", "higher_is_better", "base_score", "score", "stderr", "n", "status",
+)  # fmt: skip
 """The columns of curve.csv, one row a run, measured step and task."""
 
 
@@ -83,6 +46,7 @@ class RunFolder:
     recipe.yaml     the recipe, defaults included
     run.json        status, versions, hardware, seconds a stage, and what the stages reported
     log.jsonl       one line every few steps
+    training.json   what the training came to, also in run.json
     checkpoints/    while training
     start/          the adapter before its first step, until training is done
     native/         the trained adapter, lossless (`model/` for full fine-tuning)
@@ -97,6 +61,7 @@ class RunFolder:
     recipe = property(lambda self: self.path / "recipe.yaml")
     record = property(lambda self: self.path / "run.json")
     log = property(lambda self: self.path / "log.jsonl")
+    training = property(lambda self: self.path / "training.json")
     checkpoints = property(lambda self: self.path / "checkpoints")
     start = property(lambda self: self.path / "start")
     native = property(lambda self: self.path / "native")
@@ -122,8 +87,15 @@ class RunFolder:
         """The steps on the way whose weights were kept, in order."""
         return sorted(int(folder.name) for folder in self.path.glob("points/[0-9]*"))
 
+    def read(self) -> dict[str, Any]:
+        """What run.json says; of a damaged one, that the run failed and what to do."""
+        try:
+            return read_json(self.record)
+        except UserError as damage:
+            return {"status": "failed", "reason": str(damage)}
+
     def update(self, **changes: Any) -> None:
-        """Change entries of run.json."""
+        """Change entries of run.json; raises ``UserError`` where it is damaged."""
         write_json(self.record, {**read_json(self.record), **changes})
 
 
@@ -138,56 +110,102 @@ def run_folders(study_folder: str | Path) -> list[RunFolder]:
 
 def planned(study_folder: Path) -> list[RunFolder]:
     """The runs that the study's definition comes to, in its order, begun or not."""
-    entries = read_json(study_folder / "runs.json").get("runs", [])
+    entries = read_json(study_folder / "runs.json", damaged_as_missing=True).get("runs", [])
     return [RunFolder(study_folder / entry["run_id"]) for entry in entries]
+
+
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def results(study_folder: str | Path) -> list[dict[str, Any]]:
     """One row per run and task with the columns of `COLUMNS`; None where nothing was measured.
 
-    A task that a run has not been measured on yet has its row too, without a score.
+    A task that a run has not been measured on yet has its row too, without a score. What is damaged
+    is left out, which the log says.
     """
-    study_folder = Path(study_folder)
-    if not study_folder.is_dir():
+    return [row for folder in _existing_runs(study_folder) for row in run_rows(folder)]
+
+
+def curve(study_folder: str | Path) -> list[dict[str, Any]]:
+    """One row per run, measured step and task with the columns of `CURVE_COLUMNS`.
+
+    Runs that were measured at their end only are left out. The first step of a run is 0, with the
+    base's scores, and the last one that of the weights that it ended with.
+    """
+    return [row for folder in _existing_runs(study_folder) for row in curve_rows(folder)]
+
+
+def _existing_runs(study_folder: str | Path) -> list[RunFolder]:
+    if not Path(study_folder).is_dir():
         raise FileNotFoundError(f"no study folder {study_folder}")
-    return [row for folder in run_folders(study_folder) for row in run_rows(folder)]
+    return run_folders(study_folder)
 
 
-def run_rows(folder: RunFolder) -> list[dict[str, Any]]:
+def run_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
     """The rows of one run, see `results`."""
-    recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
-    record = read_json(folder.record)
-    common = _run_columns(folder, recipe, record)
-    rows = []
-    for task, kind in record.get("tasks", {}).items():
-        scores = {phase: read_json(folder.scores(phase, task)) for phase in PHASES}
-        rows.append(dict.fromkeys(COLUMNS) | common | _task_columns(task, kind, scores))
-    return rows
+    record = folder.read()
+    common = _run_columns(folder, record)
+    for task, kind in record.get("tasks", {}).items() if common else ():
+        scores = {phase: _score(folder, phase, task) for phase in PHASES}
+        yield dict.fromkeys(COLUMNS) | common | _task_columns(task, kind, scores)
 
 
-def _run_columns(
-    folder: RunFolder, recipe: Mapping[str, Any], record: Mapping[str, Any]
-) -> dict[str, Any]:
-    adapter, training = recipe["adapter"], recipe["training"]
-    trained = record.get("training", {})
-    full = adapter["method"] == "full"
-    return {
-        "study": folder.path.parent.name,
-        "run_id": folder.path.name,
-        "base": recipe["base"],
-        "method": adapter["method"],
-        "rank": None if full else adapter["rank"],
-        "learning_rate": training["learning_rate"],
-        "seed": recipe["seed"],
-        "steps": trained.get("steps", training["steps"]),
-        "relative_update": read_json(folder.analysis).get("relative_update"),
-        "train_seconds": trained.get("train_seconds"),
-        "status": record.get("status", "pending"),
-        "arm": recipe["name"] or adapter["method"],
-        "alpha": None if full else adapter["alpha"],
-        "weight_decay": training["weight_decay"],
-        "target_modules": None if full else _words(adapter["target_modules"]),
-    }
+def curve_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """The rows of `curve` of one run; none where it was measured at its end only."""
+    record = folder.read()
+    common = _run_columns(folder, record) if folder.points else {}
+    if not common:
+        return
+    lines = read_jsonl(folder.log, damaged_as_missing=True, growing=True)
+    tokens = {0: 0} | {line["step"]: line["tokens"] for line in lines if "tokens" in line}
+    trained, last = record.get("training", {}), common["steps"]
+    if trained.get("steps") == last:
+        tokens[last] = trained.get("tokens")
+    for step in [0, *(step for step in folder.points if step < last), last]:
+        place = {"step": step, "tokens": tokens.get(step)}
+        for task, kind in record.get("tasks", {}).items():
+            base = score = _score(folder, "base", task)
+            if step > 0:
+                score = _score(folder if step == last else folder.point(step), "final", task)
+            found = _task_columns(task, kind, {"base": base, "step0": {}, "final": score})
+            yield {key: (common | place | found).get(key) for key in CURVE_COLUMNS}
+
+
+def _score(folder: RunFolder, phase: Phase, task: str) -> dict[str, Any]:
+    return read_json(folder.scores(phase, task), damaged_as_missing=True)
+
+
+def _run_columns(folder: RunFolder, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What all rows of a run repeat; nothing where its recipe is damaged."""
+    try:
+        recipe = load_yaml(folder.recipe)
+        adapter, training = recipe["adapter"], recipe["training"]
+        names, full = adapter["target_modules"], adapter["method"] == "full"
+        trained = record.get("training", {})
+        analysis = read_json(folder.analysis, damaged_as_missing=True)
+        exceeded = trained.get("exceeded") or {}  # with the step that a rollback went back to
+        return {
+            "study": folder.path.parent.name,
+            "run_id": folder.path.name,
+            "base": recipe["base"],
+            "method": adapter["method"],
+            "rank": None if full else adapter["rank"],
+            "learning_rate": training["learning_rate"],
+            "seed": recipe["seed"],
+            "steps": exceeded.get("kept_step", trained.get("steps", training["steps"])),
+            "relative_update": analysis.get("relative_update"),
+            "train_seconds": trained.get("train_seconds"),
+            "status": record.get("status", "pending"),
+            "arm": recipe["name"] or adapter["method"],
+            "alpha": None if full else adapter["alpha"],
+            "weight_decay": training["weight_decay"],
+            "target_modules": None
+            if full
+            else (names if isinstance(names, str) else " ".join(names)),
+        }
+    except (UserError, KeyError, TypeError) as damage:
+        _log.warning("%s is left out, since its recipe.yaml is damaged (%s)", folder.path, damage)
+        return {}
 
 
 def _task_columns(
@@ -212,45 +230,6 @@ def _task_columns(
     }
 
 
-def _words(names: str | Sequence[str]) -> str:
-    return names if isinstance(names, str) else " ".join(names)
-
-
-def curve(study_folder: str | Path) -> list[dict[str, Any]]:
-    """One row per run, measured step and task with the columns of `CURVE_COLUMNS`.
-
-    Runs that were measured at their end only are left out. The first step of a run is 0, with the
-    base's scores, and the last one its end.
-    """
-    study_folder = Path(study_folder)
-    if not study_folder.is_dir():
-        raise FileNotFoundError(f"no study folder {study_folder}")
-    return [row for folder in run_folders(study_folder) for row in curve_rows(folder)]
-
-
-def curve_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """The rows of `curve` of one run; none where it was measured at its end only."""
-    if not folder.points:
-        return
-    recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
-    record = read_json(folder.record)
-    common = _run_columns(folder, recipe, record)
-    tokens = {line["step"]: line["tokens"] for line in read_jsonl(folder.log) if "tokens" in line}
-    last = common["steps"]
-    for step in [0, *(step for step in folder.points if step < last), last]:
-        read = record.get("training", {}).get("tokens") if step == last else tokens.get(step)
-        place = {"step": step, "tokens": 0 if step == 0 else read}
-        for task, kind in record.get("tasks", {}).items():
-            base = read_json(folder.scores("base", task))
-            if step == 0:
-                score = base
-            else:
-                measured = folder if step == last else folder.point(step)
-                score = read_json(measured.scores("final", task))
-            found = _task_columns(task, kind, {"base": base, "step0": {}, "final": score})
-            yield {key: (common | place | found).get(key) for key in CURVE_COLUMNS}
-
-
 def write_tables(
     study_folder: Path, rows: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]
 ) -> None:
@@ -265,8 +244,6 @@ def write_csv(
     path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = COLUMNS
 ) -> None:
     """Write rows as CSV, atomically; an unmeasured value is an empty field."""
-    import io
-
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

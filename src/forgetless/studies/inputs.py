@@ -8,9 +8,8 @@ gradient        the training data, only the learned tokens        statistics.col
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,14 @@ ARGUMENT = {"second_moment": "stats", "task_moment": "task_stats", "gradient": "
 Batches = list[dict[str, Tensor]]
 
 
+def load_inputs(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """The arguments of `attach` that hold what lies in a folder for every need."""
+    return {
+        ARGUMENT[need]: (Gradients if need == "gradient" else Statistics).load(folder)
+        for need, folder in folders.items()
+    }
+
+
 @dataclass(frozen=True)
 class Collecting:
     """Everything that decides what is collected, but for the model.
@@ -57,6 +64,11 @@ class Collecting:
         """What a recipe asks for."""
         return cls(recipe.adapter, recipe.calibration, recipe.data, recipe.seed)
 
+    def _sources(self, need: str) -> list[tuple[str, float]]:
+        """The texts of a need with their weights."""
+        keeps = need == "second_moment"
+        return self.calibration.sources(self.adapter.method) if keeps else [(DATA, 1.0)]
+
     def collect(
         self,
         need: str,
@@ -70,24 +82,23 @@ class Collecting:
             need: a key of `ARGUMENT`.
             model: the base.
             tokenizer: the base's.
-            checkpoint: a folder from which an interrupted call goes on; what is returned may read
-                from it.
+            checkpoint: a folder from which an interrupted call is resumed; what is returned may
+                read from it.
 
         Raises:
             UserError: the training data is needed and there is none; or as `collect`.
         """
         targets, budget = self.adapter.target_modules, self.calibration.memory_budget
+        skip_first = self.calibration.skip_first
         if need == "gradient":
-            text = self._text(DATA, model, tokenizer)
-            return collect_gradients(model, text, targets, budget)
-        sources = [(DATA, 1.0)] if need == "task_moment" else self._sources
+            return collect_gradients(model, self._text(DATA, model, tokenizer), targets, budget)
         parts = []
-        for number, (source, weight) in enumerate(sources):
-            folder = None if checkpoint is None else checkpoint / str(number)
-            make = partial(self._text, source, model, tokenizer)
-            text = _kept(folder, make) if source == SELF and folder is not None else make()
-            skipped = self.calibration.skip_first
-            found = collect(model, text, targets, budget, skip_first=skipped, checkpoint=folder)
+        for number, (source, weight) in enumerate(self._sources(need)):
+            # Other batches have sums of their own: less at a time may be tried after a failure.
+            own = f"{number}-by-{self.calibration.batch_size}"
+            kept = None if checkpoint is None else checkpoint / own
+            text = self._text(source, model, tokenizer, kept if source == SELF else None)
+            found = collect(model, text, targets, budget, skip_first=skip_first, checkpoint=kept)
             parts.append((found, weight))
         return parts[0][0] if len(parts) == 1 else Statistics.mixture(parts)
 
@@ -98,35 +109,58 @@ class Collecting:
             FileNotFoundError: there is no such file.
             UserError: a text that cannot be read, or no training data where it is needed.
         """
-        sources = {DATA} if set(needs) - {"second_moment"} else set()
-        sources |= {source for source, _ in self._sources} if "second_moment" in needs else set()
-        for source in sorted(sources - {DATA}):
-            fingerprint(source)
-        if DATA in sources:
-            load_examples(self._training_data().sources[0][0], limit=1)
-
-    @property
-    def _sources(self) -> list[tuple[str, float]]:
-        return self.calibration.sources(self.adapter.method)
+        for source in sorted({source for need in needs for source, _ in self._sources(need)}):
+            if source == DATA:
+                load_examples(self._training_data().sources[0][0], limit=1)
+            else:
+                fingerprint(source)
 
     def _text(
-        self, source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self,
+        source: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path | None = None,
     ) -> Batches:
+        """The batches of a source; with a folder, those that it has from an interrupted call.
+
+        What a base says on one machine it does not say on another, and a collection is resumed
+        with the same text only.
+        """
         settings = self.calibration
         counts = {"samples": settings.samples, "batch_size": settings.batch_size}
-        if source != DATA:
-            length = settings.max_length
+        if source == DATA:
+            data = self._training_data()
+            return training_batches(
+                data.sources[0][0],
+                tokenizer,
+                max_length=data.max_length,
+                limit=data.limit,
+                kind=data.format,
+                seed=self.seed,
+                **counts,
+            )
+        length = settings.max_length
+
+        def made() -> Batches:
             return batches(source, model, tokenizer, max_length=length, seed=self.seed, **counts)
-        data = self._training_data()
-        return training_batches(
-            data.sources[0][0],
-            tokenizer,
-            max_length=data.max_length,
-            limit=data.limit,
-            kind=data.format,
-            seed=self.seed,
-            **counts,
-        )
+
+        if folder is None:
+            return made()
+        file = folder / "text.safetensors"
+
+        def write() -> None:
+            if not file.exists():
+                flat = {f"{i}.{n}": v for i, batch in enumerate(made()) for n, v in batch.items()}
+                with new_folder(folder) as new:
+                    save_file(flat, new / file.name)
+
+        Ranks.current().first(write)
+        kept: dict[int, dict[str, Tensor]] = {}
+        for key, value in load_file(file).items():
+            number, _, name = key.partition(".")
+            kept.setdefault(int(number), {})[name] = value
+        return [kept[number] for number in sorted(kept)]
 
     def _training_data(self) -> DataSettings:
         if self.data is None:
@@ -135,32 +169,3 @@ class Collecting:
                 "there is none here; name the file"
             )
         return self.data
-
-
-def load_inputs(folders: Mapping[str, Path]) -> dict[str, Any]:
-    """The arguments of `attach` that hold what lies in a folder for every need."""
-    return {
-        ARGUMENT[need]: (Gradients if need == "gradient" else Statistics).load(folder)
-        for need, folder in folders.items()
-    }
-
-
-def _kept(folder: Path, make: Callable[[], Batches]) -> Batches:
-    """What the base said for an interrupted collection, so that it need not say it again.
-
-    On another machine it would say something else, and a collection goes on with one text only.
-    """
-    file = folder / "text.safetensors"
-
-    def write() -> None:
-        if not file.exists():
-            with new_folder(folder) as new:
-                flat = {f"{i}.{n}": v for i, batch in enumerate(make()) for n, v in batch.items()}
-                save_file(flat, new / file.name)
-
-    Ranks.current().first(write)
-    made: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(file).items():
-        number, _, name = key.partition(".")
-        made.setdefault(int(number), {})[name] = value
-    return [made[number] for number in sorted(made)]

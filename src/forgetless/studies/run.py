@@ -50,7 +50,7 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """What run.json says: status, versions, seconds a stage, training, export."""
-        return read_json(RunFolder(self.folder).record)
+        return RunFolder(self.folder).read()
 
     @property
     def status(self) -> str:
@@ -66,7 +66,7 @@ class Run:
     @property
     def scores(self) -> list[dict[str, Any]]:
         """One row a task, with the columns of results.csv."""
-        return run_rows(RunFolder(self.folder))
+        return list(run_rows(RunFolder(self.folder)))
 
 
 def run(
@@ -141,6 +141,7 @@ def execute(
             reason=None,
             seed=recipe.seed,
             session=session,
+            requested=False,
             started=record.get("started") or _now(),
             versions=_versions(),
             # Once it is trained, that is where; a later evaluation may be done elsewhere.

@@ -14,13 +14,13 @@ same numbers as one that was not.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from forgetless.adapters.folders import export, load, save
 from forgetless.adapters.layer import delta_weights
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.core.cache import cached_spectra
+from forgetless.core.errors import UserError
 from forgetless.core.files import (
     lock,
     new_folder,
@@ -48,17 +49,17 @@ from forgetless.data.examples import load_examples
 from forgetless.data.mixture import Mixture
 from forgetless.data.tokens import tokenize
 from forgetless.models.load import load_model, load_tokenizer, meta_model, target_layers
-from forgetless.models.weights import linear_weight
+from forgetless.models.weights import linear_weight, weight_shape
 from forgetless.recipes.identity import base_hash, input_keys
 from forgetless.recipes.recipe import Recipe
-from forgetless.scores.cache import ScoreCache
+from forgetless.scores.cache import ScoreCache, digest
 from forgetless.scores.files import Phase
 from forgetless.statistics.moments import Statistics
 from forgetless.statistics.ranks import Ranks
 from forgetless.studies.card import write_run_card
 from forgetless.studies.folder import RunFolder, planned
 from forgetless.studies.inputs import Collecting, load_inputs
-from forgetless.studies.shortage import saying_what_takes_less
+from forgetless.studies.out_of_memory import naming_what_takes_less
 from forgetless.tasks import Task, TaskResult, make_tasks
 from forgetless.tasks.journal import resuming
 from forgetless.training.devices import gathered, is_sharded
@@ -67,6 +68,8 @@ from forgetless.training.forgetting import from_settings
 from forgetless.training.launch import this_launch
 from forgetless.training.loop import train
 from forgetless.training.token_checks import require_fitting, require_kept_apart
+
+_log = logging.getLogger(__name__)
 
 SMALL_INPUT = 1024
 """Inputs of a layer up to which its tail energy is worth an eigendecomposition."""
@@ -128,7 +131,7 @@ class Stages:
     def _timed(self, stage: str, work: Callable[[], str | None], *, together: bool = False) -> None:
         """Do a stage; its time is kept only where it had something to do."""
         started = time.perf_counter()
-        with saying_what_takes_less(stage):
+        with naming_what_takes_less(stage):
             message = work() if together else self.ranks.first(work)
         if message is not None:
             seconds = round(time.perf_counter() - started, 3)
@@ -162,19 +165,22 @@ class Stages:
         """The base's own tokenizer."""
         return load_tokenizer(self.recipe.base)
 
+    @cached_property
+    def rows(self) -> Rows:
+        """What is trained on, as the base's tokenizer reads it."""
+        data, parts = self.recipe.data, []
+        for path, _ in data.sources:
+            examples = load_examples(path, limit=data.limit, kind=data.format)
+            tokens = tokenize(examples, self.tokenizer, max_length=data.max_length, pack=data.pack)
+            parts.append(TokenRows(tokens))
+        if isinstance(data.train, str):
+            return parts[0]
+        return Mixture(parts, [weight for _, weight in data.sources], self.recipe.seed)
+
     @property
     def full(self) -> bool:
         """Whether the weights themselves are trained."""
         return self.recipe.adapter.method == "full"
-
-    @property
-    def trained(self) -> Path:
-        """Where the trained weights lie."""
-        return self._weights(self.folder)
-
-    def _weights(self, run: RunFolder) -> Path:
-        path: Path = run.model if self.full else run.native
-        return path
 
     @property
     def shared(self) -> Path:
@@ -186,21 +192,21 @@ class Stages:
         """run.json as it is now."""
         return read_json(self.folder.record)
 
+    def _weights(self, run: RunFolder) -> Path:
+        """Where the trained weights of a run lie, or those of a step on its way."""
+        path: Path = run.model if self.full else run.native
+        return path
+
+    def _is_trained(self) -> bool:
+        return self._weights(self.folder).exists() and (
+            "training" in self.record or self.folder.training.exists()
+        )
+
     def _load_base(self, device: str = "auto") -> Any:
         return load_model(self.recipe.base, dtype=self.recipe.dtype, device=device)
 
-    def _trained_model(self, run: RunFolder) -> Any:
-        """The trained weights of a run, or of a step on its way, as `_write_down` saved them."""
-
-        def read() -> Any:
-            if self.full:
-                return load_model(str(run.model), dtype=self.recipe.dtype)
-            return load(self._load_base(), run.native)
-
-        return self._model(str(run.path), read)
-
     def _model(self, which: str, load: Callable[[], Any]) -> Any:
-        """The model called ``which``; the one held before is let go first."""
+        """The model called ``which``; the one held before is freed first."""
         if self._held is None or self._held[0] != which:
             self._held = None
             self._held = which, load()
@@ -209,18 +215,38 @@ class Stages:
     def _base(self) -> Any:
         return self._model("base", self._load_base)
 
+    def _trained_model(self, run: RunFolder) -> Any:
+        """The trained weights of a run, or of a step on its way, as `_save` wrote them."""
+
+        def read() -> Any:
+            if self.full:
+                return load_model(str(run.model), dtype=self.recipe.dtype)
+            return load(self._load_base(), run.native)
+
+        return self._model(str(run.path), read)
+
     # ------------------------------------------------------------------------------- measuring
 
-    def _measured(self, phase: Phase, task: Task, run: RunFolder | None = None) -> bool:
-        """Whether this very task was scored; a task that has changed has another fingerprint."""
-        score = read_json((run or self.folder).scores(phase, task.name))
-        return score.get("fingerprint") == task.fingerprint
+    def _missing(self, phase: Phase, run: RunFolder | None = None) -> list[tuple[Task, str]]:
+        """The tasks without an intact score; one that has changed has another fingerprint."""
+        run, missing = run or self.folder, []
+        for task, kind in self.tasks:
+            try:
+                read_jsonl(run.items(phase, task.name))
+                score = read_json(run.scores(phase, task.name))
+            except UserError as damage:
+                _log.warning("%s", damage)
+                score = {}
+            if score.get("fingerprint") != task.fingerprint:
+                missing.append((task, kind))
+        return missing
 
     def _measure(
         self, run: RunFolder, phase: Phase, task: Task, kind: str, model: Any, weights: Path
     ) -> None:
-        """Score a model and write the result down; the score comes last, for it says that the
-        items are there. An earlier attempt on the same weights is gone on with.
+        """Score a model and write the result; an interrupted attempt on these weights is resumed.
+
+        The score comes last, for it says that the items are there.
         """
         # For an adapter the reference is the same model with the adapter off.
         reference = self._load_base() if self.full and task.needs_reference else None
@@ -240,22 +266,18 @@ class Stages:
 
     def base_scores(self) -> str | None:
         """Score the untouched base, or take the scores that another run of the study measured."""
-        missing = [(task, kind) for task, kind in self.tasks if not self._measured("base", task)]
+        missing = self._missing("base")
+        cache, base = (
+            ScoreCache(self.shared / "scores"),
+            (base_hash(self.recipe.base), self.recipe.dtype),
+        )
         for task, kind in missing:
-            self._copy(task, kind, self._shared_base_score(task), "base")
+            cache.result(task, *base, measure=partial(self._ask_base, task))
+            self._copy(task, kind, cache.paths(task, *base), "base")
         return _counted(missing, "task") if missing else None
 
-    def _shared_base_score(self, task: Task) -> tuple[Path, Path]:
-        """The files with the base's score and items, measured here when nobody has."""
-        scores = ScoreCache(self.shared / "scores")
-        key = base_hash(self.recipe.base), self.recipe.dtype
-
-        def measured() -> TaskResult:
-            model = self._base()
-            return task.evaluate(model, self.tokenizer, reference=model)
-
-        scores.result(task, *key, measure=measured)
-        return scores.paths(task, *key)
+    def _ask_base(self, task: Task) -> TaskResult:
+        return task.evaluate(self._base(), self.tokenizer, reference=self._base())
 
     def step0(self) -> str | None:
         """Score the adapter before its first step.
@@ -263,7 +285,7 @@ class Stages:
         Where its logits were seen to equal the base's bit for bit (see `start`), and for full
         fine-tuning, the base's scores are its scores and nothing is computed twice.
         """
-        missing = [(task, kind) for task, kind in self.tasks if not self._measured("step0", task)]
+        missing = self._missing("step0")
         if not missing:
             return None
         is_base = self.full or self.record["start"]["equals_base"]
@@ -280,10 +302,9 @@ class Stages:
         """Score the trained model, and its weights on the way, as they were read back."""
         on_the_way = [self.folder.point(step) for step in self.folder.points]
         missing = [
-            (run, task, kind)
+            (run, *each)
             for run in (*on_the_way, self.folder)
-            for task, kind in self.tasks
-            if not self._measured("final", task, run)
+            for each in self._missing("final", run)
         ]
         for run, task, kind in missing:
             model = self._trained_model(run)
@@ -297,16 +318,16 @@ class Stages:
         """Where each need of the method lies."""
         keys = {} if self.full else input_keys(self.recipe)
         return {
-            need: self.shared / "statistics" / _digest(json.dumps(key, sort_keys=True))
+            need: self.shared / "statistics" / digest(json.dumps(key, sort_keys=True))
             for need, key in keys.items()
         }
 
     def collect_statistics(self) -> str | None:
         """Collect what the method needs to know of the text to keep and of the new task."""
-        if self.ranks.first(self.trained.exists):
+        if self.ranks.first(self._is_started):
             return None
-        made = [self._collect(need, folder) for need, folder in self._inputs.items()]
-        return f"{max(made)} layers" if any(made) else None
+        layers = [self._collect(need, folder) for need, folder in self._inputs.items()]
+        return f"{max(layers)} layers" if any(layers) else None
 
     def _collect(self, need: str, folder: Path) -> int:
         """Collect one need, from where an interrupted run left off; of how many layers."""
@@ -324,27 +345,33 @@ class Stages:
                 remove(unfinished)
         return len(found)
 
+    def _is_started(self) -> bool:
+        """Whether the start was written, and what it was like is known."""
+        written = self._weights(self.folder).exists() or self.folder.start.exists()
+        return written and (self.full or "start" in self.record)
+
     def start(self) -> str | None:
         """Attach the adapter and write it down as it is before the first step."""
-        if self.full or self.trained.exists() or self.folder.start.exists():
+        if self.full or self._is_started():
             return None
         inputs = load_inputs(self._inputs)
-        statistics: Statistics | None = inputs.get("stats")
         model = self._base()
+        sizes = {
+            name: weight_shape(layer)[1]
+            for name, layer in target_layers(model, self.recipe.adapter.target_modules).items()
+        }
         tokens = _probe(model)
         before = _logits(model, tokens)
         with self._spectra():
             model = attached(self.recipe.adapter, model, inputs, self.recipe.seed)
         self._held = None  # it is no longer the base
         same = torch.equal(_logits(model.eval(), tokens), before)
-        self.folder.update(
-            start={"equals_base": same, "probe_tokens": tokens.numel()},
-            statistics=None
-            if statistics is None
-            else _summary(statistics, self.recipe.adapter.rank),
-        )
         with new_folder(self.folder.start) as folder:
             save(model, folder)
+        self.folder.update(
+            start={"equals_base": same, "probe_tokens": tokens.numel()},
+            statistics=_summary(inputs.get("stats"), self.recipe.adapter.rank, sizes),
+        )
         return "equals the base bit for bit" if same else "differs from the base"
 
     def _spectra(self) -> AbstractContextManager[object]:
@@ -360,15 +387,11 @@ class Stages:
         if self.rows.several:
             require_kept_apart(self._base(), self.rows)
 
-    def _is_trained(self) -> bool:
-        return self.trained.exists() and "training" in self.record
-
     def to_train(self) -> tuple[Any, Rows]:
         """The model before its first step, and the rows to train it on."""
         self._held = None
         # What is to be sharded comes to the devices in shards.
-        device = "cpu" if this_launch().strategy == "FSDP2" else "auto"
-        model = self._load_base(device)
+        model = self._load_base("cpu" if this_launch().strategy == "FSDP2" else "auto")
         if not self.full:
             model = load(model, self.folder.start, trainable=True)
         return model, self.rows
@@ -376,7 +399,7 @@ class Stages:
     def train(self) -> str | None:
         """Train, from the newest checkpoint if there is one, and write the result down."""
         if self.ranks.first(self._is_trained):
-            self.ranks.first(self._tidy)
+            self.ranks.first(self._finish_training)
             return None
         recipe, (model, rows) = self.recipe, self.to_train()
         result = train(
@@ -389,16 +412,16 @@ class Stages:
             penalties=recipe.penalties,
             probes=from_settings(recipe.probes),
             on_step=lambda step, steps: self.tell("train", step=step, steps=steps),
-            on_point=lambda step: self._write_down(model, self.folder.point(step)),
+            on_point=lambda step: self._save(model, self.folder.point(step)),
         )
-        self._write_down(model, self.folder)
-        self._note(lambda: {"training": asdict(result)})
-        self.ranks.first(self._tidy)
+        self._save(model, self.folder)
+        self.ranks.first(lambda: write_json(self.folder.training, asdict(result)))
+        self.ranks.first(self._finish_training)
         over = f"; {result.exceeded}" if result.exceeded else ""
         return f"{result.steps} steps, loss {result.final_loss:.4g}{over}"
 
-    def _write_down(self, model: Any, run: RunFolder) -> None:
-        """Save the weights as they are now, for `_trained_model`."""
+    def _save(self, model: Any, run: RunFolder) -> None:
+        """Write the weights as they are now, for `_trained_model`."""
         weights = gathered(model) if is_sharded(model) else None
 
         def write() -> None:
@@ -411,24 +434,15 @@ class Stages:
 
         self.ranks.first(write)
 
-    def _tidy(self) -> None:
-        """Remove what only an unfinished training needs."""
+    def _finish_training(self) -> None:
+        """Note the result in run.json and remove what only an unfinished training needs."""
+        if result := read_json(self.folder.training):
+            self.folder.update(training=result)
         remove(self.folder.checkpoints)
         if not self.full and self.record["start"]["equals_base"]:
             remove(self.folder.start)
 
-    @cached_property
-    def rows(self) -> Rows:
-        """What is trained on, as the base's tokenizer reads it."""
-        data, parts = self.recipe.data, []
-        for path, _ in data.sources:
-            examples = load_examples(path, limit=data.limit, kind=data.format)
-            tokens = tokenize(examples, self.tokenizer, max_length=data.max_length, pack=data.pack)
-            parts.append(TokenRows(tokens))
-        if isinstance(data.train, str):
-            return parts[0]
-        weights = [weight for _, weight in data.sources]
-        return Mixture(parts, weights, self.recipe.seed)
+    # ---------------------------------------------------------------------------- the results
 
     def export(self) -> str | None:
         """Write the adapter as a plain PEFT LoRA for the untouched base."""
@@ -445,7 +459,7 @@ class Stages:
 
     def analyse(self) -> str | None:
         """Measure how far the weights moved, sqrt(sum ||dW||^2) / sqrt(sum ||W||^2)."""
-        if self.folder.analysis.exists():
+        if read_json(self.folder.analysis, damaged_as_missing=True):
             return None
         moved, size, layers = 0.0, 0.0, {}
         for name, weight, delta in self._deltas():
@@ -503,11 +517,21 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits
 
 
-def _summary(statistics: Statistics, rank: int) -> dict[str, Any]:
-    """What run.json says of statistics; the tail energy only where it costs little."""
-    one_of_each = [statistics[group[0]] for group in statistics.shared_inputs]
-    small = [layer for layer in one_of_each if len(layer.second_moment) <= SMALL_INPUT]
-    tails = [layer.tail_energy(rank) for layer in small]
+def _summary(
+    statistics: Statistics | None, rank: int, sizes: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """What run.json says of statistics; the tail energy only where it costs little.
+
+    Args:
+        statistics: of which no larger matrix is read.
+        rank: of the tail.
+        sizes: layer -> the size of its inputs.
+    """
+    if statistics is None:
+        return None
+    one_of_each = [group[0] for group in statistics.shared_inputs]
+    small = [layer for layer in one_of_each if sizes[layer] <= SMALL_INPUT]
+    tails = [statistics[layer].tail_energy(rank) for layer in small]
     return {**statistics.metadata, "tail_energy": sum(tails) / len(tails) if tails else None}
 
 
@@ -516,10 +540,6 @@ def _probe(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (4, 32), generator=generator)
     return tokens.to(next(model.parameters()).device)
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
 
 def _counted(things: Sized, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""Memory that ran out: what was short, and which settings need less; knows no torch."""
+"""Memory that ran out: how much was asked for, and which settings need less; knows no torch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,18 @@ TAKES_LESS = {
 _NO_ROOM = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What an error says of memory that ran out, of whatever device; None of any other error."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    if known or (isinstance(error, RuntimeError) and _NO_ROOM.search(str(error))):
+        # CUDA goes on for many sentences after what was asked for and what there is.
+        sentences = str(error).partition("\n")[0].split(". ")[:3]
+        return ". ".join(sentences).rstrip(".") or type(error).__name__
+    return None
+
+
 @contextmanager
-def saying_what_takes_less(stage: str) -> Iterator[None]:
+def naming_what_takes_less(stage: str) -> Iterator[None]:
     """Where memory runs out in a stage, say which settings need less of it.
 
     Raises:
@@ -33,19 +43,9 @@ def saying_what_takes_less(stage: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        reason = want_of_memory(error)
+        reason = out_of_memory(error)
         if reason is None:
             raise
         ways = [TAKES_LESS[stage]] if stage in TAKES_LESS else []
         ways.append("'forgetless plan' says beforehand what a run takes, and with --memory fits it")
         raise UserError(f"no memory left for {stage!r} ({reason}): {'; '.join(ways)}") from error
-
-
-def want_of_memory(error: BaseException) -> str | None:
-    """What an error says of memory that was not enough, of whatever device; None of any other."""
-    said = str(error).partition("\n")[0]
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-    if known or (isinstance(error, RuntimeError) and _NO_ROOM.search(str(error))):
-        # CUDA goes on for many sentences after what was asked for and what there is.
-        return ". ".join(said.split(". ")[:3]).rstrip(".") or type(error).__name__
-    return None
