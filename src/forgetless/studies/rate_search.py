@@ -19,8 +19,8 @@ from forgetless.recipes.checking import check
 from forgetless.recipes.identity import run_id
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.folder import RunFolder
+from forgetless.studies.out_of_memory import naming_what_takes_less
 from forgetless.studies.run import torch_threads
-from forgetless.studies.shortage import saying_what_takes_less
 from forgetless.studies.stages import Listener, Stages
 from forgetless.training.durations import total_steps
 from forgetless.training.launch import this_launch
@@ -88,36 +88,30 @@ def find_rate(
         raise UserError("the rate is found by one process; give training.learning_rate instead")
     if problems := check(recipe):
         raise RecipeError(recipe.name or "recipe", problems)
+    # All that decides the weights but the rate itself, and what is tried and measured.
+    decides = [run_id(_at(recipe, 1.0)), rates, steps, _kept_texts(recipe)]
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:10]
     folder = Path(out) / folder_name(study or recipe.name or "single")
-    key = _key(recipe, rates, steps)
-    file = folder / "shared" / "rates" / f"{key}.json"
-    work = RunFolder(folder / f"rates-{key}")
+    file, work = folder / "shared" / "rates" / f"{key}.json", RunFolder(folder / f"rates-{key}")
     with lock(file.with_suffix(".lock")):
-        if not file.exists():
+        if not read_json(file, damaged_as_missing=True):
             stages = Stages(work, recipe, listen or (lambda event: None))
             with torch_threads(threads, recipe.base):
-                found = _search(stages, rates, steps)
-            write_json(file, found)
+                write_json(file, _tried(stages, rates, steps))
         found = read_json(file)
         trials = [Trial(**trial) for trial in found["trials"]]
         try:
             verdicts, rate = judge(trials, found["steps"])
-        except UserError:
+            chosen = _at(recipe, rate)
+            _hand_over(work, RunFolder(folder / run_id(chosen)))
+        finally:
             remove(work.path)
-            raise
-        training = recipe.training.model_copy(update={"learning_rate": rate})
-        chosen = recipe.model_copy(update={"training": training})
-        _hand_over(work, RunFolder(folder / run_id(chosen)))
-        remove(work.path)
     return RateSearch(chosen, found["steps"], trials, verdicts, file)
 
 
-def _key(recipe: Recipe, rates: Sequence[float], steps: int | None) -> str:
-    """What decides the trials: all that decides the weights, but for the rate itself."""
-    training = recipe.training.model_copy(update={"learning_rate": 1.0})
-    fixed = run_id(recipe.model_copy(update={"training": training}))
-    content = json.dumps([fixed, list(rates), steps, _kept_texts(recipe)])
-    return hashlib.sha256(content.encode()).hexdigest()[:10]
+def _at(recipe: Recipe, rate: float) -> Recipe:
+    training = recipe.training.model_copy(update={"learning_rate": rate})
+    return recipe.model_copy(update={"training": training})
 
 
 def _kept_texts(recipe: Recipe) -> list[Any]:
@@ -128,41 +122,36 @@ def _kept_texts(recipe: Recipe) -> list[Any]:
     return [s for s in sources if isinstance(s, str) and s not in (SELF, DATA, "auto")]
 
 
-def _search(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[str, Any]:
+def _tried(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[str, Any]:
     """The trials, as JSON values."""
+    recipe = stages.recipe
     stages.require_fitting_data()
-    with saying_what_takes_less("statistics"):
+    with naming_what_takes_less("statistics"):
         collected = stages.collect_statistics()
     if collected:
         stages.tell("find rate", f"statistics of {collected}")
-    with saying_what_takes_less("start"):
+    with naming_what_takes_less("start"):
         stages.start()
-    with saying_what_takes_less("train"):
-        return _tried(stages, rates, steps)
-
-
-def _tried(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[str, Any]:
-    """The trials from the start that is written down."""
-    recipe = stages.recipe
-    model, rows = stages.to_train()
-    steps = steps or some_steps(total_steps(rows, recipe.training))
     trials = []
-    for trial in find_learning_rate(
-        model,
-        stages.tokenizer,
-        rows,
-        recipe.training,
-        stages.folder.path / "trials",
-        rates=rates,
-        steps=steps,
-        seed=recipe.seed,
-        penalties=recipe.penalties,
-        forgetting=_kept_texts(recipe) if isinstance(model, PeftModel) else (),
-    ):
-        trials.append(asdict(trial))
-        last = f"loss {trial.losses[-1]:.4g}" if trial.losses else "no loss"
-        after = f"{last} after {len(trial.losses)} of {steps} steps"
-        stages.tell("find rate", f"learning rate {trial.learning_rate:g}: {after}")
+    with naming_what_takes_less("train"):
+        model, rows = stages.to_train()
+        steps = steps or some_steps(total_steps(rows, recipe.training))
+        for trial in find_learning_rate(
+            model,
+            stages.tokenizer,
+            rows,
+            recipe.training,
+            stages.folder.path / "trials",
+            rates=rates,
+            steps=steps,
+            seed=recipe.seed,
+            penalties=recipe.penalties,
+            forgetting=_kept_texts(recipe) if isinstance(model, PeftModel) else (),
+        ):
+            trials.append(asdict(trial))
+            last = f"loss {trial.losses[-1]:.4g}" if trial.losses else "no loss"
+            after = f"{last} after {len(trial.losses)} of {steps} steps"
+            stages.tell("find rate", f"learning rate {trial.learning_rate:g}: {after}")
     return {"steps": steps, "trials": trials}
 
 
