@@ -14,7 +14,8 @@ from forgetless.data.pocket.functions import functions
 from forgetless.data.pocket.knowledge import matches, questions
 from forgetless.data.pocket.series import same_sums, series
 from forgetless.models.load import load_model, load_tokenizer
-from forgetless.tasks import PocketChoice, make_task
+from forgetless.tasks import make_task
+from forgetless.tasks.pocket_choice import PocketChoice
 
 MAKERS: list[Any] = [functions, series]
 
@@ -130,15 +131,16 @@ def test_wrong_answers_are_wrong_and_of_the_same_relation() -> None:
     answers: dict[str, set[str]] = {}
     for question in questions():
         answers.setdefault(question.fact.relation, set()).add(question.answer)
-    for question, choice in PocketChoice()._choices:
-        assert len(set(choice.choices)) == 4
-        assert set(choice.choices) <= answers[question.fact.relation]
-        right = [matches(option, by_id[question.id]) for option in choice.choices]
-        assert right == [i == choice.right for i in range(4)]
+    for item, options in PocketChoice()._choices:
+        question = by_id[item.id]
+        assert len(set(options)) == 4
+        assert set(options) <= answers[question.fact.relation]
+        right = [matches(option, question) for option in options]
+        assert right == [option == item.expected for option in options]
 
 
 def test_the_right_answer_is_in_every_place_as_often() -> None:
-    places = Counter(choice.right for _, choice in PocketChoice()._choices)
+    places = Counter(o.index(item.expected) for item, o in PocketChoice()._choices)
     assert max(places.values()) / min(places.values()) < 1.3
 
 

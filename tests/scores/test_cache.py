@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from forgetless.recipes.identity import base_hash, weights_hash
 from forgetless.scores.cache import ScoreCache, default_folder
 from forgetless.studies.run import run
 from forgetless.tasks import TaskResult, make_task
-from forgetless.tasks.journal import resuming, section
+from forgetless.tasks.journal import in_batches, resuming
 from tests.tiny import recipe_of, save_base
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -93,17 +93,28 @@ def test_finished_batches_are_not_computed_again(
     assert watched.calls == 0
 
 
+def asked(kind: str, places: list[int], values: list[Any], texts: int = 1) -> list[Any]:
+    """One batch of a pass over so many texts, whose values would be these."""
+    found = in_batches(kind, ["text"] * texts, [places], lambda _: values)
+    return [found[place] for place in places]
+
+
 def test_a_half_written_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "partial.jsonl"
     with resuming(path, "k"):
-        assert section("a").batch([0, 1], lambda: [1.5, 2.5]) == [1.5, 2.5]
+        assert asked("a", [0, 1], [1.5, 2.5], texts=3) == [1.5, 2.5]
     path.write_text(path.read_text() + '{"batch": "x", "val')
+    computed = []
+
+    def compute(places: Sequence[int]) -> list[float]:
+        computed.append(list(places))
+        return [3.5 for _ in places]
+
     with resuming(path, "k"):
-        kept = section("a")
-        assert kept.batch([0, 1], lambda: [0.0, 0.0]) == [1.5, 2.5]
-        assert kept.batch([2], lambda: [3.5]) == [3.5]
+        assert in_batches("a", ["text"] * 3, [[0, 1], [2]], compute) == [1.5, 2.5, 3.5]
+    assert computed == [[2]]
     with resuming(path, "k"):
-        assert section("a").batch([2], lambda: [0.0]) == [3.5]
+        assert asked("a", [2], [0.0], texts=3) == [3.5]
     lines = path.read_text().splitlines()
     assert [json.loads(line).get("values") for line in lines] == [None, [1.5, 2.5], [3.5]]
 
@@ -111,20 +122,20 @@ def test_a_half_written_line_is_left_out(tmp_path: Path) -> None:
 def test_another_key_content_order_or_batch_is_another_measurement(tmp_path: Path) -> None:
     path = tmp_path / "partial.jsonl"
     with resuming(path, "k"):
-        section("a").batch([0], lambda: ["first"])
-        section("a").batch([0], lambda: ["second"])  # such as the same texts to another model
+        asked("a", [0], ["first"])
+        asked("a", [0], ["second"])  # such as the same texts to another model
     with resuming(path, "k"):
-        assert section("b").batch([0], lambda: ["other"]) == ["other"]
-        assert section("a").batch([0], lambda: ["?"]) == ["second"]
+        assert asked("b", [0], ["other"]) == ["other"]
+        assert asked("a", [0], ["?"]) == ["second"]
     with resuming(path, "k"):
-        assert section("a").batch([0, 1], lambda: ["wider"]) == ["wider"]
+        assert asked("a", [0, 1], ["wider", "pair"], texts=2) == ["wider", "pair"]
     with resuming(path, "another"):
-        assert section("a").batch([0], lambda: ["new"]) == ["new"]
+        assert asked("a", [0], ["new"]) == ["new"]
 
 
 def test_without_a_file_nothing_is_kept() -> None:
-    assert section("a").batch([0], lambda: ["one"]) == ["one"]
-    assert section("a").batch([0], lambda: ["two"]) == ["two"]
+    assert asked("a", [0], ["one"]) == ["one"]
+    assert asked("a", [0], ["two"]) == ["two"]
 
 
 # --------------------------------------------------------------------------------- measured before

@@ -23,8 +23,10 @@ from forgetless.core.metrics import (
 from forgetless.scores.averages import paper_averages
 from forgetless.scores.comparison import Row
 from forgetless.scores.showing import as_text, sentence
-from forgetless.tasks import KL, Item, PocketRecall, TaskResult
+from forgetless.tasks import Item, TaskResult
 from forgetless.tasks.base import settings_of
+from forgetless.tasks.kl import KL
+from forgetless.tasks.pocket_recall import PocketRecall
 
 
 def result(task: str, items: Sequence[Item], metric: str, *, higher: bool = True) -> TaskResult:

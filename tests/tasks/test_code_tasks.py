@@ -18,17 +18,12 @@ import yaml
 from forgetless.core.errors import UserError
 from forgetless.core.metrics import pass_at_k
 from forgetless.models.load import load_model, load_tokenizer
-from forgetless.tasks import (
-    MBPP,
-    CodeResult,
-    HumanEval,
-    PocketFunctions,
-    make_task,
-    make_tasks,
-    run_code,
-)
+from forgetless.tasks import CodeResult, make_task, make_tasks, run_code
 from forgetless.tasks import generation as generation_module
 from forgetless.tasks.generation import generate
+from forgetless.tasks.humaneval import HumanEval
+from forgetless.tasks.mbpp import MBPP
+from forgetless.tasks.pocket_functions import PocketFunctions
 from forgetless.tasks.questions import Generating
 from forgetless.tasks.sampling import Sampling
 
@@ -148,14 +143,15 @@ def test_the_prompts_are_those_of_lm_eval(shared_data: Path) -> None:
     template = jinja2.Template(text, keep_trailing_newline=True)
     shots = [row for row in rows if row["task_id"] in (2, 3, 4)]
     context = "".join(f"{template.render(row)}{row['code']}\n[DONE]\n\n" for row in shots)
-    prompts = MBPP(data_dir=shared_data, allow_code_execution=True).questions().prompts
+    task = MBPP(data_dir=shared_data, allow_code_execution=True)
+    prompts = [question.prompt for question in task.questions()]
     expected = [context + template.render(row) for row in rows if 10 < row["task_id"] <= 510]
     assert list(prompts) == expected
 
 
 def test_the_stops_are_those_of_lm_eval(humaneval: Path, mbpp: Path) -> None:
-    several = HumanEval(humaneval, allow_code_execution=True).questions().stop
-    one = MBPP(mbpp, allow_code_execution=True).questions().stop
+    several = HumanEval(humaneval, allow_code_execution=True).stop
+    one = MBPP(mbpp, allow_code_execution=True).stop
     assert list(several) == _of_lm_eval("humaneval", "generation_kwargs")["until"]
     assert [one] == _of_lm_eval("mbpp", "generation_kwargs")["until"]
 
@@ -175,7 +171,7 @@ def test_real_data_are_found_in_a_folder(shared_data: Path) -> None:
         for kind in ("humaneval", "mbpp")
     ]
     found = [task.questions() for task in make_tasks(kinds) if isinstance(task, Generating)]
-    assert [len(asked.ids) for asked in found] == [164, 500]
+    assert [len(questions) for questions in found] == [164, 500]
 
 
 @pytest.mark.parametrize("kind", ["humaneval", "mbpp"])

@@ -9,9 +9,9 @@ import pytest
 
 from forgetless.core.errors import UserError
 from forgetless.models.load import load_model, load_tokenizer
-from forgetless.tasks import Diversity, make_task
 from forgetless.tasks import generation as generation_module
-from forgetless.tasks.diversity import distinct
+from forgetless.tasks import make_task
+from forgetless.tasks.diversity import Diversity, distinct
 
 ANSWERS = [
     *(" 1 + 1 = 2. The answer is {}.", " The answer is {}.", " The answer is {}. "),
@@ -23,12 +23,12 @@ ANSWERS = [
 def result(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Six draws for each of two problems, of which the first three are right."""
     task = Diversity({"kind": "pocket_problems", "limit": 2}, samples=6)
-    asked = task._inner.questions()  # type: ignore[attr-defined]
+    asked = task.inner.questions()
 
     def written(model: Any, tokenizer: Any, prompts: Sequence[str], **_: Any) -> list[str]:
-        assert list(prompts) == [prompt for prompt in asked.prompts for _ in range(6)]
+        assert list(prompts) == [question.prompt for question in asked for _ in range(6)]
         return [
-            ANSWERS[i % 6].format(asked.expected[i // 6] if i < 6 else "none")
+            ANSWERS[i % 6].format(asked[i // 6].expected if i < 6 else "none")
             for i in range(len(prompts))
         ]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -14,41 +14,39 @@ from torch import nn
 
 import forgetless as fl
 from forgetless.core.errors import UserError
-from forgetless.tasks import Item, Spec, TaskResult
+from forgetless.tasks import Item, Spec, Task, TaskResult
 from tests.families import FAMILIES
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Task):
     """A task whose items are given, in place of a model's answers."""
+
+    kind = "fixed"
 
     name: str
     given: tuple[Item, ...]
     metric: str = "accuracy"
     higher_is_better: bool = True
-    fingerprint: str = "f" * 16
 
-    needs_reference: ClassVar[bool] = False
+    def content(self) -> list[object]:
+        return []
 
-    def evaluate(self, model: object = None, tokenizer: object = None, **_: Any) -> TaskResult:
+    def measure(self, *_: Any) -> TaskResult:
         return TaskResult.of_items(
-            self,
-            self.given,
-            metric=self.metric,
-            higher_is_better=self.higher_is_better,
-            seconds=0.5,
+            self, self.given, metric=self.metric, higher_is_better=self.higher_is_better
         )
 
 
 def answers(*scores: float, name: str = "facts") -> TaskResult:
     items = tuple(Item(f"q{i}", f"Q{i}?", "yes", "no", x) for i, x in enumerate(scores))
-    return Fixed(name, items).evaluate()
+    return Fixed(name, items).measure()
 
 
 def documents(losses: Sequence[float], tokens: Sequence[float], name: str = "text") -> TaskResult:
     pairs = enumerate(zip(losses, tokens, strict=True))
     items = tuple(Item(str(i), "", "", "", loss, n) for i, (loss, n) in pairs)
-    return Fixed(name, items, "loss", higher_is_better=False).evaluate()
+    return Fixed(name, items, "loss", higher_is_better=False).measure()
 
 
 # ---------------------------------------------------------------------------------- scores

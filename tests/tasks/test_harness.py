@@ -22,9 +22,12 @@ from torch import nn
 import forgetless as fl
 from forgetless.core.errors import UserError
 from forgetless.models.load import load_model, load_tokenizer
-from forgetless.tasks import Item, LMEval, MultipleChoice, TaskResult, make_task, make_tasks
-from forgetless.tasks.harness import STANDARD, index, local
+from forgetless.tasks import Item, TaskResult, make_task, make_tasks
+from forgetless.tasks.harness import index, local
+from forgetless.tasks.harness.layouts import STANDARD
 from forgetless.tasks.harness.results import _weighted as weighted
+from forgetless.tasks.lm_eval import LMEval
+from forgetless.tasks.multiple_choice import MultipleChoice
 
 pytest_plugins = ["tests.tiny_fixtures"]
 

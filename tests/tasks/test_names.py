@@ -17,7 +17,7 @@ from tests.tiny import recipe_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
-KINDS = {kind: task.settings for kind, task in TASKS.items()}
+KINDS = {kind: task.defaults() for kind, task in TASKS.items()}
 
 
 def kinds_of(spec: Any) -> list[str]:

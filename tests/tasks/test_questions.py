@@ -15,9 +15,10 @@ from torch import nn
 import forgetless as fl
 from forgetless.core.errors import UserError
 from forgetless.models.load import load_model, load_tokenizer
-from forgetless.tasks import ExactMatch, MultipleChoice, Perplexity, TaskResult, make_task
-from forgetless.tasks.exact_match import normalised
-from forgetless.tasks.multiple_choice import Choice, choice_scores
+from forgetless.tasks import TaskResult, make_task
+from forgetless.tasks.generate import ExactMatch, normalised
+from forgetless.tasks.multiple_choice import MultipleChoice, choice_scores
+from forgetless.tasks.perplexity import Perplexity
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
@@ -57,19 +58,19 @@ def by_hand(model: Any, tokenizer: Any, prompt: str, choice: str) -> float:
 
 
 def test_choices_are_scored_by_their_log_probability(model: Any, tokenizer: Any) -> None:
-    questions = [Choice("Q: 1?", ("a", "bcd", "ef"), 0), Choice("A longer question", ("x", "y"), 1)]
+    questions = [("Q: 1?", ("a", "bcd", "ef")), ("A longer question", ("x", "y"))]
     found = choice_scores(model, tokenizer, questions, batch_size=2)
-    for question, scores in zip(questions, found, strict=True):
-        expected = [by_hand(model, tokenizer, question.prompt, c) for c in question.choices]
+    for (prompt, choices), scores in zip(questions, found, strict=True):
+        expected = [by_hand(model, tokenizer, prompt, c) for c in choices]
         assert scores == pytest.approx(expected, abs=1e-4)
     assert choice_scores(model, tokenizer, questions, batch_size=1)[1] == pytest.approx(found[1])
 
 
 def test_a_prompt_that_does_not_fit_loses_its_beginning(model: Any, tokenizer: Any) -> None:
-    long, short = (Choice("x" * n + "the end?", ("yes", "no"), 0) for n in (300, 300 - 65))
+    long, short = (("x" * n + "the end?", ("yes", "no")) for n in (300, 300 - 65))
     assert choice_scores(model, tokenizer, [long]) == choice_scores(model, tokenizer, [short])
     with pytest.raises(UserError, match="a choice is longer than the 128 tokens"):
-        choice_scores(model, tokenizer, [Choice("Q", ("y" * 200, "no"), 0)])
+        choice_scores(model, tokenizer, [("Q", ("y" * 200, "no"))])
 
 
 def test_the_best_choice_for_its_length_is_the_answer(
@@ -113,10 +114,10 @@ def test_choices_and_answers_come_in_many_forms(
     settings: dict[str, Any], row: dict[str, Any], tmp_path: Path
 ) -> None:
     task = MultipleChoice(write(tmp_path / "q.jsonl", [row]), **settings)
-    (question,) = task._questions
-    assert question.prompt == "Question: Q\nAnswer:"
-    assert question.right == 1
-    assert question.choices[1] == "yes"
+    ((prompt, choices, right),) = task._asked
+    assert prompt == "Question: Q\nAnswer:"
+    assert right == 1
+    assert choices[1] == "yes"
 
 
 @pytest.mark.parametrize(

@@ -22,20 +22,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from forgetless.core.errors import UserError
-from forgetless.tasks import (
-    KL,
-    TASKS,
-    Item,
-    Perplexity,
-    PocketProblems,
-    PocketRecall,
-    Task,
-    TaskResult,
-    make_task,
-    make_tasks,
-)
+from forgetless.tasks import TASKS, Item, Task, TaskResult, make_task, make_tasks
 from forgetless.tasks.generation import generate
+from forgetless.tasks.kl import KL
 from forgetless.tasks.likelihood import losses
+from forgetless.tasks.perplexity import Perplexity
+from forgetless.tasks.pocket_problems import PocketProblems
+from forgetless.tasks.pocket_recall import PocketRecall
 from tests.families import FAMILIES, VOCAB
 
 CHARACTERS = "\n" + "".join(chr(i) for i in range(32, 127))[: VOCAB - 4]
@@ -232,8 +225,8 @@ def test_padding_and_batches_do_not_change_losses(family: str) -> None:
     expected = [float(loss_of(model, row).sum()) for row in rows]
     for batch_size in (1, 3, None):
         found = losses(model, rows, max_length=64, stride=32, batch_size=batch_size)
-        assert [piece.total for piece in found] == pytest.approx(expected, rel=1e-5)
-        assert [piece.tokens for piece in found] == [6, 1, 56, 2]
+        assert [piece.sums["loss"] for piece in found] == pytest.approx(expected, rel=1e-5)
+        assert [piece.sums["tokens"] for piece in found] == [6, 1, 56, 2]
 
 
 @given(
@@ -252,10 +245,10 @@ def test_windows_count_every_token_once(
     found = losses(model, rows, max_length=max_length, stride=stride)
     for text, row in enumerate(rows):
         pieces = [piece for piece in found if piece.text == text]
-        assert sum(piece.tokens for piece in pieces) == max(len(row) - 1, 0)
+        assert sum(piece.sums["tokens"] for piece in pieces) == max(len(row) - 1, 0)
         # The model looks at one token only, so windows cannot change the sum.
         total = float(loss_of(model, row).sum())
-        assert sum(piece.total for piece in pieces) == pytest.approx(total, abs=1e-4)
+        assert sum(piece.sums["loss"] for piece in pieces) == pytest.approx(total, abs=1e-4)
 
 
 def test_windows_give_context_as_a_plain_loop_does() -> None:
@@ -268,8 +261,8 @@ def test_windows_give_context_as_a_plain_loop_does() -> None:
             expected += float(loss_of(model, ids[start:end])[done - start - 1 :].sum())
             done = end
     found = losses(model, [ids], max_length=max_length, stride=stride)
-    assert sum(piece.total for piece in found) == pytest.approx(expected, rel=1e-5)
-    assert sum(piece.tokens for piece in found) == 49
+    assert sum(piece.sums["loss"] for piece in found) == pytest.approx(expected, rel=1e-5)
+    assert sum(piece.sums["tokens"] for piece in found) == 49
 
 
 def test_perplexity_of_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -408,7 +401,7 @@ def test_recall_counts_facts_by_their_answers(
     monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     task = PocketRecall(limit=40)
-    asked = task._questions
+    asked = task._facts
 
     def answer(model: object, tokenizer: object, prompts: list[str], **_: object) -> list[str]:
         assert prompts == [question.prompt for question in asked]
@@ -425,7 +418,7 @@ def test_recall_counts_facts_by_their_answers(
 
 
 def test_a_limit_takes_facts_of_every_kind() -> None:
-    relations = {question.fact.relation for question in PocketRecall(limit=60)._questions}
+    relations = {question.fact.relation for question in PocketRecall(limit=60)._facts}
     assert len(relations) == 7
 
 
@@ -582,8 +575,8 @@ def test_conversations_are_scored(tmp_path: Path, tokenizer: PreTrainedTokenizer
 
 
 def test_kinds_describe_themselves() -> None:
-    assert TASKS["kl"].required == ["path"]
-    assert TASKS["pocket_problems"].settings["limit"] == 200
+    assert TASKS["kl"].required() == ["path"]
+    assert TASKS["pocket_problems"].defaults()["limit"] == 200
     assert all(kind.summary for kind in TASKS.values())
 
 

@@ -26,7 +26,7 @@ from forgetless.data.tokens import tokenize
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.recipes.checking import check
 from forgetless.recipes.identity import run_id
-from forgetless.tasks import TaskResult
+from forgetless.tasks import Task, TaskResult
 from forgetless.training import forgetting as module
 from forgetless.training.forgetting import ForgettingCallback
 from forgetless.training.loop import train
@@ -138,14 +138,17 @@ class Snapshots(TrainerCallback):
         self.at[state.global_step] = weights(kwargs["model"])
 
 
-class Dice:
+class Dice(Task):
     """A task that draws from every generator."""
 
-    name, fingerprint, needs_reference = "dice", "0", False
+    kind = name = "dice"
 
-    def evaluate(self, model: Any, *_: Any, **__: Any) -> TaskResult:
+    def content(self) -> list[object]:
+        return []
+
+    def measure(self, *_: Any) -> TaskResult:
         value = float(torch.rand(())) + np.random.rand()
-        return TaskResult("dice", "accuracy", value, 0.1, 1, True, "0", 0.0)
+        return TaskResult("dice", "accuracy", value, 0.1, 1, True, "0")
 
 
 # ---- the numbers ---------------------------------------------------------------------------------

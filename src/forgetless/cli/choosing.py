@@ -71,9 +71,9 @@ def methods(as_json: AsJson = False) -> None:
 def tasks() -> None:
     """List what a model can be scored on."""
     from forgetless.tasks import SUITES, TASKS
-    from forgetless.tasks.harness import STANDARD
+    from forgetless.tasks.harness.layouts import STANDARD
 
-    rows = [[name, task.summary, ", ".join(task.required) or "–"] for name, task in TASKS.items()]
+    rows = [[name, task.summary, ", ".join(task.required()) or "–"] for name, task in TASKS.items()]
     print_table(["task", "what it measures", "needs"], rows)
     print()
     rows = [[name, task.summary] for name, task in STANDARD.items()]

@@ -92,7 +92,7 @@ def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
     from forgetless.tasks import TASKS
     from forgetless.tasks.names import resolved
 
-    known = {kind: task.settings for kind, task in TASKS.items()}
+    known = {kind: task.defaults() for kind, task in TASKS.items()}
     given = {key: value for key, value in options.items() if value is not None}
     specs: list[dict[str, Any]] = []
     for name in filter(None, (part.strip() for part in names.split(","))):
@@ -100,7 +100,7 @@ def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
         label = folder_name(f"{kind}_{Path(path).stem}")
         spec = {"kind": kind, "path": path, "name": label} if path else {"kind": kind}
         for settings in resolved(spec, known):
-            needed = TASKS[settings["kind"]].required
+            needed = TASKS[settings["kind"]].required()
             if "path" in needed and "path" not in settings:
                 raise UserError(f"task {kind!r} needs a 'path': write {kind}:FILE")
             has = known[settings["kind"]]

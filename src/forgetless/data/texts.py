@@ -15,7 +15,7 @@ from forgetless.core.errors import UserError, unknown
 from forgetless.core.progress import counted
 from forgetless.data.chat import Chat
 from forgetless.data.examples import Examples, from_rows, load_examples
-from forgetless.data.files import POCKET_KNOWLEDGE, POCKET_SKILLS, read_rows
+from forgetless.data.files import read_rows
 from forgetless.data.forms import Kind
 from forgetless.data.tokens import tokenize
 
@@ -24,11 +24,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SELF = "self"
-POCKET_FACTS = (POCKET_KNOWLEDGE, "pocket:held")
-POCKET_SOURCES = (
-    *POCKET_FACTS,
-    *(f"pocket:{skill}{split}" for skill in POCKET_SKILLS for split in ("", ":test")),
-)
+POCKET_TEXTS = {
+    "pocket:knowledge": "every fact as a sentence, in the phrasings that the base was trained on",
+    "pocket:held": "every fact as a question, in a phrasing that the base never saw",
+    "pocket:problems": "the word problems for training",
+    "pocket:problems:test": "the word problems for testing",
+    "pocket:functions": "the small functions for training",
+    "pocket:functions:test": "the small functions for testing",
+    "pocket:series": "the series of numbers for training",
+    "pocket:series:test": "the series of numbers for testing",
+}
+"""The texts of the pocket world, and what they are."""
 
 # What the keys and values of sequences sampled together may take; more at a time is faster.
 _CACHE_BYTES = 4 * 2**30
@@ -174,14 +180,14 @@ def read_examples(source: str | Path, limit: int | None = None) -> Examples:
         UserError: an unknown source of the pocket world, or a broken or empty file.
     """
     source = str(source)
-    if source in POCKET_FACTS:
+    if source in ("pocket:knowledge", "pocket:held"):
         from forgetless.data.pocket import knowledge
 
-        held = [] if source == POCKET_KNOWLEDGE else knowledge.questions("held_out")
+        held = [] if source == "pocket:knowledge" else knowledge.questions("held_out")
         texts = [question.prompt for question in held] or knowledge.knowledge_text()
         return Examples("text", [{"text": text} for text in spread(texts, limit)], source)
-    if source.startswith("pocket:") and source not in POCKET_SOURCES:
-        raise unknown("calibration source", source, (SELF, *POCKET_SOURCES))
+    if source.startswith("pocket:") and source not in POCKET_TEXTS:
+        raise unknown("calibration source", source, (SELF, *POCKET_TEXTS))
     rows = ((place, _as_example(row)) for place, row in read_rows(source, limit=limit))
     return from_rows(rows, source=source)
 

@@ -1,53 +1,29 @@
 """What a model can be scored on: one file a kind of task, one line here.
 
-Importing this package loads no torch; a task does when it is evaluated.
+The file has a frozen dataclass over `forgetless.tasks.base.Task` (or over `Generating`, `CodeTask`
+or `TextTask`, which are tasks with most of it done) and calls it `TASK`; the file's name is the
+kind's. Importing this package loads no torch; a task does when it is evaluated.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 from forgetless.core.errors import UserError, unknown
 from forgetless.tasks.base import Item, Task, TaskResult
-from forgetless.tasks.diversity import Diversity
-from forgetless.tasks.exact_match import ExactMatch
-from forgetless.tasks.harness import LMEval
-from forgetless.tasks.humaneval import HumanEval
-from forgetless.tasks.kl import KL
-from forgetless.tasks.mbpp import MBPP
-from forgetless.tasks.multiple_choice import MultipleChoice
 from forgetless.tasks.names import SUITES, resolved
-from forgetless.tasks.perplexity import Perplexity
-from forgetless.tasks.pocket_choice import PocketChoice
-from forgetless.tasks.pocket_functions import PocketFunctions
-from forgetless.tasks.pocket_problems import PocketProblems
-from forgetless.tasks.pocket_recall import PocketRecall
-from forgetless.tasks.pocket_series import PocketSeries
 from forgetless.tasks.sandbox import CodeResult, run_code
 
 __all__ = [
-    "KL",
-    "MBPP",
     "SUITES",
     "TASKS",
     "CodeResult",
-    "Diversity",
-    "ExactMatch",
-    "HumanEval",
     "Item",
-    "LMEval",
-    "MultipleChoice",
-    "Perplexity",
-    "PocketChoice",
-    "PocketFunctions",
-    "PocketProblems",
-    "PocketRecall",
-    "PocketSeries",
     "Spec",
     "Task",
-    "TaskKind",
     "TaskResult",
     "make_task",
     "make_tasks",
@@ -56,45 +32,26 @@ __all__ = [
 
 Spec = str | Mapping[str, Any]
 
+_KINDS = (
+    "pocket_recall",
+    "pocket_problems",
+    "pocket_choice",
+    "pocket_functions",
+    "pocket_series",
+    "humaneval",
+    "mbpp",
+    "diversity",
+    "perplexity",
+    "kl",
+    "multiple_choice",
+    "generate",
+    "lm_eval",
+)
 
-@dataclasses.dataclass(frozen=True)
-class TaskKind:
-    """A kind of task by its name.
-
-    Attributes:
-        make: a frozen dataclass that implements `Task`; its fields are the settings.
-        summary: one line.
-    """
-
-    make: Callable[..., Task]
-    summary: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Every setting with its default; `dataclasses.MISSING` where it must be given."""
-        return {field.name: field.default for field in dataclasses.fields(self.make)}  # type: ignore[arg-type]
-
-    @property
-    def required(self) -> list[str]:
-        """Settings without a default."""
-        return [key for key, value in self.settings.items() if value is dataclasses.MISSING]
-
-
-TASKS: Mapping[str, TaskKind] = {
-    "pocket_recall": TaskKind(PocketRecall, "facts recalled in a held-out phrasing (accuracy)"),
-    "pocket_problems": TaskKind(PocketProblems, "word problems solved (accuracy)"),
-    "pocket_choice": TaskKind(PocketChoice, "facts recognised among four answers (accuracy)"),
-    "pocket_functions": TaskKind(PocketFunctions, "small functions that pass their tests (pass@1)"),
-    "pocket_series": TaskKind(PocketSeries, "series of numbers, step by step (accuracy)"),
-    "humaneval": TaskKind(HumanEval, "HumanEval's functions that pass their tests (pass@k)"),
-    "mbpp": TaskKind(MBPP, "MBPP's functions that pass their tests (pass@k)"),
-    "diversity": TaskKind(Diversity, "different outputs among several draws on another task"),
-    "perplexity": TaskKind(Perplexity, "mean token loss of a text file (nats per token)"),
-    "kl": TaskKind(KL, "distance to the base model on held texts: KL(base || model) per token"),
-    "multiple_choice": TaskKind(MultipleChoice, "the most probable of given answers (accuracy)"),
-    "generate": TaskKind(ExactMatch, "generated answers compared with accepted ones (accuracy)"),
-    "lm_eval": TaskKind(LMEval, "a task of the lm-evaluation-harness, by its name there"),
-}
+TASKS: Mapping[str, type[Task]] = MappingProxyType(
+    {kind: import_module(f"forgetless.tasks.{kind}").TASK for kind in _KINDS}
+)
+"""Kind -> the class of its tasks, in the order in which they are shown."""
 
 
 def make_task(spec: Spec | Task) -> Task:
@@ -126,8 +83,9 @@ def _made(spec: Spec | Task) -> list[Task]:
         if callable(getattr(spec, "evaluate", None)):
             return [spec]
         raise UserError(f"a task is a name or a mapping with 'kind', got {spec!r}")
-    known = {kind: task.settings for kind, task in TASKS.items()}
-    made, problems = [], []
+    known = {kind: task.defaults() for kind, task in TASKS.items()}
+    made: list[Task] = []
+    problems: list[Exception] = []
     for settings in resolved(spec, known):
         try:
             task = _build(settings.pop("kind"), settings)
@@ -148,11 +106,8 @@ def make_tasks(specs: Spec | Task | Iterable[Spec | Task]) -> list[Task]:
     Raises:
         UserError: everything that is wrong with any of them, and names given twice.
     """
-    several: Iterable[Spec | Task]
-    if isinstance(specs, str | Mapping) or not isinstance(specs, Iterable):
-        several = [specs]
-    else:
-        several = specs
+    one = isinstance(specs, str | Mapping) or not isinstance(specs, Iterable)
+    several: Iterable[Any] = [specs] if one else specs  # type: ignore[assignment]
     tasks: list[Task] = []
     problems: list[str] = []
     for spec in several:
@@ -172,18 +127,18 @@ def make_tasks(specs: Spec | Task | Iterable[Spec | Task]) -> list[Task]:
 
 def _build(kind: str, settings: Mapping[str, Any]) -> Task:
     """A task of a known kind; every problem of its settings in one message."""
-    known = TASKS[kind].settings
+    known = TASKS[kind].defaults()
     problems = [
         str(unknown(f"setting of task {kind!r}:", str(key), known))
         for key in settings
         if key not in known
     ]
-    missing = [key for key in TASKS[kind].required if key not in settings]
+    missing = [key for key in TASKS[kind].required() if key not in settings]
     problems += [f"task {kind!r} needs a {key!r}" for key in missing]
     task = None
     if not missing:
         try:
-            task = TASKS[kind].make(**{k: v for k, v in settings.items() if k in known})
+            task = TASKS[kind](**{k: v for k, v in settings.items() if k in known})
         except UserError as problem:
             problems.append(str(problem))
     if task is None or problems:

@@ -7,10 +7,13 @@ import hashlib
 import json
 import math
 import re
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr
@@ -19,15 +22,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "Item",
-    "Task",
-    "TaskResult",
-    "check_settings",
-    "fingerprint_of",
-    "settings_of",
-    "whole_number",
-]
+    Model: TypeAlias = nn.Module
+    Tokenizer: TypeAlias = PreTrainedTokenizerBase
+
+__all__ = ["Item", "Task", "TaskResult", "settings_of", "whole_number"]
 
 _NAME = re.compile(r"[\w][\w.-]*")
 
@@ -41,27 +39,24 @@ class Item:
         prompt: what the model was given (long texts: their beginning).
         expected: the right answer; empty where there is none.
         answer: what the model gave; empty where nothing was generated.
-        score: 1 or 0 for right or wrong, or the item's own value of the metric.
+        score: 1 or 0 for right or wrong, or the item's own value of the metric; nan before the
+            model has answered.
         weight: the item's share in the task's mean, such as its number of tokens.
     """
 
     id: str
     prompt: str
     expected: str
-    answer: str
-    score: float
+    answer: str = ""
+    score: float = math.nan
     weight: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """One line of an items file; the weight only where it is not 1."""
-        line: dict[str, Any] = {
-            "id": self.id,
-            "prompt": self.prompt,
-            "expected": self.expected,
-            "answer": self.answer,
-            "score": self.score,
-        }
-        return line if self.weight == 1.0 else line | {"weight": self.weight}
+        line = dataclasses.asdict(self)
+        if self.weight == 1.0:
+            del line["weight"]
+        return line
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Self:
@@ -97,7 +92,7 @@ class TaskResult:
     n: int
     higher_is_better: bool
     fingerprint: str
-    seconds: float
+    seconds: float = 0.0
     items: tuple[Item, ...] = ()
     extra: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -109,8 +104,9 @@ class TaskResult:
         items: Sequence[Item],
         *,
         metric: str,
-        higher_is_better: bool,
-        seconds: float,
+        higher_is_better: bool = True,
+        seconds: float = 0.0,
+        extra: Mapping[str, float] | None = None,
     ) -> Self:
         """The mean of `items` as the score of `task`.
 
@@ -135,6 +131,7 @@ class TaskResult:
             fingerprint=task.fingerprint,
             seconds=seconds,
             items=tuple(items),
+            extra=extra or {},
             settings=settings_of(task),
         )
 
@@ -154,24 +151,22 @@ class TaskResult:
         The task's own metric comes first, then those of `extra`. The standard error of an extra
         "acc,none" is the extra "acc_stderr,none", lm-eval's way to write it.
         """
-        cells = {self.metric: _cell(self.value, self.stderr, self.n)}
+        numbers = {self.metric: (self.value, self.stderr)}
         for name, value in self.extra.items():
             base, comma, rest = name.partition(",")
             if not base.endswith("_stderr"):
-                stderr = self.extra.get(f"{base}_stderr{comma}{rest}", math.nan)
-                cells[name] = _cell(value, stderr, self.n)
-        return cells
+                numbers[name] = value, self.extra.get(f"{base}_stderr{comma}{rest}", math.nan)
+        return {
+            name: {"value": value, "stderr": None if math.isnan(stderr) else stderr, "n": self.n}
+            for name, (value, stderr) in numbers.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """All but the items, as plain JSON values; an unknown standard error is null."""
-        return {
-            "task": self.task,
-            "metric": self.metric,
-            "value": self.value,
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del found["items"]
+        return found | {
             "stderr": None if math.isnan(self.stderr) else self.stderr,
-            "n": self.n,
-            "higher_is_better": self.higher_is_better,
-            "fingerprint": self.fingerprint,
             "seconds": round(self.seconds, 3),
             "extra": dict(self.extra),
             "settings": dict(self.settings),
@@ -195,45 +190,101 @@ class TaskResult:
         )
 
 
-class Task(Protocol):
-    """Something that a model can be scored on.
+class Task(ABC):
+    """Something that a model can be scored on: a frozen dataclass whose fields are its settings.
 
-    `evaluate` leaves the model as it was: its weights, which modules train, which parameters
-    need gradients and the state of every random generator. Padding and `batch_size` change the
-    time and the memory, not the score.
+    A kind of task says what is wrong with its settings (`problems`), what decides its scores
+    besides the model (`content`), and how to score a model (`measure`).
+
+    Attributes:
+        kind: what a recipe calls it.
+        summary: what it measures, in one line.
+        version: of its code; another one is another task.
+        needs_reference: whether the score is a distance to another model, the base.
+        name: how scores and files call the task.
     """
 
-    @property
-    def name(self) -> str:
-        """How scores and files call the task."""
+    kind: ClassVar[str]
+    summary: ClassVar[str]
+    version: ClassVar[int] = 1
+    needs_reference: ClassVar[bool] = False
+    name: str
 
-    @property
+    def __post_init__(self) -> None:
+        found = [problem for problem in self.problems() if problem is not None]
+        if not (isinstance(self.name, str) and _NAME.fullmatch(self.name)):
+            found.append(
+                "name must be letters, digits, '_', '-' and '.' (it names files), "
+                f"got {self.name!r}"
+            )
+        if found:
+            raise UserError(f"task {self.kind!r}: {'; '.join(found)}")
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Every setting with its default; `dataclasses.MISSING` where it must be given."""
+        return {setting.name: setting.default for setting in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+    @classmethod
+    def required(cls) -> list[str]:
+        """Settings without a default."""
+        return [key for key, value in cls.defaults().items() if value is dataclasses.MISSING]
+
+    def problems(self) -> Iterable[str | None]:
+        """What is wrong with each setting, or None."""
+        return ()
+
+    @abstractmethod
+    def content(self) -> Sequence[object]:
+        """What decides the scores besides the model, JSON-ready: questions, answers, settings.
+
+        Raises:
+            UserError: the data cannot be read.
+        """
+
+    @abstractmethod
+    def measure(
+        self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
+    ) -> TaskResult:
+        """The score of `model`; see `evaluate`."""
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Hash of content, settings and the version of the task's own code."""
+        """16 hex digits of the SHA-256 of kind, version and content.
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the score is a distance to another model, the base."""
+        Raises:
+            UserError: the data cannot be read.
+        """
+        content = [self.kind, self.version, *self.content()]
+        text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def evaluate(
         self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        model: Model,
+        tokenizer: Tokenizer,
         *,
-        reference: nn.Module | None = None,
+        reference: Model | None = None,
         batch_size: int | None = None,
     ) -> TaskResult:
-        """Score `model`; `batch_size` None picks one for the size of the model."""
+        """Score a model, and leave it as it was.
 
+        That is its weights, which modules train, which parameters need gradients and the state of
+        every random generator. Padding and `batch_size` change the time and the memory, not the
+        score.
 
-def _cell(value: float, stderr: float, n: int) -> dict[str, float | None]:
-    return {"value": value, "stderr": None if math.isnan(stderr) else stderr, "n": n}
+        Args:
+            model: a causal language model, or a PeftModel of one.
+            tokenizer: of the model.
+            reference: the base; None for a PeftModel, whose base is itself with the adapter off.
+            batch_size: texts at once; None picks as many as suit the model.
 
-
-def fingerprint_of(kind: str, version: int, *content: object) -> str:
-    """16 hex digits of the SHA-256 of a task's kind, version and JSON-ready content."""
-    text = json.dumps([kind, version, *content], ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        Raises:
+            UserError: data that cannot be read, or a model that cannot be scored.
+        """
+        started = time.perf_counter()
+        found = self.measure(model, tokenizer, reference, batch_size)
+        return dataclasses.replace(found, seconds=time.perf_counter() - started)
 
 
 def settings_of(task: object) -> dict[str, Any]:
@@ -251,21 +302,6 @@ def settings_of(task: object) -> dict[str, Any]:
         elif setting.name != "name" and isinstance(value, str | int | float | bool | None):
             found[setting.name] = value
     return found
-
-
-def check_settings(kind: str, name: str, problems: Iterable[str | None]) -> None:
-    """Refuse a task for all that is wrong with its settings, in one message.
-
-    Raises:
-        UserError: at least one problem is not None, or `name` cannot be a file's name.
-    """
-    found = [problem for problem in problems if problem is not None]
-    if not (isinstance(name, str) and _NAME.fullmatch(name)):
-        found.append(
-            f"name must be letters, digits, '_', '-' and '.' (it names files), got {name!r}"
-        )
-    if found:
-        raise UserError(f"task {kind!r}: {'; '.join(found)}")
 
 
 def whole_number(

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr, pass_at_k
-from forgetless.tasks.base import Item, Task, TaskResult, fingerprint_of, whole_number
-from forgetless.tasks.questions import Questions
-from forgetless.tasks.rows import file_problem
+from forgetless.tasks.base import Item, TaskResult, whole_number
+from forgetless.tasks.questions import Generating
+from forgetless.tasks.rows import Row, file_problem, read_records
 from forgetless.tasks.sampling import Sampling, sampling_problems
 from forgetless.tasks.sandbox import CodeResult, run_code
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = [
-    "CodeTask",
-    "Program",
-    "code_fingerprint",
-    "code_problems",
-    "data_file",
-    "downloaded_problems",
-    "execution_problem",
-    "hub_rows",
-    "judge",
-    "pass_curve",
-    "questions",
-    "score_code",
-]
+__all__ = ["CodeTask", "DownloadedCodeTask", "Program", "judge", "pass_curve"]
 
 
 @dataclass(frozen=True)
@@ -61,99 +48,6 @@ class Program:
         return f"{self.before}{continuation}\n{self.after}\n"
 
 
-class CodeTask(Task, Protocol):
-    """The settings that every code task has."""
-
-    @property
-    def samples(self) -> int:
-        """Programs a problem."""
-
-    @property
-    def k(self) -> Sequence[int]:
-        """For which k to report pass@k."""
-
-    @property
-    def temperature(self) -> float:
-        """0 for the most probable program."""
-
-    @property
-    def top_p(self) -> float:
-        """Of `Sampling`."""
-
-    @property
-    def seed(self) -> int:
-        """Of `Sampling`."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Length of a program."""
-
-    @property
-    def seconds(self) -> float:
-        """A program may take."""
-
-
-def code_problems(task: CodeTask) -> list[str | None]:
-    """What is wrong with the settings that every code task has."""
-    known = isinstance(task.k, Sequence) and all(type(k) is int and k >= 1 for k in task.k)
-    found = [
-        *sampling_problems(task.temperature, task.top_p, task.seed),
-        whole_number("samples", task.samples),
-        whole_number("max_new_tokens", task.max_new_tokens),
-        None if known else f"k must be a list of whole numbers from 1 on, got {task.k!r}",
-        None if 0 < task.seconds <= 3600 else f"seconds must be above 0, got {task.seconds!r}",
-    ]
-    if not any(found):
-        if max(task.k, default=1) > task.samples:
-            found.append(f"pass@{max(task.k)} needs as many samples, got samples: {task.samples}")
-        if task.samples > 1 and task.temperature == 0:
-            found.append(f"{task.samples} samples at temperature 0 are all the same; set it above")
-    return found
-
-
-class DownloadedCodeTask(CodeTask, Protocol):
-    """The further settings of a code task whose data are in a file or on the hub."""
-
-    @property
-    def path(self) -> str | Path | None:
-        """The data; None to look elsewhere."""
-
-    @property
-    def limit(self) -> int | None:
-        """The first so many problems only."""
-
-    @property
-    def allow_code_execution(self) -> bool:
-        """Whether what a model writes may be run."""
-
-
-def downloaded_problems(task: DownloadedCodeTask) -> list[str | None]:
-    """What is wrong with the settings of a code task whose data are in a file or on the hub."""
-    return [
-        execution_problem(task.allow_code_execution),
-        whole_number("limit", task.limit, optional=True),
-        None if task.path is None else file_problem(task.path),
-        *code_problems(task),
-    ]
-
-
-def code_fingerprint(kind: str, version: int, task: CodeTask, programs: Sequence[Program]) -> str:
-    """Hash of the problems, of the settings of `task` and of the version of its code."""
-    content = [[program.prompt, program.after] for program in programs]
-    drawn = [task.samples, list(task.k), task.temperature, task.top_p, task.seed]
-    return fingerprint_of(kind, version, content, drawn, task.max_new_tokens)
-
-
-def execution_problem(allowed: object) -> str | None:
-    """Why a downloaded task may not run what a model wrote, or None."""
-    if allowed is True:
-        return None
-    return (
-        "runs programs that the model writes, each in a sandbox; allow it with "
-        "--allow-code-execution, or 'allow_code_execution: true' in the task's settings"
-    )
-
-
 def judge(
     programs: Sequence[Program], written: Sequence[Sequence[str]], seconds: float
 ) -> list[list[CodeResult]]:
@@ -172,48 +66,167 @@ def judge(
     return [[results[source] for source in each] for each in sources]
 
 
-def questions(task: CodeTask, programs: Sequence[Program], stop: str | Sequence[str]) -> Questions:
-    """The problems as questions to draw several answers to."""
-    return Questions(
-        ids=tuple(program.id for program in programs),
-        prompts=tuple(program.prompt for program in programs),
-        expected=tuple(program.expected for program in programs),
-        stop=stop,
-        max_new_tokens=task.max_new_tokens,
-        right=lambda written: [
-            [result.passed for result in each] for each in judge(programs, written, task.seconds)
-        ],
-    )
+class CodeTask(Generating):
+    """A task whose answers are programs, each run with tests in the sandbox.
 
-
-def score_code(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: CodeTask,
-    asked: Questions,
-    batch_size: int | None,
-) -> TaskResult:
-    """pass@1 of a model; pass@k and its standard error for every further k in `extra`.
-
-    An item is a problem: the share of its samples that pass, and the first sample.
+    Attributes:
+        samples: programs a problem.
+        k: report pass@k for these.
+        temperature: 0 for the most probable program.
+        top_p: draw from the most probable tokens of this share.
+        seed: of the draws.
+        seconds: a program may take.
     """
-    started = time.perf_counter()
-    drawn = Sampling(task.temperature, task.top_p, task.seed) if task.temperature > 0 else None
-    written = asked.answers(model, tokenizer, task.samples, drawn, batch_size)
-    right = asked.right(written)
-    items = [
-        Item(*asked.item(place), texts[0], sum(passed) / len(passed))
-        for place, (texts, passed) in enumerate(zip(written, right, strict=True))
-    ]
-    found = TaskResult.of_items(
-        task,
-        items,
-        metric="pass@1",
-        higher_is_better=True,
-        seconds=time.perf_counter() - started,
-    )
-    counts = [sum(passed) for passed in right]
-    return replace(found, extra=pass_curve(counts, task.samples, [k for k in task.k if k > 1]))
+
+    samples: int
+    k: Sequence[int]
+    temperature: float
+    top_p: float
+    seed: int
+    seconds: float
+
+    @abstractmethod
+    def programs(self) -> Sequence[Program]:
+        """The problems."""
+
+    def problems(self) -> Iterable[str | None]:
+        """Of the settings that every code task has."""
+        known = isinstance(self.k, Sequence) and all(type(k) is int and k >= 1 for k in self.k)
+        found = [
+            *sampling_problems(self.temperature, self.top_p, self.seed),
+            whole_number("samples", self.samples),
+            whole_number("max_new_tokens", self.max_new_tokens),
+            None if known else f"k must be a list of whole numbers from 1 on, got {self.k!r}",
+            None if 0 < self.seconds <= 3600 else f"seconds must be above 0, got {self.seconds!r}",
+        ]
+        if not any(found):
+            if (most := max(self.k, default=1)) > self.samples:
+                found.append(f"pass@{most} needs as many samples, got samples: {self.samples}")
+            if self.samples > 1 and self.temperature == 0:
+                found.append(
+                    f"{self.samples} samples at temperature 0 are all the same; set it above"
+                )
+        return found
+
+    def content(self) -> Sequence[object]:
+        """The problems, and how programs are drawn."""
+        asked = [[program.prompt, program.after] for program in self.programs()]
+        drawn = [self.samples, list(self.k), self.temperature, self.top_p, self.seed]
+        return asked, drawn, self.max_new_tokens
+
+    def questions(self) -> Sequence[Item]:
+        """The problems, each with a right continuation."""
+        return [Item(program.id, program.prompt, program.expected) for program in self.programs()]
+
+    def right(self, written: Sequence[Sequence[str]]) -> list[list[bool]]:
+        """Whether a program passes its tests."""
+        judged = judge(self.programs(), written, self.seconds)
+        return [[result.passed for result in each] for each in judged]
+
+    def measure(
+        self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
+    ) -> TaskResult:
+        """pass@1 of a model; pass@k and its standard error for every further k in `extra`.
+
+        An item is a problem: the share of its samples that pass, and the first sample.
+        """
+        drawn = Sampling(self.temperature, self.top_p, self.seed) if self.temperature > 0 else None
+        written = self.answers(model, tokenizer, self.samples, drawn, batch_size)
+        right = self.right(written)
+        items = [
+            replace(item, answer=texts[0], score=sum(passed) / len(passed))
+            for item, texts, passed in zip(self.questions(), written, right, strict=True)
+        ]
+        further = [k for k in self.k if k > 1]
+        curve = pass_curve([sum(passed) for passed in right], self.samples, further)
+        return TaskResult.of_items(self, items, metric="pass@1", extra=curve)
+
+
+@dataclass(frozen=True)
+class DownloadedCodeTask(CodeTask):
+    """A code task whose data are in a file or on the hub.
+
+    Attributes:
+        path: the data as .jsonl; None to look into `data_dir`, or else on the hub.
+        data_dir: a folder with the data's file in it or below it.
+        name: of the task.
+        limit: the first so many problems only.
+        samples: programs a problem.
+        k: report pass@k for these.
+        temperature: 0 for the most probable program.
+        top_p: draw from the most probable tokens of this share.
+        seed: of the draws.
+        max_new_tokens: length of a program.
+        seconds: a program may take.
+        allow_code_execution: must be true, as the model's programs are run.
+
+    Raises:
+        UserError: settings out of range, not allowed, or data that cannot be had.
+    """
+
+    path: str | Path | None = None
+    data_dir: str | Path | None = None
+    name: str = ""
+    limit: int | None = None
+    samples: int = 1
+    k: Sequence[int] = (1,)
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 1024
+    seconds: float = 3.0
+    allow_code_execution: bool = False
+
+    def problems(self) -> Iterable[str | None]:
+        """Of every setting."""
+        if self.allow_code_execution is not True:
+            yield (
+                "runs programs that the model writes, each in a sandbox; allow it with "
+                "--allow-code-execution, or 'allow_code_execution: true' in the task's settings"
+            )
+        yield whole_number("limit", self.limit, optional=True)
+        yield None if self.path is None else file_problem(self.path)
+        yield from super().problems()
+
+    @abstractmethod
+    def read(self) -> list[Program]:
+        """All problems, from their file or the hub."""
+
+    @cached_property
+    def _programs(self) -> list[Program]:
+        return self.read()[: self.limit]
+
+    def programs(self) -> Sequence[Program]:
+        """The problems, read once."""
+        return self._programs
+
+    def rows(
+        self, file: str, hub: str, splits: Sequence[str], configuration: str | None = None
+    ) -> list[tuple[str, Row]]:
+        """The rows of the data, each with its place.
+
+        Args:
+            file: name of its file in `data_dir`, without ".jsonl".
+            hub: name of the data set on the hub.
+            splits: of the data set there.
+            configuration: likewise.
+
+        Raises:
+            UserError: the folder has no such file, or the hub cannot be reached.
+        """
+        path = self.path
+        if path is None and self.data_dir is not None:
+            files = sorted(Path(self.data_dir).rglob("*.jsonl"))
+            path = next((f for f in files if f.stem.lower() == file.lower()), None)
+            if path is None:
+                raise UserError(f"data_dir {self.data_dir}: no {file}.jsonl in it or below it")
+        if path is not None:
+            return read_records(path, None)
+        return [
+            (f"{hub}, {split} {i}", row)
+            for split in splits
+            for i, row in enumerate(_hub_rows(hub, split, configuration))
+        ]
 
 
 def pass_curve(correct: Sequence[int], samples: int, ks: Sequence[int]) -> dict[str, float]:
@@ -233,7 +246,7 @@ def pass_curve(correct: Sequence[int], samples: int, ks: Sequence[int]) -> dict[
     return curve
 
 
-def hub_rows(name: str, split: str, configuration: str | None = None) -> list[Mapping[str, Any]]:
+def _hub_rows(name: str, split: str, configuration: str | None) -> list[Mapping[str, Any]]:
     """The rows of a data set on the hub, or of its copy in the local cache.
 
     Raises:
@@ -249,19 +262,3 @@ def hub_rows(name: str, split: str, configuration: str | None = None) -> list[Ma
             f"{name} could not be loaded from the hub ({line}); give the task a file: "
             "path, or --data-dir with a folder that holds it"
         ) from problem
-
-
-def data_file(path: str | Path | None, folder: str | Path | None, name: str) -> Path | None:
-    """The file that was given, or `name`.jsonl in or below a folder; None for the hub.
-
-    Raises:
-        UserError: the folder has no such file.
-    """
-    if path is not None:
-        return Path(path)
-    if folder is None:
-        return None
-    found = [f for f in sorted(Path(folder).rglob("*.jsonl")) if f.stem.lower() == name.lower()]
-    if not found:
-        raise UserError(f"data_dir {folder}: no {name}.jsonl in it or below it")
-    return found[0]

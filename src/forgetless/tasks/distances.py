@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from forgetless.core.errors import UserError
 from forgetless.models.load import adapter_off, evaluating
 from forgetless.tasks.inference import Ids, accepts, by_length, device_of, pad, require_causal
-from forgetless.tasks.journal import section
+from forgetless.tasks.journal import in_batches
+from forgetless.tasks.texts import Piece
 
-__all__ = ["Distance", "distances"]
+__all__ = ["SUMS", "distances"]
 
 # Logits (tokens x vocabulary) that are compared at once: 32 MB in float32, some six times over.
 _CHUNK_LOGITS = 1 << 23
@@ -32,42 +33,19 @@ _CHUNK_LOGITS = 1 << 23
 _BATCH_NUMBERS = 1 << 26
 _MOST_ROWS = 32
 
+SUMS = ("kl", "reverse_kl", "cross_entropy", "base_entropy", "agreeing", "base_loss", "loss")
+"""What is added up over the tokens of a piece, in nats, besides the counts of tokens and targets.
 
-class Distance(NamedTuple):
-    """Sums over the tokens of one piece of a text, in nats.
+p is the base's distribution of the next token, q the model's, x the text's own next token:
 
-    p is the base's distribution of the next token, q the model's, x the text's own next token.
-
-    Attributes:
-        text: position of the text.
-        start: position of the piece's first token in the text.
-        tokens: how many tokens, 1 or more.
-        kl: sum_v p log(p / q), of each token 0 or more.
-        reverse_kl: sum_v q log(q / p), of each token 0 or more.
-        cross_entropy: - sum_v p log q, the soft cross-entropy: the base's entropy plus `kl`.
-        base_entropy: - sum_v p log p.
-        agreeing: tokens after which both models find the same next token likeliest.
-        targets: tokens that have a next token in the piece; the last one has none.
-        base_loss: - log p(x), over the targets.
-        loss: - log q(x), over the targets.
-    """
-
-    text: int
-    start: int
-    tokens: int
-    kl: float
-    reverse_kl: float
-    cross_entropy: float
-    base_entropy: float
-    agreeing: float
-    targets: int
-    base_loss: float
-    loss: float
-
-    @property
-    def total(self) -> float:
-        """The divergence `kl`, under the name that pieces of a loss have."""
-        return self.kl
+    kl              sum_v p log(p / q), of each token 0 or more
+    reverse_kl      sum_v q log(q / p), of each token 0 or more
+    cross_entropy   - sum_v p log q, the soft cross-entropy: the base's entropy plus `kl`
+    base_entropy    - sum_v p log p
+    agreeing        tokens after which both models find the same next token likeliest
+    base_loss       - log p(x), over the targets: tokens that have a next token in the piece
+    loss            - log q(x), over the targets
+"""
 
 
 def distances(
@@ -77,7 +55,7 @@ def distances(
     max_length: int,
     reference: nn.Module | None = None,
     batch_size: int | None = None,
-) -> list[Distance]:
+) -> list[Piece]:
     """Distances from the base of the next-token distributions after every token of each text.
 
     Texts longer than `max_length` tokens are cut into pieces that are read apart. Both models see
@@ -108,33 +86,28 @@ def distances(
         )
     cuts = [(text, i) for text, ids in enumerate(rows) for i in range(0, len(ids), max_length)]
     pieces = [rows[text][start : start + max_length] for text, start in cuts]
-    found: list[Sequence[float]] = [()] * len(pieces)
-    kept = section("distances", pieces)
     pair = _Pair(model, reference)
+    longest = max((len(piece) for piece in pieces), default=1)
+    fitting = _BATCH_NUMBERS // (longest * pair.numbers_a_token)
 
     def sums(places: Sequence[int]) -> list[list[float]]:
         return _batch_sums(pair, pad([pieces[i] for i in places], 0, device_of(model)))
 
     with evaluating(model), evaluating(model if reference is None else reference):
-        for places in by_length(pieces, _batch_size(pair, pieces, batch_size)):
-            for place, numbers in zip(
-                places, kept.batch(places, partial(sums, places)), strict=True
-            ):
-                found[place] = numbers
+        batches = by_length(pieces, max(1, min(batch_size or _MOST_ROWS, fitting)))
+        found = in_batches("distances", pieces, batches, sums)
     return [
-        Distance._make((text, start, len(ids), *numbers[:5], len(ids) - 1, *numbers[5:]))
+        Piece(
+            text,
+            start,
+            {"tokens": len(ids), "targets": len(ids) - 1} | dict(zip(SUMS, numbers, strict=True)),
+        )
         for (text, start), ids, numbers in zip(cuts, pieces, found, strict=True)
     ]
 
 
-def _batch_size(pair: _Pair, pieces: Sequence[Ids], wanted: int | None) -> int:
-    """Pieces at once: as many as fit where all are as long as the longest."""
-    longest = max((len(piece) for piece in pieces), default=1)
-    return max(1, min(wanted or _MOST_ROWS, _BATCH_NUMBERS // (longest * pair.numbers_a_token)))
-
-
 def _batch_sums(pair: _Pair, batch: Mapping[str, Tensor]) -> list[list[float]]:
-    """The numbers of `Distance`, without the counts, for every row of a batch."""
+    """`SUMS` for every row of a batch."""
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     following, has_next = ids.roll(-1, 1).flatten(), (mask & mask.roll(-1, 1)).clone()
     has_next[:, -1] = False
@@ -146,13 +119,15 @@ def _batch_sums(pair: _Pair, batch: Mapping[str, Tensor]) -> list[list[float]]:
         _check_same_vocabulary(base, tuned)
         values.append(_compare(base, tuned, following[part], has_next.flatten()[part]))
     rows = (places // mask.shape[1]).cpu()
-    sums = torch.zeros(len(mask), 7, dtype=torch.float64).index_add_(0, rows, torch.cat(values))
+    sums = torch.zeros(len(mask), len(SUMS), dtype=torch.float64).index_add_(
+        0, rows, torch.cat(values)
+    )
     numbers: list[list[float]] = sums.tolist()
     return numbers
 
 
 def _compare(base: Tensor, tuned: Tensor, following: Tensor, has_next: Tensor) -> Tensor:
-    """The numbers of `Distance` for each token, (tokens, 7), on the CPU.
+    """`SUMS` for each token, (tokens, 7), on the CPU.
 
         KL(p || q) = sum_v e_p (a - b) / S_p - log S_p + log S_q
         e_p = exp(a), S_p = sum_v e_p, likewise e_q and S_q of b

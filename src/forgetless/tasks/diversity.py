@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr
-from forgetless.tasks.base import (
-    Item,
-    Task,
-    TaskResult,
-    check_settings,
-    fingerprint_of,
-    whole_number,
-)
+from forgetless.tasks.base import Task, TaskResult, whole_number
 from forgetless.tasks.code import pass_curve
 from forgetless.tasks.questions import Generating
 from forgetless.tasks.sampling import Sampling, sampling_problems
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from forgetless.tasks.base import Model, Tokenizer
 
 __all__ = ["Diversity", "distinct"]
 
-_VERSION = 1
-_GRAMS = (1, 2, 3)
-
 
 @dataclass(frozen=True)
-class Diversity:
+class Diversity(Task):
     """Different outputs among several draws for each question of a task.
 
     The value, "unique", is the share of draws that differ from all before them, 0..1, averaged over
@@ -63,6 +52,9 @@ class Diversity:
         Models", arXiv:1510.03055 (distinct-n).
     """
 
+    kind = "diversity"
+    summary = "different outputs among several draws on another task"
+
     task: str | Mapping[str, Any]
     name: str = ""
     samples: int = 10
@@ -70,70 +62,63 @@ class Diversity:
     top_p: float = 1.0
     seed: int = 0
 
-    needs_reference: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
-        cold = isinstance(self.temperature, int | float) and self.temperature <= 0
-        problems = [
-            whole_number("samples", self.samples, 2),
-            *sampling_problems(self.temperature, self.top_p, self.seed),
-            f"temperature must be above 0, got {self.temperature!r}" if cold else None,
-        ]
         if not self.name:
-            object.__setattr__(self, "name", f"diversity_{self._inner.name}")
-        check_settings("diversity", self.name, problems)
+            object.__setattr__(self, "name", f"diversity_{self.inner.name}")
+        super().__post_init__()
+
+    def problems(self) -> Iterable[str | None]:
+        """Of every setting."""
+        yield whole_number("samples", self.samples, 2)
+        yield from sampling_problems(self.temperature, self.top_p, self.seed)
+        if isinstance(self.temperature, int | float) and self.temperature <= 0:
+            yield f"temperature must be above 0, got {self.temperature!r}"
 
     @cached_property
-    def _inner(self) -> Task:
+    def inner(self) -> Generating:
+        """The other task."""
         from forgetless.tasks import TASKS, make_task
 
         task = make_task(self.task)
-        if not isinstance(task, Generating):
-            known = [name for name, kind in TASKS.items() if hasattr(kind.make, "questions")]
-            raise UserError(
-                f"task 'diversity': {task.name!r} does not generate answers; give one of "
-                f"{', '.join(known)}"
-            )
-        return task
+        if isinstance(task, Generating):
+            return task
+        known = [name for name, kind in TASKS.items() if issubclass(kind, Generating)]
+        raise UserError(
+            f"task 'diversity': {task.name!r} does not generate answers; give one of "
+            f"{', '.join(known)}"
+        )
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the other task and of the draws."""
+    def content(self) -> Sequence[object]:
+        """The other task and the draws."""
         drawn = [self.samples, self.temperature, self.top_p, self.seed]
-        return fingerprint_of("diversity", _VERSION, self._inner.fingerprint, drawn)
+        return self.inner.fingerprint, drawn
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        reference: nn.Module | None = None,
-        batch_size: int | None = None,
+    def measure(
+        self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
     ) -> TaskResult:
         """The share of different outputs of `model`."""
-        started = time.perf_counter()
-        assert isinstance(self._inner, Generating)
-        asked = self._inner.questions()
         drawn = Sampling(self.temperature, self.top_p, self.seed)
-        written = asked.answers(model, tokenizer, self.samples, drawn, batch_size)
-        written = [[text.strip() for text in each] for each in written]
-        right = asked.right(written)
-        counted = [_counted(texts, flags) for texts, flags in zip(written, right, strict=True)]
-        items = [
-            Item(*asked.item(place), _shown(each), len(each) / self.samples)
-            for place, each in enumerate(counted)
-        ]
-        found = TaskResult.of_items(
-            self,
-            items,
-            metric="unique",
-            higher_is_better=True,
-            seconds=time.perf_counter() - started,
-        )
-        passed = [sum(flags) for flags in right]
+        texts = self.inner.answers(model, tokenizer, self.samples, drawn, batch_size)
+        written = [[text.strip() for text in each] for each in texts]
+        right = self.inner.right(written)
+        items, different = [], []
+        for item, each, flags in zip(self.inner.questions(), written, right, strict=True):
+            judged = dict(zip(each, flags, strict=True))
+            shown = "\n".join(
+                f"{times} {'+' if judged[text] else '-'} {text}"
+                for text, times in Counter(each).most_common()
+            )
+            items.append(replace(item, answer=shown, score=len(judged) / self.samples))
+            different.append(list(judged.values()))
+        numbers: dict[str, list[float]] = {
+            "unique_right": [sum(flags) for flags in different],
+            "unique_wrong": [len(flags) - sum(flags) for flags in different],
+            **{f"distinct_{n}": [distinct(each, n) for each in written] for n in (1, 2, 3)},
+        }
+        extra = {name: mean_stderr(values).value for name, values in numbers.items()}
         ks = [2**i for i in range(self.samples.bit_length())]
-        extra = {**_split(counted), **_grams(written), **pass_curve(passed, self.samples, ks)}
-        return replace(found, extra=extra)
+        extra |= pass_curve([sum(flags) for flags in right], self.samples, ks)
+        return TaskResult.of_items(self, items, metric="unique", extra=extra)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -146,31 +131,4 @@ def distinct(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-Counted = Mapping[str, tuple[int, bool]]
-"""Each different output with the number of its draws and whether it is right."""
-
-
-def _counted(texts: Sequence[str], right: Sequence[bool]) -> Counted:
-    found: dict[str, tuple[int, bool]] = {}
-    for text, flag in zip(texts, right, strict=True):
-        found[text] = (found.get(text, (0, flag))[0] + 1, flag)
-    return found
-
-
-def _shown(counted: Counted) -> str:
-    ordered = sorted(counted.items(), key=lambda entry: -entry[1][0])
-    return "\n".join(f"{times} {'+' if right else '-'} {text}" for text, (times, right) in ordered)
-
-
-def _split(counted: Sequence[Counted]) -> dict[str, float]:
-    def mean(right: bool) -> float:
-        return mean_stderr([sum(r is right for _, r in c.values()) for c in counted]).value
-
-    return {"unique_right": mean(True), "unique_wrong": mean(False)}
-
-
-def _grams(written: Sequence[Sequence[str]]) -> dict[str, float]:
-    return {
-        f"distinct_{n}": mean_stderr([distinct(texts, n) for texts in written]).value
-        for n in _GRAMS
-    }
+TASK = Diversity

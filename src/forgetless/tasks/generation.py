@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from forgetless.tasks.inference import (
     encode,
     pad,
     require_causal,
+    require_numbers,
     rows_with_cache,
 )
-from forgetless.tasks.journal import section
+from forgetless.tasks.journal import in_batches
 from forgetless.tasks.sampling import Sampling
 
 __all__ = ["generate"]
@@ -67,19 +68,9 @@ def generate(
     _check_room(model, rows, max_new_tokens)
     ends = _end_ids(model, tokenizer)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    characters = [text for text in stops if len(text) == 1]
-    decoder = _Decoder(
-        model=model,
-        fill=tokenizer.pad_token_id or 0,
-        ends=ends.union(*(_ids_with(text, tokenizer, len(tokenizer)) for text in characters)),
-        steps=max_new_tokens,
-        stopped=_stopped(tokenizer, [text for text in stops if len(text) > 1]),
-    )
+    inside = [_ids_with(text, tokenizer, len(tokenizer)) for text in stops if len(text) == 1]
+    decoder = _Decoder(model, tokenizer, ends.union(*inside), max_new_tokens, stops)
     longest = max(map(len, rows), default=0) + max_new_tokens
-    size = batch_size or rows_with_cache(model, longest)
-    answers = [""] * len(rows)
-    drawn = [] if sampling is None else [[sampling.temperature, sampling.top_p, sampling.seed]]
-    kept = section("generate", rows, max_new_tokens, stop, *drawn)
 
     def continuations(places: Sequence[int]) -> list[str]:
         choose = _best if sampling is None else sampling.chooser(places, max_new_tokens)
@@ -89,12 +80,10 @@ def generate(
         texts = tokenizer.batch_decode(found, skip_special_tokens=True)
         return [_until(text, stops) for text in texts]
 
+    drawn = [] if sampling is None else [[sampling.temperature, sampling.top_p, sampling.seed]]
     with evaluating(model):
-        for places in by_length(rows, size):
-            texts = kept.batch(places, partial(continuations, places))
-            for place, text in zip(places, texts, strict=True):
-                answers[place] = text
-    return answers
+        batches = by_length(rows, batch_size or rows_with_cache(model, longest))
+        return in_batches("generate", rows, batches, continuations, max_new_tokens, stop, *drawn)
 
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]
@@ -111,30 +100,21 @@ def _until(text: str, stops: Sequence[str]) -> str:
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
 
 
-def _stopped(
-    tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]
-) -> Callable[[list[list[int]]], list[bool]] | None:
-    """Which rows hold one of several longer stops, that may be spread over tokens."""
-    if not stops:
-        return None
-    return lambda rows: [
-        any(stop in text for stop in stops) for text in tokenizer.batch_decode(rows)
-    ]
-
-
 class _Decoder:
     """Decoding of one batch after the other by the same model, with the same ends."""
 
     def __init__(
         self,
         model: nn.Module,
-        fill: int,
+        tokenizer: PreTrainedTokenizerBase,
         ends: Set[int],
         steps: int,
-        stopped: Callable[[list[list[int]]], list[bool]] | None = None,
+        stops: Sequence[str],
     ) -> None:
-        self.model, self.fill, self.ends, self.steps = model, fill, ends, steps
-        self.stopped = stopped
+        self.model, self.tokenizer, self.ends, self.steps = model, tokenizer, ends, steps
+        # One character is in one token, which is among the ends; more may be spread over tokens.
+        self.stops = [text for text in stops if len(text) > 1]
+        self.fill = tokenizer.pad_token_id or 0
         self.device = device_of(model)
         self.end_ids = torch.tensor(sorted(ends), device=self.device, dtype=torch.long)
 
@@ -148,8 +128,9 @@ class _Decoder:
             token = choose(state.next_logits(), alive, step)
             output[alive, step] = token
             running &= ~torch.isin(token, self.end_ids)
-            if self.stopped is not None and step % _LOOK == _LOOK - 1:
-                found = self.stopped(output[alive, : step + 1].tolist())
+            if self.stops and step % _LOOK == _LOOK - 1:
+                texts = self.tokenizer.batch_decode(output[alive, : step + 1].tolist())
+                found = [any(stop in text for stop in self.stops) for text in texts]
                 running &= ~torch.tensor(found, device=self.device)
             left = int(running.sum())
             if left == 0 or step + 1 == self.steps:
@@ -160,11 +141,10 @@ class _Decoder:
                 alive, token, running = alive[keep], token[keep], running[keep]
                 state.keep_rows(keep)
             state.append(token)
-        return [self._until_end(ids) for ids in output.tolist()]
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        length = next((i + 1 for i, token in enumerate(ids) if token in self.ends), len(ids))
-        return ids[:length]
+        return [
+            ids[: next((i + 1 for i, token in enumerate(ids) if token in self.ends), len(ids))]
+            for ids in output.tolist()
+        ]
 
 
 class _State:
@@ -191,11 +171,7 @@ class _State:
         output = self.model(**inputs, **self.options)
         self.cache = output.past_key_values if self.cached else None
         logits: Tensor = output.logits[:, -1]
-        if logits.isnan().any():
-            raise UserError(
-                "the model's logits are nan: its weights may come from a training run that "
-                "diverged (try a lower learning rate), or its dtype may be too narrow"
-            )
+        require_numbers(logits)
         return logits
 
     @property

@@ -21,6 +21,7 @@ __all__ = [
     "encode",
     "pad",
     "require_causal",
+    "require_numbers",
     "rows_that_fit",
     "rows_with_cache",
 ]
@@ -52,6 +53,19 @@ def require_causal(model: nn.Module) -> None:
         raise UserError(
             f"text tasks need a causal language model, got {type(plain).__name__}; "
             "load it with AutoModelForCausalLM"
+        )
+
+
+def require_numbers(values: Tensor | Sequence[float]) -> None:
+    """Refuse what a model said if any of it is no number.
+
+    Raises:
+        UserError: nan among logits, or among log-probabilities.
+    """
+    if torch.as_tensor(values).isnan().any():
+        raise UserError(
+            "the model's logits are nan: its weights may come from a training run that diverged "
+            "(try a lower learning rate), or its dtype may be too narrow"
         )
 
 

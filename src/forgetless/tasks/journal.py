@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar
 
 from forgetless.core.progress import bar
 
-__all__ = ["Section", "resuming", "section"]
+__all__ = ["in_batches", "resuming"]
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class _Journal:
 
     def __init__(self, path: Path, key: str) -> None:
         self.done: dict[str, list[Any]] = {}
-        self.sections = 0
+        self.passes = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file: IO[str] = path.open("a+", encoding="utf-8")
         self._read(key)
@@ -75,47 +75,43 @@ def resuming(path: Path, key: str) -> Iterator[None]:
         journal.file.close()
 
 
-class Section:
-    """The batches of one pass of a model over one set of texts."""
+def in_batches(
+    kind: str,
+    texts: Sequence[Any],
+    batches: Iterable[Sequence[int]],
+    compute: Callable[[Sequence[int]], Sequence[T]],
+    *settings: Any,
+) -> list[T]:
+    """One value for each text, in their order: computed batch by batch, or read where it is done.
 
-    def __init__(self, journal: _Journal | None, name: str, texts: int) -> None:
-        self._journal, self._name = journal, name
-        self._bar = bar("evaluation", texts, "texts")
-
-    def batch(self, places: Sequence[int], compute: Callable[[], Sequence[T]]) -> Sequence[T]:
-        """The values of a batch: those on disk, or computed now and written down.
-
-        Args:
-            places: which texts are in the batch.
-            compute: gives one value a text: a string, a number, or a list of these.
-        """
-        values = self._values(places, compute)
-        self._bar.advance(len(places))
-        return values
-
-    def _values(self, places: Sequence[int], compute: Callable[[], Sequence[T]]) -> Sequence[T]:
-        if self._journal is None:
-            return compute()
-        name = f"{self._name}:{_hash([len(places), *places])}"
-        if name not in self._journal.done:
-            self._journal.add(name, compute())
-        return self._journal.done[name]
-
-
-def section(kind: str, texts: Sequence[Any] = (), *settings: Any) -> Section:
-    """The next pass of the evaluation that is under way; outside of `resuming` nothing is kept.
+    Outside of `resuming` nothing is kept.
 
     Args:
         kind: of pass.
         texts: what is asked of the model, JSON-ready: texts or token ids.
-        settings: with which it is asked, likewise. Passes are told apart by all three and by their
-            order, so that two models may be asked the same.
+        batches: positions of the texts, each once.
+        compute: gives one value for each position: a string, a number, or a list of these.
+        settings: with which the model is asked, JSON-ready. Passes are told apart by all of this
+            and by their order, so that two models may be asked the same.
     """
     journal = _active.get()
-    if journal is None:
-        return Section(None, "", len(texts))
-    journal.sections += 1
-    return Section(journal, f"{journal.sections}:{_hash((kind, texts, *settings))}", len(texts))
+    found: list[Any] = [None] * len(texts)
+    shown = bar("evaluation", len(texts), "texts")
+    if journal is not None:
+        journal.passes += 1
+        name = f"{journal.passes}:{_hash((kind, texts, *settings))}"
+    for places in batches:
+        if journal is None:
+            values = compute(places)
+        else:
+            batch = f"{name}:{_hash([len(places), *places])}"
+            if batch not in journal.done:
+                journal.add(batch, compute(places))
+            values = journal.done[batch]
+        for place, value in zip(places, values, strict=True):
+            found[place] = value
+        shown.advance(len(places))
+    return found
 
 
 def _hash(content: Any) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr
 from forgetless.data.packing import IGNORED
-from forgetless.tasks.base import Item, TaskResult, check_settings, fingerprint_of, whole_number
+from forgetless.tasks.base import Item, Task, TaskResult, whole_number
 from forgetless.tasks.rows import (
     Row,
     file_problem,
@@ -24,32 +22,15 @@ from forgetless.tasks.rows import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["Choice", "MultipleChoice", "choice_scores"]
+__all__ = ["MultipleChoice", "choice_scores"]
 
-_VERSION = 1
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One question with its choices.
-
-    Attributes:
-        prompt: what the model reads.
-        choices: the answers to choose from, two or more.
-        right: position of the right one.
-    """
-
-    prompt: str
-    choices: tuple[str, ...]
-    right: int
-
-
-@dataclass(frozen=True)
-class MultipleChoice:
+class MultipleChoice(Task):
     """Share of questions whose right answer is the model's most probable one.
 
     Each choice is read after the prompt and a space; the one with the highest log-probability for
@@ -70,6 +51,9 @@ class MultipleChoice:
         UserError: settings out of range, or no such file.
     """
 
+    kind = "multiple_choice"
+    summary = "the most probable of given answers (accuracy)"
+
     path: str | Path
     question: str = "question"
     choices: str | Sequence[str] = "choices"
@@ -78,31 +62,27 @@ class MultipleChoice:
     name: str = "multiple_choice"
     limit: int | None = None
 
-    needs_reference: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterable[str | None]:
+        """Of every setting."""
         listed = isinstance(self.choices, list | tuple) and len(self.choices) > 1
         known = listed or (isinstance(self.choices, str) and self.choices)
-        problems = [
-            file_problem(self.path),
-            None if known else f"choices must be a field or two and more, got {self.choices!r}",
-            prompt_problem(self.prompt),
-            whole_number("limit", self.limit, optional=True),
-        ]
-        check_settings("multiple_choice", self.name, problems)
+        yield file_problem(self.path)
+        yield None if known else f"choices must be a field or two and more, got {self.choices!r}"
+        yield prompt_problem(self.prompt)
+        yield whole_number("limit", self.limit, optional=True)
 
     @cached_property
-    def _questions(self) -> list[Choice]:
-        return [self._question(row, where) for where, row in read_records(self.path, self.limit)]
-
-    def _question(self, row: Row, where: str) -> Choice:
-        prompt = made_prompt(self.prompt, self.question, row, where)
-        texts, labels = self._choices(row, where)
-        if len(texts) < 2:
-            raise UserError(f"{where}: has {len(texts)} choices; give two or more")
-        return Choice(
-            prompt, texts, _right(the_field(row, self.answer, where), texts, labels, where)
-        )
+    def _asked(self) -> list[tuple[str, tuple[str, ...], int]]:
+        """Each prompt with its choices and the position of the right one."""
+        asked = []
+        for where, row in read_records(self.path, self.limit):
+            prompt = made_prompt(self.prompt, self.question, row, where)
+            texts, labels = self._choices(row, where)
+            if len(texts) < 2:
+                raise UserError(f"{where}: has {len(texts)} choices; give two or more")
+            answer = the_field(row, self.answer, where)
+            asked.append((prompt, texts, _right(answer, texts, labels, where)))
+        return asked
 
     def _choices(self, row: Row, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The choices and their labels; letters where they have none."""
@@ -119,52 +99,37 @@ class MultipleChoice:
             raise UserError(f"{where}: {self.choices!r} must be a list of choices, got {given!r}")
         return tuple(map(str, given)), tuple(map(str, labels))[: len(given)]
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the prompts, the choices, the right answers and the version of this task."""
-        content = [[q.prompt, q.choices, q.right] for q in self._questions]
-        return fingerprint_of("multiple_choice", _VERSION, content)
+    def content(self) -> Sequence[object]:
+        """The prompts, the choices and the right answers."""
+        return (self._asked,)
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        reference: nn.Module | None = None,
-        batch_size: int | None = None,
+    def measure(
+        self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
     ) -> TaskResult:
         """The share of questions that `model` answers rightly."""
-        started = time.perf_counter()
-        scores = choice_scores(model, tokenizer, self._questions, batch_size=batch_size)
-        items, totals = [], []
-        for number, (q, totalled) in enumerate(zip(self._questions, scores, strict=True)):
-            each = [score / len(text) for score, text in zip(totalled, q.choices, strict=True)]
+        asked = [(prompt, choices) for prompt, choices, _ in self._asked]
+        scores = choice_scores(model, tokenizer, asked, batch_size)
+        items, by_total = [], []
+        for number, ((prompt, choices, right), totals) in enumerate(
+            zip(self._asked, scores, strict=True)
+        ):
+            each = [total / max(1, len(text)) for total, text in zip(totals, choices, strict=True)]
             chosen = each.index(max(each))
-            right = float(chosen == q.right)
-            items.append(Item(str(number), q.prompt, q.choices[q.right], q.choices[chosen], right))
-            totals.append(float(totalled.index(max(totalled)) == q.right))
-        found = TaskResult.of_items(
-            self,
-            items,
-            metric="accuracy",
-            higher_is_better=True,
-            seconds=time.perf_counter() - started,
-        )
-        other = mean_stderr(totals)
-        return replace(
-            found,
-            extra={"accuracy_total": other.value, "accuracy_total_stderr": other.stderr},
-        )
+            score = float(chosen == right)
+            items.append(Item(str(number), prompt, choices[right], choices[chosen], score))
+            by_total.append(float(totals.index(max(totals)) == right))
+        other = mean_stderr(by_total)
+        extra = {"accuracy_total": other.value, "accuracy_total_stderr": other.stderr}
+        return TaskResult.of_items(self, items, metric="accuracy", extra=extra)
 
 
 def choice_scores(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Choice],
-    *,
+    model: Model,
+    tokenizer: Tokenizer,
+    questions: Sequence[tuple[str, Sequence[str]]],
     batch_size: int | None = None,
 ) -> list[list[float]]:
-    """Log-probability of every choice after its prompt, in nats, for every question.
+    """Log-probability of every choice after its prompt, in nats, for every (prompt, choices).
 
         log p(choice | prompt) = sum_t log p(x_t | prompt, x_<t)   over the tokens of the choice
 
@@ -175,11 +140,11 @@ def choice_scores(
         UserError: not a causal language model, logits that are nan, or a choice that is longer
             than the model can read.
     """
-    from forgetless.tasks.inference import context_of, encode
+    from forgetless.tasks.inference import context_of, encode, require_numbers
     from forgetless.tasks.likelihood import losses
 
-    prompts = [q.prompt for q in questions for _ in q.choices]
-    texts = [f"{q.prompt} {choice}" for q in questions for choice in q.choices]
+    prompts = [prompt for prompt, choices in questions for _ in choices]
+    texts = [f"{prompt} {choice}" for prompt, choices in questions for choice in choices]
     rows, labels = [], []
     for prompt, row in zip(encode(tokenizer, prompts), encode(tokenizer, texts), strict=True):
         start = max(1, _shared(prompt, row))
@@ -198,15 +163,12 @@ def choice_scores(
         stride=max(1, room - 1),
         batch_size=batch_size,
     )
-    if any(math.isnan(piece.total) for piece in pieces):
-        raise UserError(
-            "the model's logits are nan: its weights may come from a training run that diverged"
-        )
     totals = [0.0] * len(rows)
     for piece in pieces:
-        totals[piece.text] = -piece.total
+        totals[piece.text] = -piece.sums["loss"]
+    require_numbers(totals)
     found = iter(totals)
-    return [[next(found) for _ in q.choices] for q in questions]
+    return [[next(found) for _ in choices] for _, choices in questions]
 
 
 def _shared(prompt: Sequence[int], row: Sequence[int]) -> int:
@@ -227,3 +189,6 @@ def _right(answer: Any, texts: Sequence[str], labels: Sequence[str], where: str)
         f"{where}: the answer {answer!r} is no position 0..{len(texts) - 1}, no label "
         f"({', '.join(labels)}) and none of the choices"
     )
+
+
+TASK = MultipleChoice

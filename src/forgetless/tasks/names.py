@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError, unknown
-from forgetless.tasks.harness import STANDARD, find, is_installed
+from forgetless.tasks.harness.index import find, is_installed
+from forgetless.tasks.harness.layouts import STANDARD
 
 __all__ = ["SUITES", "resolved"]
 

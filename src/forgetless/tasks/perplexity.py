@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import math
 import sys
-import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from forgetless.core.errors import UserError
-from forgetless.data.examples import Examples
-from forgetless.data.texts import read_examples as read_texts
 from forgetless.data.tokens import tokenize
-from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
-from forgetless.tasks.texts import source_problem
+from forgetless.tasks.base import TaskResult, whole_number
+from forgetless.tasks.texts import LARGEST_LOSS, TextTask, added, items_of
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from forgetless.tasks.base import Model, Tokenizer
 
 __all__ = ["Perplexity"]
 
-_VERSION = 1
-
-# Beyond it, exp() of a loss is no longer a float64.
-_LARGEST_LOSS = 700.0
-
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(TextTask):
     """How surprised a model is by each token of a text.
 
         loss = - 1 / N * sum_t log p(x_t | x_<t)     perplexity = exp(loss)
@@ -52,60 +43,51 @@ class Perplexity:
         UserError: settings out of range, or no such file.
     """
 
+    kind = "perplexity"
+    summary = "mean token loss of a text file (nats per token)"
+
     path: str | Path
     name: str = "perplexity"
     limit: int | None = None
     max_length: int = 512
     stride: int | None = None
 
-    needs_reference: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        problems = [
-            source_problem(self.path),
-            whole_number("limit", self.limit, optional=True),
+    def problems(self) -> Iterable[str | None]:
+        """Of every setting."""
+        found = [
+            *super().problems(),
             whole_number("max_length", self.max_length, 2),
             whole_number("stride", self.stride, optional=True),
         ]
-        if not any(problems) and self.stride is not None and self.stride >= self.max_length:
-            problems.append(
-                f"stride must be below max_length ({self.max_length}), got {self.stride}"
-            )
-        check_settings("perplexity", self.name, problems)
-
-    @cached_property
-    def _examples(self) -> Examples:
-        return read_texts(self.path, self.limit)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the texts, the window and the version of this task."""
-        content = [self._examples.fingerprint, self.max_length, self.stride]
-        if self._windows is not None:
-            content.append({"windows": self._windows})
-        return fingerprint_of("perplexity", _VERSION, *content)
+        if not any(found) and self.stride is not None and self.stride >= self.max_length:
+            found.append(f"stride must be below max_length ({self.max_length}), got {self.stride}")
+        return found
 
     @property
     def _windows(self) -> int | None:
         """The most windows to read, where the limit cannot be one of documents."""
-        return self.limit if len(self._examples) == 1 else None
+        return self.limit if len(self.examples) == 1 else None
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        reference: nn.Module | None = None,
-        batch_size: int | None = None,
+    def content(self) -> Sequence[object]:
+        """The texts and the window."""
+        windows = [] if self._windows is None else [{"windows": self._windows}]
+        return self.examples.fingerprint, self.max_length, self.stride, *windows
+
+    def measure(
+        self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
     ) -> TaskResult:
         """The mean loss of `model`; `extra` has the perplexity and the number of tokens."""
-        from forgetless.tasks.inference import context_of
-        from forgetless.tasks.likelihood import items_of, losses
+        from forgetless.tasks.inference import context_of, encode
+        from forgetless.tasks.likelihood import losses
 
-        started = time.perf_counter()
         length = min(self.max_length, context_of(model) or self.max_length)
         stride = min(self.stride or length // 2, length - 1)
-        rows, labels = _tokens(self._examples, tokenizer)
+        labels: list[list[int]] | None = None
+        if self.examples.kind == "text":
+            rows = encode(tokenizer, [record["text"] for record in self.examples])
+        else:
+            learned = tokenize(self.examples, tokenizer, max_length=sys.maxsize, pack=False)
+            rows, labels = list(learned["input_ids"]), list(learned["labels"])
         if self._windows is not None:
             end = length + (self._windows - 1) * stride
             rows, labels = [rows[0][:end]], labels and [labels[0][:end]]
@@ -116,29 +98,11 @@ class Perplexity:
             raise UserError(
                 f"{self.path}: no text has a second token, so there is nothing to predict"
             )
-        result = TaskResult.of_items(
-            self,
-            items_of(pieces, rows, tokenizer),
-            metric="loss",
-            higher_is_better=False,
-            seconds=time.perf_counter() - started,
-        )
-        return replace(
-            result,
-            extra={
-                "perplexity": math.exp(min(result.value, _LARGEST_LOSS)),
-                "tokens": sum(piece.tokens for piece in pieces),
-            },
-        )
+        items = items_of(pieces, "loss", rows, tokenizer)
+        result = TaskResult.of_items(self, items, metric="loss", higher_is_better=False)
+        perplexity = math.exp(min(result.value, LARGEST_LOSS))
+        tokens = int(added(pieces, "tokens"))
+        return replace(result, extra={"perplexity": perplexity, "tokens": tokens})
 
 
-def _tokens(
-    examples: Examples, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[int]] | None]:
-    """Token ids of each example and, where only a part of it counts, its labels."""
-    from forgetless.tasks.inference import encode
-
-    if examples.kind == "text":
-        return encode(tokenizer, [record["text"] for record in examples]), None
-    dataset = tokenize(examples, tokenizer, max_length=sys.maxsize, pack=False)
-    return list(dataset["input_ids"]), list(dataset["labels"])
+TASK = Perplexity

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
 
-from forgetless.data.pocket.functions import Function, functions
-from forgetless.tasks.base import TaskResult, check_settings, whole_number
-from forgetless.tasks.code import Program, code_fingerprint, code_problems, questions, score_code
-from forgetless.tasks.questions import Questions
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+from forgetless.data.pocket.functions import functions
+from forgetless.tasks.base import whole_number
+from forgetless.tasks.code import CodeTask, Program
 
 __all__ = ["PocketFunctions"]
 
-_VERSION = 1
-_STOPS = ("\nQ", "\ndef")
-
 
 @dataclass(frozen=True)
-class PocketFunctions:
+class PocketFunctions(CodeTask):
     """pass@1 on functions of the pocket world, each run with its tests in the sandbox.
 
     The functions are of the test split, whose sentences no training function has. The value is the
@@ -44,6 +35,10 @@ class PocketFunctions:
         UserError: settings out of range.
     """
 
+    kind = "pocket_functions"
+    summary = "small functions that pass their tests (pass@1)"
+    stop = ("\nQ", "\ndef")
+
     name: str = "pocket_functions"
     limit: int = 200
     seed: int = 0
@@ -54,38 +49,21 @@ class PocketFunctions:
     max_new_tokens: int = 72
     seconds: float = 3.0
 
-    needs_reference: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        problems = [whole_number("limit", self.limit), *code_problems(self)]
-        check_settings("pocket_functions", self.name, problems)
+    def problems(self) -> Iterable[str | None]:
+        """Of every setting."""
+        return [whole_number("limit", self.limit), *super().problems()]
 
     @cached_property
     def _programs(self) -> list[Program]:
         made = functions(self.limit, self.seed, "test")
-        return [_program(f"test{self.seed}:{i}", function) for i, function in enumerate(made)]
+        return [
+            Program(f"test{self.seed}:{i}", f.prompt, f.completion, f.head, "\n".join(f.tests))
+            for i, f in enumerate(made)
+        ]
 
-    def questions(self) -> Questions:
-        """The problems, to draw several functions for."""
-        return questions(self, self._programs, _STOPS)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the problems, the settings and the version of this task."""
-        return code_fingerprint("pocket_functions", _VERSION, self, self._programs)
-
-    def evaluate(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        reference: nn.Module | None = None,
-        batch_size: int | None = None,
-    ) -> TaskResult:
-        """The share of functions of `model` that pass."""
-        return score_code(model, tokenizer, self, self.questions(), batch_size)
+    def programs(self) -> Sequence[Program]:
+        """The functions with their tests."""
+        return self._programs
 
 
-def _program(number: str, function: Function) -> Program:
-    tests = "\n".join(function.tests)
-    return Program(number, function.prompt, function.completion, function.head, tests)
+TASK = PocketFunctions

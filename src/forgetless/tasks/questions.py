@@ -1,61 +1,56 @@
-"""The questions of a task that generates, and the score of one answer to each. No torch."""
+"""Tasks that are answered in words: the model writes, and the answers are judged. No torch."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from forgetless.tasks.base import Item, Task, TaskResult
 from forgetless.tasks.sampling import Sampling
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["Generating", "Questions", "score_answers"]
+__all__ = ["Generating"]
 
 
-@dataclass(frozen=True)
-class Questions:
-    """What a model is asked, and how its answers are judged.
+class Generating(Task):
+    """A task whose questions may be answered several times.
 
     Attributes:
-        ids: of the items.
-        prompts: what the model reads.
-        expected: right answers.
         stop: a text that ends an answer, or several.
         max_new_tokens: length of an answer.
-        right: whether each of several answers to each question is right.
     """
 
-    ids: tuple[str, ...]
-    prompts: tuple[str, ...]
-    expected: tuple[str, ...]
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] = "\n"
     max_new_tokens: int
-    right: Callable[[Sequence[Sequence[str]]], list[list[bool]]]
 
-    def item(self, place: int) -> tuple[str, str, str]:
-        """Id, prompt and right answer of a question."""
-        return self.ids[place], self.prompts[place], self.expected[place]
+    @abstractmethod
+    def questions(self) -> Sequence[Item]:
+        """The items, not yet answered."""
+
+    @abstractmethod
+    def right(self, written: Sequence[Sequence[str]]) -> list[list[bool]]:
+        """Whether each of several answers to each question is right."""
 
     def answers(
         self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        model: Model,
+        tokenizer: Tokenizer,
         samples: int,
         sampling: Sampling | None,
         batch_size: int | None,
     ) -> list[list[str]]:
         """Several answers to each question, drawn or, without `sampling`, the most probable."""
+        # Imports torch, which naming and checking a task does not need.
         from forgetless.tasks.generation import generate
 
         texts = generate(
             model,
             tokenizer,
-            [prompt for prompt in self.prompts for _ in range(samples)],
+            [item.prompt for item in self.questions() for _ in range(samples)],
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
             batch_size=batch_size,
@@ -63,34 +58,14 @@ class Questions:
         )
         return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 
-
-@runtime_checkable
-class Generating(Protocol):
-    """A task whose questions may be answered several times."""
-
-    def questions(self) -> Questions:
-        """Them."""
-
-
-def score_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    asked: Questions,
-    batch_size: int | None,
-) -> TaskResult:
-    """The share of questions whose most probable answer is right."""
-    started = time.perf_counter()
-    written = asked.answers(model, tokenizer, 1, None, batch_size)
-    judged = zip(written, asked.right(written), strict=True)
-    items = [
-        Item(*asked.item(place), text.strip(), float(right))
-        for place, ((text,), (right,)) in enumerate(judged)
-    ]
-    return TaskResult.of_items(
-        task,
-        items,
-        metric="accuracy",
-        higher_is_better=True,
-        seconds=time.perf_counter() - started,
-    )
+    def measure(
+        self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
+    ) -> TaskResult:
+        """The share of questions whose most probable answer is right."""
+        written = self.answers(model, tokenizer, 1, None, batch_size)
+        judged = zip(self.questions(), written, self.right(written), strict=True)
+        items = [
+            replace(item, answer=text.strip(), score=float(right))
+            for item, (text,), (right,) in judged
+        ]
+        return TaskResult.of_items(self, items, metric="accuracy")

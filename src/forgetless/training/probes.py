@@ -20,7 +20,9 @@ from forgetless.data.texts import read_examples as read_texts
 from forgetless.data.texts import spread
 from forgetless.models.load import adapter_off
 from forgetless.models.state import generators_kept
-from forgetless.tasks import KL, TASKS, Perplexity, Task, TaskResult, make_task
+from forgetless.tasks import TASKS, Task, TaskResult, make_task
+from forgetless.tasks.kl import KL
+from forgetless.tasks.perplexity import Perplexity
 
 __all__ = ["Asked", "Probes", "RecordedBase"]
 
@@ -114,7 +116,7 @@ class _HeldLoss(Perplexity):
     """The token loss on a few of the texts."""
 
     @cached_property
-    def _examples(self) -> Examples:
+    def examples(self) -> Examples:
         return _few(self.path)
 
 
@@ -122,7 +124,7 @@ class _HeldKL(KL):
     """The divergence on a few of the texts."""
 
     @cached_property
-    def _examples(self) -> Examples:
+    def examples(self) -> Examples:
         return _few(self.path)
 
 

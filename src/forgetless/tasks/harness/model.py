@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
-from forgetless.tasks.inference import rows_that_fit
-from forgetless.tasks.journal import section
+from forgetless.tasks.inference import require_numbers, rows_that_fit
+from forgetless.tasks.journal import in_batches
 
-__all__ = ["InMemory", "check_finite"]
+__all__ = ["InMemory"]
 
 # Texts that are written together.
 _ROWS = 32
@@ -33,8 +30,8 @@ class InMemory(HFLM):
 
     Requests are grouped, ordered and cut into batches as `HFLM` does it, and each batch is computed
     by `HFLM` itself, so the numbers are its numbers to the last bit. What is added: a batch that an
-    interrupted evaluation finished is not computed again (see `forgetless.tasks.journal`), no
-    progress bars, and a count of the requests that did not fit into the model.
+    interrupted evaluation finished is not computed again (see `forgetless.tasks.journal`), one
+    progress bar of ours, and a count of the requests that did not fit into the model.
 
     Attributes:
         too_long: how many requests were cut on the left.
@@ -70,25 +67,25 @@ class InMemory(HFLM):
     ) -> list[tuple[float, bool]]:
         lengths = [len(context) + len(rest) for _, context, rest in requests]
         self.too_long += sum(length > self.max_length + 1 for length in lengths)
-        kept = section("loglikelihood", [[context, rest] for _, context, rest in requests])
         compute: Callable[..., list[tuple[float, bool]]] = super()._loglikelihood_tokens
-        answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+        before: int = self.batch_size_per_gpu  # type: ignore[has-type]
 
-        def one_batch(groups: int, places: Sequence[int]) -> list[tuple[float, bool]]:
-            self.batch_size_per_gpu = groups
-            return compute([requests[i] for i in places], disable_tqdm=True, override_bs=groups)
-
-        size = self.batch_size_per_gpu
-        try:
+        def batches() -> Iterator[list[int]]:
             for groups in self._batches(requests, override_bs):
-                places = [place for group in groups for place in group]
-                found = kept.batch(places, partial(one_batch, len(groups), places))
-                for place, (value, greedy) in zip(places, found, strict=True):
-                    answers[place] = (value, greedy)
+                self.batch_size_per_gpu = len(groups)
+                yield [place for group in groups for place in group]
+
+        def one_batch(places: Sequence[int]) -> list[tuple[float, bool]]:
+            chosen, size = [requests[i] for i in places], self.batch_size_per_gpu
+            return compute(chosen, disable_tqdm=True, override_bs=size)
+
+        asked = [[context, rest] for _, context, rest in requests]
+        try:
+            found = in_batches("loglikelihood", asked, batches(), one_batch)
         finally:
-            self.batch_size_per_gpu = size
-        _check_numbers([value for value, _ in answers])
-        return answers
+            self.batch_size_per_gpu = before
+        require_numbers([value for value, _ in found])
+        return [(value, greedy) for value, greedy in found]
 
     def _batches(self, requests: Sequence[Request], size: int | None) -> Iterable[list[list[int]]]:
         """Positions of the requests: batches of groups that one row of the batch answers.
@@ -120,24 +117,21 @@ class InMemory(HFLM):
         settings = [request.args[1] for request in requests]
         lengths = [len(self.tok_encode(prompt)) for prompt in prompts]
         self._count_too_long(lengths, settings)
-        kept = section("generate_until", prompts, settings)
         compute = super().generate_until
-        answers = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for place, setting in enumerate(settings):
+            groups.setdefault(json.dumps(setting, sort_keys=True, default=str), []).append(place)
+        batches = []
+        for group in groups.values():
+            order = sorted(group, key=lambda place: (-lengths[place], prompts[place]))
+            batches += [
+                order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)
+            ]
 
         def one_batch(places: Sequence[int]) -> list[str]:
             return list(compute([requests[i] for i in places], disable_tqdm=True))
 
-        groups: dict[str, list[int]] = {}
-        for place, setting in enumerate(settings):
-            groups.setdefault(json.dumps(setting, sort_keys=True, default=str), []).append(place)
-        for group in groups.values():
-            order = sorted(group, key=lambda place: (-lengths[place], prompts[place]))
-            for start in range(0, len(order), self.batch_size):
-                places = order[start : start + self.batch_size]
-                found = kept.batch(places, partial(one_batch, places))
-                for place, text in zip(places, found, strict=True):
-                    answers[place] = text
-        return answers
+        return in_batches("generate_until", prompts, batches, one_batch, settings)
 
     def _count_too_long(self, lengths: Sequence[int], settings: Sequence[dict[str, Any]]) -> None:
         new = [
@@ -151,23 +145,4 @@ class InMemory(HFLM):
             )
         self.too_long += sum(
             length > self.max_length - steps for length, steps in zip(lengths, new, strict=True)
-        )
-
-
-def check_finite(model: nn.Module, device: torch.device) -> None:
-    """Refuse a model whose logits are not numbers; the harness would score it like any other.
-
-    Raises:
-        UserError: nan among the logits of a few tokens.
-    """
-    with torch.no_grad():
-        logits = model(torch.arange(4, device=device)[None]).logits
-    _check_numbers([math.nan if logits.isnan().any() else 0.0])
-
-
-def _check_numbers(values: Sequence[float]) -> None:
-    if any(math.isnan(value) for value in values):
-        raise UserError(
-            "the model's logits are nan: its weights may come from a training run that diverged "
-            "(try a lower learning rate), or its dtype may be too narrow"
         )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr
-from forgetless.tasks.base import Item, Task, TaskResult
+from forgetless.tasks.base import Item, TaskResult
 
 if TYPE_CHECKING:
-    from forgetless.tasks.harness.running import Loaded, Outcome
+    from forgetless.tasks.harness.running import Loaded
 
 __all__ = ["primary", "result"]
 
@@ -40,108 +39,73 @@ def primary(keys: Mapping[str, bool]) -> str:
     return next(iter(keys))
 
 
-def result(task: Task, loaded: Loaded, key: str, outcome: Outcome, seconds: float) -> TaskResult:
-    """The result of a task of the harness under the metric `key`.
+def result(
+    loaded: Loaded,
+    numbers: Mapping[str, float],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: Mapping[str, Any],
+) -> TaskResult:
+    """The result of a task of the harness.
 
     Items are kept where the metric is their mean; a perplexity over all documents has none.
+
+    Args:
+        loaded: the task.
+        numbers: lm-eval's, of the task or group: "acc,none", "acc_stderr,none" and the like.
+        samples: lm-eval's, of each task.
+        settings: with which it was asked.
+
+    Raises:
+        UserError: neither lm-eval nor the items give a score.
     """
-    items = _weighted(_items(loaded, key, outcome), outcome.numbers.get(key))
-    value, stderr, n = _score(items, key, outcome)
-    if outcome.too_long:
-        warnings.warn(
-            f"task {task.name!r}: {outcome.too_long} requests are longer than the model can read "
-            "and were cut on the left, as lm-eval does; worked examples or the question's "
-            "beginning are missing in them",
-            stacklevel=2,
-        )
+    key = loaded.metric
+    metric, _, name = key.partition(",")
+    items = _weighted(_items(loaded.tasks, metric, name, samples), numbers.get(key))
+    error = f"{metric}_stderr,{name}"
+    # lm-eval's own value and standard error; the items' where it has none, as for some groups.
+    if key in numbers:
+        value, stderr = numbers[key], numbers.get(error, math.nan)
+    elif items:
+        value, stderr, _ = mean_stderr([i.score for i in items], [i.weight for i in items])
+    else:
+        raise UserError(f"lm-eval gives no {key!r} for this group; name its tasks one by one")
     return TaskResult(
-        task=task.name,
+        task=loaded.task.name,
         metric=key,
         value=value,
         stderr=stderr,
-        n=n,
+        n=len(items) or sum(len({s["doc_id"] for s in docs}) for docs in samples.values()),
         higher_is_better=loaded.metrics[key],
-        fingerprint=task.fingerprint,
-        seconds=seconds,
+        fingerprint=loaded.task.fingerprint,
         items=tuple(items),
-        extra=_others(key, outcome),
-        settings=_settings(loaded, outcome),
+        extra={k: v for k, v in numbers.items() if k not in (key, error)},
+        settings=settings,
     )
-
-
-def _score(items: Sequence[Item], key: str, outcome: Outcome) -> tuple[float, float, int]:
-    """lm-eval's own value and standard error; the items' where it has none, as for some groups."""
-    n = len(items) or sum(len({s["doc_id"] for s in docs}) for docs in outcome.samples.values())
-    if key in outcome.numbers:
-        metric, _, name = key.partition(",")
-        stderr = outcome.numbers.get(f"{metric}_stderr,{name}", math.nan)
-        return outcome.numbers[key], stderr, n
-    if not items:
-        raise UserError(f"lm-eval gives no {key!r} for this group; name its tasks one by one")
-    mean = mean_stderr([i.score for i in items], [i.weight for i in items])
-    return mean.value, mean.stderr, n
-
-
-def _others(key: str, outcome: Outcome) -> dict[str, float]:
-    """The metrics that do not count, with their standard errors."""
-    metric, _, name = key.partition(",")
-    own = {key, f"{metric}_stderr,{name}"}
-    return {k: v for k, v in outcome.numbers.items() if k not in own}
-
-
-def _settings(loaded: Loaded, outcome: Outcome) -> dict[str, Any]:
-    """What was asked and how; one number where all tasks of a group agree."""
-    from forgetless.tasks.harness.running import harness_version
-
-    def one(values: Mapping[str, Any]) -> Any:
-        different = list(dict.fromkeys(values.values()))
-        return different[0] if len(different) == 1 else dict(values)
-
-    return {
-        "lm_eval": harness_version(),
-        "lm_eval_task": loaded.name,
-        "version": one(loaded.versions),
-        "num_fewshot": one(loaded.shots),
-        "limit": loaded.limit,
-        "requests_cut": outcome.too_long,
-        "generation": one({name: _generation(task) for name, task in loaded.tasks.items()}),
-    }
-
-
-def _generation(task: Any) -> str | None:
-    """How answers are generated, as text."""
-    generates = task.OUTPUT_TYPE == "generate_until"
-    return json.dumps(task.config.generation_kwargs, sort_keys=True) if generates else None
 
 
 # -------------------------------------------------------------------------------------------- items
 
 
-def _items(loaded: Loaded, key: str, outcome: Outcome) -> list[Item]:
-    """One item a document, where the metric is a mean over documents."""
-    if not loaded.is_mean(key):
-        return []
-    metric, _, name = key.partition(",")
-    several = len(loaded.tasks) > 1
-    return [
-        replace(item, id=f"{task}:{item.id}") if several else item
-        for task, samples in outcome.samples.items()
-        for item in _task_items(loaded.tasks[task], samples, metric, name)
-    ]
-
-
-def _task_items(
-    task: Any, samples: Sequence[Mapping[str, Any]], metric: str, name: str
+def _items(
+    tasks: Mapping[str, Any],
+    metric: str,
+    name: str,
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> list[Item]:
+    """One item a document and filter `name`, where the metric is a plain mean over documents."""
+    functions = [task.aggregation().get(metric) for task in tasks.values()]
+    if any(getattr(function, "__name__", "") != "mean" for function in functions):
+        return []
     return [
         Item(
-            id=str(sample["doc_id"]),
-            prompt=_question(task, sample),
-            expected=_expected(task, sample),
-            answer=_answer(task, sample, metric),
+            id=f"{task}:{sample['doc_id']}" if len(tasks) > 1 else str(sample["doc_id"]),
+            prompt=_question(tasks[task], sample),
+            expected=_expected(tasks[task], sample),
+            answer=_answer(tasks[task], sample, metric),
             score=float(sample[metric]),
         )
-        for sample in samples
+        for task, logged in samples.items()
+        for sample in logged
         if sample["filter"] == name and metric in sample
     ]
 
@@ -156,10 +120,7 @@ def _weighted(items: list[Item], value: float | None) -> list[Item]:
         return items
     if math.isclose(sum(i.score for i in items) / len(items), value, abs_tol=_SAME):
         return items
-    sizes: dict[str, int] = {}
-    for item in items:
-        task = item.id.partition(":")[0]
-        sizes[task] = sizes.get(task, 0) + 1
+    sizes = Counter(item.id.partition(":")[0] for item in items)
     share = len(items) / len(sizes)
     shared = [replace(i, weight=share / sizes[i.id.partition(":")[0]]) for i in items]
     mean = sum(i.score * i.weight for i in shared) / sum(i.weight for i in shared)

@@ -9,14 +9,13 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -29,15 +28,21 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.core.errors import UserError
+from forgetless.core.errors import UserError, unknown
 from forgetless.models.load import evaluating
 from forgetless.models.state import generators_kept
+from forgetless.tasks.base import TaskResult
 from forgetless.tasks.harness import local
 from forgetless.tasks.harness.index import find
 from forgetless.tasks.harness.layouts import STANDARD
-from forgetless.tasks.harness.model import InMemory, check_finite
+from forgetless.tasks.harness.model import InMemory
+from forgetless.tasks.harness.results import primary, result
+from forgetless.tasks.inference import require_causal, require_numbers
 
-__all__ = ["Loaded", "Outcome", "harness_version", "load"]
+if TYPE_CHECKING:
+    from forgetless.tasks.lm_eval import LMEval
+
+__all__ = ["Loaded", "load"]
 
 # What lm-eval's own command line sets before it evaluates: random, numpy, torch and few-shot.
 _SEEDS = (0, 1234, 1234, 1234)
@@ -45,143 +50,148 @@ _BOOTSTRAP = 1000
 _SHOWN_ERROR = 200
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the harness found out.
-
-    Attributes:
-        numbers: of the task or group: "acc,none", "acc_stderr,none" and the like.
-        samples: of each task, its logged samples.
-        too_long: how many requests did not fit into the model and were cut on the left.
-    """
-
-    numbers: Mapping[str, float]
-    samples: Mapping[str, Sequence[Mapping[str, Any]]]
-    too_long: int
-
-
 class Loaded:
     """A task of the harness, or a group of tasks, with its data read.
 
     Attributes:
+        task: what was asked for.
         name: the harness's name of it.
         tasks: the harness's task objects by name; one, or a group's.
-        limit: documents of each task; None for all.
+        metrics: every metric key, "acc,none", that all of these have; whether higher is better.
+        metric: the key that counts.
+
+    Raises:
+        UserError: the task has no such metric, or its members have none in common.
     """
 
-    def __init__(self, name: str, found: Mapping[str, Any], limit: int | None) -> None:
-        self.name, self.limit = name, limit
+    def __init__(self, task: LMEval, found: Mapping[str, Any]) -> None:
+        self.task = task
+        self.name = task.task
+        if task.task.endswith((".yaml", ".yml")):
+            content = load_yaml(task.task, resolve_func=False)
+            self.name = str(content.get("task") or content.get("group"))
         self.tasks: dict[str, Any] = dict(found["tasks"])
         self._groups: dict[str, Any] = dict(found.get("groups", {}))
-
-    @property
-    def versions(self) -> dict[str, Any]:
-        """The version of each task."""
-        return {name: task.VERSION for name, task in self.tasks.items()}
-
-    @property
-    def shots(self) -> dict[str, int]:
-        """The number of worked examples that each task has."""
-        return {name: int(task.config.num_fewshot) for name, task in self.tasks.items()}
-
-    @cached_property
-    def metrics(self) -> dict[str, bool]:
-        """Every metric key, "acc,none", that all tasks have, and whether higher is better."""
-        keys: dict[str, bool] = {}
-        for position, task in enumerate(self.tasks.values()):
-            filters = [pipeline.name for pipeline in task._filters]
-            own = {
-                f"{metric},{name}": bool(higher)
-                for name in filters
-                for metric, higher in task.higher_is_better().items()
+        each = [
+            {
+                f"{metric},{pipeline.name}": bool(higher)
+                for pipeline in member._filters
+                for metric, higher in member.higher_is_better().items()
             }
-            keys = own if position == 0 else {k: v for k, v in keys.items() if k in own}
-        return keys
-
-    def is_mean(self, key: str) -> bool:
-        """Whether the metric is the plain mean of what it is for each document."""
-        metric = key.partition(",")[0]
-        functions = [task.aggregation().get(metric) for task in self.tasks.values()]
-        return all(getattr(function, "__name__", "") == "mean" for function in functions)
+            for member in self.tasks.values()
+        ]
+        self.metrics = {k: v for k, v in each[0].items() if all(k in keys for keys in each)}
+        if task.metric is not None and task.metric not in self.metrics:
+            raise unknown(f"metric of task {task.task!r}:", task.metric, self.metrics)
+        self.metric = primary(self.metrics) if task.metric is None else task.metric
 
     def content(self) -> list[Any]:
         """All that decides the scores but the model: documents, examples, settings, code."""
         with _quiet():
-            return [[name, _content(task, self.limit)] for name, task in self.tasks.items()]
+            return [[name, _content(task, self.task.limit)] for name, task in self.tasks.items()]
 
     def run(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int | None
-    ) -> Outcome:
-        """Score a model object; it and all random generators are left as they were."""
+    ) -> TaskResult:
+        """Score a model object; it and all random generators are left as they were.
+
+        Raises:
+            UserError: not a causal language model, logits that are nan, or answers longer than
+                the model can read.
+        """
+        require_causal(model)
         with _quiet(), generators_kept(), _one_process(), evaluating(model):
             harness = InMemory(model, tokenizer, batch_size)
-            check_finite(model, harness.device)
-            _seed_everything()
+            # The harness would score a model whose logits are not numbers like any other.
+            with torch.no_grad():
+                require_numbers(model(torch.arange(4, device=harness.device)[None]).logits)
+            random.seed(_SEEDS[0])
+            np.random.seed(_SEEDS[1])
+            torch.manual_seed(_SEEDS[2])
             for task in self.tasks.values():
                 task.set_fewshot_seed(seed=_SEEDS[3])
             found = evaluator.evaluate(
                 lm=harness,
                 task_dict={"tasks": self.tasks, "groups": self._groups, "group_map": {}},
-                limit=self.limit,
+                limit=self.task.limit,
                 bootstrap_iters=_BOOTSTRAP,
                 log_samples=True,
             )
-        results = found["results"].get(self.name, {})
-        numbers = {k: float(v) for k, v in results.items() if "," in k and _is_number(v)}
-        return Outcome(numbers, found["samples"], harness.too_long)
+        numbers = {
+            key: float(value)
+            for key, value in found["results"].get(self.name, {}).items()
+            if "," in key and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        if harness.too_long:
+            warnings.warn(
+                f"task {self.task.name!r}: {harness.too_long} requests are longer than the model "
+                "can read and were cut on the left, as lm-eval does; worked examples or the "
+                "question's beginning are missing in them",
+                stacklevel=2,
+            )
+        return result(self, numbers, found["samples"], self._settings(harness.too_long))
+
+    def _settings(self, requests_cut: int) -> dict[str, Any]:
+        """What is asked and how; one value where all tasks of a group agree."""
+
+        def one(value: Callable[[Any], Any]) -> Any:
+            values = {name: value(task) for name, task in self.tasks.items()}
+            different = list(dict.fromkeys(values.values()))
+            return different[0] if len(different) == 1 else values
+
+        def generation(task: Any) -> str | None:
+            generates = task.OUTPUT_TYPE == "generate_until"
+            return json.dumps(task.config.generation_kwargs, sort_keys=True) if generates else None
+
+        return {
+            "lm_eval": version("lm_eval"),
+            "lm_eval_task": self.name,
+            "version": one(lambda task: task.VERSION),
+            "num_fewshot": one(lambda task: int(task.config.num_fewshot)),
+            "limit": self.task.limit,
+            "requests_cut": requests_cut,
+            "generation": one(generation),
+        }
 
 
-def load(
-    name: str,
-    *,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    data_dir: str | Path | None = None,
-    max_new_tokens: int | None = None,
-) -> Loaded:
+def load(task: LMEval) -> Loaded:
     """Read a task or a group of the harness with its data.
-
-    Args:
-        name: the harness's name, or a YAML file of a task.
-        num_fewshot: worked examples in each prompt; None for the task's own number.
-        limit: documents of each task.
-        data_dir: a folder of local files, for the tasks of `STANDARD`; None for the data set on
-            the hub, or its copy in the local cache.
-        max_new_tokens: of a generated answer; None for the task's own number.
 
     Raises:
         UserError: data that cannot be had; worked examples where there are none; a task that runs
-            generated programs.
+            generated programs; a metric that it does not have.
     """
+    name = task.task
     with _quiet(), generators_kept():
         try:
-            found = _load(name, data_dir)
+            found = _load(name, task.data_dir)
         except UserError:
             raise
         except Exception as problem:
-            raise UserError(_why_not(name, problem, data_dir)) from problem
-    for task in found["tasks"].values():
-        if not isinstance(task, ConfigurableTask):
+            raise UserError(_why_not(name, problem, task.data_dir)) from problem
+    for member in found["tasks"].values():
+        if not isinstance(member, ConfigurableTask):
             raise UserError(
-                f"task {name!r} is a Python class of lm-eval ({type(task).__name__}); only tasks "
+                f"task {name!r} is a Python class of lm-eval ({type(member).__name__}); only tasks "
                 "that are YAML files can be scored here"
             )
-        if getattr(task, "UNSAFE_CODE", False):
+        if getattr(member, "UNSAFE_CODE", False):
             raise UserError(
                 f"task {name!r} runs programs that the model writes, without a sandbox; use the "
                 "kinds 'humaneval' and 'mbpp'"
             )
-        _set_shots(task, num_fewshot)
-        if max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
-            _set_length(task, max_new_tokens)
-    return Loaded(_own_name(name), found, limit)
+        _set_shots(member, task.num_fewshot)
+        if task.max_new_tokens is not None and member.OUTPUT_TYPE == "generate_until":
+            # Under the one of its names that lm-eval looks at first, and no other.
+            given = member.config.generation_kwargs or {}
+            settings = {key: value for key, value in given.items() if key not in _LENGTHS}
+            settings["max_gen_toks"] = task.max_new_tokens
+            member.set_config(key="generation_kwargs", value=settings)
+    return Loaded(task, found)
 
 
-def _own_name(name: str) -> str:
-    if not name.endswith((".yaml", ".yml")):
-        return name
-    content = load_yaml(name, resolve_func=False)
-    return str(content.get("task") or content.get("group"))
+_LENGTHS = frozenset({"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"})
+"""What lm-eval calls the length of an answer."""
 
 
 def _load(name: str, data_dir: str | Path | None) -> Any:
@@ -189,13 +199,18 @@ def _load(name: str, data_dir: str | Path | None) -> Any:
     if data_dir is None:
         folders = [] if name.endswith((".yaml", ".yml")) else sorted(_folders(name))
         return TaskManager(include_path=folders, include_defaults=False).load([name])
-    # The harness reads the files at once, so they are needed no longer than that.
+    # The files are gone after this: what would be read from them later is held in memory.
     with tempfile.TemporaryDirectory(prefix="forgetless-") as place:
         local.write(name, data_dir, Path(place))
         folders = [*sorted(_folders(name)), Path(place)]
         found = TaskManager(include_path=folders, include_defaults=False).load([name])
         for task in found["tasks"].values():
-            _hold_in_memory(task)
+            task.dataset = datasets.DatasetDict(
+                {
+                    split: datasets.Dataset.from_list(rows.to_list())
+                    for split, rows in task.dataset.items()
+                }
+            )
     return found
 
 
@@ -214,13 +229,6 @@ def _folders(name: str) -> set[Path]:
     return folders
 
 
-def _hold_in_memory(task: Any) -> None:
-    """Replace data that are read from files as they are needed by copies in memory."""
-    task.dataset = datasets.DatasetDict(
-        {split: datasets.Dataset.from_list(rows.to_list()) for split, rows in task.dataset.items()}
-    )
-
-
 def _set_shots(task: Any, given: int | None) -> None:
     """The number of worked examples as lm-eval's command line sets it."""
     own = task.config.num_fewshot
@@ -236,15 +244,6 @@ def _set_shots(task: Any, given: int | None) -> None:
             "training file, and there is none; add a file with 'train' in its name, or set "
             "num_fewshot: 0"
         )
-
-
-def _set_length(task: Any, most: int) -> None:
-    """The length of an answer, under the one of its names that lm-eval looks at first."""
-    settings = {k: v for k, v in (task.config.generation_kwargs or {}).items() if k not in _LENGTHS}
-    task.set_config(key="generation_kwargs", value=settings | {"max_gen_toks": most})
-
-
-_LENGTHS = frozenset({"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"})
 
 
 def _why_not(name: str, problem: Exception, data_dir: str | Path | None) -> str:
@@ -314,19 +313,6 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-# ------------------------------------------------------------------------------ nothing is changed
-
-
-def _seed_everything() -> None:
-    random.seed(_SEEDS[0])
-    np.random.seed(_SEEDS[1])
-    torch.manual_seed(_SEEDS[2])
-
-
 @contextmanager
 def _one_process() -> Iterator[None]:
     """Resamples are drawn here, the same ones, and not in a pool of forks.
@@ -361,8 +347,3 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
-
-
-def harness_version() -> str:
-    """Of the installed lm-evaluation-harness."""
-    return version("lm_eval")

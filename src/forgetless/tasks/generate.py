@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from forgetless.core.errors import UserError
-from forgetless.tasks.base import TaskResult, check_settings, fingerprint_of, whole_number
-from forgetless.tasks.questions import Questions, score_answers
+from forgetless.tasks.base import Item, whole_number
+from forgetless.tasks.questions import Generating
 from forgetless.tasks.rows import (
     Row,
     file_problem,
@@ -23,24 +23,13 @@ from forgetless.tasks.rows import (
     the_field,
 )
 
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
 __all__ = ["ExactMatch", "normalised"]
 
-_VERSION = 1
 _ARTICLES = frozenset({"a", "an", "the"})
 
 
 @dataclass(frozen=True)
-class _Asked:
-    prompt: str
-    accepted: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ExactMatch:
+class ExactMatch(Generating):
     """Share of questions whose greedy answer is one of the accepted ones.
 
     The value is the accuracy, 0..1; an item has the whole text that the model wrote.
@@ -63,6 +52,9 @@ class ExactMatch:
         UserError: settings out of range, or no such file.
     """
 
+    kind = "generate"
+    summary = "generated answers compared with accepted ones (accuracy)"
+
     path: str | Path
     question: str = "question"
     answer: str = "answer"
@@ -75,38 +67,35 @@ class ExactMatch:
     name: str = "generate"
     limit: int | None = None
 
-    needs_reference: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        problems = [
-            file_problem(self.path),
-            prompt_problem(self.prompt),
-            _pattern_problem(self.pattern),
-            None
-            if isinstance(self.stop, str) and self.stop
-            else f"stop must be the text that ends an answer, got {self.stop!r}",
-            whole_number("max_new_tokens", self.max_new_tokens),
-            whole_number("limit", self.limit, optional=True),
-        ]
-        check_settings("generate", self.name, problems)
+    def problems(self) -> Iterable[str | None]:
+        """Of every setting."""
+        yield file_problem(self.path)
+        yield prompt_problem(self.prompt)
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except (re.error, TypeError) as problem:
+                yield f"pattern {self.pattern!r} is no regular expression: {problem}"
+        if not (isinstance(self.stop, str) and self.stop):
+            yield f"stop must be the text that ends an answer, got {self.stop!r}"
+        yield whole_number("max_new_tokens", self.max_new_tokens)
+        yield whole_number("limit", self.limit, optional=True)
 
     @cached_property
-    def _asked(self) -> list[_Asked]:
+    def _asked(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Each prompt with its accepted answers."""
         return [
-            _Asked(
-                made_prompt(self.prompt, self.question, row, where),
-                tuple(dict.fromkeys(self._accepted(row, where))),
-            )
+            (made_prompt(self.prompt, self.question, row, where), self._accepted(row, where))
             for where, row in read_records(self.path, self.limit)
         ]
 
-    def _accepted(self, row: Row, where: str) -> list[str]:
+    def _accepted(self, row: Row, where: str) -> tuple[str, ...]:
         answers = _words(the_field(row, self.answer, where))
         if self.aliases is not None:
             answers += _words(row.get(self.aliases) or [])
         if not answers:
             raise UserError(f"{where}: {self.answer!r} holds no answer")
-        return [self._found(answer, whole=True) for answer in answers]
+        return tuple(dict.fromkeys(self._found(answer, whole=True) for answer in answers))
 
     def _found(self, text: str, *, whole: bool = False) -> str:
         """What the pattern finds in a text; where that is nothing, all of it if `whole`."""
@@ -117,37 +106,22 @@ class ExactMatch:
             return text.strip() if whole else ""
         return (match[1] if match.re.groups else match[0]).strip()
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the prompts, the accepted answers, the settings and the version of this task."""
-        content = [[asked.prompt, *asked.accepted] for asked in self._asked]
-        settings = [self.pattern, self.normalise, self.stop, self.max_new_tokens]
-        return fingerprint_of("generate", _VERSION, content, settings)
+    def content(self) -> Sequence[object]:
+        """The prompts, the accepted answers, and how answers are read."""
+        asked = [[prompt, *accepted] for prompt, accepted in self._asked]
+        return asked, [self.pattern, self.normalise, self.stop, self.max_new_tokens]
 
-    def questions(self) -> Questions:
-        """The questions, to draw several answers to."""
-        return Questions(
-            ids=tuple(map(str, range(len(self._asked)))),
-            prompts=tuple(asked.prompt for asked in self._asked),
-            expected=tuple(" / ".join(asked.accepted) for asked in self._asked),
-            stop=self.stop,
-            max_new_tokens=self.max_new_tokens,
-            right=lambda written: [
-                [self._is_right(self._found(text), asked.accepted) for text in each]
-                for asked, each in zip(self._asked, written, strict=True)
-            ],
-        )
+    def questions(self) -> Sequence[Item]:
+        """The questions, each with its accepted answers."""
+        numbered = enumerate(self._asked)
+        return [Item(str(i), prompt, " / ".join(accepted)) for i, (prompt, accepted) in numbered]
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        reference: nn.Module | None = None,
-        batch_size: int | None = None,
-    ) -> TaskResult:
-        """The share of questions that `model` answers rightly."""
-        return score_answers(model, tokenizer, self, self.questions(), batch_size)
+    def right(self, written: Sequence[Sequence[str]]) -> list[list[bool]]:
+        """Whether an answer is an accepted one."""
+        return [
+            [self._is_right(self._found(text), accepted) for text in each]
+            for (_, accepted), each in zip(self._asked, written, strict=True)
+        ]
 
     def _is_right(self, answer: str, accepted: Iterable[str]) -> bool:
         if not self.normalise:
@@ -182,11 +156,4 @@ def _words(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
 
 
-def _pattern_problem(pattern: object) -> str | None:
-    if pattern is None:
-        return None
-    try:
-        re.compile(pattern)  # type: ignore[call-overload]
-    except (re.error, TypeError) as problem:
-        return f"pattern {pattern!r} is no regular expression: {problem}"
-    return None
+TASK = ExactMatch
