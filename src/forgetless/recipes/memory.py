@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.anchored import Anchor
-from forgetless.adapters.layer import Start, StartConfig, adapted_layers, add_adapter, install
+from forgetless.adapters.layer import Start, StartConfig, adapted_layers, install
 from forgetless.adapters.settings import AdapterSettings
+from forgetless.adapters.tuner import add_adapter
 from forgetless.data.settings import CalibrationSettings
 from forgetless.data.texts import SELF, sampled_together
 from forgetless.methods import METHODS
