@@ -232,15 +232,20 @@ class BrokenError(Exception):
 
 
 @pytest.mark.parametrize("write", [save, export])
-@pytest.mark.parametrize("more", [False, True], ids=["alone", "beside other files"])
+@pytest.mark.parametrize("more", ["", "notes.txt", "notes/of.txt"])
 def test_a_writer_that_fails_leaves_the_old_adapter(
-    write: Writer, more: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Writer, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "adapter"
     save(made("pissa")[0], folder)
     if more:
-        (folder / "notes.txt").write_text("mine")
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        (folder / more).parent.mkdir(exist_ok=True)
+        (folder / more).write_text("mine")
+
+    def content() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    before = content()
 
     def broken(*_: Any, **__: Any) -> None:
         raise BrokenError
@@ -250,8 +255,11 @@ def test_a_writer_that_fails_leaves_the_old_adapter(
             patch.setattr(folders, name, broken)
             with suppress(BrokenError):
                 write(made("lora")[0], folder)
-        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+        assert content() == before
         assert list(tmp_path.iterdir()) == [folder]
+    write(made("lora")[0], folder)
+    assert not more or (folder / more).read_text() == "mine"
+    torch.testing.assert_close(logits(loaded(folder), "llama"), made("lora")[1])
 
 
 def test_a_card_that_somebody_made_their_own_stays(tmp_path: Path) -> None:

@@ -138,30 +138,29 @@ _FILES = (WEIGHTS_FILE, START_FILE, CARD_FILE, CONFIG_FILE)
 def _replaced(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files become those of the adapter in ``folder``, all of them.
 
-    Nothing of another adapter stays there, and what is of no adapter does. A folder with nothing
-    else in it is replaced in one step; in others, and where a folder cannot be renamed, the files
-    are, one after the other, while there is no config.
+    Nothing of another adapter stays there, and what is of no adapter does. It happens in one step;
+    in a folder that cannot be exchanged, file by file while there is no config.
     """
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     card = folder / CARD_FILE
-    more = {file.name for file in folder.iterdir()} - set(_FILES)
-    cannot_move = (
-        Path.cwd().is_relative_to(folder)
-        or os.path.ismount(folder)
+    names = set(_FILES) - ({CARD_FILE} if card.exists() and not is_ours(card) else set())
+    if not (
+        os.path.ismount(folder)
         or not os.access(folder.parent, os.W_OK)
-    )
-    if not more and not cannot_move and not (card.exists() and not is_ours(card)):
-        with new_folder(folder) as new:
+        or Path.cwd().is_relative_to(folder)
+        or any(entry.is_dir() for entry in folder.iterdir())
+    ):
+        with new_folder(folder, keep=lambda name: name not in names) as new:
             yield new
+            for file in set(_FILES) - names:
+                (new / file).unlink(missing_ok=True)
         return
     with TemporaryDirectory(prefix=".tmp-", dir=folder) as name:
         new = Path(name)
         yield new
         (folder / CONFIG_FILE).unlink(missing_ok=True)
-        for file in _FILES:
-            if file == CARD_FILE and card.exists() and not is_ours(card):
-                continue
+        for file in filter(names.__contains__, _FILES):
             if (new / file).exists():
                 (new / file).replace(folder / file)
             else:
