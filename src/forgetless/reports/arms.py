@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from forgetless.core import metrics
-from forgetless.reports.compared import as_compared
+from forgetless.reports.compared import result_of
 from forgetless.reports.evidence import Evidence, Run, Task, number
-from forgetless.scores.files import Phase
-from forgetless.scores.seeds import Estimate, over_seeds
+from forgetless.scores.files import PHASES, Phase
+from forgetless.scores.seeds import Estimate, Sample, choose, estimate, retention
+from forgetless.tasks.base import TaskResult
 
 # The seed and the learning rate are the points of an arm; the rest does not decide the weights.
 NOT_THE_ARM = (
@@ -24,12 +24,17 @@ NOT_THE_ARM = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One task of one setting: the base, the start of training, the end, and the share kept."""
+    """One task of one setting: the base, the start of training, the end, and the share kept.
+
+    Attributes:
+        samples: the scores of which these are estimates, by phase; without what was not measured.
+    """
 
     base: Estimate | None = None
     step0: Estimate | None = None
     final: Estimate | None = None
     retention: Estimate | None = None
+    samples: Mapping[Phase, Sample] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,7 @@ class Arm:
     Attributes:
         label: the method, followed by what tells this arm from others of the same method.
         settings: by rising learning rate.
-        best: of the settings whose interval on the first learning task overlaps that of the best
-            one, the one that kept most. A rate that learns a hair more and forgets everything is
-            no way to use a method.
+        best: the setting at which it stands, see `seeds.choose`.
     """
 
     label: str
@@ -85,47 +88,16 @@ def gather(evidence: Evidence) -> list[Arm]:
     return [_arm(labels[key], runs, evidence) for key, runs in groups.items()]
 
 
-def clearly_better(task: Task, one: Estimate, other: Estimate) -> bool:
-    """Whether `one` is better and the two intervals do not overlap."""
-    return _signed(task, one) > _signed(task, other) and not one.overlaps(other)
+def signed(task: Task | None, value: float | None) -> float | None:
+    """The value such that larger is better; None where it was not measured."""
+    if task is None or value is None:
+        return None
+    return value if task.higher_is_better else -value
 
 
-def best_of(task: Task, estimates: Sequence[Estimate]) -> int:
-    """The position of the best value; the first of equals."""
-    return max(range(len(estimates)), key=lambda i: _signed(task, estimates[i]))
-
-
-def pareto(points: Sequence[tuple[Estimate, Estimate]], kept: Task, learned: Task) -> list[int]:
-    """Positions of the (kept, learned) points that no other beats, by rising share kept."""
-    return metrics.pareto_front((_signed(kept, x), _signed(learned, y)) for x, y in points)
-
-
-def chosen(
-    pairs: Sequence[tuple[Estimate | None, Estimate | None]],
-    learning: Task | None,
-    forgetting: Task | None,
-) -> int:
-    """The position of the (learned, kept) pair, one a learning rate, at which an arm stands.
-
-    Of the rates whose 95 % interval on learning overlaps that of the rate that learned most, the
-    one that kept most; of equals the one that learned more.
-    """
-
-    def signed(task: Task | None, estimate: Estimate | None) -> float:
-        return _signed(task, estimate) if task and estimate else float("-inf")
-
-    def is_level(learned: Estimate | None) -> bool:
-        if learning is None or learned is None or top is None:
-            return learned is top
-        same = learned.value == top.value
-        return same or (learned.has_error and top.has_error and learned.overlaps(top))
-
-    first = max(range(len(pairs)), key=lambda i: signed(learning, pairs[i][0]))
-    top = pairs[first][0]
-    level = [i for i in range(len(pairs)) if i == first or is_level(pairs[i][0])]
-    return max(
-        level, key=lambda i: (signed(forgetting, pairs[i][1]), signed(learning, pairs[i][0]))
-    )
+def value_of(estimate: Estimate | None) -> float | None:
+    """The value; None where it was not measured."""
+    return None if estimate is None else estimate.value
 
 
 def is_of_arm(key: str) -> bool:
@@ -133,10 +105,6 @@ def is_of_arm(key: str) -> bool:
     return not any(
         key == free or (free[-1] == "." and key.startswith(free)) for free in NOT_THE_ARM
     )
-
-
-def _signed(task: Task, estimate: Estimate) -> float:
-    return estimate.value if task.higher_is_better else -estimate.value
 
 
 def _identity(run: Run) -> str:
@@ -206,8 +174,13 @@ def _arm(label: str, runs: Sequence[Run], evidence: Evidence) -> Arm:
     rates = sorted(by_rate, key=lambda rate: (rate is None, rate or 0.0))
     settings = tuple(_setting(rate, by_rate[rate], evidence.tasks) for rate in rates)
     learning, forgetting = evidence.first("learning"), evidence.first("forgetting")
-    pairs = [(setting.final(learning), setting.kept(forgetting)) for setting in settings]
-    return Arm(label, settings, settings[chosen(pairs, learning, forgetting)])
+    bases = [setting.measured[learning.name].base for setting in settings] if learning else []
+    best = choose(
+        [signed(learning, value_of(setting.final(learning))) for setting in settings],
+        [signed(forgetting, value_of(setting.kept(forgetting))) for setting in settings],
+        signed(learning, next((base.value for base in bases if base), None)),
+    )
+    return Arm(label, settings, settings[best])
 
 
 def _setting(rate: float | None, runs: Sequence[Run], tasks: Sequence[Task]) -> Setting:
@@ -217,50 +190,24 @@ def _setting(rate: float | None, runs: Sequence[Run], tasks: Sequence[Task]) -> 
 
 def _measure(runs: Sequence[Run], task: Task) -> Measured:
     """Only what is there is averaged: a run without this task leaves the mean to the others."""
-    having = [run for run in runs if task.name in run.rows]
-    final = _estimate(having, task, "final")
-    before = [_once(_estimate(having, task, phase)) for phase in ("base", "step0")]
-    return Measured(before[0], before[1], final, _retention(having, final, task))
+    samples = {phase: sample for phase in PHASES if (sample := _sample(runs, task, phase))}
+    base, step0, final = (samples.get(phase) for phase in PHASES)
+    return Measured(
+        estimate(base) if base else None,
+        estimate(step0) if step0 else None,
+        estimate(final) if final else None,
+        retention(final, base) if final and base else None,
+        samples,
+    )
 
 
-_COLUMN: dict[Phase, str] = {"base": "base_score", "step0": "step0_score", "final": "score"}
-
-
-def _estimate(runs: Sequence[Run], task: Task, phase: Phase) -> Estimate | None:
-    values, errors, sizes = [], [], []
+def _sample(runs: Sequence[Run], task: Task, phase: Phase) -> Sample | None:
+    """The scores by seed; a score before training that every seed repeats is one measurement."""
+    results: dict[Hashable, TaskResult] = {}
     for run in runs:
-        value = number(run.rows[task.name].get(_COLUMN[phase]))
-        if value is None:
-            continue
-        score = run.score(phase, task.name)
-        values.append(value)
-        errors.append(number(score.get("stderr")))
-        sizes.append(number(score.get("n")))
-    if not values:
-        return None
-    known = [int(size) for size in sizes if size is not None]
-    found = over_seeds(values, errors, min(known, default=None), is_share=task.is_share)
-    return found if phase == "base" else as_compared(found, task, runs, phase)
-
-
-def _once(estimate: Estimate | None) -> Estimate | None:
-    """A score before training that every seed repeats is one measurement, not several."""
-    if estimate is None or not estimate.seeds_agree:
-        return estimate
-    return Estimate(estimate.value, estimate.low, estimate.high, 1, estimate.num_items)
-
-
-def _retention(runs: Sequence[Run], final: Estimate | None, task: Task) -> Estimate | None:
-    """The mean share kept; of seeds that agree, the interval of the score, as a share."""
-    rows = [run.rows[task.name] for run in runs]
-    pairs = [(number(row.get("retention")), number(row.get("base_score"))) for row in rows]
-    values = [kept for kept, _ in pairs if kept is not None]
-    base = next((base for _, base in pairs if base), None)
-    if not values or final is None or base is None:
-        return None
-    estimate = over_seeds(values, [None], final.num_items, is_share=True)
-    if not estimate.seeds_agree:
-        return estimate
-    ends = [metrics.retention(max(end, 0.0), base, task.higher_is_better) for end in final.ends]
-    low, high = min(*ends, estimate.value), max(*ends, estimate.value)
-    return Estimate(estimate.value, low, high, len(values), final.num_items)
+        if result := result_of(run, phase, task.name):
+            seed = run.settings.get("seed")
+            results[seed, sum(known[0] == seed for known in results)] = result  # type: ignore[index]
+    if phase != "final" and len({result.value for result in results.values()}) == 1:
+        results = dict([next(iter(results.items()))])
+    return Sample.of(results, is_share=task.is_share) if results else None

@@ -15,7 +15,7 @@ from forgetless.reports.compared import compared
 from forgetless.reports.evidence import Evidence, Task, number
 from forgetless.scores.averages import PaperAverage, paper_averages
 from forgetless.scores.comparison import Change, Flip, Row, Verdict
-from forgetless.scores.seeds import over_seeds
+from forgetless.scores.seeds import Effect, from_base
 from forgetless.scores.showing import question
 
 MAX_TEXT = 320
@@ -43,10 +43,12 @@ class ArmChange:
     Attributes:
         label: of the arm.
         rows: the comparison of each of its seeds.
+        effect: the mean difference over seeds and items.
     """
 
     label: str
     rows: tuple[Row, ...]
+    effect: Effect
 
     @property
     def alone(self) -> Row | None:
@@ -70,10 +72,8 @@ class ArmChange:
 
     @property
     def interval(self) -> Interval:
-        """Of the difference: over the same items, or over the seeds where there are several."""
-        differences = [row.difference for row in self.rows]
-        spread = over_seeds(differences, [None], None, is_share=False)
-        return self.rows[0].interval if spread.seeds_agree else Interval(spread.low, spread.high)
+        """Of the difference: over the same items, and the seeds where there are several."""
+        return self.alone.interval if self.alone else self.effect.interval()
 
     @property
     def retention(self) -> float | None:
@@ -160,8 +160,9 @@ def find_changes(evidence: Evidence, arms: Sequence[Arm]) -> list[TaskChanges]:
 def _changes(task: str, arms: Sequence[Arm]) -> Iterator[ArmChange]:
     for arm in arms:
         rows = tuple(row for run in arm.best.runs if (row := compared(run, task)) is not None)
+        samples = arm.best.measured[task].samples
         if rows:
-            yield ArmChange(arm.label, rows)
+            yield ArmChange(arm.label, rows, from_base(samples["final"], samples["base"]))
 
 
 def find_averages(changes: Sequence[TaskChanges]) -> dict[str, tuple[PaperAverage, ...]]:

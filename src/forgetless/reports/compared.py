@@ -1,16 +1,11 @@
-"""A run's scores against its base's, and the interval of a distance, which is found there."""
+"""A run's scores, and what changed against its base's."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import replace
-
 from forgetless.core.errors import UserError
-from forgetless.reports.evidence import Run, Task, number
+from forgetless.reports.evidence import Run, number
 from forgetless.scores.comparison import Row, compare
 from forgetless.scores.files import Phase
-from forgetless.scores.seeds import Estimate
 from forgetless.tasks.base import Item, TaskResult
 
 
@@ -23,7 +18,7 @@ def compared(run: Run, task: str, phase: Phase = "final", step: int | None = Non
         phase: which scores.
         step: on the way, where these are final scores; None for the run's end.
     """
-    base, score = _result(run, "base", task), _result(run, phase, task, step)
+    base, score = result_of(run, "base", task), result_of(run, phase, task, step)
     if base is None or score is None:
         return None
     try:
@@ -32,29 +27,8 @@ def compared(run: Run, task: str, phase: Phase = "final", step: int | None = Non
         return None
 
 
-def as_compared(
-    estimate: Estimate,
-    task: Task,
-    runs: Iterable[Run],
-    phase: Phase = "final",
-    step: int | None = None,
-) -> Estimate:
-    """The estimate; of a distance with the interval of the comparison with the base.
-
-    A distance's base is 0, so score and difference are one quantity, which has one interval.
-    Several seeds keep the interval over them.
-    """
-    if not (task.is_distance and estimate.seeds_agree):
-        return estimate
-    row = next((row for run in runs if (row := compared(run, task.name, phase, step))), None)
-    if row is None:
-        return estimate
-    is_known = not any(math.isnan(end) for end in row.interval)
-    low, high = row.interval if is_known else (estimate.value, estimate.value)
-    return replace(estimate, low=low, high=high)
-
-
-def _result(run: Run, phase: Phase, task: str, step: int | None = None) -> TaskResult | None:
+def result_of(run: Run, phase: Phase, task: str, step: int | None = None) -> TaskResult | None:
+    """The score of a run with its items, where these were kept; None where it was not measured."""
     score = run.score(phase, task, step)
     if number(score.get("value")) is None:
         return None

@@ -10,14 +10,18 @@ from statistics import fmean
 
 from forgetless.core.metrics import forgetting_at_matched_learning
 from forgetless.reports.arms import Arm, without_rate
-from forgetless.reports.compared import as_compared
-from forgetless.reports.evidence import Evidence, Row, Run, Task, number, tasks_of
-from forgetless.scores.seeds import Estimate, over_seeds
+from forgetless.reports.compared import result_of
+from forgetless.reports.evidence import Evidence, Row, Task, number, tasks_of
+from forgetless.scores.files import Phase
+from forgetless.scores.seeds import Estimate, Ranking, Sample, estimate, rank
+from forgetless.tasks.base import TaskResult
 
 MAX_LEVELS = 6
 
 # Of one run: the score rows by step (or by learning rate), then by task.
 Path = Mapping[float, Mapping[str, Row]]
+# A row's score with its items, where these were kept.
+Results = Callable[[Row], TaskResult | None]
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,15 @@ class Moment:
 
 @dataclass(frozen=True)
 class Track:
-    """One arm at one learning rate, through its steps."""
+    """One arm at one learning rate, through its steps.
+
+    Attributes:
+        paths: by seed.
+    """
 
     label: str
     learning_rate: float | None
-    paths: tuple[Path, ...]
+    paths: Mapping[float, Path]
     moments: tuple[Moment, ...]
 
 
@@ -78,6 +86,7 @@ class Matched:
         kept: the task or average that is compared.
         levels: of the learning task, the most learned last.
         kept_at: by arm, one estimate a level; None where a seed of the arm did not get there.
+        rankings: one a level, of the arms in the order of `kept_at` that have several seeds.
     """
 
     along: str
@@ -85,6 +94,7 @@ class Matched:
     kept: Task
     levels: tuple[float, ...]
     kept_at: Mapping[str, tuple[Estimate | None, ...]]
+    rankings: tuple[Ranking, ...]
 
 
 # ---------------------------------------------------------------------------------- over the steps
@@ -93,30 +103,16 @@ class Matched:
 def course(evidence: Evidence, arms: Sequence[Arm]) -> Course | None:
     """Each arm's best setting through its steps; None unless some run was scored at several."""
     owner = {run.run_id: arm.label for arm in arms for run in arm.best.runs}
+    runs = {run.run_id: run for arm in arms for run in arm.best.runs}
     rows = [row for row in evidence.curve if row["run_id"] in owner]
+
+    def result(row: Row) -> TaskResult | None:
+        step = None if row["step"] in (0, row["steps"]) else row["step"]
+        phase: Phase = "base" if row["step"] == 0 else "final"
+        return result_of(runs[row["run_id"]], phase, row["task"], step)
+
     labels = [arm.label for arm in arms]
-    found = _course(rows, evidence.tasks, labels, lambda row: owner[row["run_id"]])
-    return found and _as_compared(found, {arm.label: arm.best.runs for arm in arms})
-
-
-def _as_compared(found: Course, runs: Mapping[str, Sequence[Run]]) -> Course:
-    """The course with the intervals of distances that the other tables have."""
-
-    def known(moment: Moment, own: Sequence[Run]) -> Moment:
-        ended = [run for run in own if moment.step == run.column("steps")]
-        step = None if ended else moment.step
-        scores = {
-            task.name: as_compared(estimate, task, ended or own, step=step)
-            for task in (*found.learning, *found.forgetting)
-            if (estimate := moment.scores.get(task.name))
-        }
-        return replace(moment, scores=scores)
-
-    tracks = [
-        replace(track, moments=tuple(known(moment, runs[track.label]) for moment in track.moments))
-        for track in found.tracks
-    ]
-    return replace(found, tracks=tuple(tracks))
+    return _course(rows, evidence.tasks, labels, lambda row: owner[row["run_id"]], result)
 
 
 def course_of_rows(rows: Sequence[Row]) -> Course | None:
@@ -129,7 +125,8 @@ def course_of_rows(rows: Sequence[Row]) -> Course | None:
         arm = arm_of_row(row)
         return f"{arm} at {row['learning_rate']:g}" if arm in several else arm
 
-    return _course(done, tasks_of(done), list(dict.fromkeys(map(label_of, done))), label_of)
+    labels = list(dict.fromkeys(map(label_of, done)))
+    return _course(done, tasks_of(done), labels, label_of, result_of_row)
 
 
 def arm_of_row(row: Row) -> str:
@@ -142,17 +139,24 @@ def _course(
     tasks: Sequence[Task],
     labels: Sequence[str],
     label_of: Callable[[Row], str],
+    results: Results,
 ) -> Course | None:
     learning = tuple(task for task in tasks if task.kind == "learning")
     single = [task for task in tasks if task.kind == "forgetting"]
     mean = average(single)
     forgetting = (*([mean] if mean else []), *single)
     tracks = [
-        _track(label, [row for row in rows if label_of(row) == label], (*learning, *forgetting))
+        _track(
+            label,
+            [row for row in rows if label_of(row) == label],
+            (*learning, *forgetting),
+            results,
+        )
         for label in labels
     ]
     found = tuple(track for track in tracks if track.moments)
-    has_several = any(len([step for step in p if step > 0]) > 1 for t in found for p in t.paths)
+    paths = [path for track in found for path in track.paths.values()]
+    has_several = any(len([step for step in path if step > 0]) > 1 for path in paths)
     if not (learning and forgetting and has_several):
         return None
     return Course(tuple(labels), found, learning, forgetting)
@@ -167,16 +171,23 @@ def average(tasks: Sequence[Task]) -> Task | None:
     return Task(f"{len(shares)} tasks", kind, "mean score", True, True, mean_of=shares)
 
 
-def _track(label: str, rows: Sequence[Row], tasks: Sequence[Task]) -> Track:
+def _track(label: str, rows: Sequence[Row], tasks: Sequence[Task], results: Results) -> Track:
     paths = _paths(rows, "step")
-    steps = sorted({step for path in paths for step in path})
-    moments = [_moment(int(step), [path[step] for path in paths if step in path], tasks)
-               for step in steps]  # fmt: skip
+    moments = []
+    for step in sorted({step for path in paths.values() for step in path}):
+        seeds = {seed: path[step] for seed, path in paths.items() if step in path}
+        estimates = {task.name: _estimate(step, seeds, task, results) for task in tasks}
+        scores = {name: score for name, score in estimates.items() if score}
+        tokens = [
+            number(row.get("tokens")) for of_seed in seeds.values() for row in of_seed.values()
+        ]
+        known = [count for count in tokens if count is not None]
+        moments.append(Moment(int(step), fmean(known) if known else None, scores))
     rate = next((number(row.get("learning_rate")) for row in rows), None)
     return Track(label, rate, paths, tuple(moments))
 
 
-def _paths(rows: Iterable[Row], along: str) -> tuple[Path, ...]:
+def _paths(rows: Iterable[Row], along: str) -> dict[float, Path]:
     """The score rows of every seed, by rising value of the column `along`."""
     found: dict[float, dict[float, dict[str, Row]]] = {}
     for row in rows:
@@ -184,37 +195,41 @@ def _paths(rows: Iterable[Row], along: str) -> tuple[Path, ...]:
         if place is not None and number(row.get("score")) is not None:
             of_seed = found.setdefault(number(row.get("seed")) or 0.0, {})
             of_seed.setdefault(place, {})[row["task"]] = row
-    return tuple(dict(sorted(found[seed].items())) for seed in sorted(found))
+    return {seed: dict(sorted(found[seed].items())) for seed in sorted(found)}
 
 
-def _moment(step: int, seeds: Sequence[Mapping[str, Row]], tasks: Sequence[Task]) -> Moment:
-    scores = {task.name: found for task in tasks if (found := _estimate(step, seeds, task))}
-    tokens = [number(row.get("tokens")) for of_seed in seeds for row in of_seed.values()]
-    known = [count for count in tokens if count is not None]
-    return Moment(step, fmean(known) if known else None, scores)
-
-
-def _estimate(step: int, seeds: Sequence[Mapping[str, Row]], task: Task) -> Estimate | None:
+def _estimate(
+    step: float, seeds: Mapping[float, Mapping[str, Row]], task: Task, results: Results
+) -> Estimate | None:
     """Over the seeds that were measured here; the base, which all seeds repeat, counts once."""
-    found = [score for of_seed in seeds if (score := _score(of_seed, task)) is not None]
-    if not found:
-        return None
-    values, errors, sizes = zip(*(found[:1] if step == 0 else found), strict=True)
-    known = [size for size in sizes if size is not None]
-    return over_seeds(values, errors, min(known, default=None), is_share=task.is_share)
+    found = {seed: score for seed, row in seeds.items() if (score := _score(row, task, results))}
+    if step == 0:
+        found = dict(list(found.items())[:1])
+    return estimate(Sample.of(found, is_share=task.is_share)) if found else None
 
 
-def _score(of_seed: Mapping[str, Row], task: Task) -> tuple[float, float | None, int | None] | None:
-    """One seed's score, standard error and items; of an average nothing if a part is missing."""
+def _score(of_seed: Mapping[str, Row], task: Task, results: Results) -> TaskResult | None:
+    """One seed's score; of an average nothing if a part is missing."""
     rows = [of_seed.get(name) for name in task.mean_of or (task.name,)]
-    if any(row is None for row in rows):
+    found = [result for row in rows if row and (result := results(row))]
+    if len(found) < len(rows):
         return None
-    values = [value for row in rows if row and (value := number(row["score"])) is not None]
-    errors = [error for row in rows if row and (error := number(row.get("stderr"))) is not None]
+    if not task.mean_of:
+        return found[0]
     # The tasks have different questions, so their errors are independent.
-    error = math.hypot(*errors) / len(rows) if len(errors) == len(rows) else None
-    size = number(rows[0].get("n")) if len(rows) == 1 and rows[0] else None
-    return fmean(values), error, None if size is None else int(size)
+    error = math.hypot(*(result.stderr for result in found)) / len(found)
+    value = fmean(result.value for result in found)
+    return replace(found[0], task=task.name, value=value, stderr=error, n=0, items=())
+
+
+def result_of_row(row: Row) -> TaskResult | None:
+    """The score of a row of curve.csv or results.csv, which has no items."""
+    value, stderr, n = (number(row.get(column)) for column in ("score", "stderr", "n"))
+    return None if value is None else TaskResult(
+        task=str(row["task"]), metric=str(row["metric"]), value=value,
+        stderr=math.nan if stderr is None else stderr, n=int(n or 0),
+        higher_is_better=row["higher_is_better"] is not False, fingerprint="", seconds=0.0,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ matched learning
@@ -249,25 +264,47 @@ def _matched_over_rates(evidence: Evidence, arms: Sequence[Arm]) -> Matched | No
 
 
 def _matched(
-    paths: Mapping[str, Sequence[Path]], learning: Task, kept: Task, along: str
+    paths: Mapping[str, Mapping[float, Path]], learning: Task, kept: Task, along: str
 ) -> Matched | None:
     """None where there is nothing to match: fewer than two arms, or none that others reach."""
-    curves = {label: [_curve(path, learning, kept) for path in own] for label, own in paths.items()}
-    spans = [span for own in curves.values() if (span := _span(own, learning))]
+    curves = {
+        label: {seed: _curve(path, learning, kept) for seed, path in own.items()}
+        for label, own in paths.items()
+    }
+    spans = [span for own in curves.values() if (span := _span([*own.values()], learning))]
     levels = _levels(spans, learning) if spans else ()
     if not levels:
         return None
-    kept_at = {
-        label: tuple(_at(own, level, kept, _num_items(paths[label], kept)) for level in levels)
+    sizes = {label: _num_items(own, kept) for label, own in paths.items()}
+    samples = {
+        label: [_at(own, level, kept, sizes[label]) for level in levels]
         for label, own in curves.items()
     }
-    return Matched(along, learning, kept, levels, kept_at)
+    kept_at = {
+        label: tuple(estimate(sample) if sample else None for sample in own)
+        for label, own in samples.items()
+    }
+    rankings = [_ranked([own[i] for own in samples.values()]) for i in range(len(levels))]
+    return Matched(along, learning, kept, levels, kept_at, tuple(rankings))
+
+
+def _ranked(at: Sequence[Sample | None]) -> Ranking:
+    """Of the arms with several seeds; one seed tells nothing of others."""
+    samples = [sample if sample and len(sample.scores) > 1 else None for sample in at]
+    values = [
+        None if sample is None else sample.value if sample.higher_is_better else -sample.value
+        for sample in samples
+    ]
+    return rank((values, samples))[0]
 
 
 def _curve(path: Path, learning: Task, kept: Task) -> list[tuple[float, float]]:
     """(learned, kept) of one seed, in the order of what was varied; only what has both."""
-    pairs = [(_score(row, learning), _score(row, kept)) for row in path.values()]
-    return [(x[0], y[0]) for x, y in pairs if x is not None and y is not None]
+    pairs = [
+        (_score(row, learning, result_of_row), _score(row, kept, result_of_row))
+        for row in path.values()
+    ]
+    return [(x.value, y.value) for x, y in pairs if x is not None and y is not None]
 
 
 def _span(
@@ -303,22 +340,28 @@ def round_numbers(low: float, high: float, at_most: int = 12) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def _num_items(paths: Sequence[Path], task: Task) -> int | None:
+def _num_items(paths: Mapping[float, Path], task: Task) -> int | None:
     """The fewest that a score of the task stands on; None where it is not known."""
-    scores = [_score(of_seed, task) for path in paths for of_seed in path.values()]
-    sizes = [score[2] for score in scores if score is not None and score[2] is not None]
-    return min(sizes, default=None)
+    scores = [_score(row, task, result_of_row) for path in paths.values() for row in path.values()]
+    return min((score.n for score in scores if score is not None and score.n), default=None)
 
 
 def _at(
-    curves: Sequence[Sequence[tuple[float, float]]],
+    curves: Mapping[float, Sequence[tuple[float, float]]],
     level: float,
     kept: Task,
     num_items: int | None,
-) -> Estimate | None:
-    """Mean and interval over the seeds; None if one did not get there: the rest would flatter."""
-    values = [forgetting_at_matched_learning(curve, level, kept.higher_is_better)
-              for curve in curves]  # fmt: skip
-    if not values or any(math.isnan(value) for value in values):
+) -> Sample | None:
+    """What each seed kept; None if one did not get there: the others alone would flatter."""
+    values = {
+        seed: forgetting_at_matched_learning(curve, level, kept.higher_is_better)
+        for seed, curve in curves.items()
+    }
+    if not values or any(math.isnan(value) for value in values.values()):
         return None
-    return over_seeds(values, [None] * len(values), num_items, is_share=kept.is_share)
+    return Sample(
+        values,
+        num_items=num_items,
+        is_share=kept.is_share,
+        higher_is_better=kept.higher_is_better,
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
-from forgetless.reports.arms import chosen
-from forgetless.reports.durations import arm_of_row
+from forgetless.reports.arms import signed
+from forgetless.reports.durations import arm_of_row, result_of_row
 from forgetless.reports.evidence import Row, Task, number, tasks_of
-from forgetless.scores.seeds import Estimate, over_seeds
+from forgetless.scores.seeds import Estimate, Sample, choose, estimate
 
 __all__ = ["Rate", "chosen_rates", "tried"]
 
@@ -31,10 +32,8 @@ class Rate:
 def chosen_rates(rows: Sequence[Row]) -> dict[str, float]:
     """The learning rate that stands for each arm, for a second study that has only these.
 
-    Of the rates whose 95 % interval on the first learning task overlaps that of the rate that
-    learned most, it is the one that kept most of the first forgetting task: the rule by which the
-    report places an arm. Intervals are over the seeds, and over the questions where there is one.
-    The second study needs other seeds, since the scores that chose a rate flatter it.
+    It is found by the rule by which the report places an arm, `seeds.choose`, from the means over
+    the seeds. The second study needs other seeds, since the scores that chose a rate flatter it.
 
     Args:
         rows: of `store.results`, or of a results.csv read by `evidence.read_csv`.
@@ -58,29 +57,28 @@ def tried(rows: Sequence[Row]) -> list[Rate]:
             by_arm.setdefault(arm_of_row(row), {}).setdefault(rate, []).append(row)
     found = []
     for arm, at in by_arm.items():
-        pairs = [(_final(at[rate], learning), _kept(at[rate], forgetting)) for rate in sorted(at)]
-        best = chosen(pairs, learning, forgetting)
-        for place, rate in enumerate(sorted(at)):
-            finals = {task.name: _final(at[rate], task) for task in tasks}
-            scores = {name: estimate for name, estimate in finals.items() if estimate}
-            found.append(Rate(arm, rate, scores, place == best))
+        rates = sorted(at)
+        of_arm = [row for rate in rates for row in at[rate]]
+        kept = "retention" if forgetting and forgetting.is_share else "score"
+        best = choose(
+            [signed(learning, _mean(at[rate], learning, "score")) for rate in rates],
+            [signed(forgetting, _mean(at[rate], forgetting, kept)) for rate in rates],
+            signed(learning, _mean(of_arm, learning, "base_score")),
+        )
+        for place, rate in enumerate(rates):
+            scores = {task.name: _estimate(at[rate], task) for task in tasks}
+            known = {name: score for name, score in scores.items() if score}
+            found.append(Rate(arm, rate, known, place == best))
     return found
 
 
-def _final(rows: Sequence[Row], task: Task | None) -> Estimate | None:
-    return _mean(rows, task, "score")
+def _mean(rows: Sequence[Row], task: Task | None, column: str) -> float | None:
+    values = [number(row[column]) for row in rows if task and row["task"] == task.name]
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
-def _kept(rows: Sequence[Row], task: Task | None) -> Estimate | None:
-    return _mean(rows, task, "retention" if task and task.is_share else "score")
-
-
-def _mean(rows: Sequence[Row], task: Task | None, column: str) -> Estimate | None:
-    known = [row for row in rows if task and row["task"] == task.name]
-    known = [row for row in known if number(row[column]) is not None]
-    if task is None or not known:
-        return None
-    errors = [number(row["stderr"]) for row in known]
-    sizes = [int(size) for row in known if (size := number(row["n"])) is not None]
-    values = [float(row[column]) for row in known]
-    return over_seeds(values, errors, min(sizes, default=None), is_share=task.is_share)
+def _estimate(rows: Sequence[Row], task: Task) -> Estimate | None:
+    of_task = [row for row in rows if row["task"] == task.name]
+    found = {i: result for i, row in enumerate(of_task) if (result := result_of_row(row))}
+    return estimate(Sample.of(found, is_share=task.is_share)) if found else None

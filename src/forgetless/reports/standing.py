@@ -1,13 +1,14 @@
-"""Who kept most, who learned most, who is on the front: with intervals, not by a hair."""
+"""Who kept most, who learned most, who is on the front: as `seeds.rank` tells them apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from forgetless.reports.arms import Arm, Setting, best_of, clearly_better, pareto
+from forgetless.core.metrics import pareto_front
+from forgetless.reports.arms import Arm, Setting, signed, value_of
 from forgetless.reports.evidence import Evidence, Task
-from forgetless.scores.seeds import Estimate
+from forgetless.scores.seeds import Ranking, Sample, improved, rank
 
 
 @dataclass(frozen=True)
@@ -16,28 +17,53 @@ class Standing:
 
     Attributes:
         placed: arms measured on every task that the study compares.
+        learned: how the placed arms rank in learning.
+        kept: how they rank in keeping.
         idle: arms whose learning cannot be told apart from the base's score.
-        keepers: the arm that kept most among those that learned, then those not told apart.
-        learners: the arm that learned most, then those not told apart.
         front: arms with a setting that no other setting beats on both, by rising share kept.
         front_settings: those settings, in the same order.
-        beaten: (arm, by which): clearly worse on one axis and no better on the other.
     """
 
     learning: Task | None
     forgetting: Task | None
     placed: tuple[Arm, ...]
+    learned: Ranking
+    kept: Ranking
     idle: tuple[Arm, ...] = ()
-    keepers: tuple[Arm, ...] = ()
-    learners: tuple[Arm, ...] = ()
     front: tuple[Arm, ...] = ()
     front_settings: tuple[Setting, ...] = ()
-    beaten: tuple[tuple[Arm, Arm], ...] = ()
 
     @property
     def none_learned(self) -> bool:
         """Whether every arm is idle, so that none learned or kept most of anything."""
         return len(self.idle) == len(self.placed) > 0
+
+    @property
+    def learners(self) -> tuple[Arm, ...]:
+        """The arm that learned most, then those not told apart."""
+        return tuple(self.placed[i] for i in self.learned.leaders())
+
+    @property
+    def keepers(self) -> tuple[Arm, ...]:
+        """The arm that kept most among those that learned, then those not told apart."""
+        awake = [arm for arm in self.placed if arm not in self.idle]
+        return self.keepers_of(awake or self.placed)
+
+    def keepers_of(self, arms: Iterable[Arm]) -> tuple[Arm, ...]:
+        """Of these arms the one that kept most, then those not told apart from it."""
+        places = [self.placed.index(arm) for arm in arms]
+        return tuple(self.placed[i] for i in self.kept.leaders(places))
+
+    @property
+    def beaten(self) -> list[tuple[Arm, Arm]]:
+        """(arm, by which): clearly worse on one axis and no better on the other."""
+        axes = (self.kept, self.learned)
+        found: dict[int, int] = {}
+        for i, j in sorted(self.kept.better | self.learned.better):
+            values = [(axis.values[i], axis.values[j]) for axis in axes]
+            if all(one is not None and other is not None and one >= other for one, other in values):
+                found.setdefault(j, i)
+        return [(self.placed[j], self.placed[found[j]]) for j in sorted(found)]
 
 
 def standing(evidence: Evidence, arms: Sequence[Arm]) -> Standing:
@@ -45,20 +71,22 @@ def standing(evidence: Evidence, arms: Sequence[Arm]) -> Standing:
     learning, forgetting = evidence.first("learning"), evidence.first("forgetting")
     placed = tuple(arm for arm in arms if _has(arm, learning, forgetting))
     if not placed:
-        return Standing(learning, forgetting, ())
-    idle = tuple(arm for arm in placed if learning and not _learned(arm, learning))
-    awake = [arm for arm in placed if arm not in idle] or list(placed)
+        return Standing(learning, forgetting, (), Ranking(()), Ranking(()))
+    learned = [signed(learning, value_of(arm.best.final(learning))) for arm in placed]
+    kept = [signed(forgetting, value_of(arm.best.kept(forgetting))) for arm in placed]
+    of_learning, of_keeping = rank(
+        (learned, _samples(placed, learning)), (kept, _samples(placed, forgetting))
+    )
     front = _front(arms, forgetting, learning)
     return Standing(
         learning,
         forgetting,
         placed,
-        idle,
-        leaders(forgetting, awake, lambda arm: arm.best.kept(forgetting)),
-        leaders(learning, placed, lambda arm: arm.best.final(learning)),
+        of_learning,
+        of_keeping,
+        _idle(placed, learning),
         tuple({id(arm): arm for arm, _ in front}.values()),
         tuple(setting for _, setting in front),
-        _beaten(placed, forgetting, learning),
     )
 
 
@@ -68,61 +96,30 @@ def _has(arm: Arm, learning: Task | None, forgetting: Task | None) -> bool:
     return learned and kept and (learning is not None or forgetting is not None)
 
 
-def _learned(arm: Arm, learning: Task) -> bool:
-    base, final = arm.best.measured[learning.name].base, arm.best.final(learning)
-    return base is None or (final is not None and clearly_better(learning, final, base))
+def _samples(placed: Sequence[Arm], task: Task | None) -> list[Sample | None]:
+    return [arm.best.measured[task.name].samples.get("final") if task else None for arm in placed]
 
 
-def leaders(
-    task: Task | None, arms: Sequence[Arm], estimate: Callable[[Arm], Estimate | None]
-) -> tuple[Arm, ...]:
-    """The best arm, then those whose interval overlaps its interval."""
-    found = [(arm, value) for arm in arms if (value := estimate(arm)) is not None]
-    if task is None or not found:
+def _idle(placed: Sequence[Arm], learning: Task | None) -> tuple[Arm, ...]:
+    if learning is None:
         return ()
-    best = best_of(task, [value for _, value in found])
-    leader, top = found[best]
-    return (leader, *(arm for arm, value in found if arm is not leader and value.overlaps(top)))
+    samples = [arm.best.measured[learning.name].samples for arm in placed]
+    base = next((of_arm["base"] for of_arm in samples if "base" in of_arm), None)
+    if base is None:
+        return ()
+    better = improved([of_arm["final"] for of_arm in samples], base)
+    return tuple(arm for arm, learned in zip(placed, better, strict=True) if not learned)
 
 
 def _front(
     arms: Sequence[Arm], forgetting: Task | None, learning: Task | None
 ) -> list[tuple[Arm, Setting]]:
-    if forgetting is None or learning is None:
-        return []
     owners, points = [], []
     for arm in arms:
         for setting in arm.settings:
-            kept, learned = setting.kept(forgetting), setting.final(learning)
+            kept = signed(forgetting, value_of(setting.kept(forgetting)))
+            learned = signed(learning, value_of(setting.final(learning)))
             if kept is not None and learned is not None:
                 owners.append((arm, setting))
                 points.append((kept, learned))
-    return [owners[i] for i in pareto(points, forgetting, learning)]
-
-
-def _beaten(
-    placed: Sequence[Arm], forgetting: Task | None, learning: Task | None
-) -> tuple[tuple[Arm, Arm], ...]:
-    if forgetting is None or learning is None:
-        return ()
-    pairs = []
-    for arm in placed:
-        over = [rival for rival in placed if _beats(rival, arm, forgetting, learning)]
-        if over:
-            pairs.append((arm, over[0]))
-    return tuple(pairs)
-
-
-def _beats(one: Arm, other: Arm, forgetting: Task, learning: Task) -> bool:
-    """Clearly better on one axis, and not worse on the other by its value."""
-    clear, worse = False, False
-    for task, pair in (
-        (forgetting, (one.best.kept(forgetting), other.best.kept(forgetting))),
-        (learning, (one.best.final(learning), other.best.final(learning))),
-    ):
-        own, rival = pair
-        if own is None or rival is None:
-            return False
-        clear = clear or clearly_better(task, own, rival)
-        worse = worse or (best_of(task, [rival, own]) == 0 and rival.value != own.value)
-    return clear and not worse
+    return [owners[i] for i in pareto_front(points)]

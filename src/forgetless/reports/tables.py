@@ -27,7 +27,7 @@ from forgetless.reports.numbers import (
 from forgetless.scores.averages import PaperAverage
 from forgetless.scores.comparison import Verdict
 from forgetless.scores.files import Phase
-from forgetless.scores.seeds import Estimate
+from forgetless.scores.seeds import MARGIN, Estimate
 from forgetless.studies.folder import COLUMNS
 
 VERDICTS: Mapping[Verdict, str] = {
@@ -271,8 +271,8 @@ def rates_table(evidence: Evidence, arms: Sequence[Arm]) -> Table | None:
         groups=[("", "", 1), *((f"{rate:g}", "", 2) for rate in rates)],
         title="Learning rates",
         intro="Learned and kept at each rate tried. An arm stands at the rate marked: of those "
-        "whose interval on learning overlaps that of the rate that learned most, the one that kept "
-        "most.",
+        f"with at least {100 * (1 - MARGIN):.0f} % of the best one’s gain in learning, the one "
+        "that kept most.",
     )
 
 

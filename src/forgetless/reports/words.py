@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forgetless.reports.arms import Arm, best_of
+from forgetless.reports.arms import Arm
 from forgetless.reports.durations import Matched
 from forgetless.reports.evidence import Evidence, Task
 from forgetless.reports.numbers import (
@@ -19,8 +19,8 @@ from forgetless.reports.numbers import (
     listed,
     percent,
 )
-from forgetless.reports.standing import Standing, leaders
-from forgetless.scores.seeds import Estimate
+from forgetless.reports.standing import Standing
+from forgetless.scores.seeds import MARGIN, Estimate
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _most_learned(place: Standing, forgetting: Task, learning: Task) -> list[str
             f"{_from_base(leader, learning)}, {_cost(leader, forgetting)}."
         )
     if tied:
-        best, *equal = leaders(forgetting, place.learners, lambda arm: arm.best.kept(forgetting))
+        best, *equal = place.keepers_of(place.learners)
         also = f", not distinguishable from {named(equal)}" if equal else ""
         sentences.append(
             f"In learning, {named(tied)} {_is(tied)} not distinguishable from `{leader.label}`; "
@@ -201,25 +201,21 @@ def _compared(place: Standing) -> list[str]:
 
 def _at_equal_learning(matched: Matched) -> list[str]:
     """Who keeps most where most arms have learned as much; of arms with several seeds alone."""
-    at_levels = [
-        {label: at[i] for label, at in matched.kept_at.items()} for i in range(len(matched.levels))
-    ]
-    known = [
-        {label: estimate for label, estimate in at.items() if estimate and estimate.seeds > 1}
-        for at in at_levels
-    ]
-    most = max(range(len(known)), key=lambda i: (len(known[i]), i))
-    found = list(known[most].items())
-    if len(found) < 2:
+    known = [sum(value is not None for value in at.values) for at in matched.rankings]
+    most = max(range(len(known)), key=lambda i: (known[i], i))
+    if known[most] < 2:
         return []
-    leader, top = found[best_of(matched.kept, [estimate for _, estimate in found])]
-    tied = [f"`{label}`" for label, e in found if label != leader and e.overlaps(top)]
+    labels = list(matched.kept_at)
+    leader, *tied = (labels[i] for i in matched.rankings[most].leaders())
+    top = matched.kept_at[leader][most]
+    assert top is not None
     level = f"{level_words(matched.learning, matched.levels[most])} on {matched.learning.name}"
     average = "average over " if matched.kept.mean_of else ""
     kept = f"{amount(matched.kept, top.value)} on {average}{matched.kept.name}"
-    also = f", not distinguishable from {listed(tied)}" if tied else ""
+    names = [f"`{label}`" for label in tied]
+    also = f", not distinguishable from {listed(names)}" if names else ""
     return [
-        f"At equal learning, {level}, `{leader}` kept the most of the {len(found)} arms that got "
+        f"At equal learning, {level}, `{leader}` kept the most of the {known[most]} arms that got "
         f"there with several seeds: {kept} ({interval_words(top, matched.kept)}){also}."
     ]
 
@@ -294,8 +290,9 @@ def _caveats(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Iterab
         yield from _about_seeds(place.placed)
     if len(place.placed) > 1:
         yield (
-            "“Not distinguishable” means that two 95 % intervals overlap, a cautious rule: two "
-            "arms called so may still differ by a little."
+            "“Not distinguishable” means that the difference of two arms on the same questions and "
+            "seeds may be chance (5 %, with Holm’s correction for all pairs of arms); two arms "
+            "called so may still differ by a little."
         )
         if not evidence.evaluations:
             yield _about_rates(arms)
@@ -310,14 +307,15 @@ def _about_seeds(placed: Sequence[Arm]) -> Iterable[str]:
     counts = sorted({len(arm.best.runs) for arm in placed})
     if counts == [1]:
         yield (
-            "One seed an arm: the intervals (95 %) show the noise of the questions asked, not how "
-            "another seed would have turned out. Do not rank arms on small differences."
+            "One seed an arm: the intervals (95 %), and what is told apart, show the noise of the "
+            "questions asked, not how another seed would have turned out. Do not rank arms on "
+            "small differences."
         )
         return
     told = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     yield (
-        f"{told} seeds an arm; intervals are 95 %, Student’s t over the seeds"
-        f"{', and over the questions where there is one seed' if counts[0] == 1 else ''}."
+        f"{told} seeds an arm; intervals are 95 %, over the seeds and the questions"
+        f"{', over these alone where there is one seed' if counts[0] == 1 else ''}."
     )
 
 
@@ -328,8 +326,8 @@ def _about_rates(arms: Sequence[Arm]) -> str:
     return (
         "Each arm stands at one learning rate of "
         f"{min(tried)}{f' to {max(tried)}' if max(tried) > min(tried) else ''} tried: of those "
-        "not distinguishable from its best in learning, the one that kept most. It was chosen by "
-        "the scores shown, which flatters every arm a little."
+        f"with at least {100 * (1 - MARGIN):.0f} % of the best one’s gain in learning, the one "
+        "that kept most. It was chosen by the scores shown, which flatters every arm a little."
     )
 
 
