@@ -403,7 +403,7 @@ def test_peft_alone_refuses_an_anchored_folder(tmp_path: Path) -> None:
     """Loading the moves as a whole LoRA would be silently wrong."""
     family = "llama"
     save(attached(family, "pissa"), tmp_path)
-    with pytest.raises(KeyError, match="ANCHORED"):
+    with pytest.raises(UserError, match=r"anchored adapter of forgetless: forgetless\.load\(base"):
         PeftModel.from_pretrained(FAMILIES[family].model(), tmp_path)
 
 

@@ -38,10 +38,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "regex": {"target_modules": r".*\.layers\.1\.self_attn\.(q|k)_proj"},
     "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
     "exclude": {"target_modules": "all-linear", "exclude_modules": ["q_proj"]},
+    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
 }
 MORE: dict[str, tuple[dict[str, Any], str]] = {
-    "head": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head.weight"),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
     "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [5]}, "trainable_tokens"),
     "bias": ({"target_modules": ["q_proj"], "lora_bias": True}, r"lora_B\.bias"),
@@ -79,6 +79,7 @@ def made_elsewhere(base: Path, folder: Path, **config: Any) -> PeftModel:
 def no_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # of PEFT itself
         yield
 
 

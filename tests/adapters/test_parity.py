@@ -73,7 +73,7 @@ def test_a_plain_lora_is_pefts(family: str, switches: dict[str, Any], use_rslora
         start: Tensor = adapted_layers(ours)[name].lora_A["default"].weight
         module.lora_A["default"].weight.data.copy_(start)
         assert module.scaling["default"] == adapted_layers(ours)[name].scaling["default"]
-        assert type(module) is type(adapted_layers(ours)[name])
+        assert isinstance(adapted_layers(ours)[name], type(module))
     assert losses(ours, family) == losses(other, family)
     assert torch.equal(logits(ours, family), logits(other, family))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from rich.console import Console
 
 from forgetless.adapters.attachment import attach
 from forgetless.core import progress
-from forgetless.core.progress import Bar, bar, counted
+from forgetless.core.progress import Bar, counted
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.statistics.collection import collect
 from forgetless.tasks.evaluation import evaluate
@@ -24,14 +26,14 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """What a terminal of 100 columns is sent."""
     sent = io.StringIO()
     console = Console(file=sent, force_terminal=True, width=100, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda stderr: console)
-    monkeypatch.setattr(progress, "_is_drawn", False)
+    monkeypatch.setattr(progress, "Console", lambda file: console)
+    monkeypatch.setattr(progress, "_console", None)
     yield sent
     progress.clear()
 
 
 def test_a_bar_shows_how_many_are_done_the_rate_and_what_is_noted(screen: io.StringIO) -> None:
-    shown = Bar("training", total=8, unit="steps", done=2)
+    shown = Bar("training", total=8, unit="steps", done=2, unasked=True)
     for _ in range(5):
         shown.advance(note="loss 0.5")
     shown.end()
@@ -48,7 +50,7 @@ def test_nothing_is_drawn_unasked(screen: io.StringIO) -> None:
 
 def test_nothing_is_drawn_on_anything_but_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(counted([1, 2], "work", "items")) == [1, 2]
-    Bar("work", 1).advance()
+    Bar("work", 1, unasked=True).advance()
     assert capsys.readouterr() == ("", "")
 
 
@@ -62,6 +64,19 @@ def test_work_inside_other_work_draws_nothing(screen: io.StringIO) -> None:
     assert "2/2" in screen.getvalue()
 
 
+def test_a_bar_is_seen_and_what_is_redirected_stays_there(screen: io.StringIO) -> None:
+    """Libraries that print too much are redirected; the work inside is still counted."""
+    progress.draw()
+    kept = io.StringIO(), io.StringIO()
+    with redirect_stdout(kept[0]), redirect_stderr(kept[1]):
+        for _ in counted([1, 2], "inside", "items"):
+            print("to output")
+            print("to error", file=sys.stderr)
+    assert [text.getvalue() for text in kept] == ["to output\n" * 2, "to error\n" * 2]
+    assert "inside" in screen.getvalue()
+    assert "to " not in screen.getvalue()
+
+
 def test_work_that_fails_or_is_left_takes_its_bar_along(screen: io.StringIO) -> None:
     progress.draw()
 
@@ -71,7 +86,7 @@ def test_work_that_fails_or_is_left_takes_its_bar_along(screen: io.StringIO) -> 
 
     with pytest.raises(ValueError, match="no"):
         fail()
-    bar("stopped", 5).advance()
+    Bar("stopped", 5).advance()
     progress.clear()
     assert list(counted([1], "after", "items")) == [1]
     assert "after" in screen.getvalue()

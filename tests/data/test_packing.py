@@ -12,7 +12,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from forgetless.core.errors import UserError
 from forgetless.data.batches import Padding, TokenRows, positions
 from forgetless.data.packing import IGNORED, Row, packed, wrapped
-from forgetless.training.token_checks import require_kept_apart
+from forgetless.training.model import require_kept_apart
 from tests.families import FAMILIES, VOCAB
 
 CAUSAL = ("llama", "qwen2", "gpt2")

@@ -72,17 +72,17 @@ def test_a_missing_compiler_is_named_before_anything_is_loaded(
 ) -> None:
     recipe = Recipe.parse(tiny_recipe, {"training.compile": True})
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    monkeypatch.setattr("forgetless.training.compiling.which", lambda name: None)
+    monkeypatch.setattr("forgetless.training.model.which", lambda name: None)
     (problem,) = check(recipe)
     assert problem.startswith("training.compile: needs a C++ compiler, and there is no g++")
     assert "apt install g++" in problem
 
-    monkeypatch.setattr("forgetless.training.compiling.which", lambda name: name)
+    monkeypatch.setattr("forgetless.training.model.which", lambda name: name)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     (problem,) = check(recipe)
     assert problem.startswith("training.compile: needs the headers of Python")
 
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    monkeypatch.setattr("forgetless.training.compiling.find_spec", lambda name: None)
+    monkeypatch.setattr("forgetless.training.model.find_spec", lambda name: None)
     (problem,) = check(recipe)
     assert problem.startswith("training.compile: needs triton, which is not installed")

@@ -33,8 +33,8 @@ from forgetless.studies.run import run
 from forgetless.training import checkpoints
 from forgetless.training.devices import gathered, join, shard
 from forgetless.training.launch import Launch, Strategy, this_launch
+from forgetless.training.log import Record
 from forgetless.training.loop import train
-from forgetless.training.record import Record
 from forgetless.training.settings import TrainingSettings
 from forgetless.training.zero import Zero
 from tests.tiny import recipe_of
@@ -395,13 +395,15 @@ def test_other_commands_are_for_one_process(tmp_path: Path) -> None:
 
 def hold_a_part(base: str, out: Path) -> None:
     """Shard a model, and write down how much of it is here, and what is gathered."""
-    ranks, model = join(), load_model(base)
+    processes, model = join(), load_model(base)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     shard(model)
     here = sum(cast(Any, weight)._local_tensor.numel() for weight in model.parameters())
     whole = gathered(model)
     same = all(torch.equal(whole[name], weight) for name, weight in before.items() if whole)
-    write_json(out / f"{ranks.index}.json", {"here": here, "gathered": len(whole), "same": same})
+    write_json(
+        out / f"{processes.index}.json", {"here": here, "gathered": len(whole), "same": same}
+    )
 
 
 def test_every_process_holds_its_part_of_every_weight(tiny_base: Path, tmp_path: Path) -> None:
@@ -417,7 +419,7 @@ def test_every_process_holds_its_part_of_every_weight(tiny_base: Path, tmp_path:
 
 def share_the_state(base: str, out: Path) -> None:
     """Move a model by one step, and write down what of the optimiser is here, and what is left."""
-    ranks, model = join(), load_model(base)
+    processes, model = join(), load_model(base)
     own = {name: set(vars(weight)) for name, weight in model.named_parameters()}
     accelerator, optimizer = Accelerator(), torch.optim.AdamW(model.parameters())
     zero = Zero(accelerator, model, optimizer, stage=2, max_grad_norm=1.0)
@@ -435,7 +437,7 @@ def share_the_state(base: str, out: Path) -> None:
         "left": hooks + sum(vars(weights[name]).keys() != own[name] for name in own),
         "apart": len({weight.untyped_storage().data_ptr() for weight in weights.values()}),
     }
-    write_json(out / f"{ranks.index}.json", found)
+    write_json(out / f"{processes.index}.json", found)
 
 
 def test_every_process_holds_its_part_of_the_state(tiny_base: Path, tmp_path: Path) -> None:

@@ -389,7 +389,9 @@ def test_a_budget_survives_an_interruption(
     assert result.exceeded.kept_step == (6 if action == "stop" else 4)
     assert same(weights(model), weights(expected))
     again, finished, _ = attempt("killed", limit)  # loads the end, and trains no further
-    assert (finished.steps, finished.exceeded) == (6, result.exceeded)
+    for one in (result, finished):
+        assert (one.steps, one.tokens) == (one.exceeded.kept_step, one.exceeded.kept_tokens)
+        assert (one.final_loss, one.exceeded) == (through.final_loss, through.exceeded)
     assert same(weights(again), weights(expected))
     steps = [line["step"] for line in log(tmp_path / "killed") if "probe" in line]
     assert steps == [0, 2, 4, 6] == [probe.step for probe in probes.history]
@@ -485,10 +487,13 @@ def test_on_the_pocket_world_a_budget_keeps_what_was_known(action: Any, tmp_path
     result = train(model, words, problems, settings, tmp_path, probes=probes)
     event = result.exceeded
     assert event is not None
-    assert result.steps == event.step < 30
+    assert result.steps == event.kept_step <= event.step < 30
     kl = {probe.step: probe.values["forgetting/kl"] for probe in probes.history}
     assert kl[event.kept_step] <= 0.3 or action == "stop"
     assert kl[event.step] > 0.3
+    lines = [line for line in log(tmp_path) if "loss" in line]
+    losses = [line["loss"] for line in lines if line["step"] <= event.kept_step]
+    assert result.final_loss == losses[-1] if losses else np.isnan(result.final_loss)
     found = probes.probes.measure(model, words, None)[1]["kl"].value
     assert found == pytest.approx(kl[event.kept_step], abs=1e-6)
     assert probes.history[0].values["forgetting/pocket_recall"] == 1.0
@@ -517,7 +522,12 @@ def test_a_run_writes_down_its_probes_and_its_budget(
         "rollback",
         event["step"] - 1,
     )
-    assert run.record["training"]["steps"] == event["step"] < 4
+    # What is said of the training is said of the weights that it went back to.
+    trained, kept = run.record["training"], event["kept_step"]
+    before = [line for line in log(run.folder) if "loss" in line and line["step"] == kept]
+    assert trained["steps"] == kept == event["step"] - 1
+    assert trained["tokens"] == event["kept_tokens"] == sum(line["tokens"] for line in before)
+    assert trained["final_loss"] == (before[0]["loss"] if before else None)
     assert [line["step"] for line in log(run.folder) if "probe" in line] == [
         *range(event["step"] + 1)
     ]

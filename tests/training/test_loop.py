@@ -28,7 +28,6 @@ from forgetless.data.examples import load_examples
 from forgetless.data.packing import IGNORED
 from forgetless.data.tokens import tokenize
 from forgetless.training import checkpoints as ckpt
-from forgetless.training.checkpoints import remove_checkpoints
 from forgetless.training.loop import TrainingResult, train
 from forgetless.training.settings import TrainingSettings
 from forgetless.training.trainer import ExactTrainer
@@ -252,13 +251,6 @@ def test_a_lost_log_is_an_error_and_not_a_gap(tmp_path: Path) -> None:
         fit(lora(), tmp_path, steps=2)
 
 
-def test_checkpoints_can_be_removed(tmp_path: Path) -> None:
-    fit(lora(), tmp_path, steps=3, checkpoint_every=1)
-    assert len(os.listdir(tmp_path / "checkpoints")) == 2
-    remove_checkpoints(tmp_path)
-    assert os.listdir(tmp_path / "checkpoints") == []
-
-
 # ---- loss, optimiser, schedule -------------------------------------------------------------------
 
 
@@ -361,6 +353,14 @@ def test_schedules(schedule: str, expected: list[float], tmp_path: Path) -> None
     assert rates == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_training_of_one_step_is_made_at_the_full_rate(tmp_path: Path) -> None:
+    """Its warm-up, rounded up, would be all of it, at a rate of 0."""
+    model = lora()
+    fit(model, tmp_path, steps=1, warmup_ratio=0.03)
+    assert log(tmp_path)[0]["learning_rate"] == 1e-2
+    assert not same(model, lora())
+
+
 def test_epochs_become_steps(tmp_path: Path) -> None:
     result = fit(lora(), tmp_path, steps=None, epochs=1.5, batch_size=8, gradient_accumulation=2)
     assert result.steps == 6  # 50 examples: 7 batches, 4 steps an epoch
@@ -388,7 +388,7 @@ def test_the_order_changes_with_the_epoch_and_neighbouring_seeds_share_none(tmp_
                 return super().__getitem__(index)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("forgetless.training.durations.TokenRows", Watched)
+            patch.setattr("forgetless.training.loop.TokenRows", Watched)
             fit(lora(), tmp_path / str(seed), seed=seed, steps=4, batch_size=25)
         orders[seed] = [seen[:50], seen[50:100]]
     epochs = [*orders[0], *orders[1]]

@@ -15,8 +15,8 @@ from forgetless.adapters.layer import adapted_layers
 from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
 from forgetless.training.loop import train
-from forgetless.training.loraplus import speed_up
 from forgetless.training.settings import TrainingSettings
+from forgetless.training.trainer import speed_up
 from tests.families import FAMILIES
 from tests.tiny import save_base, save_files, tokenizer
 

@@ -33,8 +33,9 @@ from forgetless.statistics.collection import collect
 from forgetless.training import penalties
 from forgetless.training.log import TrainingLog
 from forgetless.training.loop import train
-from forgetless.training.penalties import Penalty, kl, make_penalty
+from forgetless.training.penalties import Penalty, kl, l2_start, make_penalty
 from forgetless.training.settings import TrainingSettings
+from forgetless.training.trainer import ExactTrainer
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
@@ -325,6 +326,26 @@ def test_accumulation_does_not_change_a_penalised_step(
         train(model, tokenizer, rows, settings, tmp_path / str(accumulation), penalties=penalties)
         models.append(model)
     assert distance(*models) < 1e-5
+
+
+def test_a_penalty_sees_the_model_where_it_is_trained(
+    adapted: Any, tokenizer: Any, tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that a script gives may be on another device than the trainer's."""
+    rows = tokenize(load_examples(tiny_files / "train.jsonl"), tokenizer, max_length=32)
+    events: list[str] = []
+    monkeypatch.setattr(ExactTrainer, "_move_model_to_device", lambda *_: events.append("moved"))
+    prepare = l2_start.L2Start.prepare
+
+    def watched(*given: Any) -> None:
+        events.append("prepared")
+        prepare(*given)
+
+    monkeypatch.setattr(l2_start.L2Start, "prepare", watched)
+    penalties = [{"kind": "l2_start", "weight": 1.0}]
+    settings = TrainingSettings(steps=1, batch_size=4)
+    train(adapted, tokenizer, rows, settings, tmp_path, penalties=penalties)
+    assert events[:2] == ["moved", "prepared"]
 
 
 # ---- in the log ----------------------------------------------------------------------------------

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.data.batches import TokenRows
 from forgetless.data.mixture import Mixture
 from forgetless.recipes.recipe import Recipe
-from forgetless.training.attention import attention_dropout
-from forgetless.training.durations import measured_steps, total_steps
 from forgetless.training.loop import train
-from forgetless.training.schedules import rate_factor
+from forgetless.training.model import attention_dropout
+from forgetless.training.schedules import measured_steps, rate_factor, total_steps
 from forgetless.training.settings import TrainingSettings
 from tests.families import FAMILIES
 from tests.training.test_loop import DATA, TOKENIZER, lora, token_data
 
 
-def rates(schedule: str, steps: int, warmup: float, cooldown: float) -> list[float]:
-    factor = rate_factor(schedule, steps, warmup_ratio=warmup, cooldown_ratio=cooldown)
+def rates(schedule: Any, steps: int, warmup: float, cooldown: float) -> list[float]:
+    settings = TrainingSettings(
+        steps=steps, schedule=schedule, warmup_ratio=warmup, cooldown_ratio=cooldown
+    )
+    factor = rate_factor(settings, steps)
     return [round(factor(step), 6) for step in range(steps + 1)]
 
 
@@ -54,6 +58,24 @@ def test_without_warmup_the_first_step_has_the_full_rate() -> None:
         round(3**-0.5, 6),
         0.5,
     ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "theirs"),
+    [
+        ("cosine", get_cosine_schedule_with_warmup),
+        ("linear", get_linear_schedule_with_warmup),
+    ],
+)
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0.0), (37, 0.03), (7, 1.0), (200, 0.1)])
+def test_common_schedules_are_those_of_transformers_bit_for_bit(
+    schedule: Any, theirs: Any, steps: int, warmup: float
+) -> None:
+    settings = TrainingSettings(steps=steps, schedule=schedule, warmup_ratio=warmup)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    given = theirs(optimizer, math.ceil(warmup * steps), steps).lr_lambdas[0]
+    ours = rate_factor(settings, steps)
+    assert [ours(step) for step in range(steps + 1)] == [given(step) for step in range(steps + 1)]
 
 
 def test_training_follows_the_schedule(tmp_path: Path) -> None:

@@ -74,11 +74,6 @@ class AnchoredVariant(LoraVariant):
         """The weight with the move taken off again, up to the rounding of its dtype."""
         return _moved(module, active_adapter, orig_weight.data, sign=-1)
 
-    @staticmethod
-    def supports_lora_conversion() -> bool:
-        """PEFT's own conversion reads lora_A and lora_B alone; `export` is the exact way."""
-        return False
-
 
 def _moved(module: LoraLayer, adapter_name: str, weight: Tensor, sign: int) -> Tensor:
     require_dense(weight)

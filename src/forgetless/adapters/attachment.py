@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.anchored import Anchor
-from forgetless.adapters.layer import Start, StartConfig, adapted_layers, add_adapter, install
+from forgetless.adapters.layer import Start, StartConfig, adapted_layers, install
 from forgetless.adapters.ranks import LayerRank, layer_ranks, patterns
+from forgetless.adapters.tuner import add_adapter, check_addable
 from forgetless.core.cache import shared_inputs
 from forgetless.core.errors import UserError, first_few, unknown
 from forgetless.core.linalg import eigen_top
@@ -30,6 +31,9 @@ from forgetless.statistics.moments import Statistics
 
 Source = Callable[[str], Tensor]
 """Layer name -> what a method needs of it; KeyError where there is nothing."""
+
+_WRAPPED = ("base_layer", "original_module")
+"""What PEFT calls a module of the base inside of its own."""
 
 _HOW_TO_GET = {
     "second_moment": "statistics of the knowledge to keep; "
@@ -98,10 +102,7 @@ def attach(
             f"method {method!r} trains the weights themselves: there is no adapter to attach. "
             "Train the model as it is, or choose another method."
         )
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        raise UserError(
-            f"the model already has an adapter {adapter_name!r}; pass another adapter_name"
-        )
+    check_addable(model, adapter_name)
     targets = find_targets(model, target_modules)
     layers = targets.layers
     ranks = layer_ranks(layers, rank, alpha, rank_pattern, alpha_pattern, use_rslora)
@@ -318,13 +319,16 @@ def _warn_of_the_rest(model: nn.Module, targets: Targets) -> None:
             + ", ".join(targets.skipped),
             stacklevel=3,
         )
+    base, again = base_of(model), []
     first = {module: name for name, module in targets.layers.items()}
-    everywhere = base_of(model).named_modules(remove_duplicate=False)
-    again = [(n, first[m]) for n, m in everywhere if m in first and n != first[m]]
-    # A layer inside of a shared block has several names too, but the adapter then is shared.
-    lonely = [(n, f) for n, f in again if _parent(model, n) is not _parent(model, f)]
-    if lonely:
-        name, adapted = lonely[0]
+    for name, module in base.named_modules(remove_duplicate=False):
+        name = ".".join(part for part in name.split(".") if part not in _WRAPPED)
+        adapted = first.get(module, name)
+        # A layer inside of a shared block has several names too, but the adapter then is shared.
+        if name != adapted and _parent(base, name) is not _parent(base, adapted):
+            again.append((name, adapted))
+    if again:
+        name, adapted = again[0]
         warnings.warn(
             f"layer {name!r} is the same module as {adapted!r}; PEFT adapts it under that name "
             "alone, and merging would change both",
@@ -332,8 +336,8 @@ def _warn_of_the_rest(model: nn.Module, targets: Targets) -> None:
         )
 
 
-def _parent(model: nn.Module, name: str) -> nn.Module:
-    return base_of(model).get_submodule(name.rpartition(".")[0])
+def _parent(base: nn.Module, name: str) -> nn.Module:
+    return base.get_submodule(name.rpartition(".")[0])
 
 
 def _task_type(model: nn.Module) -> TaskType | None:

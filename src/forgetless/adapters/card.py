@@ -63,6 +63,7 @@ class Card:
         method: how the adapter started, a name of METHODS; None where that is not known.
         options: of the method.
         error: relative error of the export, 0 where it is exact; None where that is not known.
+        tied: an adapted layer, and the module that has the same weight; None where there is none.
         settings: further rows of the table of settings.
         scores: the paragraphs on what was learned and forgotten; none where nothing was measured.
         versions: of the packages it was made with.
@@ -73,6 +74,7 @@ class Card:
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     error: float | None = None
+    tied: tuple[str, str] | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     scores: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -99,6 +101,7 @@ def write_export_card(
     *,
     start: Mapping[str, Any] | None = None,
     error: float | None = None,
+    tied: tuple[str, str] | None = None,
 ) -> None:
     """Write the card of an adapter of which nothing but the export is known.
 
@@ -107,6 +110,7 @@ def write_export_card(
         base: name of the base; empty where it is not known.
         start: how the adapter started, see `adapters.layer.Start`.
         error: relative error of the export.
+        tied: see `Card`.
     """
     known = start or {}
     write(
@@ -117,6 +121,7 @@ def write_export_card(
             method=known.get("method"),
             options=known.get("options", {}),
             error=error,
+            tied=tied,
             settings={"seed": str(known["seed"])} if known else {},
             versions=_versions(),
         ),
@@ -124,11 +129,15 @@ def write_export_card(
 
 
 def write(folder: Path, card: Card) -> None:
-    """Write the card, unless somebody made the file their own or nothing changes."""
+    """Write the card, unless somebody made the file their own."""
     file = folder / CARD_FILE
-    before = file.read_text(encoding="utf-8") if file.exists() else _MARK
-    if _MARK in before and before != card.text:
+    if not file.exists() or is_ours(file):
         write_text(file, card.text)
+
+
+def is_ours(file: Path) -> bool:
+    """Whether a card was written here, and nobody has made it their own since."""
+    return _MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
 def _versions() -> dict[str, str]:
@@ -283,6 +292,12 @@ def _caveats(card: Card) -> list[str]:
         ]
     else:
         said.append("Nothing is known yet of what this adapter learned or forgot.")
+    if card.tied:
+        said.append(
+            f"`{card.tied[0]}` shares its weight with `{card.tied[1]}`: beside the base the "
+            "adapter changes the first alone, merged into the base it would change both. Load the "
+            "base with `tie_word_embeddings=False` and copied weights before merging."
+        )
     if not _is_on_the_hub(card.base):
         said.append(
             f"`{_base_name(card.base) or 'The base'}` is the name of a local model: before "

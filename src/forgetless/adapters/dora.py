@@ -44,8 +44,12 @@ class DoraVariant(LoraVariant):
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """The layer's output (..., out); dropout acts on the adapter's input alone."""
-        bias = module.get_base_layer().bias
-        product = result if bias is None else result - bias
+        layer = module.get_base_layer()
+        alone = result
+        if active_adapter != next(n for n in module.active_adapters if n in module.lora_A):
+            # The stretch is one of W + M, and `result` has other adapters' moves in it already.
+            alone = layer(x.to(layer.weight.dtype) if layer.weight.is_floating_point() else x)
+        product = alone if layer.bias is None else alone - layer.bias
         if is_anchored(module, active_adapter):
             moved = AnchoredVariant.forward(module, active_adapter, x, product)
         else:

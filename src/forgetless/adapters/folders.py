@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forgetless.adapters.anchored import Anchor, plain_factors
-from forgetless.adapters.card import write_export_card
-from forgetless.adapters.dora import is_dora
+from forgetless.adapters.anchored import Anchor
+from forgetless.adapters.card import CARD_FILE, is_ours, write_export_card
 from forgetless.adapters.layer import (
     ANCHORED_TYPE,
     PREFIX,
     Start,
     StartConfig,
     adapted_layers,
-    add_adapter,
     install,
 )
-from forgetless.adapters.ranks import LayerRank, patterns
-from forgetless.core.errors import UserError, first_few, unknown
+from forgetless.adapters.plain import lora_config, plain_lora
+from forgetless.adapters.tuner import add_adapter, check_addable, take_off
+from forgetless.core.errors import UserError, first_few
+from forgetless.core.files import new_folder, read_json, write_json
+from forgetless.models.load import base_modules
 from forgetless.models.weights import is_linear, weight_shape
 
 CONFIG_FILE = "adapter_config.json"
@@ -67,7 +70,6 @@ class ExportReport:
         return f"{self.folder}: rank {self.rank}, {error}"
 
 
-@torch.no_grad()
 def export(
     model: PeftModel,
     folder: str | Path,
@@ -90,143 +92,104 @@ def export(
     Raises:
         UserError: rank is not one of these, or the adapter has more than a plain LoRA can say.
     """
-    config = _lora_config(model, adapter_name)
-    layers = adapted_layers(model, adapter_name)
-    _require_plain(model, config, adapter_name)
-    factors = {name: plain_factors(module, adapter_name) for name, module in layers.items()}
-    kept = {
-        name: _export_rank(rank, layers[name].r[adapter_name], len(A))
-        for name, (A, _) in factors.items()
-    }
-    is_exact = all(kept[name] == len(A) for name, (A, _) in factors.items())
-    state, errors, norms = {}, dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
-    for name, (A, B) in factors.items():
-        module = layers[name]
-        B = B * module.scaling[adapter_name]
-        if not is_exact:
-            norms[name] = _product_norm(A, B)
-        if kept[name] < len(A):
-            A, B, errors[name] = _truncated(A, B, kept[name])
-        state[f"{PREFIX}{name}.lora_A.weight"] = A.contiguous().cpu()
-        state[f"{PREFIX}{name}.lora_B.weight"] = B.contiguous().cpu()
-        if is_dora(module, adapter_name):
-            magnitude = module.lora_magnitude_vector[adapter_name].weight
-            state[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.detach().cpu()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    _plain_config(config, kept).save_pretrained(str(folder))
-    lost = sum(error**2 for error in errors.values()) ** 0.5
-    total = sum(norm**2 for norm in norms.values()) ** 0.5
-    report = ExportReport(
-        folder=folder,
-        rank=max(kept.values()),
-        relative_error=lost / total if lost else 0.0,
-        layer_errors={name: errors[name] / norms[name] if errors[name] else 0.0 for name in layers},
-    )
-    _write_card(config, report)
-    return report
-
-
-def _write_card(config: LoraConfig, report: ExportReport) -> None:
-    """The README.md beside the weights, for whoever finds the folder."""
-    write_export_card(
-        report.folder,
-        config.base_model_name_or_path or "",
-        start=getattr(config, "start", None),
-        error=report.relative_error,
-    )
-
-
-def _lora_config(model: PeftModel, adapter_name: str) -> LoraConfig:
-    config = model.peft_config.get(adapter_name)
-    if config is None:
-        raise unknown("adapter", adapter_name, model.peft_config)
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"adapter {adapter_name!r} is {config.peft_type}, not a LoRA")
-    return config
-
-
-def _require_plain(model: PeftModel, config: LoraConfig, adapter_name: str) -> None:
-    """Refuse what would be lost: whole layers, embeddings, biases, other kinds of LoRA."""
-    plain = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    more = [name for name in state if not name.endswith(plain) and ".lora_anchor." not in name]
-    more += [f"{key} = {value}" for key, value in _other_kinds(config).items()]
-    if more:
-        raise UserError(
-            "this adapter has more than the A and B of linear layers, which an export would lose: "
-            f"{first_few(more)}; keep the folder that PEFT wrote"
+    plain = plain_lora(model, adapter_name, rank)
+    if tied := _tied_targets(model, adapter_name):
+        warnings.warn(
+            f"{tied[0]!r} is an adapted layer, and its weight is that of {tied[1]!r} too: the "
+            "export is exact beside the base, and merged into it would change both; untie the "
+            "base's embeddings before merging",
+            stacklevel=2,
         )
-
-
-def _other_kinds(config: LoraConfig) -> dict[str, object]:
-    """Settings of PEFT under which A and B do not act as a plain LoRA's or DoRA's."""
-    kinds = ("alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "kasa_config")
-    found = {kind: getattr(config, kind, None) for kind in (*kinds, "target_parameters")}
-    return {kind: value for kind, value in found.items() if value}
-
-
-def _export_rank(rank: str | int, requested: int, exact: int) -> int:
-    if rank == "exact":
-        return exact
-    if rank == "requested":
-        return min(requested, exact)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise UserError(f"rank must be 'exact', 'requested' or a number from 1, got {rank!r}")
-    return min(rank, exact)
-
-
-def _plain_config(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """A config that PEFT alone reads. The scaling is already in B, so alpha = rank everywhere.
-
-    r is the largest rank, since that is what servers make room for, and what other layers have
-    stands in the patterns.
-    """
-    largest = max(ranks.values())
-    layers = {name: LayerRank(rank, rank) for name, rank in ranks.items()}
-    return LoraConfig(
-        r=largest,
-        lora_alpha=largest,
-        **patterns(layers, largest, largest),
-        use_dora=config.use_dora,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        lora_dropout=config.lora_dropout,
-        fan_in_fan_out=config.fan_in_fan_out,
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        inference_mode=True,
+    with _replaced(Path(folder)) as new:
+        _write(new, plain.config, plain.state)
+        write_export_card(
+            new,
+            plain.config.base_model_name_or_path or "",
+            start=getattr(model.peft_config[adapter_name], "start", None),
+            error=plain.relative_error,
+            tied=tied,
+        )
+    return ExportReport(
+        folder=Path(folder),
+        rank=plain.config.r,
+        relative_error=plain.relative_error,
+        layer_errors=plain.layer_errors,
     )
 
 
-def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q_B (out, k), a small core (k, j) and Q_A (in, j), in float64: B A = Q_B core Q_A^T."""
-    Q_B, R_B = torch.linalg.qr(B.double())
-    Q_A, R_A = torch.linalg.qr(A.double().T)
-    return Q_B, R_B @ R_A.T, Q_A
+def _tied_targets(model: PeftModel, adapter_name: str) -> tuple[str, str] | None:
+    """An adapted layer whose weight another module has as well, and that module."""
+    adapted = {
+        getattr(module.get_base_layer(), "weight", None): name
+        for name, module in adapted_layers(model, adapter_name).items()
+    }
+    for name, module in base_modules(model):
+        weight = getattr(module, "weight", None)
+        if weight is not None and adapted.get(weight, name) != name:
+            return adapted[weight], name
+    return None
 
 
-def _product_norm(A: Tensor, B: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(_core(A, B)[1]))
+_FILES = (WEIGHTS_FILE, START_FILE, CARD_FILE, CONFIG_FILE)
+"""Of an adapter's folder; without the last there is no adapter."""
 
 
-def _truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best A (rank, in), B (out, rank) for the product B A, and the norm of what is lost.
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files become those of the adapter in ``folder``, all of them.
 
-    The SVD is that of a core no larger than twice the rank, never of an (out, in) matrix.
+    Nothing of another adapter stays there, and what is of no adapter does. It happens in one step;
+    in a folder that cannot be exchanged, file by file while there is no config.
     """
-    Q_B, core, Q_A = _core(A, B)
-    U, S, Vh = torch.linalg.svd(core)
-    root = S[:rank].sqrt()
-    A_cut = root[:, None] * (Vh[:rank] @ Q_A.T)
-    B_cut = (Q_B @ U[:, :rank]) * root
-    missing = rank - len(A_cut)
-    if missing > 0:  # a layer smaller than the rank: PEFT wants the same rank everywhere
-        A_cut, B_cut = F.pad(A_cut, (0, 0, 0, missing)), F.pad(B_cut, (0, missing))
-    return A_cut.to(A.dtype), B_cut.to(B.dtype), float(S[rank:].norm())
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    card = folder / CARD_FILE
+    names = set(_FILES) - ({CARD_FILE} if card.exists() and not is_ours(card) else set())
+    if not (
+        os.path.ismount(folder)
+        or not os.access(folder.parent, os.W_OK)
+        or Path.cwd().is_relative_to(folder)
+        or any(entry.is_dir() for entry in folder.iterdir())
+    ):
+        with new_folder(folder, keep=lambda name: name not in names) as new:
+            yield new
+            for file in set(_FILES) - names:
+                (new / file).unlink(missing_ok=True)
+        return
+    with TemporaryDirectory(prefix=".tmp-", dir=folder) as name:
+        new = Path(name)
+        yield new
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        for file in filter(names.__contains__, _FILES):
+            if (new / file).exists():
+                (new / file).replace(folder / file)
+            else:
+                (folder / file).unlink(missing_ok=True)
+
+
+def _write(
+    folder: Path, config: LoraConfig, state: Mapping[str, Tensor], start: Any = None
+) -> None:
+    """The files of an adapter, into a new folder.
+
+    The config is PEFT's without what is at its default, since older versions of PEFT, and other
+    readers, refuse keys that they do not know.
+    """
+    save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if start is not None:
+        write_json(folder / START_FILE, start)
+    usual, values = LoraConfig().to_dict(), {}
+    for key, value in sorted(config.to_dict().items()):
+        if key in _ALWAYS or value != usual.get(key):
+            values[key] = sorted(value) if isinstance(value, set) else value
+    write_json(folder / CONFIG_FILE, values)
+
+
+_ALWAYS = (
+    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules"),
+    *("modules_to_save", "lora_dropout", "bias", "fan_in_fan_out", "use_rslora", "use_dora"),
+)
+"""Settings that servers read without a default of their own."""
 
 
 def save(
@@ -249,17 +212,12 @@ def save(
         adapter names a type of its own there, which PEFT alone refuses); `forgetless.json` says
         how the adapter started.
     """
-    config = _lora_config(model, adapter_name)
-    start = config.start if isinstance(config, StartConfig) else None
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    config = lora_config(model, adapter_name)
     state = get_peft_model_state_dict(model, state_dict=weights, adapter_name=adapter_name)
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    if start is not None:
-        (folder / START_FILE).write_text(json.dumps(start, indent=2) + "\n")
-    config.save_pretrained(str(folder))
-    return folder
+    with _replaced(Path(folder)) as new:
+        _write(new, config, state, config.start if isinstance(config, StartConfig) else None)
+    return Path(folder)
 
 
 def load(
@@ -276,20 +234,95 @@ def load(
     Raises:
         UserError: the folder is no LoRA adapter, or its tensors do not fit the base.
     """
+    check_addable(base, adapter_name)
     folder = Path(folder)
     config = _read_config(folder)
     state = load_file(folder / WEIGHTS_FILE)
     _check_fits(folder, state, base)
+    _keep_whole_modules_apart(folder, config, state, base)
     _name_base(folder, config, base)
     config.inference_mode = not trainable
-    model = add_adapter(base, config, adapter_name)
-    if config.start:
-        start = Start.from_dict(config.start)
-        for name, module in adapted_layers(model, adapter_name).items():
-            install(module, adapter_name, start, *_saved_parameters(state, name, start.anchored))
-    _require_complete(folder, set_peft_model_state_dict(model, state, adapter_name=adapter_name))
+    start, model = config.start, add_adapter(base, config, adapter_name)
+    try:
+        if start is not None:
+            made = Start.from_dict(start)
+            for name, module in adapted_layers(model, adapter_name).items():
+                install(module, adapter_name, made, *_saved_parameters(state, name, made.anchored))
+        _fill(model, adapter_name, state, folder)
+    except (KeyError, UserError):
+        take_off(model, adapter_name, base)
+        raise
     model.set_requires_grad(adapter_name, requires_grad=trainable)
     return model.train(trainable)
+
+
+def _fill(model: PeftModel, adapter_name: str, state: dict[str, Tensor], folder: Path) -> None:
+    """Put the tensors in their places; each must have one, and each place a tensor."""
+    try:
+        loaded = set_peft_model_state_dict(model, state, adapter_name=adapter_name)
+    except KeyError as problem:  # a module of modules_to_save
+        raise UserError(f"{folder / WEIGHTS_FILE} lacks {problem}") from None
+    missing = [k for k in loaded.missing_keys if ".lora_" in k and adapter_name in k.split(".")]
+    for keys, fault in ((loaded.unexpected_keys, "fit nowhere"), (missing, "are missing")):
+        if keys:
+            raise UserError(
+                f"the tensors and {CONFIG_FILE} of {folder} do not belong together: these "
+                f"{fault}: {first_few(keys)}"
+            )
+
+
+def _keep_whole_modules_apart(
+    folder: Path, config: StartConfig, state: dict[str, Tensor], base: nn.Module
+) -> None:
+    """Let modules that the folder holds whole be the adapter's, where PEFT overwrites the base.
+
+    PEFT saves embeddings beside an adapter when they are targets, or were given more rows. Those
+    that are the base's own are left out. The others become `modules_to_save`: copies that are used
+    while the adapter is on.
+
+    Raises:
+        UserError: a part of a module only, such as its bias, or one that has another shape here.
+    """
+    modules, held = dict(base_modules(base)), dict[str, dict[str, str]]()
+    for key in state:
+        name, _, part = key.removeprefix(PREFIX).rpartition(".")
+        name = name.removesuffix(".base_layer")
+        if ".lora_" not in key and isinstance(getattr(modules.get(name), part, None), Tensor):
+            held.setdefault(name, {})[part] = key
+    sizes, parts = [], []
+    for name, keys in held.items():
+        own = {key: getattr(modules[name], part) for part, key in keys.items()}
+        for key, tensor in own.items():
+            if tensor.shape != state[key].shape:
+                other = tuple(state[key].shape)
+                sizes.append(f"{name!r} is {tuple(tensor.shape)} and {other} in the adapter")
+        if sizes or any(name.endswith(whole) for whole in config.modules_to_save or ()):
+            continue
+        if all(_is_same(tensor, state[key]) for key, tensor in own.items()):
+            for key in own:
+                del state[key]
+        elif len(keys) < len(modules[name].state_dict()) or ".base_layer." in "".join(own):
+            parts += [key.removeprefix(PREFIX) for key in own]
+        else:
+            for sharing, module in modules.items():  # the module itself, and a tied head
+                if any(getattr(module, part, None) is own[key] for part, key in keys.items()):
+                    config.modules_to_save = sorted({*(config.modules_to_save or ()), sharing})
+                    for part, key in keys.items():
+                        state.setdefault(f"{PREFIX}{sharing}.{part}", state[key].clone())
+    if sizes:
+        raise UserError(
+            f"{folder} holds whole modules of other sizes than this base has: {first_few(sizes)}; "
+            "where tokens were added, call base.resize_token_embeddings(...) before"
+        )
+    if parts:
+        raise UserError(
+            f"{folder} holds {first_few(parts)}, which would change the base itself; train whole "
+            "modules with PEFT's modules_to_save, which keeps them apart"
+        )
+
+
+def _is_same(own: Tensor, given: Tensor) -> bool:
+    return not own.is_meta and torch.equal(own.to(given).cpu(), given)
 
 
 def _saved_parameters(
@@ -336,8 +369,10 @@ def _read_config(folder: Path) -> StartConfig:
     kind = values.pop("peft_type", None)
     if kind not in (ANCHORED_TYPE, "LORA"):
         raise UserError(f"{folder} holds an adapter of type {kind!r}; only LoRA can be loaded")
-    if (folder / START_FILE).is_file():
-        values["start"] = json.loads((folder / START_FILE).read_text())
+    if kind == "LORA" and (folder / START_FILE).is_file():
+        # An anchored one says it in its config; a file that says so here is another adapter's.
+        start = read_json(folder / START_FILE)
+        values["start"] = None if start["anchored"] else start
     if str(values.get("init_lora_weights")).startswith(_CHANGES_THE_BASE):
         raise UserError(
             f"{folder} was saved with init_lora_weights={values['init_lora_weights']!r}: it is for "
@@ -348,17 +383,6 @@ def _read_config(folder: Path) -> StartConfig:
     if ignored := sorted(key for key in values.keys() - known.keys() if values[key]):
         warnings.warn(f"{folder}: this PEFT does not know {', '.join(ignored)}", stacklevel=3)
     return StartConfig(**{key: value for key, value in values.items() if key in known})
-
-
-def _require_complete(folder: Path, loaded: Any) -> None:
-    """Every tensor has its place in the model, and every adapted layer its tensors."""
-    missing = [key for key in loaded.missing_keys if ".lora_" in key]
-    for keys, problem in ((loaded.unexpected_keys, "fit nowhere"), (missing, "are missing")):
-        if keys:
-            raise UserError(
-                f"the tensors and {CONFIG_FILE} of {folder} do not belong together: these "
-                f"{problem}: {first_few(keys)}"
-            )
 
 
 def _name_base(folder: Path, config: LoraConfig, base: nn.Module) -> None:

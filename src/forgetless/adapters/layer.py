@@ -1,21 +1,29 @@
-"""Adapters of a PEFT model: their config, their layers, and how a start is put on a layer."""
+"""The layers of an adapter: how it started, how a start is put on them, and what they then say."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear, LoraLayer
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear, LoraLayer, LoraModel
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
-from forgetless.adapters.anchored import Anchor, AnchoredVariant, low_rank_move
-from forgetless.adapters.dora import dora_update, is_dora, set_magnitude
+from forgetless.adapters.anchored import (
+    Anchor,
+    AnchoredVariant,
+    in_layout_of,
+    is_anchored,
+    low_rank_move,
+)
+from forgetless.adapters.dora import DoraVariant, dora_update, is_dora, set_magnitude
 from forgetless.core.errors import UserError
-from forgetless.models.weights import computing_device, hold_packing, linear_weight, untouched
+from forgetless.models.weights import linear_weight
 
 _BITS_AND_BYTES = ("Linear4bit", "Linear8bitLt")
 
@@ -41,13 +49,22 @@ class StartConfig(LoraConfig):
         del values["start"]  # PEFT alone would warn of a key that it does not know
         return values
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's, beside the weights; without them, as PEFT asks to convert a start, refused."""
+        if self.start and self.start["anchored"] and "auto_mapping_dict" not in kwargs:
+            raise UserError(
+                "the config of an anchored adapter says nothing without its weights, and there is "
+                "no initial adapter to take out of it: forgetless.export writes the plain LoRA"
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
 
 @dataclass(frozen=True)
 class Start:
     """How an adapter started; kept beside its weights in `forgetless.json`.
 
     Attributes:
-        method: a name of METHODS.
+        method: a name of METHODS, or that of a `Method` of one's own.
         trains: the factors that are trained, ("A", "B"), ("A",) or ("B",).
         anchored: whether the frozen start is needed beside the trained matrices.
         seed: what random starts were drawn with.
@@ -71,11 +88,13 @@ class Start:
         return tuple(f"lora_{factor}" for factor in ("A", "B") if factor not in self.trains)
 
 
-def adapted_layers(model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
+def adapted_layers(
+    model: PeftModel | LoraModel, adapter_name: str = "default"
+) -> dict[str, LoraLayer]:
     """The layers that the adapter changes, by their names in the base model."""
     return {
         name.removeprefix(PREFIX): module
-        for name, module in model.named_modules()
+        for name, module in (model.model if isinstance(model, LoraModel) else model).named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A
     }
 
@@ -94,30 +113,16 @@ def delta_weights(
         yield name, weight, delta.float()
 
 
-def add_adapter(model: nn.Module, config: StartConfig, adapter_name: str) -> PeftModel:
-    """PEFT's wrapping, without its random start leaving a trace in the global generator."""
-    hold_packing(model)
-    with untouched(model), torch.random.fork_rng(devices=[]):
-        if isinstance(model, PeftModel):
-            model.add_adapter(adapter_name, config)
-            model.set_adapter(adapter_name)
-        else:
-            model = get_peft_model(model, config, adapter_name=adapter_name)
-    for module in adapted_layers(model, adapter_name).values():
-        for part in (module.lora_A[adapter_name], module.lora_B[adapter_name]):
-            if (
-                part.weight.is_meta
-            ):  # PEFT puts it where the weight of an offloaded layer is: nowhere
-                part.to_empty(device=computing_device(module))
-    return model
-
-
 @torch.no_grad()
 def install(
     module: LoraLayer, adapter_name: str, start: Start, A: Tensor, B: Tensor, anchor: Anchor | None
 ) -> None:
     """Put one layer's start in place of PEFT's."""
-    _require_hooks(module)
+    if not isinstance(module, Linear) and type(module).__name__ not in _BITS_AND_BYTES:
+        raise UserError(
+            f"PEFT adapts this base with {type(module).__name__}, which no start fits; load the "
+            "base unquantised, or quantised with bitsandbytes or torchao"
+        )
     module.lora_A[adapter_name].weight.copy_(A)
     module.lora_B[adapter_name].weight.copy_(B)
     if anchor is not None:
@@ -129,6 +134,9 @@ def install(
         module.lora_variant[adapter_name] = AnchoredVariant()
     if is_dora(module, adapter_name):
         set_magnitude(module, adapter_name)
+    if not isinstance(module, _WithAnchors):
+        kind: Any = type(module)
+        module.__class__ = _class_with_anchors(kind)
     if isinstance(module, TorchaoLoraLinear) and adapter_name in module.lora_variant:
         module.merge = _refuse_merge  # PEFT's asks no hook and would merge something else
     if start.frozen:
@@ -139,13 +147,19 @@ def install(
         module._freeze_non_trainable_peft_weights(adapter_name)
 
 
-def _require_hooks(module: LoraLayer) -> None:
-    """Anchored and frozen starts need a layer of PEFT that asks our hooks."""
-    if not isinstance(module, Linear) and type(module).__name__ not in _BITS_AND_BYTES:
-        raise UserError(
-            f"PEFT adapts this base with {type(module).__name__}, which no start fits; load the "
-            "base unquantised, or quantised with bitsandbytes or torchao"
-        )
+def copy_start(module: LoraLayer, adapter_name: str, to: str, start: Start) -> None:
+    """Put one adapter's start on another, which has PEFT's own in this layer."""
+    A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+    if start.anchored:
+        anchor = module.lora_anchor[adapter_name]
+        anchor = Anchor(anchor.anchor_A.clone(), anchor.anchor_B.clone())
+        install(module, to, start, torch.zeros_like(A), torch.zeros_like(B), anchor)
+    elif start.trains == ("A", "B"):
+        install(module, to, start, module.lora_A[to].weight, module.lora_B[to].weight, None)
+    else:
+        frozen_A = "lora_A" in start.frozen
+        A, B = (A, torch.zeros_like(B)) if frozen_A else (torch.zeros_like(A), B)
+        install(module, to, start, A, B, None)
 
 
 def _refuse_merge(*_: Any, **__: Any) -> None:
@@ -153,3 +167,76 @@ def _refuse_merge(*_: Any, **__: Any) -> None:
         "an adapter cannot be merged into torchao's quantised weights; serve the exported adapter "
         "beside the base, or merge it into the unquantised model"
     )
+
+
+# ---- what PEFT's layers say of an adapter whose A and B are not all of it -----------------------
+
+
+class _WithAnchors:
+    """Methods of PEFT's layers that read or write A and B alone, put right for anchored ones."""
+
+    def get_delta_weight(self: Any, adapter: str) -> Tensor:
+        """W' - W of one adapter, as the layer stores its weight."""
+        if isinstance(self.lora_variant.get(adapter), DoraVariant):
+            weight = linear_weight(self.get_base_layer())
+            return in_layout_of(self, dora_update(self, adapter, weight))
+        if is_anchored(self, adapter):
+            return in_layout_of(self, low_rank_move(self, adapter))
+        delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
+        return delta
+
+    def _load_from_state_dict(self: Any, state: Any, prefix: str, *rest: Any) -> None:
+        anchors = f"{prefix}lora_anchor."
+        given = {
+            key.removeprefix(anchors).split(".")[0] for key in state if key.startswith(anchors)
+        }
+        own = set(getattr(self, "lora_anchor", ()))
+        if given - own:
+            rest[-1].append(
+                f"{prefix}lora_A and lora_B belong to an anchor, and the adapter in the model has "
+                "none; load the anchored adapter with forgetless.load under a name of its own"
+            )
+        if any(f"{prefix}lora_A.{name}.weight" in state for name in own - given):
+            warnings.warn(
+                "the A and B of an anchored adapter are loaded without an anchor, so they must be "
+                "moves from its own; load any other adapter with forgetless.load under a name of "
+                "its own",
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[misc]
+
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        return _blank, (type(self).__mro__[2],), self.__dict__
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    """A method of PEFT's layers that would overwrite A and B of an anchored adapter."""
+
+    def method(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if is_anchored(self, adapter_name):
+            raise UserError(
+                f"{name} would leave the anchor of {adapter_name!r} behind; delete the adapter and "
+                "attach it again with forgetless.attach"
+            )
+        return getattr(super(type(self), self), name)(adapter_name, *args, **kwargs)
+
+    method.__doc__ = f"PEFT's `{name}`, refused for an anchored adapter."
+    return method
+
+
+_STARTS = ("corda", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa")
+_OVERWRITE = ("reset_lora_parameters", "update_layer", *(f"{name}_init" for name in _STARTS))
+
+
+@cache
+def _class_with_anchors(kind: Any) -> Any:
+    """The class that PEFT chose for a layer, with the methods above."""
+    overwriting = {name: _refused(name) for name in _OVERWRITE if hasattr(kind, name)}
+    names = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (_WithAnchors, kind), names | overwriting)
+
+
+def _blank(kind: Any) -> Any:
+    """A layer before its contents, for copies."""
+    made = _class_with_anchors(kind)
+    return made.__new__(made)

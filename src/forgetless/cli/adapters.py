@@ -53,7 +53,7 @@ def stats(
     from forgetless.training.devices import join
 
     hush()
-    ranks = join()
+    processes = join()
     unfinished = Path(out).with_name(f".{Path(out).name}.unfinished")
     collected = collect_statistics(
         base,
@@ -63,9 +63,9 @@ def stats(
         seed=seed,
         unfinished=unfinished,
     )
-    ranks.wait()  # until none needs what is unfinished
-    file = ranks.first(lambda: collected.save(out))
-    ranks.first(lambda: remove(unfinished))
+    processes.wait_for_everyone()  # until none needs what is unfinished
+    file = processes.first(lambda: collected.save(out))
+    processes.first(lambda: remove(unfinished))
     print(f"{file}: {len(collected)} layers, {collected.metadata['tokens']} tokens")
 
 

@@ -1,14 +1,15 @@
 """How far long work is: counted where it is done, drawn on a terminal for whoever asked for it.
 
-One bar at a time: work inside other work that has a bar draws none.
+One bar at a time: work inside other work that has a bar draws none. Bars go to the terminal that
+standard error was when `draw` was called, also while it is redirected.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from operator import length_hint
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -22,18 +23,18 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["Bar", "bar", "clear", "counted", "draw", "ended"]
+__all__ = ["Bar", "clear", "counted", "draw"]
 
 T = TypeVar("T")
 
-_is_drawn = False
+_console: Console | None = None
 _current: Bar | None = None
 
 
 def draw() -> None:
     """From now on all long work of this process has a bar."""
-    global _is_drawn
-    _is_drawn = True
+    global _console
+    _console = Console(file=sys.stderr)
 
 
 def clear() -> None:
@@ -45,22 +46,25 @@ def clear() -> None:
 class Bar:
     """One piece of work; nothing is seen of it on anything but a terminal.
 
+    At the end of a `with` block the bar goes, whatever happens in it.
+
     Args:
         what: in a word or two.
         total: how many there are to do; None where nobody knows.
-        unit: what is counted, for the rate; empty where `note` says more.
+        unit: what is counted, for the rate; empty where the notes of `advance` say more.
         done: how many were done before.
-        is_drawn: whether to draw at all.
+        unasked: draw also where `draw` was not called.
     """
 
     def __init__(
-        self, what: str, total: int | None, unit: str = "", *, done: int = 0, is_drawn: bool = True
+        self, what: str, total: int | None, unit: str = "", *, done: int = 0, unasked: bool = False
     ) -> None:
         global _current
-        self.console = Console(stderr=True)
+        self.console = _console or Console(file=sys.stderr)
         self._left = None if total is None else total - done
         self._progress: Progress | None = None
-        if self._left == 0 or not (is_drawn and _current is None and self.console.is_terminal):
+        asked = unasked or _console is not None
+        if self._left == 0 or not (asked and _current is None and self.console.is_terminal):
             return
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -72,6 +76,9 @@ class Bar:
             console=self.console,
             transient=True,
             refresh_per_second=2,
+            # What goes to the terminal is printed above the bar; what goes elsewhere goes there.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
         )
         self._task = self._progress.add_task(what, total=total, completed=done, unit=unit, note="")
         self._progress.start()
@@ -94,10 +101,11 @@ class Bar:
             self._progress.stop()
             self._progress, _current = None, None
 
+    def __enter__(self) -> Self:
+        return self
 
-def bar(what: str, total: int | None, unit: str = "") -> Bar:
-    """The bar of some work, drawn where `draw` was called."""
-    return Bar(what, total, unit, is_drawn=_is_drawn)
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
 
 def counted(items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterator[T]:
@@ -109,19 +117,10 @@ def counted(items: Iterable[T], what: str, unit: str, total: int | None = None) 
         unit: what an item is called, for the rate.
         total: how many they are; None for their own length, if they have one.
     """
-    with ended(bar(what, total or length_hint(items) or None, unit)) as shown:
+    with Bar(what, total or length_hint(items) or None, unit) as shown:
         for item in items:
             yield item
             shown.advance()
-
-
-@contextmanager
-def ended(shown: Bar) -> Iterator[Bar]:
-    """Take the bar away at the end, whatever happens."""
-    try:
-        yield shown
-    finally:
-        shown.end()
 
 
 class _Rate(ProgressColumn):

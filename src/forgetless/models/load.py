@@ -49,6 +49,7 @@ __all__ = [
     "Targets",
     "adapter_off",
     "as_base",
+    "base_modules",
     "base_of",
     "checkpoint_activations",
     "evaluating",
@@ -300,7 +301,7 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
     base = base_of(model)
     require_readable(base)
     wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
-    modules = dict(_named_base_modules(base))
+    modules = dict(base_modules(base))
     experts = _expert_tensors(modules)
     _refuse_experts(wanted, experts)
     config, given = _peft_targets(base, wanted)
@@ -341,7 +342,7 @@ def _part_targets(model: nn.Module, part: str) -> Targets:
             f"part of a block{stacked if everything.skipped else ''}; name the layers. "
             + _what_there_is(set(everything.layers))
         )
-    modules = [name for name, _ in _named_base_modules(base)]
+    modules = [name for name, _ in base_modules(base)]
     given = shortest_endings(layers, [*modules, *everything.skipped])
     return Targets(layers, given, everything.skipped if part == "mlp" else [])
 
@@ -466,9 +467,9 @@ def _has_no_weights(module: nn.Module) -> bool:
     return any(weight.is_meta for weight in weights) and not is_offloaded(module)
 
 
-def _named_base_modules(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module below the model once, under the name it has without adapters."""
-    return _walk(base, "", set())
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module below the base once, under the name it has without adapters."""
+    return _walk(base_of(model), "", set())
 
 
 # No closure: one that calls itself is a cycle, which would keep the model in memory after its end.

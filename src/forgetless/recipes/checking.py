@@ -22,9 +22,9 @@ from forgetless.models.load import load_tokenizer, meta_model, target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
 from forgetless.tasks import make_tasks
-from forgetless.training.compiling import compile_problems
 from forgetless.training.forgetting import from_settings
 from forgetless.training.launch import this_launch
+from forgetless.training.model import compile_problems
 from forgetless.training.optimizers import optimizer_problems
 from forgetless.training.penalties import make_penalty
 from forgetless.training.settings import ProbeSettings

@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.anchored import Anchor
-from forgetless.adapters.layer import Start, StartConfig, adapted_layers, add_adapter, install
+from forgetless.adapters.layer import Start, StartConfig, adapted_layers, install
 from forgetless.adapters.settings import AdapterSettings
+from forgetless.adapters.tuner import add_adapter
 from forgetless.data.settings import CalibrationSettings
 from forgetless.data.texts import SELF, sampled_together
 from forgetless.methods import METHODS
@@ -37,6 +38,7 @@ from forgetless.models.load import checkpoint_activations, find_targets, target_
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.budget import matrix_bytes, parse_budget
+from forgetless.training.optimizers import OPTIMIZERS
 from forgetless.training.settings import TrainingSettings
 
 __all__ = [
@@ -47,17 +49,6 @@ __all__ = [
     "statistics_matrices",
     "step_memory",
 ]
-
-STATE_BYTES = {
-    "adamw": 8,
-    "adamw_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "lion": 4,
-    "adafactor": 0,
-    "sgd": 0,
-}
-"""What an optimiser keeps for each trained float32 weight; adafactor's rows and columns are left
-out. Moments have the number format of their weights, unless they have 8 bits."""
 
 START_MATRICES = 7
 """Float64 matrices, of the widest input squared, that the start of one layer holds at a time."""
@@ -197,9 +188,9 @@ def step_memory(
 
 def _state(optimizer: str, trained: Iterable[Tensor]) -> int:
     """Bytes that the optimiser keeps of these weights."""
-    in_8_bits = optimizer.endswith("8bit")
-    sizes = (weight.numel() * (4 if in_8_bits else weight.element_size()) for weight in trained)
-    return sum(sizes) * STATE_BYTES[optimizer] // 4
+    kind = OPTIMIZERS[optimizer]
+    sizes = (w.numel() * (4 if kind.in_8_bits else w.element_size()) for w in trained)
+    return sum(sizes) * kind.state_bytes // 4
 
 
 def _adapted(model: nn.Module, settings: AdapterSettings) -> Any:

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
+from forgetless.core.processes import Processes
 from forgetless.core.progress import counted
 from forgetless.models.load import as_base, target_layers
 from forgetless.models.weights import weight_shape
@@ -21,7 +22,7 @@ from forgetless.statistics.collector import Batch, Collector
 from forgetless.statistics.moments import Spilled, Statistics
 from forgetless.statistics.padding import device_and_dtype
 from forgetless.statistics.progress import Progress, model_identity
-from forgetless.statistics.ranks import Ranks, refuse_sharded, refuse_shared_out
+from forgetless.statistics.refusals import refuse_sharded, refuse_shared_out
 from forgetless.statistics.stack import Leg, Relay, Stack, legs
 
 
@@ -85,15 +86,15 @@ def collect(
     sizes = {name: weight_shape(layer)[1] for name, layer in layers.items()}
     shapes = {name: (size, size) for name, size in sizes.items()}
     budget = None if memory_budget is None else parse_budget(memory_budget, shapes)
-    ranks = Ranks.current()
+    processes = Processes.current()
     with as_base(model) as base:
         collector = Collector(base, layers, skip_first)
-        if budget is None and checkpoint is None and ranks.count == 1:
+        if budget is None and checkpoint is None and processes.count == 1:
             collector.run(_checked(batches), layers)
             matrices: Mapping[str, Tensor] = dict(collector.take())
         else:
             folder = None if checkpoint is None else Path(checkpoint)
-            matrices = _Passes(collector, batches, ranks).run(shapes, budget, folder)
+            matrices = _Passes(collector, batches, processes).run(shapes, budget, folder)
         dtype = device_and_dtype(base)[1]
     leader = {name: collector.leader[name] for name in layers if name in collector.leader}
     tokens = {n: collector.tokens[first] for n, first in leader.items() if first in matrices}
@@ -126,10 +127,12 @@ def _checked(batches: Iterable[Batch]) -> Iterable[tuple[int, Batch]]:
 class _Passes:
     """Several passes over the batches: under a budget, with a checkpoint, or in many processes."""
 
-    def __init__(self, collector: Collector, batches: Iterable[Batch], ranks: Ranks) -> None:
+    def __init__(
+        self, collector: Collector, batches: Iterable[Batch], processes: Processes
+    ) -> None:
         self.collector = collector
         self.batches = list(batches) if iter(batches) is batches else batches
-        self.ranks = ranks
+        self.processes = processes
         stack = Stack.find(collector.base, collector.layers)
         self.relay = None if stack is None else Relay(stack)
         self.progress: Progress | None = None
@@ -147,9 +150,9 @@ class _Passes:
         for number, (names, leg) in enumerate(zip(planned, legs(stack, planned), strict=True), 1):
             several = f", pass {number} of {len(planned)}" if len(planned) > 1 else ""
             self.work = f"statistics{several}"
-            with self.ranks.together():
+            with self.processes.failing_together():
                 self._sum(names, leg)
-            self.collector.add_up(names, self.ranks)
+            self.collector.add_up(names, self.processes)
             for name, matrix in self.collector.take():
                 if self.progress is None:
                     spilled.add(name, matrix)
@@ -161,29 +164,29 @@ class _Passes:
 
     def _learn(self) -> None:
         """Order and sharing of the layers, from the first batch of this process."""
-        with self.ranks.together():
-            first = next(self.ranks.share(self.batches), None)
+        with self.processes.failing_together():
+            first = next(self.processes.share(self.batches), None)
             if first is not None:
                 with self.relay.learning(first[0]) if self.relay else nullcontext():
                     self.collector.learn(*first)
-        if not any(self.ranks.everyones(first is not None)):
+        if not any(self.processes.gather(first is not None)):
             raise UserError("there are no batches to collect statistics from")
-        self.collector.adopt(self.ranks.everyones(self.collector.lessons)[0])
+        self.collector.adopt(self.processes.gather(self.collector.lessons)[0])
 
     def _open(self, checkpoint: Path | None) -> set[str]:
         """Read the checkpoint; the leaders whose matrices are finished in every process."""
         if checkpoint is None:
             return set()
-        with self.ranks.together():
+        with self.processes.failing_together():
             collector = self.collector
             identity = {
                 "model": model_identity(collector.base, collector.layers),
                 "skip_first": collector.skip_first,
             }
-            self.progress = Progress(checkpoint, identity, self.ranks)
+            self.progress = Progress(checkpoint, identity, self.processes)
         assert self.progress is not None
         mine = set(self.progress.finished)
-        done = set.intersection(*self.ranks.everyones(mine))
+        done = set.intersection(*self.processes.gather(mine))
         self.progress.forget(mine - done)
         self.collector.tokens.update(self.progress.tokens)
         return done
@@ -206,8 +209,8 @@ class _Passes:
 
     def _left(self, names: list[str]) -> Iterable[tuple[int, Batch]]:
         """The batches of this process that a pass has not seen yet."""
-        number = length_hint(self.batches) // self.ranks.count
-        mine = counted(self.ranks.share(self.batches), self.work, "batches", number)
+        number = length_hint(self.batches) // self.processes.count
+        mine = counted(self.processes.share(self.batches), self.work, "batches", number)
         return mine if self.progress is None else self.progress.follow(mine, self.collector, names)
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
+from forgetless.core.processes import Processes
 from forgetless.models.weights import weight_shape
 from forgetless.statistics.padding import TokenRows, is_encoder_decoder, prepare
-from forgetless.statistics.ranks import Ranks
 
 Batch = Mapping[str, Tensor]
 
@@ -129,16 +129,16 @@ class Collector:
             del self.tokens[name]
         self.sums.clear()
 
-    def add_up(self, names: Iterable[str], ranks: Ranks) -> None:
+    def add_up(self, names: Iterable[str], processes: Processes) -> None:
         """Add the sums and tokens of these layers over all processes."""
-        if ranks.count == 1:
+        if processes.count == 1:
             return
         leaders = [name for name in names if self.leader.get(name, name) == name]
-        counts = ranks.everyones([self.tokens[name] for name in leaders])
+        counts = processes.gather([self.tokens[name] for name in leaders])
         for name, tokens in zip(leaders, map(sum, zip(*counts, strict=True)), strict=True):
             if tokens:
                 self.leader.setdefault(name, name)
-                self.sums[name] = ranks.add_up(self.sums.get(name, self._zeros(name)))
+                self.sums[name] = processes.sum(self.sums.get(name, self._zeros(name)))
                 self.tokens[name] = tokens
 
     def take(self) -> Iterator[tuple[str, Tensor]]:

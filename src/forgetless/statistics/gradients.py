@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forgetless.core.errors import UserError
+from forgetless.core.processes import Processes
 from forgetless.core.progress import counted
 from forgetless.models.load import as_base, target_layers
 from forgetless.models.weights import weight_shape
@@ -26,7 +27,7 @@ from forgetless.statistics.collector import Batch
 from forgetless.statistics.files import FileFormat
 from forgetless.statistics.moments import OnDisk, Spilled
 from forgetless.statistics.padding import device_and_dtype, prepare
-from forgetless.statistics.ranks import Ranks, refuse_sharded, refuse_shared_out
+from forgetless.statistics.refusals import refuse_sharded, refuse_shared_out
 
 _FORMAT = FileFormat("gradients", version=1, make="forgetless.statistics.collect_gradients")
 _IGNORED = -100
@@ -121,7 +122,7 @@ def collect_gradients(
     planned = passes([[name] for name in layers], shapes, budget)
     if len(planned) > 1 and iter(batches) is batches:
         batches = list(batches)
-    ranks = Ranks.current()
+    processes = Processes.current()
     with as_base(model) as base, torch.enable_grad():
         for weight in base.parameters():
             weight.requires_grad_(False)  # `as_base` restores it
@@ -131,10 +132,10 @@ def collect_gradients(
         spilled = Spilled()
         for names in planned:
             run = _Pass(base, {name: layers[name] for name in names}, shapes)
-            with ranks.together():
-                number = length_hint(batches) // ranks.count
-                run.over(counted(ranks.share(batches), "gradients", "batches", number))
-            run.add_up(ranks)
+            with processes.failing_together():
+                number = length_hint(batches) // processes.count
+                run.over(counted(processes.share(batches), "gradients", "batches", number))
+            run.add_up(processes)
             for name, gradient in run.means():
                 if len(planned) == 1:
                     found[name] = gradient.to(kept)
@@ -184,14 +185,14 @@ class _Pass:
             for number, batch in batches:
                 self._one(number, batch)
 
-    def add_up(self, ranks: Ranks) -> None:
+    def add_up(self, processes: Processes) -> None:
         """Add up over all processes what they have."""
-        parts = ranks.everyones((self.loss, self.tokens, set(self.sums)))
+        parts = processes.gather((self.loss, self.tokens, set(self.sums)))
         self.loss, self.tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
         if not self.tokens:
             raise UserError("there is nothing to learn: no batches, or every label is -100")
         for name in [name for name in self.layers if any(name in part[2] for part in parts)]:
-            self.sums[name] = ranks.add_up(self.sums.get(name, self._zeros(name)))
+            self.sums[name] = processes.sum(self.sums.get(name, self._zeros(name)))
 
     def means(self) -> Iterator[tuple[str, Tensor]]:
         """Each layer's gradient of the mean loss; the sum is let go."""

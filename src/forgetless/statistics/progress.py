@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
+from forgetless.core.processes import Processes
 from forgetless.statistics.collector import Batch, Collector
 from forgetless.statistics.moments import OnDisk
-from forgetless.statistics.ranks import Ranks
 
 SECONDS = 60.0
 """Between two times that the sums are written; more where writing takes longer than 5 %."""
@@ -38,8 +38,8 @@ class Progress:
         tokens: leader -> tokens of its matrix, for finished ones.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], ranks: Ranks) -> None:
-        self._folder = folder / f"rank-{ranks.index}-of-{ranks.count}"
+    def __init__(self, folder: Path, identity: Mapping[str, Any], processes: Processes) -> None:
+        self._folder = folder / f"rank-{processes.index}-of-{processes.count}"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._file = self._folder / "progress.json"

@@ -18,6 +18,7 @@ from forgetless.scores.files import read_scores
 from forgetless.scores.showing import sentence
 from forgetless.studies.folder import RunFolder
 from forgetless.training.penalties import words_of
+from forgetless.training.settings import titled_settings
 
 __all__ = ["score_paragraphs", "write_run_card"]
 
@@ -128,16 +129,11 @@ def _run_settings(
 
 def _optimiser(training: Any) -> str:
     """Name and settings; those that most trainings leave out only where they are used."""
-    used = {
-        "cool-down": training.cooldown_ratio,
-        "attention dropout": training.attention_dropout,
-        "LoRA+ ratio": 0 if training.loraplus_ratio == 1 else training.loraplus_ratio,
-    }
     return ", ".join(
         [
             f"{training.optimizer}, learning rate {training.learning_rate:g}",
             f"{training.schedule}, warm-up {training.warmup_ratio:g}",
-            *[f"{name} {value:g}" for name, value in used.items() if value],
+            *[f"{title} {value:g}" for title, value in titled_settings(training).items()],
             f"weight decay {training.weight_decay:g}, {training.precision}",
         ]
     )

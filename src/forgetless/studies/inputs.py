@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder
+from forgetless.core.processes import Processes
 from forgetless.data.examples import load_examples
 from forgetless.data.settings import DATA, CalibrationSettings, DataSettings
 from forgetless.data.texts import SELF, batches, fingerprint, training_batches
@@ -27,7 +28,6 @@ from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.collection import collect
 from forgetless.statistics.gradients import Gradients, collect_gradients
 from forgetless.statistics.moments import Statistics
-from forgetless.statistics.ranks import Ranks
 
 ARGUMENT = {"second_moment": "stats", "task_moment": "task_stats", "gradient": "gradients"}
 """Need -> the argument of `attach` that answers it."""
@@ -155,7 +155,7 @@ class Collecting:
                 with new_folder(folder) as new:
                     save_file(flat, new / file.name)
 
-        Ranks.current().first(write)
+        Processes.current().first(write)
         kept: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(file).items():
             number, _, name = key.partition(".")

@@ -22,9 +22,9 @@ from forgetless.studies.folder import RunFolder
 from forgetless.studies.out_of_memory import naming_what_takes_less
 from forgetless.studies.run import torch_threads
 from forgetless.studies.stages import Listener, Stages
-from forgetless.training.durations import total_steps
 from forgetless.training.launch import this_launch
 from forgetless.training.rates import Trial, Verdict, find_learning_rate, grid, judge, some_steps
+from forgetless.training.schedules import total_steps
 
 __all__ = ["RateSearch", "find_rate"]
 

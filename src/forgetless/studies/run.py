@@ -19,15 +19,15 @@ from torch import distributed
 
 from forgetless.core.errors import RecipeError
 from forgetless.core.files import folder_name, lock, read_json, remove_temporaries, write_text
+from forgetless.core.processes import Processes
 from forgetless.models.load import meta_model
 from forgetless.recipes.checking import check, load_recipe
 from forgetless.recipes.identity import run_id
 from forgetless.recipes.recipe import Recipe
-from forgetless.statistics.ranks import Ranks
 from forgetless.studies.folder import RunFolder, run_rows
 from forgetless.studies.stages import Listener, Stages
-from forgetless.training.budget import Exceeded
 from forgetless.training.devices import join, naming_lost_processes
+from forgetless.training.forgetting_budget import Exceeded
 from forgetless.training.launch import this_launch
 
 SMALL_MODEL = 50_000_000
@@ -98,14 +98,14 @@ def run(
         Exception: what went wrong in a stage; it is kept in run.json, and a new call goes on from
             the last finished stage.
     """
-    checked, ranks = load_recipe(recipe), join()
-    problems = ranks.first(lambda: check(checked))
+    checked, processes = load_recipe(recipe), join()
+    problems = processes.first(lambda: check(checked))
     if problems:
         raise RecipeError(checked.name or "recipe", problems)
     folder = RunFolder(Path(out) / folder_name(study or checked.name or "single") / run_id(checked))
-    with lock(folder.lock) if ranks.index == 0 else nullcontext():
-        ranks.first(lambda: prepare(folder, checked))
-        execute(folder, evaluate=evaluate, threads=threads, listen=listen, ranks=ranks)
+    with lock(folder.lock) if processes.is_first else nullcontext():
+        processes.first(lambda: prepare(folder, checked))
+        execute(folder, evaluate=evaluate, threads=threads, listen=listen, processes=processes)
     return Run(folder.path)
 
 
@@ -123,7 +123,7 @@ def execute(
     threads: int | None = None,
     session: str | None = None,
     listen: Listener | None = None,
-    ranks: Ranks = Ranks(),  # noqa: B008 - it is frozen
+    processes: Processes = Processes(),  # noqa: B008 - it is frozen
 ) -> None:
     """Take a prepared run through its stages; for the holder of its lock.
 
@@ -131,8 +131,10 @@ def execute(
     holds the lock and writes.
     """
     recipe = Recipe.load(folder.recipe)
-    is_first, hardware = ranks.index == 0, _hardware(ranks)
-    stages = Stages(folder, recipe, listen if listen and is_first else (lambda event: None), ranks)
+    is_first, hardware = processes.is_first, _hardware(processes)
+    stages = Stages(
+        folder, recipe, listen if listen and is_first else (lambda event: None), processes
+    )
     if is_first:
         remove_temporaries(folder.path)
         record = read_json(folder.record)
@@ -190,19 +192,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _hardware(ranks: Ranks) -> dict[str, Any]:
+def _hardware(processes: Processes) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found = {
         "device": device,
         "machine": platform.machine(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
-        "processes": ranks.count,
+        "processes": processes.count,
     }
-    if ranks.count == 1:
+    if processes.count == 1:
         return found
     return found | {
         "strategy": this_launch().strategy,
         "backend": distributed.get_backend(),
-        "devices": ranks.everyones(f"{platform.node()}: {device}"),
+        "devices": processes.gather(f"{platform.node()}: {device}"),
     }

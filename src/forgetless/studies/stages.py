@@ -44,6 +44,7 @@ from forgetless.core.files import (
     write_json,
     write_jsonl,
 )
+from forgetless.core.processes import Processes
 from forgetless.data.batches import TokenRows
 from forgetless.data.examples import load_examples
 from forgetless.data.mixture import Mixture
@@ -55,7 +56,6 @@ from forgetless.recipes.recipe import Recipe
 from forgetless.scores.cache import ScoreCache, digest
 from forgetless.scores.files import Phase
 from forgetless.statistics.moments import Statistics
-from forgetless.statistics.ranks import Ranks
 from forgetless.studies.card import write_run_card
 from forgetless.studies.folder import RunFolder, planned
 from forgetless.studies.inputs import Collecting, load_inputs
@@ -63,11 +63,11 @@ from forgetless.studies.out_of_memory import naming_what_takes_less
 from forgetless.tasks import Task, TaskResult, make_tasks
 from forgetless.tasks.journal import resuming
 from forgetless.training.devices import gathered, is_sharded
-from forgetless.training.durations import Rows
 from forgetless.training.forgetting import from_settings
 from forgetless.training.launch import this_launch
 from forgetless.training.loop import train
-from forgetless.training.token_checks import require_fitting, require_kept_apart
+from forgetless.training.model import require_fitting, require_kept_apart
+from forgetless.training.schedules import Rows
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Stages:
     folder: RunFolder
     recipe: Recipe
     listen: Listener
-    ranks: Ranks = field(default_factory=Ranks)
+    processes: Processes = field(default_factory=Processes)
     _held: tuple[str, Any] | None = None
 
     def run(self, *, evaluate: bool) -> None:
@@ -113,7 +113,7 @@ class Stages:
         Several processes collect statistics and train together. All else is the first one's work,
         for which the others wait, and it alone writes.
         """
-        self.ranks.first(self.require_fitting_data)
+        self.processes.first(self.require_fitting_data)
         if evaluate:
             self._note(lambda: {"tasks": {task.name: kind for task, kind in self.tasks}})
             self._timed("base scores", self.base_scores)
@@ -126,13 +126,13 @@ class Stages:
         if evaluate:
             self._timed("evaluate", self.evaluate)
         self._timed("analyse", self.analyse)
-        self.ranks.first(lambda: write_run_card(self.folder))
+        self.processes.first(lambda: write_run_card(self.folder))
 
     def _timed(self, stage: str, work: Callable[[], str | None], *, together: bool = False) -> None:
         """Do a stage; its time is kept only where it had something to do."""
         started = time.perf_counter()
         with naming_what_takes_less(stage):
-            message = work() if together else self.ranks.first(work)
+            message = work() if together else self.processes.first(work)
         if message is not None:
             seconds = round(time.perf_counter() - started, 3)
             self._note(lambda: {"seconds": {**self.record.get("seconds", {}), stage: seconds}})
@@ -140,7 +140,7 @@ class Stages:
 
     def _note(self, changes: Callable[[], Mapping[str, Any]]) -> None:
         """Change entries of run.json."""
-        self.ranks.first(lambda: self.folder.update(**changes()))
+        self.processes.first(lambda: self.folder.update(**changes()))
 
     def tell(self, stage: str, message: str = "", step: int = 0, steps: int = 0) -> None:
         """Pass an event on to the listener."""
@@ -324,21 +324,21 @@ class Stages:
 
     def collect_statistics(self) -> str | None:
         """Collect what the method needs to know of the text to keep and of the new task."""
-        if self.ranks.first(self._is_started):
+        if self.processes.first(self._is_started):
             return None
         layers = [self._collect(need, folder) for need, folder in self._inputs.items()]
         return f"{max(layers)} layers" if any(layers) else None
 
     def _collect(self, need: str, folder: Path) -> int:
         """Collect one need, from where an interrupted run left off; of how many layers."""
-        is_first = self.ranks.index == 0
+        is_first = self.processes.is_first
         with lock(folder.with_suffix(".lock")) if is_first else nullcontext():
-            if self.ranks.first(folder.exists):
+            if self.processes.first(folder.exists):
                 return 0
             unfinished = folder.with_suffix(".unfinished")
             collecting = Collecting.of(self.recipe)
             found = collecting.collect(need, self._base(), self.tokenizer, unfinished)
-            self.ranks.wait()  # until none needs what is unfinished
+            self.processes.wait_for_everyone()  # until none needs what is unfinished
             if is_first:
                 with new_folder(folder) as new:
                     found.save(new)
@@ -398,8 +398,8 @@ class Stages:
 
     def train(self) -> str | None:
         """Train, from the newest checkpoint if there is one, and write the result down."""
-        if self.ranks.first(self._is_trained):
-            self.ranks.first(self._finish_training)
+        if self.processes.first(self._is_trained):
+            self.processes.first(self._finish_training)
             return None
         recipe, (model, rows) = self.recipe, self.to_train()
         result = train(
@@ -415,8 +415,8 @@ class Stages:
             on_point=lambda step: self._save(model, self.folder.point(step)),
         )
         self._save(model, self.folder)
-        self.ranks.first(lambda: write_json(self.folder.training, asdict(result)))
-        self.ranks.first(self._finish_training)
+        self.processes.first(lambda: write_json(self.folder.training, asdict(result)))
+        self.processes.first(self._finish_training)
         over = f"; {result.exceeded}" if result.exceeded else ""
         return f"{result.steps} steps, loss {result.final_loss:.4g}{over}"
 
@@ -432,7 +432,7 @@ class Stages:
                 else:
                     save(model, folder, weights=weights)
 
-        self.ranks.first(write)
+        self.processes.first(write)
 
     def _finish_training(self) -> None:
         """Note the result in run.json and remove what only an unfinished training needs."""

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from forgetless.core.progress import bar
+from forgetless.core.progress import Bar
 
 __all__ = ["in_batches", "resuming"]
 
@@ -96,7 +96,7 @@ def in_batches(
     """
     journal = _active.get()
     found: list[Any] = [None] * len(texts)
-    shown = bar("evaluation", len(texts), "texts")
+    shown = Bar("evaluation", len(texts), "texts")
     if journal is not None:
         journal.passes += 1
         name = f"{journal.passes}:{_hash((kind, texts, *settings))}"

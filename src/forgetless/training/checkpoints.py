@@ -8,28 +8,30 @@ every other file with its size, and appears by an atomic rename.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError
+from forgetless.core.files import new_file
 
 __all__ = [
+    "KEPT_CHECKPOINTS",
     "callback_state",
     "discard_unsealed",
     "newest",
     "prune",
-    "remove_checkpoints",
     "require_origin",
     "seal",
     "step_of",
-    "trainer_state",
 ]
 
 SEAL = "complete.json"
 PREFIX = "checkpoint-"
+
+KEPT_CHECKPOINTS = 2
+"""The newest ones; where the last is damaged, there is one before it."""
 
 
 def step_of(checkpoint: Path) -> int:
@@ -42,15 +44,10 @@ def newest(folder: Path) -> Path | None:
     return max(filter(_is_sealed, _all(folder)), key=step_of, default=None)
 
 
-def trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """What the trainer wrote about itself and its callbacks."""
-    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text())
-    return state
-
-
 def callback_state(checkpoint: Path, key: str) -> Any:
     """What a callback kept under a key in the trainer's state; None where it kept nothing."""
-    return trainer_state(checkpoint)["stateful_callbacks"].get(key)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state["stateful_callbacks"].get(key)
 
 
 def seal(checkpoint: Path, origin: Mapping[str, Any]) -> None:
@@ -61,9 +58,8 @@ def seal(checkpoint: Path, origin: Mapping[str, Any]) -> None:
         origin: what the training is made of, for `require_origin`.
     """
     content = {"origin": origin, "files": _sizes(checkpoint)}
-    unfinished = checkpoint / (SEAL + ".tmp")
-    unfinished.write_text(json.dumps(content, indent=1))
-    os.replace(unfinished, checkpoint / SEAL)
+    with new_file(checkpoint / SEAL) as file:
+        file.write_text(json.dumps(content, indent=1))
 
 
 def require_origin(checkpoint: Path, origin: Mapping[str, Any]) -> None:
@@ -85,27 +81,18 @@ def require_origin(checkpoint: Path, origin: Mapping[str, Any]) -> None:
         )
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all sealed checkpoints but the newest `keep`."""
-    for checkpoint in sorted(filter(_is_sealed, _all(folder)), key=step_of)[:-keep]:
-        _remove(checkpoint)
+def prune(folder: Path) -> None:
+    """Remove all sealed checkpoints but the newest ones."""
+    for checkpoint in sorted(filter(_is_sealed, _all(folder)), key=step_of)[:-KEPT_CHECKPOINTS]:
+        (checkpoint / SEAL).unlink()  # first, so that a half of it is none
+        shutil.rmtree(checkpoint)
 
 
 def discard_unsealed(folder: Path) -> None:
     """Remove what a killed process left half written."""
     for checkpoint in _all(folder):
         if not _is_sealed(checkpoint):
-            _remove(checkpoint)
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints of a run, once its result is stored elsewhere.
-
-    Args:
-        folder: the one that was given to `train`.
-    """
-    for checkpoint in _all(Path(folder) / "checkpoints"):
-        _remove(checkpoint)
+            shutil.rmtree(checkpoint)
 
 
 def _all(folder: Path) -> list[Path]:
@@ -124,10 +111,5 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
     return {
         file.relative_to(checkpoint).as_posix(): file.stat().st_size
         for file in sorted(checkpoint.rglob("*"))
-        if file.is_file() and not file.name.startswith(SEAL)
+        if file.is_file() and file.name != SEAL
     }
-
-
-def _remove(checkpoint: Path) -> None:
-    (checkpoint / SEAL).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.data_loader import BatchSamplerShard
 from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,14 +29,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from forgetless.core.errors import OtherProcessError, UserError
+from forgetless.core.processes import Processes
 from forgetless.data.batches import Row
 from forgetless.data.packing import IGNORED
-from forgetless.statistics.ranks import Ranks
 from forgetless.training.launch import this_launch
 
 __all__ = [
     "Share",
-    "every_row",
     "gather_optimizer",
     "gathered",
     "is_sharded",
@@ -56,7 +54,7 @@ _LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 """In the messages of a backend that can no longer reach another process."""
 
 
-def join() -> Ranks:
+def join() -> Processes:
     """Meet the other processes of this launch; of one, when there is no launcher."""
     launch = this_launch()  # reads, once, what is taken away below
     # What is to be sharded is sharded here. Trainer would do it in its own way, also for one.
@@ -64,7 +62,7 @@ def join() -> Ranks:
         os.environ.pop(sharding, None)
     if launch.processes > 1:
         PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
-    return Ranks.current()
+    return Processes.current()
 
 
 @contextmanager
@@ -92,15 +90,17 @@ class Share:
 
     Args:
         join: makes a batch of rows.
-        ranks: this process and the others.
+        processes: this process and the others.
     """
 
-    def __init__(self, join: Callable[[Sequence[Row]], dict[str, Tensor]], ranks: Ranks) -> None:
+    def __init__(
+        self, join: Callable[[Sequence[Row]], dict[str, Tensor]], processes: Processes
+    ) -> None:
         self.join = join
-        self.ranks = ranks
+        self.processes = processes
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        mine = [row for _, row in self.ranks.share(rows)]
+        mine = [row for _, row in self.processes.share(rows)]
         tokens = sum(len(row["input_ids"]) for row in rows)
         return {**self.join(mine or [_unlearned(rows[0])]), "tokens": tokens}
 
@@ -108,15 +108,6 @@ class Share:
 def _unlearned(row: Row) -> Row:
     labels = torch.full_like(row["labels"][:1], IGNORED)
     return {"input_ids": row["input_ids"][:1], "labels": labels, "lengths": [1]}
-
-
-def every_row(loader: Any) -> Any:
-    """The loader with all rows of every batch in every process, as `Share` needs them."""
-    shards = loader.batch_sampler
-    if isinstance(shards, BatchSamplerShard):
-        # It would also fill the last batch of an epoch up with rows that were there already.
-        shards.num_processes, shards.process_index, shards.even_batches = 1, 0, False
-    return loader
 
 
 # ---- sharded weights -----------------------------------------------------------------------------

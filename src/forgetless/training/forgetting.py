@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel
@@ -19,12 +19,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from forgetless.core.errors import UserError
 from forgetless.tasks.base import whole_number
-from forgetless.training.budget import Action, Budget, Exceeded, InsideWeights
+from forgetless.training.forgetting_budget import Action, Exceeded, ForgettingBudget
 from forgetless.training.probes import Asked, Probes, RecordedBase
-from forgetless.training.restoring import put_back, trained_copy
-
-if TYPE_CHECKING:
-    from forgetless.training.settings import ProbeSettings
+from forgetless.training.settings import ProbeSettings
+from forgetless.training.weights import KeptWeights, put_back, trained_copy
 
 __all__ = ["ForgettingCallback", "Probe", "from_settings"]
 
@@ -82,7 +80,7 @@ class ForgettingCallback(TrainerCallback):
             name or mapping as in recipes, a task; or several of these.
         learning: what is to be learned: texts (mean token loss on 32 of them), or tasks.
         every: steps from probe to probe; None as said above.
-        max_kl: budget; see `forgetless.training.budget.Budget` for this and the next two.
+        max_kl: budget; see `forgetless.training.forgetting_budget` for this and the next two.
         max_drop: budget.
         on_exceed: "stop" or "rollback".
         reference: the untouched base, where no adapter can be switched off.
@@ -115,8 +113,18 @@ class ForgettingCallback(TrainerCallback):
         if problem := whole_number("every", every, optional=True):
             raise UserError(problem)
         self.probes = Probes(learning, forgetting)
-        self.budget = Budget(max_kl, max_drop, on_exceed)
-        _check_budget(self.budget, self.probes)
+        self.budget = ForgettingBudget(max_kl, max_drop, on_exceed)
+        distances = [task for task in self.probes.forgetting.values() if task.needs_reference]
+        if max_kl is not None and not distances:
+            raise UserError(
+                "max_kl needs a forgetting probe that measures KL; give texts, as in "
+                "forgetting='old.txt'"
+            )
+        if max_drop is not None and len(distances) == len(self.probes.forgetting):
+            raise UserError(
+                "max_drop needs a forgetting probe with a score of its own, such as "
+                "'pocket_recall'; distances to the base are limited by max_kl"
+            )
         self.every = every
         self.reference = reference
         self.tokenizer = tokenizer
@@ -147,11 +155,18 @@ class ForgettingCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The probe before the first step; on resuming, what was before."""
-        self._trainer = _trainer_of(self)
-        _refuse_shards(self._trainer)
-        self._model = _plain(kwargs["model"])
+        self._trainer = trainer = _trainer_of(self)
+        if trainer is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise UserError(
+                "ForgettingCallback needs the whole model on every device, and FSDP and DeepSpeed "
+                "spread it; train on one device or with DDP, or measure afterwards"
+            )
+        # Without what distributes or compiles it; its own autocast stays.
+        self._model = extract_model_from_parallel(
+            kwargs["model"], keep_fp32_wrapper=True, keep_torch_compile=False
+        )
         self._reader = self.tokenizer or _tokenizer_of(self._model, kwargs.get("processing_class"))
-        self._inside = InsideWeights(Path(args.output_dir))
+        self._kept = KeptWeights(Path(args.output_dir))
         self._several = args.world_size > 1
         self._final = None
         saved = state.stateful_callbacks.get(STATE_KEY)
@@ -175,7 +190,7 @@ class ForgettingCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every checkpoint knows the weights to which it may have to go back."""
         if self._rolls_back and state.is_world_process_zero:
-            self._inside.add_to(_checkpoint(args, state))
+            self._kept.add_to(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the trainer, which has this callback: in a circle its memory would stay."""
@@ -187,10 +202,14 @@ class ForgettingCallback(TrainerCallback):
     def _rolls_back(self) -> bool:
         return self.budget.is_set and self.budget.on_exceed == "rollback"
 
+    @property
+    def _has_base(self) -> bool:
+        return self.reference is not None or isinstance(self._model, PeftModel)
+
     def _begin(self, args: Any, state: Any, control: Any) -> None:
         self.history, self.exceeded, self._trained_before = [], None, 0.0
         needs_base = self.probes.need_reference or self.budget.max_drop is not None
-        has_base = _has_base(self._model, self.reference)
+        has_base = self._has_base
         if state.global_step and needs_base and not has_base:
             raise UserError(
                 "the checkpoint is of a training without probes, so the base is not known any "
@@ -215,12 +234,12 @@ class ForgettingCallback(TrainerCallback):
     def _resume(self, args: Any, state: Any, saved: dict[str, Any]) -> None:
         self.restore(saved)
         self._asked = self.reference
-        if self.probes.need_reference and not _has_base(self._model, self.reference):
+        if self.probes.need_reference and not self._has_base:
             self._asked = RecordedBase.load(Path(args.output_dir) / BASE_FILE)
         if self.exceeded is not None:
             self._final = trained_copy(self._model)
         elif self._rolls_back:
-            self._inside.take_from(_checkpoint(args, state))
+            self._kept.take_from(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over history and budget from a trainer state's ``stateful_callbacks``."""
@@ -247,17 +266,15 @@ class ForgettingCallback(TrainerCallback):
             every = math.ceil(steps / USUAL_PROBES)
         if every is not None:
             return step % every == 0
-        return step - self.history[-1].step >= self._distance(step, steps)
-
-    def _distance(self, step: int, steps: int) -> float:
-        """Steps to the next probe, so that those to come fit into what is left of the share."""
-        since, cost = self.history[-1].step, self.history[-1].seconds
         whole = self._clock.expected(step, steps)
         if whole is None:
-            return math.inf
-        # One more is kept for the last step.
+            return False
+        # As many as fit into what is left of the share, at even distances; one more is kept for
+        # the last step.
+        since, cost = self.history[-1].step, self.history[-1].seconds
         fitting = int((SHARE * whole - self.probe_seconds) / cost) - 1
-        return max((steps - since) / (max(fitting, 0) + 1), steps / MOST_PROBES)
+        distance = max((steps - since) / (max(fitting, 0) + 1), steps / MOST_PROBES)
+        return step - since >= distance
 
     def _probe(self, args: Any, state: Any, control: Any) -> None:
         """Score, log, and compare with the budget."""
@@ -272,32 +289,7 @@ class ForgettingCallback(TrainerCallback):
         seconds = _now(self._model) - started
         self._clock.go_on()
         self.history.append(Probe(state.global_step, values, round(seconds, 6)))
-        self._log(state, control, values)
-
-    def _judge(self, args: Any, state: Any, control: Any, results: Any) -> None:
-        """End the training if the results exceed the budget."""
-        over = self.budget.overrun(results, self._base)
-        step = state.global_step
-        if over is None:
-            if self._rolls_back and state.is_world_process_zero:
-                self._inside.keep(self._model, step)
-            return
-        if step == 0:
-            raise UserError(
-                f"the budget {over[0]}={over[1]:g} is exceeded before the first step: "
-                f"{over[2]!r} gives {over[3]:.4g}; is the model already tuned?"
-            )
-        self.exceeded = Exceeded(*over, step, self.budget.on_exceed, step)
-        if self._rolls_back:
-            if self._trainer is not None:
-                self._trainer.accelerator.wait_for_everyone()
-            self.exceeded = replace(self.exceeded, kept_step=self._inside.restore(self._model))
-        control.should_training_stop = True
-        # As at the last step of a training that goes to its end.
-        control.should_save |= args.save_strategy == "steps"
-
-    def _log(self, state: Any, control: Any, values: dict[str, float]) -> None:
-        """Hand the values to the trainer's `report_to` and its log history."""
+        # The values go to the trainer's `report_to` and its log history.
         if self._trainer is None:
             state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
             return
@@ -306,6 +298,29 @@ class ForgettingCallback(TrainerCallback):
         wanted = control.should_log
         Trainer.log(self._trainer, dict(values))
         control.should_log = wanted
+
+    def _judge(self, args: Any, state: Any, control: Any, results: Any) -> None:
+        """End the training if the results exceed the budget."""
+        over = self.budget.overrun(results, self._base)
+        step = state.global_step
+        if over is None:
+            if self._rolls_back and state.is_world_process_zero:
+                self._kept.keep(self._model, step, state.num_input_tokens_seen)
+            return
+        if step == 0:
+            raise UserError(
+                f"the budget {over[0]}={over[1]:g} is exceeded before the first step: "
+                f"{over[2]!r} gives {over[3]:.4g}; is the model already tuned?"
+            )
+        kept = step, state.num_input_tokens_seen
+        if self._rolls_back:
+            if self._trainer is not None:
+                self._trainer.accelerator.wait_for_everyone()
+            kept = self._kept.restore(self._model)
+        self.exceeded = Exceeded(*over, step, self.budget.on_exceed, *kept)
+        control.should_training_stop = True
+        # As at the last step of a training that goes to its end.
+        control.should_save |= args.save_strategy == "steps"
 
 
 def from_settings(settings: ProbeSettings) -> ForgettingCallback | None:
@@ -316,9 +331,6 @@ def from_settings(settings: ProbeSettings) -> ForgettingCallback | None:
     """
     given = settings.model_dump()
     return ForgettingCallback(**given) if settings != type(settings)() else None
-
-
-# ----------------------------------------------------------------------------------------- helpers
 
 
 class _Clock:
@@ -353,21 +365,6 @@ class _Clock:
         return self.seconds + pace * (steps - step)
 
 
-def _check_budget(budget: Budget, probes: Probes) -> None:
-    """Refuse a limit for which nothing is measured."""
-    distances = [task for task in probes.forgetting.values() if task.needs_reference]
-    if budget.max_kl is not None and not distances:
-        raise UserError(
-            "max_kl needs a forgetting probe that measures KL; give texts, as in "
-            "forgetting='old.txt'"
-        )
-    if budget.max_drop is not None and len(distances) == len(probes.forgetting):
-        raise UserError(
-            "max_drop needs a forgetting probe with a score of its own, such as 'pocket_recall'; "
-            "distances to the base are limited by max_kl"
-        )
-
-
 def _trainer_of(callback: ForgettingCallback) -> Trainer | None:
     """The trainer whose event this is.
 
@@ -381,22 +378,6 @@ def _trainer_of(callback: ForgettingCallback) -> Trainer | None:
             return caller
         frame = frame.f_back
     return None
-
-
-def _refuse_shards(trainer: Trainer | None) -> None:
-    if trainer is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise UserError(
-            "ForgettingCallback needs the whole model on every device, and FSDP and DeepSpeed "
-            "spread it; train on one device or with DDP, or measure afterwards"
-        )
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """The model without what distributes or compiles it; its own autocast stays."""
-    plain: nn.Module = extract_model_from_parallel(
-        model, keep_fp32_wrapper=True, keep_torch_compile=False
-    )
-    return plain
 
 
 def _tokenizer_of(model: Any, processing: Any) -> PreTrainedTokenizerBase:
@@ -413,14 +394,6 @@ def _tokenizer_of(model: Any, processing: Any) -> PreTrainedTokenizerBase:
             "tokenizer; pass tokenizer= to ForgettingCallback"
         )
     return load_tokenizer(source)
-
-
-def _has_base(model: nn.Module, reference: nn.Module | None) -> bool:
-    return reference is not None or isinstance(model, PeftModel)
-
-
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _now(model: nn.Module) -> float:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, reduce
 from transformers import TrainerCallback
 
+from forgetless.core.processes import Processes
 from forgetless.training import checkpoints
 
 __all__ = ["Interruption", "Unlogged"]
@@ -54,7 +54,7 @@ class Unlogged:
 
     def sums(self) -> tuple[float, float]:
         """Both sums, as the means over the processes."""
-        found = gather_object([(self.total, self.penalty)])
+        found = Processes.current().gather((self.total, self.penalty))
         total, penalty = (sum(values) / len(found) for values in zip(*found, strict=True))
         return total, penalty
 
@@ -123,17 +123,11 @@ class Interruption(TrainerCallback):
         state.stateful_callbacks.pop(STATE_KEY, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._all_asked(args):
+        # Whether any process was asked to stop: all must stop after the same step.
+        if not Processes.current().sum(torch.tensor(float(self.asked))):
             return
         self.stopped_at = state.global_step
         control.should_save = control.should_training_stop = True
         if not control.should_log:
             held = Unlogged(self.unlogged.since, *self.unlogged.sums(), self.seconds())
             state.stateful_callbacks[STATE_KEY] = asdict(held)
-
-    def _all_asked(self, args: Any) -> bool:
-        """Whether any process was asked to stop, for all must stop after the same step."""
-        if args.world_size == 1:
-            return self.asked
-        asked = torch.tensor(float(self.asked), device=args.device)
-        return bool(reduce(asked, "max").item())

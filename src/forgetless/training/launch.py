@@ -10,14 +10,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from forgetless.core.errors import UserError
+from forgetless.training.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     from forgetless.training.settings import TrainingSettings
 
 Strategy = Literal["DDP", "FSDP2", "ZeRO-1", "ZeRO-2"]
-
-_SHARDED_OPTIMIZERS = ("adamw", "lion", "sgd")
-"""Those that treat every number of a weight alike, wherever the others are."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,11 @@ class Launch:
                     f"{key}: they need the whole model in every process, and FSDP2 spreads it; "
                     "train under DDP, or without them"
                 )
-        if settings.optimizer not in _SHARDED_OPTIMIZERS:
+        if not OPTIMIZERS[settings.optimizer].by_entry:
+            fit = ", ".join(name for name, kind in OPTIMIZERS.items() if kind.by_entry)
             yield (
                 f"training.optimizer: {settings.optimizer!r} cannot work on shards "
-                f"({self.strategy}); take one of {', '.join(_SHARDED_OPTIMIZERS)}, or train under "
-                "DDP"
+                f"({self.strategy}); take one of {fit}, or train under DDP"
             )
         if settings.compile:
             yield (

@@ -1,18 +1,31 @@
-"""log.jsonl: a line for every few steps of a training, and one for every probe on its way.
+"""What a training writes on its way: its log, sealed checkpoints, the weights at certain steps.
 
-Neither kind has two lines for the same step.
+log.jsonl has a line for every few steps, and one for every probe; neither kind has two lines for
+the same step.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
 
 from forgetless.core.errors import UserError
+from forgetless.core.files import new_file
+from forgetless.core.processes import Processes
+from forgetless.core.progress import Bar
+from forgetless.data.mixture import Mixture
+from forgetless.training import checkpoints
+from forgetless.training.forgetting import ForgettingCallback, Probe
+from forgetless.training.schedules import Rows
+from forgetless.training.trainer import require_finite
 
-__all__ = ["LogLine", "ProbeLine", "TrainingLog"]
+__all__ = ["LogLine", "ProbeLine", "Record", "TrainingLog"]
 
 
 @dataclass(frozen=True)
@@ -82,9 +95,8 @@ class TrainingLog:
                 f"{path} has no line for step {step}, from which the training would continue; "
                 f"delete {path.parent / 'checkpoints'} to start anew"
             )
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text("".join(map(_json, kept)))
-        os.replace(unfinished, path)
+        with new_file(path) as file:
+            file.write_text("".join(map(_json, kept)))
 
     def append(self, line: LogLine | ProbeLine) -> None:
         """Add a line and hand it to the system at once."""
@@ -108,3 +120,114 @@ def _read(path: Path) -> list[LogLine | ProbeLine]:
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     records = [json.loads(line) for line in whole]
     return [ProbeLine(**r) if "probe" in r else LogLine(**r) for r in records]
+
+
+class Record(TrainerCallback):
+    """Keeps the log, the seals, the progress bar and the caller up to date.
+
+    Args:
+        rows: that are trained on.
+        log: gets the lines.
+        origin: see `checkpoints.seal`.
+        steps: of the training.
+        bar: shows them.
+        on_step: called after every step with its number and `steps`.
+        points: steps after which the weights are kept.
+        on_point: keeps them.
+        probes: whose values go to the log.
+        seconds_before: of training before this session; None where the log's last line says it.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        log: TrainingLog,
+        origin: Mapping[str, Any],
+        steps: int,
+        bar: Bar,
+        on_step: Callable[[int, int], None] | None,
+        points: Collection[int],
+        on_point: Callable[[int], None] | None,
+        probes: ForgettingCallback | None,
+        seconds_before: float | None,
+    ) -> None:
+        self.rows = rows
+        self.log = log
+        self.origin = origin
+        self.steps = steps
+        self.bar = bar
+        self.on_step = on_step
+        self.points = points
+        self.on_point = on_point
+        self.probes = probes
+        if seconds_before is None:
+            seconds_before = log.lines[-1].seconds if log.lines else 0.0
+        self.seconds_before = seconds_before
+
+    def seconds(self) -> float:
+        """Of training so far, interruptions not counted."""
+        return round(self.seconds_before + time.perf_counter() - self.started, 3)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+        # The probe before the first step came before this clock, and is training all the same.
+        self.seconds_before += sum(probe.seconds for probe in self._keep_probes())
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Accelerate tells the data set of a new epoch only where it wrapped no sampler.
+        if isinstance(self.rows, Mixture):
+            self.rows.set_epoch(int(state.epoch))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        if step in self.points:
+            control.should_log = True  # for the tokens that were read until then
+            if self.on_point is not None:
+                self.on_point(step)
+        # The mean loss of a line must not reach over a checkpoint, or a resumed training would
+        # give another mean than an undisturbed one.
+        control.should_log |= control.should_save
+        self._keep_probes()
+        self.bar.advance()
+        if self.on_step is not None:
+            self.on_step(step, self.steps)
+
+    def _keep_probes(self) -> list[Probe]:
+        """Write what the probes gave since the last time, and say which these were."""
+        history = self.probes.history if self.probes else []
+        new = [probe for probe in history if probe.step not in self.log.probes]
+        for probe in new:
+            self.log.append(ProbeLine(probe.step, probe.values, probe.seconds))
+        return new
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs:  # the summary at the end
+            return
+        line = LogLine(
+            step=state.global_step,
+            loss=logs["loss"],
+            penalty=logs.get("penalty"),
+            learning_rate=logs["learning_rate"],
+            grad_norm=logs["grad_norm"],
+            tokens=state.num_input_tokens_seen,
+            seconds=self.seconds(),
+        )
+        require_finite("loss", line.loss, line.step, line.learning_rate)
+        require_finite("gradient", line.grad_norm, line.step, line.learning_rate)
+        before = self.log.lines[-1] if self.log.lines else None
+        tokens, seconds = (before.tokens, before.seconds) if before else (0, 0.0)
+        speed = (line.tokens - tokens) / max(line.seconds - seconds, 1e-9)
+        self.log.append(line)
+        self.bar.advance(0, f"loss {line.loss:.4g}, {speed:,.0f} tokens/s")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder, processes = Path(args.output_dir), Processes.current()
+        checkpoint = folder / f"{checkpoints.PREFIX}{state.global_step}"
+
+        def seal() -> None:
+            checkpoints.seal(checkpoint, self.origin)
+            checkpoints.prune(folder)
+
+        processes.wait_for_everyone()  # every process writes a file of its own
+        processes.first(seal)

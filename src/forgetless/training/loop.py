@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.utils import logging
 
 from forgetless.core.errors import UserError, first_few
-from forgetless.core.progress import Bar, ended
-from forgetless.data.batches import Padding
+from forgetless.core.progress import Bar
+from forgetless.data.batches import Padding, TokenRows
 from forgetless.data.examples import Examples
 from forgetless.data.tokens import tokenize
-from forgetless.models.load import checkpoint_activations
 from forgetless.training import checkpoints
-from forgetless.training.attention import attention_dropout
-from forgetless.training.budget import Exceeded
-from forgetless.training.compiling import compile_problems, compiling
 from forgetless.training.devices import Share, join
-from forgetless.training.durations import Rows, measured_steps, rows_of, total_steps
 from forgetless.training.forgetting import ForgettingCallback
+from forgetless.training.forgetting_budget import Exceeded
 from forgetless.training.interruption import Interruption, Unlogged
 from forgetless.training.launch import this_launch
-from forgetless.training.log import TrainingLog
-from forgetless.training.loraplus import require_both_factors
-from forgetless.training.optimizers import optimizer_class, optimizer_problems
+from forgetless.training.log import Record, TrainingLog
+from forgetless.training.model import (
+    compile_problems,
+    prepared,
+    require_fitting,
+    require_kept_apart,
+    require_trainable,
+)
+from forgetless.training.optimizers import optimizer_problems
 from forgetless.training.penalties import make_penalty
-from forgetless.training.record import Points, Record
-from forgetless.training.restoring import trained_weights
+from forgetless.training.schedules import Rows, measured_steps, total_steps
 from forgetless.training.settings import TrainingSettings, what_decides_a_training
-from forgetless.training.token_checks import require_fitting, require_kept_apart
 from forgetless.training.trackers import Trackers, tracker_problems
 from forgetless.training.trainer import ExactTrainer, trainer_arguments
+from forgetless.training.weights import trained_weights
 
 if TYPE_CHECKING:
     import datasets
@@ -50,11 +50,14 @@ __all__ = ["TrainingResult", "train"]
 class TrainingResult:
     """What a training came to.
 
+    After a rollback, `steps`, `tokens` and `final_loss` are those of the weights that the model was
+    given back, and `exceeded` says how far the training had gone.
+
     Attributes:
-        steps: optimiser steps, those before an interruption included.
-        train_seconds: spent on them, without loading and without interruptions.
-        final_loss: mean over the steps of the last line of the log.
-        tokens: tokens that were read, padding not counted.
+        steps: optimiser steps behind the weights, those before an interruption included.
+        train_seconds: spent on all steps, without loading and without interruptions.
+        final_loss: mean over the steps of the log's last line up to `steps`; NaN before the first.
+        tokens: tokens that were read for them, padding not counted.
         resumed_from: the step at which this call took over, or None where it began anew.
         probe_seconds: how much of `train_seconds` the probes took.
         exceeded: which budget of forgetting ended the training before its last step; the weights
@@ -112,96 +115,80 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM came. The step was finished and saved, and the same
             call continues after it; a second Ctrl-C ends at once, and the newest checkpoint counts.
     """
-    folder, ranks = Path(folder), join()
-    _require_fitting(settings, bool(penalties), probes is not None)
+    folder, processes = Path(folder), join()
+    launch, asked = this_launch(), {"penalties": bool(penalties), "probes": probes is not None}
+    problems = [
+        *launch.obstacles(settings, **asked),
+        *optimizer_problems(settings),
+        *compile_problems(settings),
+        *tracker_problems(settings),
+    ]
+    if problems:
+        raise UserError(first_few(problems))
     if isinstance(examples, Examples):
         examples = tokenize(examples, tokenizer)
-    rows = rows_of(examples)
-    _check(model)
+    rows = examples if isinstance(examples, Rows) else TokenRows(examples)
+    require_trainable(model, settings)
     require_fitting(model, rows)
     require_kept_apart(model, rows)
-    require_both_factors(model, settings.loraplus_ratio)
     steps = total_steps(rows, settings)
 
     terms = [make_penalty(spec) for spec in penalties]
     origin = _origin(model, rows, settings, seed) | (probes.decides if probes else {})
     if terms:
         origin["penalties"] = [dict(spec) for spec in penalties]
-    checkpoint, unlogged, log = ranks.first(lambda: _begin(folder, origin))
-    log.is_kept = ranks.index == 0
+    checkpoint, unlogged, log = processes.first(lambda: _begin(folder, origin))
+    log.is_kept = processes.is_first
     trackers = Trackers(settings.report_to, folder, checkpoint)
-
-    for term in terms:
-        term.prepare(model, tokenizer, seed)
+    resumed_from = checkpoints.step_of(checkpoint) if checkpoint else 0
 
     with (
         _quiet(),
-        _prepared(model, settings.gradient_checkpointing),
-        compiling(settings.compile),
-        attention_dropout(model, settings.attention_dropout),
+        prepared(model, settings),
         trackers.named(),
-        ended(Bar("training", steps, done=_steps_done(checkpoint))) as bar,
+        Bar("training", steps, done=resumed_from, unasked=True) as bar,
     ):
-        record = Record(rows, log, origin, steps, bar, on_step, probes, unlogged.seconds)
+        record = Record(
+            rows,
+            log,
+            origin,
+            steps,
+            bar,
+            on_step,
+            measured_steps(steps, settings),
+            on_point,
+            probes,
+            unlogged.seconds,
+        )
         interruption = Interruption(unlogged, record.seconds, bar.console.print)
         trainer = ExactTrainer(
+            settings,
+            unlogged,
             model=model,
             args=trainer_arguments(model, settings, folder / "checkpoints", steps, seed, trackers),
             train_dataset=rows,
-            data_collator=Share(Padding(tokenizer.pad_token_id or 0), ranks),
+            data_collator=Share(Padding(tokenizer.pad_token_id or 0), processes),
             # Probes come first, so that what they decide is in the log and sealed with the rest.
-            callbacks=[
-                *([probes] if probes else []),
-                Points(measured_steps(steps, settings), on_point),
-                record,
-                trackers,
-                interruption,
-            ],
-            optimizer_cls_and_kwargs=optimizer_class(settings),
+            callbacks=[*([probes] if probes else []), record, trackers, interruption],
         )
+        for term in terms:  # now that the model is on the device where it trains
+            term.prepare(model, tokenizer, seed)
         trainer.penalties = terms
-        trainer.loraplus_ratio = settings.loraplus_ratio
-        trainer.settings = settings
-        trainer.unlogged = unlogged
         with interruption.awaited():
             trainer.run(checkpoint, steps, probes)
+    over = probes.exceeded if probes else None
     last = log.lines[-1]
+    kept = (last.step, last.tokens) if over is None else (over.kept_step, over.kept_tokens)
+    losses = [line.loss for line in log.lines if line.step <= kept[0]]
     return TrainingResult(
-        last.step,
-        last.seconds,
-        last.loss,
-        last.tokens,
-        _steps_done(checkpoint) or None,
-        round(probes.probe_seconds, 3) if probes else 0.0,
-        probes.exceeded if probes else None,
+        steps=kept[0],
+        train_seconds=last.seconds,
+        final_loss=losses[-1] if losses else math.nan,
+        tokens=kept[1],
+        resumed_from=resumed_from or None,
+        probe_seconds=round(probes.probe_seconds, 3) if probes else 0.0,
+        exceeded=over,
     )
-
-
-# ---- before the first step -----------------------------------------------------------------------
-
-
-def _steps_done(checkpoint: Path | None) -> int:
-    return checkpoints.step_of(checkpoint) if checkpoint else 0
-
-
-def _require_fitting(settings: TrainingSettings, penalties: bool, probes: bool) -> None:
-    launch = this_launch()
-    obstacles = launch.obstacles(settings, penalties=penalties, probes=probes)
-    own = *optimizer_problems(settings), *compile_problems(settings), *tracker_problems(settings)
-    if problems := [*obstacles, *own]:
-        raise UserError(first_few(problems))
-
-
-def _check(model: Any) -> None:
-    trained = trained_weights(model).values()
-    if not trained:
-        raise UserError("no weight of the model asks for gradients; attach an adapter first")
-    if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in trained):
-        warnings.warn(
-            "the trained weights are stored in 16 bits, which lose small updates; load the model "
-            "with dtype 'float32' (training in precision 'bf16' is as fast)",
-            stacklevel=3,
-        )
 
 
 def _origin(model: Any, rows: Rows, settings: TrainingSettings, seed: int) -> dict[str, Any]:
@@ -224,24 +211,6 @@ def _begin(folder: Path, origin: Mapping[str, Any]) -> tuple[Path | None, Unlogg
         checkpoints.require_origin(checkpoint, origin)
     unlogged = Unlogged.of(checkpoint)
     return checkpoint, unlogged, TrainingLog(folder / "log.jsonl", unlogged.since)
-
-
-@contextmanager
-def _prepared(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
-    """Switch gradient checkpointing on; at the end undo what it and `Trainer` changed."""
-    training, use_cache = model.training, getattr(model.config, "use_cache", False)
-    own_attributes = set(vars(model))
-    if gradient_checkpointing:
-        checkpoint_activations(model)
-    try:
-        yield
-    finally:
-        if gradient_checkpointing:
-            checkpoint_activations(model, on=False)
-        for added in set(vars(model)) - own_attributes:  # the forward that casts to bf16
-            delattr(model, added)
-        model.config.use_cache = use_cache
-        model.train(training)
 
 
 @contextmanager

@@ -1,50 +1,63 @@
-"""The optimisers of a recipe: what `transformers.Trainer` calls them, and what each needs."""
+"""The optimisers of a recipe: what `transformers.Trainer` calls them, and what each needs.
+
+Importing this module loads no torch, so that recipes can be read without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    from forgetless.training.settings import TrainingSettings
 
-from forgetless.training.lion import Lion
-from forgetless.training.settings import TrainingSettings
-
-__all__ = ["OPTIMIZERS", "optimizer_arguments", "optimizer_class", "optimizer_problems"]
+__all__ = [
+    "OPTIMIZERS",
+    "Optimizer",
+    "optimizer_arguments",
+    "optimizer_class",
+    "optimizer_problems",
+]
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Optimizer:
     """What is special to an optimiser.
 
     Attributes:
-        name: of the one in `TrainingArguments.optim`; None where the class is ours.
+        name: of the one in `TrainingArguments.optim`; of one of ours the class, with its module.
+        state_bytes: what it keeps for each trained float32 weight. Moments have the number format
+            of their weights, unless they have 8 bits; rows and columns are left out.
         reads: which of the settings `betas` and `eps` it has.
         in_8_bits: whether bitsandbytes keeps its moments.
+        by_entry: whether it treats every number of a weight alike, wherever the others are, so
+            that it works on shards.
     """
 
-    name: str | None
+    name: str
+    state_bytes: int
     reads: tuple[str, ...] = ()
     in_8_bits: bool = False
+    by_entry: bool = False
 
 
-OPTIMIZERS: Mapping[str, _Kind] = {
-    "adamw": _Kind("adamw_torch_fused", ("betas", "eps")),
-    "adamw_8bit": _Kind("adamw_8bit", ("betas", "eps"), in_8_bits=True),
-    "paged_adamw_8bit": _Kind("paged_adamw_8bit", ("betas", "eps"), in_8_bits=True),
-    "lion": _Kind(None, ("betas",)),
-    "adafactor": _Kind("adafactor"),
-    "sgd": _Kind("sgd"),
+OPTIMIZERS: Mapping[str, Optimizer] = {
+    "adamw": Optimizer("adamw_torch_fused", 8, ("betas", "eps"), by_entry=True),
+    "adamw_8bit": Optimizer("adamw_8bit", 2, ("betas", "eps"), in_8_bits=True),
+    "paged_adamw_8bit": Optimizer("paged_adamw_8bit", 2, ("betas", "eps"), in_8_bits=True),
+    "lion": Optimizer("forgetless.training.lion.Lion", 4, ("betas",), by_entry=True),
+    "adafactor": Optimizer("adafactor", 0),
+    "sgd": Optimizer("sgd", 0, by_entry=True),
 }
 
 
 def optimizer_arguments(settings: TrainingSettings) -> dict[str, Any]:
     """The arguments of `TrainingArguments` that choose and set the optimiser."""
-    found: dict[str, Any] = {}
-    if (name := OPTIMIZERS[settings.optimizer].name) is not None:
-        found["optim"] = name
+    name = OPTIMIZERS[settings.optimizer].name
+    found: dict[str, Any] = {} if "." in name else {"optim": name}
     if settings.betas is not None:
         found["adam_beta1"], found["adam_beta2"] = settings.betas
     if settings.eps is not None:
@@ -52,12 +65,15 @@ def optimizer_arguments(settings: TrainingSettings) -> dict[str, Any]:
     return found
 
 
-def optimizer_class(settings: TrainingSettings) -> tuple[type[Lion], dict[str, Any]] | None:
+def optimizer_class(settings: TrainingSettings) -> tuple[type[Any], dict[str, Any]] | None:
     """The class with its arguments where Trainer has none of that name, else None."""
-    if settings.optimizer != "lion":
+    kind = OPTIMIZERS[settings.optimizer]
+    module, dot, name = kind.name.rpartition(".")
+    if not dot:
         return None
-    betas = {} if settings.betas is None else {"betas": tuple(settings.betas)}
-    return Lion, {"lr": settings.learning_rate, **betas}
+    given = {key: getattr(settings, key) for key in kind.reads}
+    own = {key: value for key, value in given.items() if value is not None}
+    return getattr(import_module(module), name), {"lr": settings.learning_rate, **own}
 
 
 def optimizer_problems(settings: TrainingSettings) -> Iterator[str]:
@@ -77,9 +93,11 @@ def _without_bitsandbytes() -> str | None:
     """Why no optimiser of bitsandbytes runs here; None where one does."""
     if find_spec("bitsandbytes") is None:
         return "needs bitsandbytes, which is not installed: pip install 'forgetless[quantised]'"
+    import torch  # slow, and not needed to read a recipe
+
     if torch.accelerator.is_available():
         return None
-    import bitsandbytes
+    import bitsandbytes  # optional
 
     weight = torch.nn.Parameter(torch.zeros(64, 64))  # smaller ones are kept in 32 bits
     weight.grad = torch.ones_like(weight)

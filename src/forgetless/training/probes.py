@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,14 +103,14 @@ class Probes:
 
         The base is `reference`, or a PeftModel with its adapter off, or the model as it is.
         """
-        tasks = {n: task for n, task in self.forgetting.items() if not task.needs_reference}
-        with generators_kept():
-            if reference is not None:
-                model = reference
-            elif hasattr(model, "disable_adapter"):
-                with adapter_off(model):
-                    return {n: task.evaluate(model, tokenizer).value for n, task in tasks.items()}
-            return {n: task.evaluate(model, tokenizer).value for n, task in tasks.items()}
+        off = adapter_off(model) if reference is None else nullcontext()
+        base = model if reference is None else reference
+        with generators_kept(), off:
+            return {
+                name: task.evaluate(base, tokenizer).value
+                for name, task in self.forgetting.items()
+                if not task.needs_reference
+            }
 
 
 class _HeldLoss(Perplexity):

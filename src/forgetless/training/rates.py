@@ -29,9 +29,9 @@ from forgetless.core.errors import UserError
 from forgetless.core.files import read_json, read_jsonl, remove, write_json
 from forgetless.training.loop import train
 from forgetless.training.probes import Asked, Probes
-from forgetless.training.restoring import put_back, trained_copy, trained_weights
 from forgetless.training.settings import TrainingSettings
 from forgetless.training.trainer import DivergenceError
+from forgetless.training.weights import put_back, trained_copy, trained_weights
 
 __all__ = ["Trial", "Verdict", "find_learning_rate", "grid", "judge", "shortened", "some_steps"]
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from forgetless.core.settings import Count, Section, without_idle
+from forgetless.training.optimizers import OPTIMIZERS
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-RECORDING = frozenset({"checkpoint_every", "log_every", "report_to"})
-"""Settings of a training that say what is written of it, and decide no weight."""
-
-
 class TrainingSettings(Section):
     """How to train, for so many ``steps``, ``epochs`` or ``tokens``.
+
+    A new setting is one field here and its use: at its default it leaves every run its id, and with
+    a ``title`` a model card names it where it is not at its default.
 
     ``batch_size`` counts the rows of all processes together, so that any number of them do the
     same training; a step has ``gradient_accumulation`` such batches.
@@ -35,7 +34,7 @@ class TrainingSettings(Section):
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    loraplus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    loraplus_ratio: Annotated[float, Field(gt=0, title="LoRA+ ratio")] = 1.0
     steps: Count | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     tokens: Count | None = None
@@ -45,12 +44,10 @@ class TrainingSettings(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
-    cooldown_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    cooldown_ratio: Annotated[float, Field(ge=0, le=1, title="cool-down")] = 0.0
+    attention_dropout: Annotated[float, Field(ge=0, lt=1, title="attention dropout")] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "adafactor", "sgd"] = (
-        "adamw"
-    )
+    optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # type: ignore[valid-type]
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] | None = None
     eps: Annotated[float, Field(gt=0)] | None = None
     precision: Literal["float32", "bf16"] = "float32"
@@ -98,20 +95,40 @@ class ProbeSettings(Section):
     on_exceed: Literal["stop", "rollback"] = "stop"
 
 
-_IDLE_SWITCHES: Mapping[str, Any] = {
-    "loraplus_ratio": 1.0,
-    "tokens": None,
-    "measure_at": [],
-    "cooldown_ratio": 0.0,
-    "attention_dropout": 0.0,
-    "betas": None,
-    "eps": None,
-    "compile": False,
-}
-"""Switches that decide nothing at these values; a run without them keeps its id."""
+_DECIDING_NOTHING = frozenset({"checkpoint_every", "log_every", "report_to"})
+"""What is written of a training; no weight depends on it."""
+
+_IN_EVERY_ID = frozenset(
+    {
+        "learning_rate",
+        "steps",
+        "epochs",
+        "batch_size",
+        "gradient_accumulation",
+        "weight_decay",
+        "warmup_ratio",
+        "schedule",
+        "max_grad_norm",
+        "optimizer",
+        "precision",
+        "gradient_checkpointing",
+    }
+)
+"""The first settings that there were. Those that came later are left out at their defaults, so that
+a run from before them keeps its id."""
 
 
 def what_decides_a_training(settings: TrainingSettings) -> dict[str, Any]:
-    """The settings without those that only record, and without switches that are off."""
-    values = settings.model_dump(mode="json", exclude=set(RECORDING))
-    return without_idle(values, _IDLE_SWITCHES)
+    """The settings without those that only record, and without later ones at their defaults."""
+    values = settings.model_dump(mode="json", exclude=set(_DECIDING_NOTHING))
+    fields = TrainingSettings.model_fields.items()
+    return without_idle(values, {n: field.default for n, field in fields if n not in _IN_EVERY_ID})
+
+
+def titled_settings(settings: TrainingSettings) -> dict[str, float]:
+    """Those with a title that are not at their default, by title."""
+    return {
+        field.title: getattr(settings, name)
+        for name, field in TrainingSettings.model_fields.items()
+        if field.title and getattr(settings, name) != field.default
+    }

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -16,7 +18,6 @@ from transformers.trainer_callback import PrinterCallback
 from forgetless.core.errors import UserError
 from forgetless.training import checkpoints
 from forgetless.training.devices import (
-    every_row,
     gather_optimizer,
     gathered,
     is_sharded,
@@ -26,22 +27,15 @@ from forgetless.training.devices import (
 from forgetless.training.forgetting import STATE_KEY, ForgettingCallback
 from forgetless.training.interruption import Unlogged
 from forgetless.training.launch import this_launch
-from forgetless.training.loraplus import speed_up
-from forgetless.training.optimizers import optimizer_arguments
+from forgetless.training.optimizers import optimizer_arguments, optimizer_class
 from forgetless.training.penalties import Penalty
 from forgetless.training.schedules import rate_factor
 from forgetless.training.settings import TrainingSettings
 from forgetless.training.trackers import Trackers
+from forgetless.training.weights import trained_weights
 from forgetless.training.zero import Zero
 
 __all__ = ["DivergenceError", "ExactTrainer", "require_finite", "trainer_arguments"]
-
-_SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-    "inverse_sqrt": "inverse_sqrt",
-}
 
 
 class _Arguments(TrainingArguments):
@@ -70,14 +64,16 @@ def trainer_arguments(
         seed: of the order of the examples and of dropout.
         trackers: which get what the log gets.
     """
+    # A model that is to be sharded, or copied to every process, comes to the devices later.
+    comes_later = this_launch().processes > 1 and torch.accelerator.is_available()
+    present = next(weight for weight in model.parameters() if not weight.is_meta)
     return _Arguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=_SCHEDULES[settings.schedule],
-        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        lr_scheduler_type=settings.schedule,  # for trackers; see `create_scheduler`
         **optimizer_arguments(settings),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -88,7 +84,7 @@ def trainer_arguments(
         seed=seed,
         # Every epoch is shuffled by data_seed + epoch: keep neighbouring seeds apart.
         data_seed=(seed * 1_000_003) % 2**31,
-        use_cpu=_stays_on_cpu(model),
+        use_cpu=present.device.type == "cpu" and not comes_later,
         logging_steps=settings.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -101,23 +97,25 @@ def trainer_arguments(
     )
 
 
-def _stays_on_cpu(model: Any) -> bool:
-    """A model that is to be sharded, or copied to every process, comes to the devices later."""
-    if this_launch().processes > 1 and torch.accelerator.is_available():
-        return False
-    present = next(weight for weight in model.parameters() if not weight.is_meta)
-    return bool(present.device.type == "cpu")
-
-
 class ExactTrainer(Trainer):
-    """`Trainer` with penalties, that stops at a loss that is no number and decays matrices only."""
+    """`Trainer` with penalties, that stops at a loss that is no number and decays matrices only.
 
-    penalties: Sequence[Penalty] = ()
-    loraplus_ratio: float = 1.0
-    settings: TrainingSettings
-    unlogged: Unlogged
-    zero: Zero | None = None
-    tokens_of_batch: int
+    Args:
+        settings: of the training.
+        unlogged: the losses since the last line of the log.
+        **options: Trainer's own.
+
+    Attributes:
+        penalties: terms of the loss, prepared.
+    """
+
+    def __init__(self, settings: TrainingSettings, unlogged: Unlogged, **options: Any) -> None:
+        self.settings = settings
+        self.unlogged = unlogged
+        self.penalties: Sequence[Penalty] = ()
+        self.zero: Zero | None = None
+        self.tokens_of_batch = 0
+        super().__init__(optimizer_cls_and_kwargs=optimizer_class(settings), **options)
 
     def run(self, checkpoint: Path | None, steps: int, probes: ForgettingCallback | None) -> None:
         """Train, from `checkpoint` on where there is one."""
@@ -184,8 +182,9 @@ class ExactTrainer(Trainer):
             return optimizer
         if self.args.shards:
             gather_optimizer(optimizer)
-        if self.loraplus_ratio != 1:
-            speed_up(optimizer, self.model if model is None else model, self.loraplus_ratio)
+        if self.settings.loraplus_ratio != 1:
+            plain = self.model if model is None else model
+            speed_up(optimizer, plain, self.settings.loraplus_ratio)
         # DeepSpeed drops empty groups, and the files are the same whoever trains.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         if stage := this_launch().zero_stage:
@@ -194,23 +193,21 @@ class ExactTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Trainer's schedule, or one of ours where Trainer has none like it."""
-        schedule, cooldown = self.settings.schedule, self.settings.cooldown_ratio
-        if schedule != "inverse_sqrt" and cooldown == 0:
-            return super().create_scheduler(num_training_steps, optimizer)
-        factor = rate_factor(
-            schedule,
-            num_training_steps,
-            warmup_ratio=self.settings.warmup_ratio,
-            cooldown_ratio=cooldown,
-        )
-        self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, factor)
-        self._created_lr_scheduler = True
+        """The schedule of `rate_factor`."""
+        if self.lr_scheduler is None:
+            factor = rate_factor(self.settings, num_training_steps)
+            self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def get_train_dataloader(self) -> Any:
         """Trainer's, with all rows of a step in every process; the collator takes a share."""
-        return every_row(super().get_train_dataloader())
+        loader = super().get_train_dataloader()
+        shards = loader.batch_sampler
+        if isinstance(shards, BatchSamplerShard):
+            # It would also fill the last batch of an epoch up with rows that were there already.
+            shards.num_processes, shards.process_index, shards.even_batches = 1, 0, False
+        return loader
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         # Shards are moved one by one. What is offloaded comes for each forward.
@@ -241,6 +238,24 @@ class ExactTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         return 0  # counting them walks over all modules at every step
+
+
+def speed_up(optimizer: Optimizer, model: Any, ratio: float) -> None:
+    """LoRA+: the weights of B in groups of their own, with `ratio` times the learning rate.
+
+    DoRA's lengths go with B. For an anchored adapter A and B are the moves. The groups are those of
+    `peft.optimizers.create_loraplus_optimizer`.
+
+    Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models",
+    arXiv:2402.12354.
+    """
+    names = ("lora_B", "lora_magnitude_vector")
+    fast = {w for name, w in trained_weights(model).items() if any(part in name for part in names)}
+    for group in list(optimizer.param_groups):
+        moved = [weight for weight in group["params"] if weight in fast]
+        if moved:
+            group["params"] = [weight for weight in group["params"] if weight not in fast]
+            optimizer.add_param_group({**group, "params": moved, "lr": ratio * group["lr"]})
 
 
 class DivergenceError(UserError):

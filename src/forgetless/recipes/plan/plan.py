@@ -18,8 +18,8 @@ from forgetless.recipes.plan.advice import GOALS, REPLAYED, Advice, Wishes, advi
 from forgetless.recipes.plan.fitting import Fitting
 from forgetless.recipes.plan.subject import Base, Rows
 from forgetless.recipes.recipe import Recipe
-from forgetless.training.durations import epoch_steps
-from forgetless.training.record import KEPT_CHECKPOINTS
+from forgetless.training.checkpoints import KEPT_CHECKPOINTS
+from forgetless.training.schedules import epoch_steps
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from forgetless.core.errors import UserError
 from forgetless.models.load import evaluating
 from forgetless.training.penalties.penalty import HeldTexts
-from forgetless.training.restoring import trained_copy, trained_weights
+from forgetless.training.weights import trained_copy, trained_weights
 
 
 @dataclass

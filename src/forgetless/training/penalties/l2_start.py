@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.training.penalties.penalty import Penalty
-from forgetless.training.restoring import trained_copy, trained_weights
+from forgetless.training.weights import trained_copy, trained_weights
 
 
 @dataclass

@@ -1,27 +1,18 @@
-"""A budget of forgetting: what is allowed, what exceeded it, and the last weights inside it."""
+"""A budget of forgetting: what a training is allowed to forget, and what exceeded it."""
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
+from typing import Literal
 
 from forgetless.core import metrics
 from forgetless.core.errors import UserError
 from forgetless.tasks import TaskResult
 
-__all__ = ["WEIGHTS_FILE", "Budget", "Exceeded", "InsideWeights"]
+__all__ = ["Action", "Exceeded", "ForgettingBudget"]
 
-WEIGHTS_FILE = "inside-budget.safetensors"
 Action = Literal["stop", "rollback"]
 
 
@@ -37,6 +28,7 @@ class Exceeded:
         step: after which optimiser step that was seen; the last one of the training.
         action: "stop" (the weights are those of `step`) or "rollback".
         kept_step: the step whose weights the model has now.
+        kept_tokens: that were read until then, where the trainer counts them.
     """
 
     limit: str
@@ -46,6 +38,7 @@ class Exceeded:
     step: int
     action: str
     kept_step: int
+    kept_tokens: int = 0
 
     def __str__(self) -> str:
         """In words."""
@@ -55,7 +48,7 @@ class Exceeded:
 
 
 @dataclass(frozen=True)
-class Budget:
+class ForgettingBudget:
     """How much a training may forget.
 
     Attributes:
@@ -105,61 +98,3 @@ class Budget:
                 if drop > self.max_drop:
                     return "max_drop", self.max_drop, name, drop
         return None
-
-
-class InsideWeights:
-    """The trained weights of the last probe inside the budget, in a file of the trainer's folder.
-
-    A file and not memory, so that a whole model fits beside its optimiser and a stopped training
-    can go on. Every checkpoint gets a link to the file as it was then.
-
-    Args:
-        folder: the trainer's ``output_dir``.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / WEIGHTS_FILE
-
-    def keep(self, model: nn.Module, step: int) -> None:
-        """Write the weights of `model` that are trained."""
-        weights = {
-            name: weight.detach().cpu().clone().contiguous()
-            for name, weight in model.named_parameters()
-            if weight.requires_grad
-        }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.file.with_name(self.file.name + ".tmp")
-        save_file(weights, unfinished, metadata={"step": str(step)})
-        os.replace(unfinished, self.file)
-
-    def restore(self, model: nn.Module) -> int:
-        """Give the weights back to `model`; returns the step that they are from."""
-        trained = dict(model.named_parameters())
-        with safe_open(self.file, framework="pt") as content, torch.no_grad():
-            for name in content.keys():  # noqa: SIM118 - it is no mapping
-                trained[name].copy_(content.get_tensor(name))
-            return int(content.metadata()["step"])
-
-    def add_to(self, checkpoint: Path) -> None:
-        """Let a checkpoint have the file as it is now."""
-        _link(self.file, checkpoint / WEIGHTS_FILE)
-
-    def take_from(self, checkpoint: Path) -> None:
-        """Go back to the file that a checkpoint has."""
-        if not (checkpoint / WEIGHTS_FILE).is_file():
-            raise UserError(
-                f"{checkpoint} has no {WEIGHTS_FILE}, the weights that 'rollback' may need; "
-                "continue a checkpoint of a training that had the budget from its start"
-            )
-        _link(checkpoint / WEIGHTS_FILE, self.file)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no such thing."""
-    unfinished: Any = target.with_name(target.name + ".tmp")
-    unfinished.unlink(missing_ok=True)
-    try:
-        os.link(source, unfinished)
-    except OSError:
-        shutil.copyfile(source, unfinished)
-    os.replace(unfinished, target)

@@ -1,0 +1,213 @@
+"""The model of a training: whether it can be trained, and what is changed on it meanwhile."""
+
+from __future__ import annotations
+
+import inspect
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import torch
+from torch import nn
+from torch._inductor import config as inductor
+
+from forgetless.core.errors import UserError
+from forgetless.models.load import checkpoint_activations, evaluating
+from forgetless.training.schedules import Rows
+from forgetless.training.settings import TrainingSettings
+from forgetless.training.weights import trained_weights
+
+__all__ = [
+    "attention_dropout",
+    "compile_problems",
+    "prepared",
+    "require_fitting",
+    "require_kept_apart",
+    "require_trainable",
+]
+
+# ---- what a model must be ------------------------------------------------------------------------
+
+
+def require_trainable(model: Any, settings: TrainingSettings) -> None:
+    """Refuse a model without weights to train, and LoRA+ where only one of A and B is trained.
+
+    Warns of trained weights in 16 bits.
+
+    Raises:
+        UserError: no weight asks for gradients; a ratio between two rates of which one has no use.
+    """
+    trained = trained_weights(model)
+    if not trained:
+        raise UserError("no weight of the model asks for gradients; attach an adapter first")
+    if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in trained.values()):
+        warnings.warn(
+            "the trained weights are stored in 16 bits, which lose small updates; load the model "
+            "with dtype 'float32' (training in precision 'bf16' is as fast)",
+            stacklevel=3,
+        )
+    both = all(any(factor in name for name in trained) for factor in ("lora_A", "lora_B"))
+    if settings.loraplus_ratio != 1 and not both:
+        raise UserError(
+            "loraplus_ratio is the rate of B over that of A, got "
+            f"{settings.loraplus_ratio:g}, but this model does not train both; leave it at 1 and "
+            "set learning_rate, or choose a method that trains A and B"
+        )
+
+
+def require_fitting(model: Any, rows: Rows) -> None:
+    """See to it that the model, with or without weights, has a position and a word for each token.
+
+    Raises:
+        UserError: the rows are too long, or of another tokenizer.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and rows.longest > positions:
+        raise UserError(
+            f"the longest example has {rows.longest} tokens, but the model has {positions} "
+            f"positions; set max_length to {positions} or less"
+        )
+    words, largest = model.get_input_embeddings().num_embeddings, rows.largest_token
+    if largest >= words:
+        raise UserError(
+            f"the data holds the token {largest}, but the model knows {words} tokens; "
+            "use the tokenizer of this model"
+        )
+
+
+def require_kept_apart(model: Any, rows: Rows) -> None:
+    """See to it that no sequence sees another of its row; asks the model where rows hold several.
+
+    Raises:
+        UserError: the model lets them see each other.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if rows.several and not _keeps_apart(base):
+        raise UserError(
+            f"packed sequences would see each other in {type(base).__name__}, which does not keep "
+            "them apart by their position ids; set data.pack to false"
+        )
+
+
+@torch.no_grad()
+def _keeps_apart(model: Any) -> bool:
+    """Whether a sequence gives the same logits after either of two others in its row.
+
+    Not every forward that takes position ids makes a mask of them, and recurrent layers need more
+    than a mask. What the two others do to the logits where they are meant to be seen is the scale.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    device = model.get_input_embeddings().weight.device
+    tokens = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4], [4, 3, 2, 1, 1, 2, 3, 4]], device=device)
+
+    def difference(sequence: int) -> float:
+        """Between the second halves of the rows, with sequences of so many tokens."""
+        places = torch.arange(sequence, device=device).repeat(2, 8 // sequence)
+        logits = model(input_ids=tokens, position_ids=places, use_cache=False).logits
+        after_one, after_other = logits[:, 4:].float()
+        return float((after_one - after_other).norm())
+
+    with evaluating(model):
+        return difference(4) <= 1e-3 * difference(8)
+
+
+def compile_problems(settings: TrainingSettings) -> Iterator[str]:
+    """What this machine lacks to compile the model, where that is asked for."""
+    if not settings.compile:
+        return
+    key, without = "training.compile", "or leave it at false"
+    names = [name for name in inductor.cpp.cxx if name]
+    headers = Path(sysconfig.get_path("include"))
+    if torch.accelerator.is_available():
+        if find_spec("triton") is None:
+            yield f"{key}: needs triton, which is not installed: pip install triton, {without}"
+    elif not any(map(which, names)):
+        yield (
+            f"{key}: needs a C++ compiler, and there is no {' or '.join(names)}; install one (apt "
+            f"install g++), name yours in the environment variable CXX, {without}"
+        )
+    elif not (headers / "Python.h").is_file():
+        yield (
+            f"{key}: needs the headers of Python, and {headers} has no Python.h; install them (apt "
+            f"install python3-dev), {without}"
+        )
+
+
+# ---- what is changed meanwhile -------------------------------------------------------------------
+
+
+@contextmanager
+def prepared(model: Any, settings: TrainingSettings) -> Iterator[None]:
+    """The model with dropout and checkpointing as a training asks; at the end it is as it was.
+
+    Undoes what `Trainer` changes too. What was compiled is forgotten: otherwise every training of a
+    study adds to the versions of the same code, and past a limit PyTorch runs it uncompiled.
+    """
+    training, use_cache = model.training, getattr(model.config, "use_cache", False)
+    own_attributes = set(vars(model))
+    if settings.gradient_checkpointing:
+        checkpoint_activations(model)
+    try:
+        with attention_dropout(model, settings.attention_dropout):
+            yield
+    finally:
+        if settings.compile:
+            torch.compiler.reset()
+        if settings.gradient_checkpointing:
+            checkpoint_activations(model, on=False)
+        for added in set(vars(model)) - own_attributes:  # the forward that casts to bf16
+            delattr(model, added)
+        model.config.use_cache = use_cache
+        model.train(training)
+
+
+_DROPOUTS = ("attention_dropout", "attn_dropout", "dropout", "dropout_prob")
+"""What attention modules call it: a number, or an `nn.Dropout` beside which GPT-2 reads it."""
+
+
+@contextmanager
+def attention_dropout(model: nn.Module, p: float) -> Iterator[None]:
+    """Drop each attention weight with probability `p` while `model` is in training mode.
+
+    0 leaves the model as it was built. At the end of the block it is again as before.
+
+    Raises:
+        UserError: no attention module of the model has a dropout to set.
+    """
+    if p == 0:
+        yield
+        return
+    before = [(owner, name, getattr(owner, name)) for owner, name in _attention_rates(model)]
+    if not before:
+        raise UserError(
+            f"attention_dropout is {p:g}, but no attention module of {type(model).__name__} has a "
+            "dropout to set; set it to 0"
+        )
+    for owner, name, _ in before:
+        setattr(owner, name, p)
+    try:
+        yield
+    finally:
+        for owner, name, rate in before:
+            setattr(owner, name, rate)
+
+
+def _attention_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every attention module, or its dropout module, with the attribute that holds the rate."""
+    for module in model.modules():
+        if "Attention" not in type(module).__name__:
+            continue
+        for name in _DROPOUTS:
+            rate = getattr(module, name, None)
+            if isinstance(rate, float | int) and not isinstance(rate, bool):
+                yield module, name
+                break
+            if isinstance(rate, nn.Dropout):
+                yield rate, "p"
+                break
