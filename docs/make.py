@@ -16,7 +16,7 @@ from pathlib import Path
 from forgetless.methods.table import as_markdown
 from forgetless.reports.durations import Course, Matched, course_of_rows, matched_over_steps
 from forgetless.reports.evidence import Task, read_csv, tasks_of
-from forgetless.reports.figures import draw_course
+from forgetless.reports.figures import draw_pairs
 from forgetless.reports.numbers import (
     NOT_MEASURED,
     amount,
@@ -25,6 +25,7 @@ from forgetless.reports.numbers import (
     unit,
     unit_in_full,
 )
+from forgetless.reports.payload import course_chart
 from forgetless.reports.rates import tried
 from forgetless.scores.seeds import Estimate
 
@@ -76,7 +77,7 @@ def draw(file: Path) -> None:
     """The figure of a curve.csv, beside it."""
     course = course_of_rows(read_csv(file))
     if course is not None:
-        draw_course(course, file.with_suffix(".png"))
+        draw_pairs(course_chart(course), course.labels, file.with_suffix(".png"))
 
 
 def _by_step(course: Course, task: Task) -> str:

@@ -10,8 +10,11 @@ import io
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +30,7 @@ import yaml
 from rich.console import Console
 
 from forgetless.core.errors import UserError
-from forgetless.core.files import write_jsonl
+from forgetless.core.files import write_jsonl, write_text
 from forgetless.core.metrics import (
     detectable_change,
     paired_difference,
@@ -890,3 +893,68 @@ def test_an_evaluation_is_not_written_into_a_study(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "s", two_sheets({"lora": 0.8}, {}), ["lora"])
     with pytest.raises(UserError, match="holds something else; give a new folder"):
         write_evaluation(folder, "pocket", "tuned", scored([True]), scored([True]))
+
+
+# ------------------------------------------------------------------ damaged files, runs going on
+
+
+def test_damaged_files_are_named_on_the_page_and_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # figures take the longest
+    methods = ["full", "lora", "pissa", "milora", "lora_null_v1"]
+    folder = make_study(tmp_path / "s", three_tasks(40, 20), methods)
+    damaged = {
+        "full-00": "run.json",
+        "lora-00": "scores/final/pocket_recall.json",
+        "pissa-00": "items/final/pocket_recall.jsonl",
+        "milora-00": "recipe.yaml",
+    }
+    for run, file in damaged.items():
+        content = (folder / run / file).read_text()
+        (folder / run / file).write_text(content[: len(content) // 2] + "\n{")
+    page = html.unescape(report(folder).read_text())
+    foot = page[page.index("<footer") : page.index('id="data"')]
+    for run in ("lora-00", "pissa-00", "milora-00"):
+        assert f"{run}/{damaged[run]}" in foot or f"{run} is left out" in foot
+    assert str(tmp_path) not in foot
+    assert "run.json is damaged" in page[page.index("Runs without a result") :]
+    assert {arm.label for arm in gather(read(folder))} == {"lora", "pissa", "lora_null_v1"}
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(summary(folder))
+    assert "lora_null_v1" in console.export_text()
+
+
+def test_a_report_can_be_made_while_runs_are_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    source = make_study(tmp_path / "source", three_tasks(40, 20), ["lora", "pissa", "milora"])
+    folder = tmp_path / "s"
+    folder.mkdir()
+    shutil.copy(source / "study.yaml", folder)
+    shutil.copy(source / "runs.json", folder)
+    files = sorted(path for path in source.glob("*/**/*") if path.is_file())
+    files.sort(key=lambda path: (path.parts[len(source.parts)], path.name != "recipe.yaml"))
+    is_done = threading.Event()
+
+    def write() -> None:
+        for file in files:
+            target = folder / file.relative_to(source)
+            if file.name == "log.jsonl":  # is appended to, the others are whole or absent
+                target.write_text(file.read_text()[:-9])
+            write_text(target, file.read_text())
+        is_done.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not list(folder.glob("*/recipe.yaml")):
+        time.sleep(0.01)
+    while True:
+        was_done = is_done.is_set()
+        page = report(folder).read_text()
+        assert "is damaged" not in page
+        if was_done:
+            break
+    thread.join()
+    assert "·  3 arms" in page

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from forgetless.core.files import read_json
+from forgetless.core.errors import UserError
+from forgetless.core.files import load_yaml, read_json, read_jsonl
 from forgetless.scores.files import Phase
 from forgetless.studies.folder import RunFolder, curve, results, run_folders
 
@@ -81,24 +79,23 @@ class Run:
         found = self.record.get(name)
         return found if isinstance(found, Mapping) else {}
 
+    @cached_property
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = read_jsonl(self.folder.log, damaged_as_missing=True, growing=True)
+        return [line for line in lines if number(line.get("step")) is not None]
+
     def log(self) -> list[tuple[int, float]]:
         """The training loss by step, in the order of the steps."""
-        losses = {}
-        for line in _read_jsonl(self.folder.log):
-            step, loss = number(line.get("step")), number(line.get("loss"))
-            if step is not None and loss is not None:
-                losses[int(step)] = loss
-        return sorted(losses.items())
+        losses = {line["step"]: number(line.get("loss")) for line in self._lines if "loss" in line}
+        return sorted((step, loss) for step, loss in losses.items() if loss is not None)
 
     def probes(self) -> list[tuple[int, dict[str, float]]]:
         """What was measured on the way, by step: name ("learning/loss") and value."""
-        found = {}
-        for line in _read_jsonl(self.folder.log):
-            step, values = number(line.get("step")), line.get("probe")
-            if step is not None and isinstance(values, Mapping):
-                known = {str(name): number(value) for name, value in values.items()}
-                found[int(step)] = {n: value for n, value in known.items() if value is not None}
-        return sorted(found.items())
+        found = {line["step"]: line["probe"] for line in self._lines if line.get("probe")}
+        return [
+            (step, {name: value for name, value in values.items() if number(value) is not None})
+            for step, values in sorted(found.items())
+        ]
 
     @property
     def exceeded(self) -> Mapping[str, Any]:
@@ -108,11 +105,11 @@ class Run:
 
     def score(self, phase: Phase, task: str, step: int | None = None) -> dict[str, Any]:
         """The score file of one phase and task, or of a step on the way; empty without one."""
-        return read_json(self._folder_at(step).scores(phase, task))
+        return read_json(self._folder_at(step).scores(phase, task), damaged_as_missing=True)
 
     def items(self, phase: Phase, task: str, step: int | None = None) -> list[dict[str, Any]]:
         """The answers given to a task, as `score`; empty when they were not kept."""
-        return list(_read_jsonl(self._folder_at(step).items(phase, task)))
+        return read_jsonl(self._folder_at(step).items(phase, task), damaged_as_missing=True)
 
     def _folder_at(self, step: int | None) -> RunFolder:
         return self.folder if step is None else self.folder.point(step)
@@ -164,7 +161,7 @@ def read(study_folder: str | Path) -> Evidence:
             f"{str(folder)!r} holds no run; start one with 'forgetless run' or 'forgetless study'"
         )
     rows = results(folder)
-    runs = [_read_run(run_folder, rows) for run_folder in folders]
+    runs = [run for each in folders if (run := _read_run(each, rows))]
     study_file = folder / "study.yaml"
     text = study_file.read_text("utf-8") if study_file.is_file() else ""
     return Evidence(folder, folder.resolve().name, rows, runs, tasks_of(rows), text, curve(folder))
@@ -207,24 +204,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _read_run(folder: RunFolder, rows: Sequence[Row]) -> Run:
-    recipe = yaml.safe_load(folder.recipe.read_text("utf-8"))
+def _read_run(folder: RunFolder, rows: Sequence[Row]) -> Run | None:
+    """None where its recipe is damaged, which the rows' warning says, or was deleted just now."""
+    try:
+        recipe = load_yaml(folder.recipe)
+    except (UserError, FileNotFoundError):
+        return None
     own = {row["task"]: row for row in rows if row["run_id"] == folder.path.name and row["task"]}
-    return Run(folder, recipe, read_json(folder.record), own)
-
-
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a line cut off by a kill is left out."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                yield record
+    return Run(folder, recipe, folder.read(), own)
 
 
 def tasks_of(rows: Sequence[Row]) -> list[Task]:

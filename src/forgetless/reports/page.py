@@ -14,69 +14,48 @@ from markupsafe import Markup
 
 import forgetless
 from forgetless.reports import provenance, tables
-from forgetless.reports.arms import Arm
-from forgetless.reports.changes import TaskChanges, find_averages
-from forgetless.reports.durations import Course, Matched
-from forgetless.reports.evidence import Evidence
+from forgetless.reports.changes import find_averages
+from forgetless.reports.findings import Findings
 from forgetless.reports.numbers import amount, count_words, interval_words
-from forgetless.reports.payload import payload
 from forgetless.reports.standing import Standing
-from forgetless.reports.words import Answer, arm_words
+from forgetless.reports.words import arm_words
 
 SCRIPTS = ("page", "chart", "charts", "lists")
 
 
 def page(
-    evidence: Evidence,
-    arms: Sequence[Arm],
-    place: Standing,
-    words: Answer,
-    course: Course | None,
-    matched: Matched | None,
-    changes: Sequence[TaskChanges],
-    figures: Mapping[str, str],
-    notes: Sequence[str],
+    found: Findings, content: Mapping[str, Any], figures: Mapping[str, str], notes: Sequence[str]
 ) -> str:
     """The whole page.
 
     Args:
-        evidence: what the study folder holds.
-        arms: its arms.
-        place: who stands where.
-        words: the answer.
-        course: the scores over the steps, where runs were scored on the way.
-        matched: what the arms keep at equal learning, where that can be told.
-        changes: what every arm changed, task by task.
+        found: what it tells.
+        content: what its scripts draw and list, see `payload`.
         figures: drawings in SVG by name, for browsers without scripts; may be empty.
-        notes: what could not be made beside the page, and why.
+        notes: what could not be made or read, and why.
     """
+    evidence, arms, changes = found.evidence, found.arms, found.changes
     runs, seeds = evidence.runs, provenance.seeds_of(evidence.runs)
-    bases, day = sorted({run.base for run in runs}), provenance.day(evidence)
+    bases = sorted({run.base for run in runs})
     counted = [of_task for of_task in changes if of_task.counted]
     kinds = {kind: [(c, tables.flips_table(c)) for c in counted if c.task.kind == kind]
              for kind in ("forgetting", "learning")}  # fmt: skip
-    equal = [tables.matched_table(matched)] if matched else []
+    equal = [tables.matched_table(found.matched)] if found.matched else []
     rates = tables.rates_table(evidence, arms)
-    data = payload(evidence.tasks, arms, course, counted)
     script = "\n".join(_source(f"{name}.js") for name in SCRIPTS)
-    eyebrow = [
-        evidence.name,
-        f"base {', '.join(bases)}",
-        count_words(len(arms), "arm"),
-        count_words(len(seeds), "seed") if seeds else "",
-        count_words(len(runs), "run"),
-        day,
-    ]
-    versions = (run.part("versions").get("forgetless") for run in runs)
+    data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":  # no text that it holds can end its element
+        data = data.replace(sign, f"\\u{ord(sign):04x}")
+    counts = [count_words(len(arms), "arm"), *([count_words(len(seeds), "seed")] if seeds else [])]
     return _environment().get_template("page.html").render(
         evidence=evidence,
         places={arm.label: i for i, arm in enumerate(arms)},
-        words=words,
-        cards=_cards(place),
-        eyebrow=[part for part in eyebrow if part],
-        charts=set(data),
+        words=found.words,
+        cards=_cards(found.place),
+        counts=[*counts, count_words(len(runs), "run")],
+        charts=content.keys(),
         has_scores=any(not of_task.task.is_distance for of_task in changes),
-        course=[tables.course_table(course), *equal] if course else [],
+        course=[tables.course_table(found.course), *equal] if found.course else [],
         changes=[
             *tables.changes_tables(changes, find_averages(changes)),
             *tables.tries_tables(arms, evidence.tasks),
@@ -85,16 +64,16 @@ def page(
         numbers=[
             tables.arms_table(evidence, arms),
             *([rates] if rates else []),
-            *(equal if not course else []),
+            *(equal if not found.course else []),
         ],
         every_run=tables.runs_table(evidence),
-        figures={name: figures.get(name, "") for name in ("plane", "course", "curves", "probes")},
+        figures=figures,
         commands=provenance.commands(evidence),
         definitions=provenance.definitions(evidence),
-        version=next((version for version in versions if version), forgetless.__version__),
+        version=provenance.version(runs) or forgetless.__version__,
         bases=bases,
         seeds=seeds,
-        day=day,
+        day=provenance.day(runs),
         shared_settings=provenance.shared_settings(runs),
         made=[provenance.differing_table(evidence, arms), provenance.unfinished_table(runs)],
         machine=provenance.machine(runs),
@@ -104,7 +83,7 @@ def page(
         style=Markup(_source("page.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=Markup(_embedded(data)),
+        data=Markup(data),
     )  # fmt: skip
 
 
@@ -157,11 +136,3 @@ def _cards(place: Standing) -> list[dict[str, Any]]:
             "rest": "",
         },
     ]
-
-
-def _embedded(content: Any) -> str:
-    """JSON that cannot end its script element, whatever text it holds."""
-    dumped = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for sign in "<>&\u2028\u2029":
-        dumped = dumped.replace(sign, f"\\u{ord(sign):04x}")
-    return dumped

@@ -10,6 +10,7 @@ from forgetless.reports.arms import Arm
 from forgetless.reports.changes import FlippedItem, TaskChanges
 from forgetless.reports.durations import Course
 from forgetless.reports.evidence import Run, Task, number
+from forgetless.reports.findings import Findings
 from forgetless.reports.numbers import NOT_MEASURED, amount, interval_words, probe_words, unit
 from forgetless.scores.seeds import Estimate
 
@@ -19,18 +20,14 @@ MAX_LISTED = {"forgetting": 1500, "learning": 60}
 MAX_KEPT = 150
 
 
-def payload(
-    tasks: Sequence[Task],
-    arms: Sequence[Arm],
-    course: Course | None,
-    counted: Sequence[TaskChanges],
-) -> dict[str, Any]:
+def payload(found: Findings) -> dict[str, Any]:
     """Labels, charts and changed items; arms go by their places, and a chart may be missing."""
+    arms = found.arms
     places = {arm.label: i for i, arm in enumerate(arms)}
     content = {
         "arms": list(places),
-        "plane": _plane(tasks, arms),
-        "course": _course(course, places) if course else None,
+        "plane": _plane(found.evidence.tasks, arms),
+        "course": course_chart(found.course) if found.course else None,
         "curves": [
             {"arm": i, "best": setting is arm.best, "points": points}
             for i, arm in enumerate(arms)
@@ -39,7 +36,7 @@ def payload(
             if (points := _thinned(run.log()))
         ],
         "probes": _probes(arms),
-        "flips": [_flips(of_task, places) for of_task in counted],
+        "flips": [_flips(of_task, places) for of_task in found.changes if of_task.counted],
     }
     return {name: part for name, part in content.items() if part or name in ("arms", "flips")}
 
@@ -62,38 +59,35 @@ def _plane(tasks: Sequence[Task], arms: Sequence[Arm]) -> dict[str, Any] | None:
                 rows.append(("update ‖ΔW‖/‖W‖", f"{update:.3g}"))
             learned = {task: setting.final(task) for task in learning}
             kept = {task: setting.kept(task) for task in forgetting}
-            point = _point(i, arm.label, rows, 17 if setting is arm.best else 11, learned, kept)
-            point |= {"minor": setting is not arm.best, "named": setting is arm.best}
+            is_best = setting is arm.best
+            point = _point(i, arm.label, rows, 17 if is_best else 11, learned, kept, named=is_best)
             point["seeds"] = [_seed(run, learning, forgetting) for run in setting.runs]
-            points.append(point)
+            points += (
+                [{**point, "minor": not is_best}] if point["learned"] and point["kept"] else []
+            )
         base = {task: arm.best.measured[task.name].base for task in tasks}
-        whole = {
-            t: base[t] and (Estimate(1.0, 1.0, 1.0, 1, None) if t.is_share else base[t])
-            for t in forgetting
-        }
+        whole = Estimate(1.0, 1.0, 1.0, 1, None)
+        kept = {t: whole if t.is_share and base[t] else base[t] for t in forgetting}
         name = arm.best.runs[0].base
-        bases.setdefault(
-            name, _point(i, name, [], 0, {task: base[task] for task in learning}, whole)
-        )
-    points = [point for point in points if point["learned"] and point["kept"]]
-    for name, of_base in bases.items():
-        of_base["title"] = f"base {name}" if len(bases) > 1 else "base"
+        bases.setdefault(name, _point(i, name, [], 0, {t: base[t] for t in learning}, kept))
     if not points:
         return None
     shares = {t.name: f"share of {t.name}" if t.is_share else unit(t) for t in forgetting}
-    axes = {
-        "learned": [_axis(task, f"↑ Learned: {unit(task)}") for task in learning],
-        "kept": [_axis(task, f"Kept: {shares[task.name]} →") for task in forgetting],
-    }
-    known = {axis: {name for p in points for name in p[axis]} for axis in axes}
+    known = {axis: {name for p in points for name in p[axis]} for axis in ("learned", "kept")}
     return {
-        **{axis: [task for task in axes[axis] if task["name"] in known[axis]] for axis in axes},
+        "learned": [_learned_axis(task) for task in learning if task.name in known["learned"]],
+        "kept": [
+            _axis(t, f"Kept: {shares[t.name]} →") for t in forgetting if t.name in known["kept"]
+        ],
         "points": points,
-        "bases": list(bases.values()),
+        "bases": [
+            {**b, "title": f"base {n}" if len(bases) > 1 else "base"} for n, b in bases.items()
+        ],
+        "rules": True,
     }
 
 
-def _course(course: Course, places: Mapping[str, int]) -> dict[str, Any]:
+def course_chart(course: Course) -> dict[str, Any]:
     """What the arms learned and kept at every step; the marks grow with the steps."""
     points: list[dict[str, Any]] = []
     bases: list[dict[str, Any]] = []
@@ -101,20 +95,20 @@ def _course(course: Course, places: Mapping[str, int]) -> dict[str, Any]:
         for moment in track.moments:
             rows = [("step", f"{moment.step:,}")]
             rows += [("tokens", f"{moment.tokens:,.0f}")] if moment.tokens is not None else []
-            seeds = {estimate.seeds for estimate in moment.scores.values()}
-            rows.append(("seeds", " to ".join(map(str, sorted(seeds)[:: len(seeds) - 1 or 1]))))
+            rows.append(("seeds", str(max((e.seeds for e in moment.scores.values()), default=0))))
             size = moment.step and 9 + 8 * (moment.step / course.steps[-1]) ** 0.5
-            learned = {task: moment.scores.get(task.name) for task in course.learning}
-            kept = {task: moment.scores.get(task.name) for task in course.forgetting}
-            point = _point(places[track.label], track.label, rows, size, learned, kept)
-            points.append({**point, "named": moment is track.moments[-1]})
+            learned, kept = ({task: moment.scores.get(task.name) for task in of_kind}
+                             for of_kind in (course.learning, course.forgetting))  # fmt: skip
+            arm, named = course.labels.index(track.label), moment is track.moments[-1]
+            points.append(_point(arm, track.label, rows, size, learned, kept, named=named))
             if moment.step == 0 and not bases:
-                bases.append({**point, "title": "base"})
+                bases.append({**points[-1], "title": "base"})
     return {
-        "learned": [_axis(task, f"↑ Learned: {unit(task)}") for task in course.learning],
+        "learned": [_learned_axis(task) for task in course.learning],
         "kept": [_axis(task, f"Kept: {unit(task)} →") for task in course.forgetting],
         "points": points,
         "bases": bases,
+        "rules": False,
     }
 
 
@@ -125,13 +119,16 @@ def _point(
     size: float,
     learned: Mapping[Task, Estimate | None],
     kept: Mapping[Task, Estimate | None],
+    *,
+    named: bool = False,
 ) -> dict[str, Any]:
     """One place of an arm by every learned and every kept score."""
     scores = {
         axis: {task.name: _estimate(e, task) for task, e in of_axis.items() if e}
         for axis, of_axis in (("learned", learned), ("kept", kept))
     }
-    return {"arm": arm, "title": title, "rows": rows, "size": size, "seeds": [], **scores}
+    marks = {"size": size, "minor": False, "named": named, "seeds": []}
+    return {"arm": arm, "title": title, "rows": rows, **marks, **scores}
 
 
 def _seed(run: Run, learning: Sequence[Task], forgetting: Sequence[Task]) -> dict[str, Any]:
@@ -165,6 +162,10 @@ def _axis(task: Task, title: str) -> dict[str, Any]:
         "share": task.is_share,
         "higher": task.higher_is_better,
     }
+
+
+def _learned_axis(task: Task) -> dict[str, Any]:
+    return _axis(task, f"↑ Learned: {unit(task)}")
 
 
 # ------------------------------------------------------------------------------- on the way

@@ -20,9 +20,9 @@ from forgetless.studies.folder import planned
 RECORDED = ("start", "seconds", "statistics", "training", "export")
 
 
-def day(evidence: Evidence) -> str:
+def day(runs: Iterable[Run]) -> str:
     """The day on which the first run was started; empty where none has been."""
-    started = (run.record.get("started") for run in evidence.runs)
+    started = (run.record.get("started") for run in runs)
     return min((str(moment)[:10] for moment in started if moment), default="")
 
 
@@ -30,6 +30,12 @@ def seeds_of(runs: Iterable[Run]) -> list[str]:
     """The seeds used, in order."""
     seeds = {run.settings.get("seed") for run in runs} - {None}
     return [str(seed) for seed in sorted(seeds, key=lambda seed: (number(seed) or 0.0, str(seed)))]
+
+
+def version(runs: Iterable[Run]) -> str:
+    """Of Forgetless, that made the first run; empty where it is not known."""
+    found = (run.part("versions").get("forgetless") for run in runs)
+    return next((str(one) for one in found if one), "")
 
 
 # ---------------------------------------------------------------------------------------- commands

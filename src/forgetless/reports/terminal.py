@@ -11,31 +11,27 @@ from rich.text import Text
 
 from forgetless.reports.arms import Arm
 from forgetless.reports.changes import ArmChange, TaskChanges
-from forgetless.reports.evidence import Evidence
+from forgetless.reports.evidence import Task
+from forgetless.reports.findings import Findings
 from forgetless.reports.numbers import NOT_MEASURED, amount
 from forgetless.reports.standing import Standing
 from forgetless.reports.tables import estimate_cell, has_retention
-from forgetless.reports.words import Answer, arm_words
+from forgetless.reports.words import arm_words
 
 NUM_EXAMPLES = 4
 
 
-def render(
-    evidence: Evidence,
-    arms: Sequence[Arm],
-    place: Standing,
-    words: Answer,
-    changes: Sequence[TaskChanges],
-) -> RenderableType:
+def render(found: Findings) -> RenderableType:
     """Everything of the page that fits in a terminal."""
+    words = found.words
     parts: list[RenderableType] = [prose(words.title, "bold"), Text("")]
     parts += [prose(sentence) for sentence in words.sentences]
-    if arms:
-        parts += [Text(""), _table(evidence, arms, place)]
+    if found.arms:
+        parts += [Text(""), _table(found.evidence.tasks, found.arms, found.place)]
     parts += [prose(f"• {caveat}", "dim") for caveat in words.caveats]
-    forgotten = [c for c in changes if c.counted and c.task.kind == "forgetting"]
+    forgotten = [c for c in found.changes if c.counted and c.task.kind == "forgetting"]
     if forgotten:
-        parts += [Text(""), *_examples(forgotten[0], place)]
+        parts += [Text(""), *_examples(forgotten[0], found.place)]
     return Group(*parts)
 
 
@@ -47,7 +43,7 @@ def prose(sentence: str, style: str = "") -> Text:
     return line
 
 
-def _table(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Table:
+def _table(tasks: Sequence[Task], arms: Sequence[Arm], place: Standing) -> Table:
     """One row an arm and rate: every score with its interval, and the share kept."""
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     with_rates = any(len(arm.settings) > 1 for arm in arms)
@@ -55,7 +51,7 @@ def _table(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Table:
     table.add_column("arm")
     if with_rates:
         table.add_column("rate", justify="right")
-    for task in evidence.tasks:
+    for task in tasks:
         bases = [base for arm in arms if (base := arm.best.measured[task.name].base)]
         shown = amount(task, bases[0].value) if bases else NOT_MEASURED
         table.add_column(f"{task.name}\n{task.metric}, base {shown}", justify="right")
@@ -66,7 +62,7 @@ def _table(evidence: Evidence, arms: Sequence[Arm], place: Standing) -> Table:
         cells.append(Text(arm.label, style="bold"))
         if with_rates:
             cells.append(Text(f"{setting.learning_rate:g}" if setting.learning_rate else ""))
-        for task in evidence.tasks:
+        for task in tasks:
             for estimate in [setting.final(task), *[setting.kept(task)] * has_retention(task)]:
                 cell = estimate_cell(estimate, task)
                 under = (f"  {cell.under}", "dim") if cell.under else ""

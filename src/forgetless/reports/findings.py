@@ -1,0 +1,47 @@
+"""Everything that a report tells of a study, computed once from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from forgetless.reports.arms import Arm, gather
+from forgetless.reports.changes import TaskChanges, find_changes
+from forgetless.reports.durations import Course, Matched, course, matched
+from forgetless.reports.evidence import Evidence, read
+from forgetless.reports.standing import Standing, standing
+from forgetless.reports.words import Answer, answer
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the page and the terminal show.
+
+    Attributes:
+        evidence: what the study folder holds.
+        arms: its arms.
+        place: who stands where.
+        course: the scores over the steps, where runs were scored on the way.
+        matched: what the arms keep at equal learning, where that can be told.
+        changes: what every arm changed, task by task.
+        words: the answer.
+    """
+
+    evidence: Evidence
+    arms: Sequence[Arm]
+    place: Standing
+    course: Course | None
+    matched: Matched | None
+    changes: Sequence[TaskChanges]
+    words: Answer
+
+
+def find(study_folder: str | Path) -> Findings:
+    """The findings in a study folder; raises as `evidence.read`."""
+    evidence = read(study_folder)
+    arms = gather(evidence)
+    place, over_steps = standing(evidence, arms), course(evidence, arms)
+    equal, changes = matched(evidence, arms, over_steps), find_changes(evidence, arms)
+    words = answer(evidence, arms, place, equal)
+    return Findings(evidence, arms, place, over_steps, equal, changes, words)
