@@ -28,7 +28,7 @@ from forgetless.data.examples import load_examples
 from forgetless.models.load import load_tokenizer
 from forgetless.recipes.plan.advice import Wishes
 from forgetless.recipes.plan.plan import plan
-from forgetless.recipes.plan.written import recipe_text
+from forgetless.recipes.plan.showing import recipe_text
 from forgetless.studies.run import run
 from timing import report
 

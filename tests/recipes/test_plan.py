@@ -20,9 +20,8 @@ from forgetless.core.files import read_json, write_json
 from forgetless.recipes.checking import check as check_recipe
 from forgetless.recipes.plan.advice import RATE, Advice, Wishes, advise, rounded
 from forgetless.recipes.plan.plan import Plan, plan
-from forgetless.recipes.plan.showing import render
+from forgetless.recipes.plan.showing import recipe_text, render
 from forgetless.recipes.plan.subject import Base, Rows
-from forgetless.recipes.plan.written import recipe_text
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.run import run
 
@@ -188,7 +187,7 @@ def deep(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("memory", "batch", "recomputed"), [(1_700_000, 4, False), (1_200_000, 4, True)]
+    ("memory", "batch", "recomputed"), [(1_700_000, 4, False), (1_200_000, 8, True)]
 )
 def test_less_memory_gives_smaller_batches_then_recomputed_layers(
     deep: Path, tiny_files: Path, memory: int, batch: int, recomputed: bool

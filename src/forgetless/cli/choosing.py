@@ -37,8 +37,7 @@ def plan(
     from forgetless.core.files import write_text
     from forgetless.recipes.plan.advice import Wishes
     from forgetless.recipes.plan.plan import plan as do
-    from forgetless.recipes.plan.showing import render
-    from forgetless.recipes.plan.written import recipe_text
+    from forgetless.recipes.plan.showing import recipe_text, render
     from forgetless.statistics.budget import parse_bytes
 
     if out is not None and Path(out).exists():

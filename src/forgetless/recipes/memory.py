@@ -30,7 +30,6 @@ from forgetless.adapters.anchored import Anchor
 from forgetless.adapters.layer import Start, StartConfig, adapted_layers, install
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.adapters.tuner import add_adapter
-from forgetless.data.settings import CalibrationSettings
 from forgetless.data.texts import SELF, sampled_together
 from forgetless.methods import METHODS
 from forgetless.methods.table import entries
@@ -122,19 +121,22 @@ def run_memory(model: Any, recipe: Recipe, length: int, *, several: bool = False
 
 def around_step(model: Any, recipe: Recipe, step: StepMemory) -> RunMemory:
     """The memory of a run whose training step is known; see `run_memory`."""
-    method = METHODS[recipe.adapter.method]
+    method, adapter = METHODS[recipe.adapter.method], recipe.adapter
     if method.factors is None:
         return RunMemory(0, 0, step, 0)
     start = step.weights + step.adapter
     if not method.needs:
         return RunMemory(0, start, step, 0)
-    held = [_held(model, need, recipe.adapter, recipe.calibration) for need in method.needs]
-    widest = max(weight_shape(layer)[1] for layer in _targets(model, recipe.adapter).values())
+    layers = target_layers(model, adapter.target_modules)
+    squares = {name: (weight_shape(layer)[1],) * 2 for name, layer in layers.items()}
+    matrices = max(sum(statistics_matrices(model, adapter, need)) for need in method.needs)
+    if recipe.calibration.memory_budget is not None:
+        matrices = min(matrices, parse_budget(recipe.calibration.memory_budget, squares))
     return RunMemory(
-        statistics=_statistics(model, recipe, max(held)),
-        start=start + START_MATRICES * matrix_bytes((widest, widest)),
+        statistics=_statistics(model, recipe, matrices),
+        start=start + START_MATRICES * matrix_bytes(max(squares.values())),
         step=step,
-        matrices=max(held),
+        matrices=matrices,
     )
 
 
@@ -168,6 +170,9 @@ def step_memory(
             model.enable_input_require_grads()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     gradients = _bytes(trained)
+    # Moments have the number format of their weights, unless they have 8 bits.
+    kind = OPTIMIZERS[training.optimizer]
+    moments = sum(w.numel() * (4 if kind.in_8_bits else w.element_size()) for w in trained)
     accumulates = training.gradient_accumulation > 1
     most = _most_alive(
         _Step(model.train()),
@@ -180,17 +185,10 @@ def step_memory(
         weights=weights,
         adapter=_bytes(model.parameters()) + _bytes(model.buffers()) - weights,
         gradients=gradients,
-        optimizer=_state(training.optimizer, trained),
+        optimizer=moments * kind.state_bytes // 4,
         activations=most if accumulates else max(0, most - gradients),
         trained=sum(weight.numel() for weight in trained),
     )
-
-
-def _state(optimizer: str, trained: Iterable[Tensor]) -> int:
-    """Bytes that the optimiser keeps of these weights."""
-    kind = OPTIMIZERS[optimizer]
-    sizes = (w.numel() * (4 if kind.in_8_bits else w.element_size()) for w in trained)
-    return sum(sizes) * kind.state_bytes // 4
 
 
 def _adapted(model: nn.Module, settings: AdapterSettings) -> Any:
@@ -250,7 +248,7 @@ def statistics_matrices(model: nn.Module, adapter: AdapterSettings, need: str) -
     tell; here those do that are called q, k and v, or gate and up, as in most models.
     """
     shapes, seen = [], set()
-    for name, layer in _targets(model, adapter).items():
+    for name, layer in target_layers(model, adapter.target_modules).items():
         out_features, in_features = weight_shape(layer)
         block, _, ending = name.rpartition(".")
         shared = next((group for group in _SAME_INPUT if ending in group), None)
@@ -269,18 +267,6 @@ _SAME_INPUT = (
 )
 
 
-def _held(
-    model: nn.Module, need: str, adapter: AdapterSettings, settings: CalibrationSettings
-) -> int:
-    """Bytes of the matrices held at a time: all of them, or what the budget allows."""
-    needed = sum(statistics_matrices(model, adapter, need))
-    if settings.memory_budget is None:
-        return needed
-    layers = _targets(model, adapter)
-    shapes = {name: (weight_shape(layer)[1],) * 2 for name, layer in layers.items()}
-    return min(needed, parse_budget(settings.memory_budget, shapes))
-
-
 def _statistics(model: Any, recipe: Recipe, matrices: int) -> int:
     """The most of: sampling text from the base, a whole forward pass, a pass with the matrices."""
     settings, weights = recipe.calibration, _bytes(model.parameters()) + _bytes(model.buffers())
@@ -289,18 +275,17 @@ def _statistics(model: Any, recipe: Recipe, matrices: int) -> int:
     inner = _most_alive(_Forward(model.base_model), shape)
     sampling = 0
     if SELF in [source for source, _ in settings.sources(recipe.adapter.method)]:
-        sampling = _sampling(model, settings)
+        # Keys and values of the texts that are sampled together, for every layer and token.
+        config = model.config.get_text_config()
+        tokens = settings.max_length * min(
+            settings.samples, sampled_together(model, settings.max_length)
+        )
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
+        size = next(model.parameters()).element_size()
+        sampling = 2 * size * config.num_hidden_layers * heads * width * tokens
     return int(weights) + max(whole, inner + matrices, sampling)
-
-
-def _sampling(model: Any, settings: CalibrationSettings) -> int:
-    """Keys and values of the texts that are sampled together, for every layer and token."""
-    config, length = model.config.get_text_config(), settings.max_length
-    rows = min(settings.samples, sampled_together(model, length))
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = next(model.parameters()).element_size()
-    return int(2 * size * config.num_hidden_layers * heads * width * length * rows)
 
 
 class _Forward(nn.Module):
@@ -387,10 +372,6 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _release(self, size: int) -> None:
         self.now -= size
-
-
-def _targets(model: nn.Module, adapter: AdapterSettings) -> dict[str, nn.Module]:
-    return target_layers(model, adapter.target_modules)
 
 
 def _bytes(tensors: Any) -> int:

@@ -23,6 +23,7 @@ REPLICATION = (
 PILOT = "docs/results/pocket-pilot.md (1.2 M weights, one seed)"
 CURVES = "docs/results/pocket-curves.md (1.2 M weights, three seeds)"
 RULE = "rule of thumb"
+OWN = "docs/plan.md"
 ASKED = "as asked"
 
 WIDTH = 4096
@@ -91,84 +92,76 @@ class Wishes:
 def advise(base: Base, rows: Rows, wishes: Wishes) -> list[Advice]:
     """The settings that follow from base, data and wishes; what they cost decides the rest."""
     method = _method(rows, wishes)
-    found = [method]
-    if method.value != "full":
-        rank = _rank(base, method.value, wishes)
-        found += [rank, _alpha(method.value, rank.value), _TARGETS]
-        found.append(_rate(base, method.value, rank.value))
-    else:
-        found.append(_rate(base, "full", 0))
-    epochs = _epochs(rows, wishes)
-    found += [epochs, *_schedule(rows), _weight_decay(method.value, wishes)]
-    found += [_replay(wishes), _max_length(base, rows), _packing(rows)]
-    return [*found, *_number_formats(base, method.value)]
+    adapter = [] if method.value == "full" else _adapter(base, method.value, wishes)
+    rank = adapter[0].value if adapter else 0
+    return [
+        method,
+        *adapter,
+        _rate(base, method.value, rank),
+        *_duration(rows, wishes),
+        _weight_decay(method.value, wishes),
+        _replay(wishes),
+        *_rows(base, rows),
+        *_number_formats(base, method.value),
+    ]
 
 
 def _method(rows: Rows, wishes: Wishes) -> Advice:
-    choose = _for_text if rows.is_text else _for_instructions
-    value, reason, source = choose(wishes)
+    value, source = "lora", BIDERMAN
+    if rows.is_text and wishes.goal == "learn":
+        value = "full"
+        reason = (
+            "on raw text full fine-tuning learned more than any LoRA (HumanEval .263 against .224 "
+            "of rank 256 after 20B tokens of code), and forgot more"
+        )
+    elif rows.is_text:
+        reason = (
+            "on raw text LoRA of rank 256 learned less than full fine-tuning (HumanEval .224 "
+            "against .263) and forgot less (.617 against .545 kept of .671); --goal learn advises "
+            "full"
+        )
+    elif wishes.goal == "keep" and wishes.keep is not None:
+        value, source = "lora_null_v2", CURVES
+        reason = (
+            "on the pocket model it kept 99 % or more of the facts that its text named, LoRA 12 to "
+            "90 %; elsewhere LoRA with weight decay was ahead of LoRA-Null, so compare the two"
+        )
+    else:
+        reason = (
+            "on instructions LoRA of high rank learned code as well as full fine-tuning (HumanEval "
+            ".498 and .497 at best) and forgot less"
+        )
     if wishes.method is not None and wishes.method != value:
         return Advice("adapter.method", wishes.method, f"{ASKED}; advised is {value}", ASKED)
     return Advice("adapter.method", value, reason, source)
 
 
-def _for_instructions(wishes: Wishes) -> tuple[str, str, str]:
-    if wishes.goal == "keep" and wishes.keep is not None:
-        reason = (
-            "on the pocket model it kept 99 % or more of the facts that its text named, LoRA 12 to "
-            "90 %; elsewhere LoRA with weight decay was ahead of LoRA-Null, so compare the two"
-        )
-        return "lora_null_v2", reason, CURVES
-    reason = (
-        "on instructions LoRA of high rank learned code as well as full fine-tuning (HumanEval "
-        ".498 and .497 at best) and forgot less"
-    )
-    return "lora", reason, BIDERMAN
-
-
-def _for_text(wishes: Wishes) -> tuple[str, str, str]:
-    if wishes.goal == "learn":
-        reason = (
-            "on raw text full fine-tuning learned more than any LoRA (HumanEval .263 against .224 "
-            "of rank 256 after 20B tokens of code), and forgot more"
-        )
-        return "full", reason, BIDERMAN
-    reason = (
-        "on raw text LoRA of rank 256 learned less than full fine-tuning (HumanEval .224 against "
-        ".263) and forgot less (.617 against .545 kept of .671); --goal learn advises full"
-    )
-    return "lora", reason, BIDERMAN
-
-
-def _rank(base: Base, method: str, wishes: Wishes) -> Advice:
+def _adapter(base: Base, method: str, wishes: Wishes) -> list[Advice]:
+    """Rank, alpha and layers."""
     if wishes.rank is not None:
-        return Advice("adapter.rank", wishes.rank, ASKED, ASKED)
-    asked = RANK[wishes.goal]
-    share = asked * min(1.0, base.width / WIDTH)
-    value = min(max(LEAST_RANK, 2 ** int(math.log2(share))), base.smallest_side)
-    if wishes.goal == "keep":
-        reason = "rank 16 forgot least, and learned least"
+        rank = Advice("adapter.rank", wishes.rank, ASKED, ASKED)
     else:
+        asked = RANK[wishes.goal]
+        share = asked * min(1.0, base.width / WIDTH)
+        value = min(max(LEAST_RANK, 2 ** int(math.log2(share))), base.largest_rank)
         reason = "rank 256 learned most; 16 to 64 were not enough for code"
-    if value != asked:
-        reason += f"; {asked} at width {WIDTH}, here in proportion, at least {LEAST_RANK}: {RULE}"
-    return Advice("adapter.rank", value, reason, BIDERMAN)
-
-
-def _alpha(method: str, rank: int) -> Advice:
-    if method == "lora":
-        reason = "twice the rank was best at rank 256, at every learning rate"
-        return Advice("adapter.alpha", 2.0 * rank, reason, BIDERMAN)
+        if wishes.goal == "keep":
+            reason = "rank 16 forgot least, and learned least"
+        if value != asked:
+            reason += f"; {asked} at width {WIDTH}, here in proportion, at least {LEAST_RANK}: "
+            reason += RULE
+        rank = Advice("adapter.rank", value, reason, BIDERMAN)
+    alpha, source = float(rank.value), "arXiv:2404.02948, 2406.09044, 2503.02659"
     reason = "scaling 1, as the papers of the starts from an SVD have it"
-    return Advice("adapter.alpha", float(rank), reason, "arXiv:2404.02948, 2406.09044, 2503.02659")
-
-
-_TARGETS = Advice(
-    "adapter.target_modules",
-    "all-linear",
-    "all layers or the MLPs alone learned more than attention, at every rank",
-    BIDERMAN,
-)
+    if method == "lora":
+        alpha, source = 2.0 * rank.value, BIDERMAN
+        reason = "twice the rank was best at rank 256, at every learning rate"
+    layers = "all layers or the MLPs alone learned more than attention, at every rank"
+    return [
+        rank,
+        Advice("adapter.alpha", alpha, reason, source),
+        Advice("adapter.target_modules", "all-linear", layers, BIDERMAN),
+    ]
 
 
 def _rate(base: Base, method: str, rank: int) -> Advice:
@@ -195,30 +188,28 @@ def rounded(rate: float) -> float:
     return float(f"{nearest:.0e}")
 
 
-def _epochs(rows: Rows, wishes: Wishes) -> Advice:
+def _duration(rows: Rows, wishes: Wishes) -> list[Advice]:
+    """Epochs and schedule."""
     if rows.is_text:
-        reason = "one pass: the more tokens, the more was forgotten, by every rank and by full"
-        return Advice("training.epochs", 1.0, reason, BIDERMAN)
+        once = "one pass: the more tokens, the more was forgotten, by every rank and by full"
+        falls = "inverse square root, then a cool-down over the last 20 %"
+        return [
+            Advice("training.epochs", 1.0, once, BIDERMAN),
+            Advice("training.schedule", "inverse_sqrt", falls, BIDERMAN),
+            Advice("training.cooldown_ratio", 0.2, "see schedule", BIDERMAN),
+            Advice("training.warmup_ratio", 0.05, "see schedule; the share is ours", RULE),
+        ]
+    epochs = 4.0
+    reason = "LoRA was best at 4 epochs of code and near its best of mathematics; more forgot more"
     if wishes.goal == "keep":
+        epochs = 2.0
         reason = (
             "longer training forgot more: of .671, LoRA of rank 64 kept .651 at 2 epochs, .580 at 8"
         )
-        return Advice("training.epochs", 2.0, reason, BIDERMAN)
-    reason = "LoRA was best at 4 epochs of code and near its best of mathematics; more forgot more"
-    return Advice("training.epochs", 4.0, reason, BIDERMAN)
-
-
-def _schedule(rows: Rows) -> list[Advice]:
-    if not rows.is_text:
-        return [
-            Advice("training.schedule", "cosine", "after a warm-up over 10 %", BIDERMAN),
-            Advice("training.warmup_ratio", 0.1, "see schedule", BIDERMAN),
-        ]
-    reason = "inverse square root, then a cool-down over the last 20 %"
     return [
-        Advice("training.schedule", "inverse_sqrt", reason, BIDERMAN),
-        Advice("training.cooldown_ratio", 0.2, "see schedule", BIDERMAN),
-        Advice("training.warmup_ratio", 0.05, "see schedule; the share is ours", RULE),
+        Advice("training.epochs", epochs, reason, BIDERMAN),
+        Advice("training.schedule", "cosine", "after a warm-up over 10 %", BIDERMAN),
+        Advice("training.warmup_ratio", 0.1, "see schedule", BIDERMAN),
     ]
 
 
@@ -251,23 +242,24 @@ def _replay(wishes: Wishes) -> Advice:
     return Advice("data.train", REPLAYED, reason, CURVES)
 
 
-def _max_length(base: Base, rows: Rows) -> Advice:
+def _rows(base: Base, rows: Rows) -> list[Advice]:
+    """Length and packing."""
     if rows.is_text:
-        reason = f"the model's positions, at most {LONGEST_ROW}; the paper's rows had 4096"
-        return Advice("data.max_length", rows.max_length, reason, RULE)
-    reason = "holds 99 % of the examples whole"
+        most = f"the model's positions, at most {LONGEST_ROW}; the paper's rows had 4096"
+        fills = "raw text fills whole rows; no document sees another"
+        return [
+            Advice("data.max_length", rows.max_length, most, RULE),
+            Advice("data.pack", True, fills, "this package"),
+        ]
+    length = "holds 99 % of the examples whole"
     if rows.max_length in (LONGEST_ROW, base.positions):
-        reason = f"the most that the model ({base.positions} positions) or memory should take"
-    return Advice("data.max_length", rows.max_length, reason, "the data")
-
-
-def _packing(rows: Rows) -> Advice:
-    if rows.is_text:
-        reason = "raw text fills whole rows; no document sees another"
-        return Advice("data.pack", True, reason, "this package")
-    words = f"{rows.padding:.0%} of a batch would be padding"
-    reason = f"{words}; no example sees another" if rows.pack else words
-    return Advice("data.pack", rows.pack, reason, "the data")
+        length = f"the most that the model ({base.positions} positions) or memory should take"
+    padding = f"{rows.padding:.0%} of a batch would be padding"
+    padding += "; no example sees another" if rows.pack else ""
+    return [
+        Advice("data.max_length", rows.max_length, length, "the data"),
+        Advice("data.pack", rows.pack, padding, "the data"),
+    ]
 
 
 def _number_formats(base: Base, method: str) -> list[Advice]:
@@ -281,7 +273,7 @@ def _number_formats(base: Base, method: str) -> list[Advice]:
         found.append(Advice("dtype", "float32", reason, "this package"))
     elif base.dtype == torch.float16:
         reason = "rounds the stored float16; else each step makes bfloat16 copies of all weights"
-        found.append(Advice("dtype", "bfloat16", reason, "docs/plan.md"))
+        found.append(Advice("dtype", "bfloat16", reason, OWN))
     return found
 
 

@@ -15,7 +15,7 @@ from forgetless.methods import find
 from forgetless.models.load import target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.memory import RunMemory, StepMemory, around_step, step_memory
-from forgetless.recipes.plan.advice import RULE, Advice, Wishes
+from forgetless.recipes.plan.advice import OWN, RULE, Advice, Wishes
 from forgetless.recipes.plan.subject import Base, Rows
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.budget import matrix_bytes
@@ -52,26 +52,47 @@ class Fitting:
             UserError: not even one sequence at a time fits, with all layers recomputed.
         """
         recipe, step = self._step()
+        training, limit = recipe.training, self.wishes.memory
+        within = "" if limit is None else f", within {show_bytes(limit)}"
+        reasons = {
+            "batch_size": f"sequences at a time{within}; the same update as {self.batch} at once",
+            "gradient_accumulation": f"{self.batch} sequences a step",
+            "gradient_checkpointing": "not needed; it would recompute each layer to save memory",
+        }
+        if training.gradient_checkpointing:
+            reasons["gradient_checkpointing"] = (
+                "recomputes each layer in the backward pass: without it not one sequence fits"
+            )
+        advice = [
+            Advice(
+                f"training.{key}",
+                getattr(training, key),
+                reason,
+                RULE if key == "gradient_accumulation" else OWN,
+            )
+            for key, reason in reasons.items()
+        ]
         memory = around_step(self.base.model, recipe, step)
-        recipe, memory, statistics = self._with_budget(recipe, memory)
-        limit = self.wishes.memory
+        target = limit or max(step.total, LITTLE)
+        if memory.statistics > target:
+            budget = self._statistics_budget(recipe, target - memory.statistics + memory.matrices)
+            recipe = recipe.override({budget.key: budget.value})
+            memory = around_step(self.base.model, recipe, step)
+            advice.append(budget)
         if limit is not None and memory.peak > limit:
-            raise self._too_little(recipe, memory)
-        return recipe, memory, [*self._reasons(recipe), *statistics]
+            raise self._too_little(recipe, memory, limit)
+        return recipe, memory, advice
 
     def _step(self) -> tuple[Recipe, StepMemory]:
         """The largest batch whose training step fits, without recomputing layers if that can be."""
         most, limit = min(self.batch, MOST_AT_ONCE), self.wishes.memory
-        found = self._tried(most, False)
-        if limit is None or found[1].total <= limit:
-            return found
+        if limit is None:
+            return self._tried(most, False)
         for recomputed in (False, True):
             found = self._tried(1, recomputed)
-            room = (limit - found[1].total) / max(found[1].activations, 1)
-            if room < 0:
+            if found[1].total > limit:
                 continue
-            # The peak grows by less than a sequence's own, so twice that number may fit.
-            size = min(most if recomputed else most // 2, 2 ** int(math.log2(2 + 2 * room)))
+            size = most
             while size > 1:
                 larger = self._tried(size, recomputed)
                 if larger[1].total <= limit:
@@ -81,70 +102,36 @@ class Fitting:
         return found
 
     def _tried(self, size: int, recomputed: bool) -> tuple[Recipe, StepMemory]:
-        recipe = self._recipe(
-            {
-                "training.batch_size": size,
-                "training.gradient_accumulation": self.batch // size,
-                "training.gradient_checkpointing": recomputed,
-            }
-        )
+        """The recipe with batches of this size, and the memory of its training step."""
+        changes = {
+            "training.batch_size": size,
+            "training.gradient_accumulation": self.batch // size,
+            "training.gradient_checkpointing": recomputed,
+        }
+        recipe = Recipe.parse(self.settings, changes, source="the planned recipe")
         model = deepcopy(self.base.model)
         if recipe.dtype != "auto":
             model = model.to(getattr(torch, recipe.dtype))
         rows, replayed = self.rows, self.wishes.keep is not None
-        step = step_memory(
+        return recipe, step_memory(
             model,
             recipe.adapter,
             recipe.training,
             length=rows.max_length if replayed else max(rows.lengths),
             masked=rows.several or replayed,
         )
-        return recipe, step
 
-    def _recipe(self, changes: Mapping[str, Any]) -> Recipe:
-        return Recipe.parse(self.settings, changes, source="the planned recipe")
-
-    def _with_budget(
-        self, recipe: Recipe, memory: RunMemory
-    ) -> tuple[Recipe, RunMemory, list[Advice]]:
-        """A budget for the statistics where they would not fit, or take more than training."""
-        target = self.wishes.memory or max(memory.step.total, LITTLE)
-        if memory.statistics <= target:
-            return recipe, memory, []
-        layers = target_layers(self.base.model, recipe.adapter.target_modules).values()
+    def _statistics_budget(self, recipe: Recipe, room: int) -> Advice:
+        """For statistics that would not fit, or take more than training."""
         gradient = "gradient" in find(recipe.adapter.method).needs
+        layers = target_layers(self.base.model, recipe.adapter.target_modules).values()
         shapes = [weight_shape(layer) for layer in layers]
         least = max(matrix_bytes((out if gradient else n, n)) for out, n in shapes)
-        room = target - (memory.statistics - memory.matrices)
-        budget = f"{max(math.ceil(least / MIB), room // MIB)}MiB"
-        recipe = recipe.override({"calibration.memory_budget": budget})
-        memory = around_step(self.base.model, recipe, memory.step)
+        value = f"{max(math.ceil(least / MIB), room // MIB)}MiB"
         reason = "for the matrices held at a time; the base then runs in several passes"
-        return recipe, memory, [Advice("calibration.memory_budget", budget, reason, "docs/plan.md")]
+        return Advice("calibration.memory_budget", value, reason, OWN)
 
-    def _reasons(self, recipe: Recipe) -> list[Advice]:
-        training, limit = recipe.training, self.wishes.memory
-        fits = "" if limit is None else f", within {show_bytes(limit)}"
-        size = f"sequences at a time{fits}; the same update as {self.batch} at once"
-        recomputed = training.gradient_checkpointing
-        why = (
-            "recomputes each layer in the backward pass: without it not one sequence fits"
-            if recomputed
-            else "not needed; it would recompute each layer to save memory"
-        )
-        return [
-            Advice("training.batch_size", training.batch_size, size, "docs/plan.md"),
-            Advice(
-                "training.gradient_accumulation",
-                training.gradient_accumulation,
-                f"{self.batch} sequences a step",
-                RULE,
-            ),
-            Advice("training.gradient_checkpointing", recomputed, why, "docs/plan.md"),
-        ]
-
-    def _too_little(self, recipe: Recipe, memory: RunMemory) -> UserError:
-        assert self.wishes.memory is not None
+    def _too_little(self, recipe: Recipe, memory: RunMemory, limit: int) -> UserError:
         stages = {
             "training": memory.step.total,
             "collecting statistics": memory.statistics,
@@ -152,10 +139,11 @@ class Fitting:
         }
         stage = max(stages, key=lambda name: stages[name])
         least = ", one sequence at a time and with every layer recomputed"
-        cheaper = "lora" if recipe.adapter.method != "lora" else None
-        way_out = f"--method {cheaper}" if cheaper else "a smaller --rank, shorter examples"
+        way_out = "--method lora"
+        if recipe.adapter.method == "lora":
+            way_out = "a smaller --rank, shorter examples"
         return UserError(
-            f"--memory {show_bytes(self.wishes.memory)} is too little: {stage} with method "
+            f"--memory {show_bytes(limit)} is too little: {stage} with method "
             f"{recipe.adapter.method!r} takes {show_bytes(memory.peak)}"
             f"{least if stage == 'training' else ''}; give more, or try {way_out}, or a smaller "
             "base"

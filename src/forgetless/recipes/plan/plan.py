@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,18 +114,20 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
     found = Base.find(base)
     rows = Rows.of(data, found)
     advice = advise(found, rows, wishes)
-    total_rows = _all_rows(rows, wishes)
-    batch = batch_advice(total_rows, _value(advice, "training.epochs"))
-    fitting = Fitting(found, rows, wishes, _settings(base, data, wishes, advice), batch.value)
-    recipe, memory, about_memory = fitting.fitted()
-    _check(recipe, found)
-    matrices = sum(
-        sum(statistics_matrices(found.model, recipe.adapter, need))
+    values = {each.key: each.value for each in advice}
+    all_rows, epochs = len(rows.lengths), values["training.epochs"]
+    if wishes.keep is not None:  # rows of an epoch, replayed ones included
+        all_rows = math.ceil(all_rows / (1 - REPLAYED))
+    batch = batch_advice(all_rows, epochs)
+    settings = _settings(base, data, wishes, values)
+    recipe, memory, about_memory = Fitting(found, rows, wishes, settings, batch.value).fitted()
+    is_whole, step = has_weights(base), memory.step  # without weights, check would find that
+    if problems := check(recipe) if is_whole else []:
+        raise RecipeError("the planned recipe", problems)
+    matrices = [
+        statistics_matrices(found.model, recipe.adapter, need)
         for need in find(recipe.adapter.method).needs
-    )
-    step = memory.step
-    checkpoint = 4 * step.trained + step.optimizer
-    result = step.weights if recipe.adapter.method == "full" else 2 * step.adapter
+    ]
     return Plan(
         recipe=recipe,
         advice=[*advice, batch, *about_memory],
@@ -133,37 +135,35 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
         examples=rows.examples,
         kind=rows.kind,
         memory=memory,
-        disk=Disk(KEPT_CHECKPOINTS * checkpoint, result, matrices),
-        steps=epoch_steps(total_rows, recipe.training),
-        tokens=round(rows.tokens * _value(advice, "training.epochs")),
-        notes=_notes(found, wishes),
+        disk=Disk(
+            checkpoints=KEPT_CHECKPOINTS * (4 * step.trained + step.optimizer),
+            result=step.weights if recipe.adapter.method == "full" else 2 * step.adapter,
+            statistics=sum(map(sum, matrices)),
+        ),
+        steps=epoch_steps(all_rows, recipe.training),
+        tokens=round(sum(rows.lengths) * epochs),
+        notes=_notes(is_whole, wishes),
     )
 
 
-def _value(advice: Sequence[Advice], key: str) -> Any:
-    return next(each.value for each in advice if each.key == key)
-
-
-def _all_rows(rows: Rows, wishes: Wishes) -> int:
-    """Rows of an epoch, replayed ones included."""
-    new = len(rows.lengths)
-    return new if wishes.keep is None else math.ceil(new / (1 - REPLAYED))
-
-
-def _settings(base: str, data: str, wishes: Wishes, advice: Sequence[Advice]) -> dict[str, Any]:
+def _settings(base: str, data: str, wishes: Wishes, values: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe but for what its memory decides."""
     found: dict[str, Any] = {
-        "name": f"{Path(base).name}-{_value(advice, 'adapter.method')}",
+        "name": f"{Path(base).name}-{values['adapter.method']}",
         "base": base,
         "data": {"train": data},
         "tasks": {"learning": [], "forgetting": []},
     }
-    for each in advice:
-        section, _, key = each.key.rpartition(".")
-        if each.key != "data.train":
-            (found.setdefault(section, {}) if section else found)[key] = each.value
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if key != "data.train":
+            (found.setdefault(section, {}) if section else found)[name] = value
+
+    def task(kind: str, name: str, path: str) -> dict[str, Any]:
+        return {"kind": kind, "name": name, "path": path, "limit": 100}
+
     if wishes.test is not None:
-        found["tasks"]["learning"] = [_task("perplexity", "new_task", wishes.test)]
+        found["tasks"]["learning"] = [task("perplexity", "new_task", wishes.test)]
     if wishes.keep is not None:
         found["data"]["train"] = [
             {"path": data, "weight": 1 - REPLAYED},
@@ -171,25 +171,15 @@ def _settings(base: str, data: str, wishes: Wishes, advice: Sequence[Advice]) ->
         ]
         found["calibration"] = {"source": wishes.keep}
         found["tasks"]["forgetting"] = [
-            _task("perplexity", "to_keep", wishes.keep),
-            _task("kl", "drift", wishes.keep),
+            task("perplexity", "to_keep", wishes.keep),
+            task("kl", "drift", wishes.keep),
         ]
     return found
 
 
-def _task(kind: str, name: str, path: str) -> dict[str, Any]:
-    return {"kind": kind, "name": name, "path": path, "limit": 100}
-
-
-def _check(recipe: Recipe, base: Base) -> None:
-    """Raise what the recipe would be refused for; where there are no weights yet, that is one."""
-    if problems := check(recipe) if has_weights(base.name) else []:
-        raise RecipeError("the planned recipe", problems)
-
-
-def _notes(base: Base, wishes: Wishes) -> list[str]:
+def _notes(is_whole: bool, wishes: Wishes) -> list[str]:
     found = []
-    if not has_weights(base.name):
+    if not is_whole:
         found.append("The base's folder holds no weights yet: put them there before the run.")
     if wishes.test is None:
         found.append("Nothing measures what is learned: give held-out examples by --test FILE.")

@@ -1,9 +1,11 @@
-"""A plan on the terminal: what is advised and why, and what it will cost."""
+"""A plan on the terminal and as a recipe: what is advised and why, and what it will cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from typing import Any
 
+import yaml
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -12,6 +14,7 @@ from rich.text import Text
 from forgetless.recipes.plan.advice import ASKED, Advice
 from forgetless.recipes.plan.fitting import show_bytes
 from forgetless.recipes.plan.plan import Plan
+from forgetless.recipes.recipe import Recipe
 
 _LABELS = {
     "adapter.method": "method",
@@ -40,49 +43,30 @@ _KINDS = {
 }
 
 
+# ---- on the terminal -----------------------------------------------------------------------------
+
+
 def render(plan: Plan) -> RenderableType:
     """The advice with numbered sources, the costs and the notes."""
-    sources = list(dict.fromkeys(a.source for a in _shown(plan) if a.source != ASKED))
+    by_key = {each.key: each for each in plan.advice}
+    shown = [by_key[key] for key in _LABELS if key in by_key]
+    sources = list(dict.fromkeys(each.source for each in shown if each.source != ASKED))
+    title = Text(f"{plan.recipe.base}: {_count(plan.parameters)} weights", style="bold")
+    data = plan.recipe.data.sources[0][0]
+    title.append(f"   {data}: {plan.examples:,} {_KINDS[plan.kind]}")
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("setting", "advised", "why"):
+        table.add_column(name, no_wrap=name != "why")
+    for each in shown:
+        mark = "" if each.source == ASKED else f"[{sources.index(each.source) + 1}]"
+        reason = escape(each.reason) + (f" [dim]{escape(mark)}[/]" if mark else "")
+        table.add_row(_LABELS[each.key], Text(_value(plan, each), style="bold cyan"), reason)
     legend = Table.grid(padding=(0, 1))
     for number, source in enumerate(sources, 1):
         legend.add_row(Text(f"[{number}]", style="dim"), Text(source, style="dim"))
     notes = [Text(f"• {note}", style="dim") for note in plan.notes]
-    parts: list[RenderableType] = [
-        _title(plan),
-        Text(""),
-        _advice(plan, sources),
-        Text(""),
-        _costs(plan),
-        Text(""),
-    ]
-    return Group(*parts, legend, *([Text(""), *notes] if notes else []))
-
-
-def _title(plan: Plan) -> Text:
-    recipe = plan.recipe
-    data = recipe.data.sources[0][0]
-    text = Text(f"{recipe.base}: {_count(plan.parameters)} weights", style="bold")
-    return text.append(f"   {data}: {plan.examples:,} {_KINDS[plan.kind]}")
-
-
-def _shown(plan: Plan) -> list[Advice]:
-    by_key = {each.key: each for each in plan.advice}
-    return [by_key[key] for key in _LABELS if key in by_key]
-
-
-def _advice(plan: Plan, sources: Sequence[str]) -> Table:
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("setting", "advised", "why"):
-        table.add_column(name, no_wrap=name != "why")
-    for each in _shown(plan):
-        mark = "" if each.source == ASKED else f" [dim]{escape(_mark(each, sources))}[/]"
-        value = Text(_value(plan, each), style="bold cyan")
-        table.add_row(_LABELS[each.key], value, escape(each.reason) + mark)
-    return table
-
-
-def _mark(each: Advice, sources: Sequence[str]) -> str:
-    return f"[{sources.index(each.source) + 1}]"
+    parts: list[RenderableType] = [title, Text(""), table, Text(""), _costs(plan), Text(""), legend]
+    return Group(*parts, *([Text(""), *notes] if notes else []))
 
 
 def _value(plan: Plan, each: Advice) -> str:
@@ -97,47 +81,38 @@ def _value(plan: Plan, each: Advice) -> str:
 
 
 def _costs(plan: Plan) -> Table:
+    def summed(**parts: int) -> tuple[str, str]:
+        words = (f"{name} {show_bytes(size)}" for name, size in parts.items() if size)
+        return show_bytes(sum(parts.values())), " + ".join(words)
+
     step, memory, disk = plan.memory.step, plan.memory, plan.disk
-    share = step.trained / plan.parameters
+    share = f"{step.trained / plan.parameters:.2%} of {_count(plan.parameters)} weights"
+    training = summed(
+        weights=step.weights,
+        adapter=step.adapter,
+        gradients=step.gradients,
+        optimiser=step.optimizer,
+        activations=step.activations,
+    )
     rows = [
-        ("trains", _count(step.trained), f"{share:.2%} of {_count(plan.parameters)} weights"),
+        ("trains", _count(step.trained), share),
         ("steps", f"{plan.steps:,}", f"{_count(plan.tokens)} tokens of the new task"),
-        (
-            "memory, training",
-            show_bytes(step.total),
-            _sum(
-                {
-                    "weights": step.weights,
-                    "adapter": step.adapter,
-                    "gradients": step.gradients,
-                    "optimiser": step.optimizer,
-                    "activations": step.activations,
-                }
-            ),
-        ),
+        ("memory, training", *training),
     ]
     if memory.statistics:
         words = f"of which matrices {show_bytes(memory.matrices)}"
         rows.append(("memory, statistics", show_bytes(memory.statistics), words))
     if memory.start:
         rows.append(("memory, start", show_bytes(memory.start), "the base and the new adapter"))
-    parts = {
-        "checkpoints": disk.checkpoints,
-        "result": disk.result,
-        "statistics": disk.statistics,
-    }
-    rows.append(("disk", show_bytes(sum(parts.values())), _sum(parts)))
+    on_disk = {"checkpoints": disk.checkpoints, "result": disk.result}
+    rows.append(("disk", *summed(**on_disk, statistics=disk.statistics)))
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("cost", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("tensors only; the program itself takes about 0.5 GB more")
-    for row in rows:
-        table.add_row(row[0], Text(row[1], style="bold"), row[2])
+    for name, number, words in rows:
+        table.add_row(name, Text(number, style="bold"), words)
     return table
-
-
-def _sum(parts: dict[str, int]) -> str:
-    return " + ".join(f"{name} {show_bytes(size)}" for name, size in parts.items() if size)
 
 
 def _count(number: float) -> str:
@@ -145,3 +120,57 @@ def _count(number: float) -> str:
         if number >= factor:
             return f"{number / factor:.3g} {unit}"
     return f"{number:g}"
+
+
+# ---- as a recipe ---------------------------------------------------------------------------------
+
+WIDTH = 96
+
+
+def recipe_text(plan: Plan, command: str) -> str:
+    """The recipe as YAML with the reasons beside the settings; what is left out has its default.
+
+    Args:
+        plan: whose recipe is written.
+        command: that made it.
+    """
+    least = Recipe(base="x", data={"train": "x"}, training={"epochs": 1.0})  # type: ignore[arg-type]
+    defaults = least.model_dump()
+    defaults["training"]["epochs"] = None
+    reasons = {each.key: f"{each.reason} [{each.source}]" for each in plan.advice}
+    lines = [
+        f"# Written by: {command}",
+        f"# {plan.parameters:,} weights, {plan.memory.step.trained:,} trained; {plan.steps} steps; "
+        f"about {show_bytes(plan.memory.peak)} of tensors at the peak",
+        "#",
+        "#     forgetless run THIS --check      # says what is wrong; loads no weights",
+        "#     forgetless run THIS --find-lr    # tries learning rates briefly, then runs",
+        *[f"# {line}" for note in plan.notes for line in textwrap.wrap(note, WIDTH)],
+        "",
+    ]
+    for name, value in plan.recipe.model_dump().items():
+        if not isinstance(value, dict):
+            if name in reasons or value != defaults[name]:
+                lines += _setting(name, value, reasons.get(name), "")
+            continue
+        kept = {
+            key: setting
+            for key, setting in value.items()
+            if f"{name}.{key}" in reasons or setting != defaults[name].get(key)
+        }
+        lines += ["", f"{name}:"] if kept else []
+        for key, setting in kept.items():
+            lines += _setting(key, setting, reasons.get(f"{name}.{key}"), "  ")
+    return "\n".join(lines) + "\n"
+
+
+def _setting(key: str, value: Any, reason: str | None, indent: str) -> list[str]:
+    def flow(value: Any) -> str:
+        text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
+        return text.removesuffix("\n").removesuffix("\n...")
+
+    room = WIDTH - len(indent) - 2
+    comment = [f"{indent}# {line}" for line in textwrap.wrap(reason, room)] if reason else []
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [*comment, f"{indent}{key}:", *[f"{indent}  - {flow(item)}" for item in value]]
+    return [*comment, f"{indent}{key}: {flow(value)}"]

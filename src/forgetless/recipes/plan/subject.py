@@ -6,13 +6,12 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from forgetless.data.batches import TokenRows
-from forgetless.data.examples import Examples, load_examples
+from forgetless.data.examples import load_examples
 from forgetless.data.tokens import tokenize
 from forgetless.models.load import load_tokenizer, meta_model, target_layers
 from forgetless.models.weights import weight_shape
@@ -41,11 +40,7 @@ class Base:
 
     @classmethod
     def find(cls, name: str) -> Base:
-        """The base of a name; a folder needs no weights for this.
-
-        Raises:
-            UserError: as `forgetless.models.meta_model`.
-        """
+        """The base of a name, as `meta_model` finds it; a folder needs no weights for this."""
         return cls(name, meta_model(name, weights=False))
 
     @property
@@ -59,11 +54,6 @@ class Base:
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
-    def layers(self) -> int:
-        """Its blocks."""
-        return int(self.model.config.get_text_config().num_hidden_layers)
-
-    @property
     def positions(self) -> int | None:
         """Most tokens of a sequence; None where the architecture has no limit."""
         found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -75,9 +65,9 @@ class Base:
         found: torch.dtype = next(self.model.parameters()).dtype
         return found
 
-    @cached_property
-    def smallest_side(self) -> int:
-        """Shortest side of the layers that an adapter goes on: the largest rank."""
+    @property
+    def largest_rank(self) -> int:
+        """The shortest side of the layers that an adapter goes on."""
         return min(min(weight_shape(layer)) for layer in target_layers(self.model).values())
 
 
@@ -108,11 +98,6 @@ class Rows:
         """Whether it is raw text."""
         return self.kind == "text"
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of all rows."""
-        return sum(self.lengths)
-
     @classmethod
     def of(cls, path: str, base: Base) -> Rows:
         """The rows of a file or of another source of training data.
@@ -122,49 +107,27 @@ class Rows:
             UserError: broken data, or a base without a tokenizer.
         """
         examples, tokenizer = load_examples(path), load_tokenizer(base.name, weights=False)
+
+        def tokenized(max_length: int, pack: bool) -> tuple[list[int], bool]:
+            rows = TokenRows(tokenize(examples, tokenizer, max_length=max_length, pack=pack))
+            return [len(rows[i]["input_ids"]) for i in range(len(rows))], rows.several
+
         most = min(base.positions or LONGEST_ROW, LONGEST_ROW)
-        whole = _lengths(_tokenized(examples, tokenizer, base.positions or 2**30, False))
+        whole, _ = tokenized(base.positions or 2**30, False)
         if examples.kind == "text":
-            length = max(2, min(most, sum(whole)))
-            padding, pack = 0.0, True
+            length, padding, pack = max(2, min(most, sum(whole))), 0.0, True
         else:
-            length = min(most, _rounded(_quantile(whole, COVERED)))
+            covering = sorted(whole)[math.ceil(COVERED * len(whole)) - 1]
+            step = 64 if covering > 64 else 8
+            length = min(most, step * math.ceil(covering / step))
             padding = _padding([min(n, length) for n in whole])
             pack = padding > TOO_MUCH_PADDING
-        rows = _tokenized(examples, tokenizer, length, pack)
-        return cls(
-            kind=examples.kind,
-            examples=len(examples),
-            max_length=length,
-            pack=pack,
-            padding=padding,
-            lengths=_lengths(rows),
-            several=rows.several,
-        )
-
-
-def _tokenized(examples: Examples, tokenizer: Any, max_length: int, pack: bool) -> TokenRows:
-    return TokenRows(tokenize(examples, tokenizer, max_length=max_length, pack=pack))
-
-
-def _lengths(rows: TokenRows) -> list[int]:
-    return [len(rows[i]["input_ids"]) for i in range(len(rows))]
-
-
-def _quantile(values: Sequence[int], share: float) -> int:
-    """The smallest value that at least this share of the values does not exceed."""
-    return sorted(values)[math.ceil(share * len(values)) - 1]
-
-
-def _rounded(length: int) -> int:
-    """A multiple of 64, or of 8 below 64."""
-    step = 64 if length > 64 else 8
-    return math.ceil(length / step) * step
+        lengths, several = tokenized(length, pack)
+        return cls(examples.kind, len(examples), length, pack, padding, lengths, several)
 
 
 def _padding(lengths: Sequence[int]) -> float:
     """Share of padding in random batches of 8."""
     drawn = random.Random(0).sample(lengths, len(lengths))
     parts = [drawn[start : start + 8] for start in range(0, len(drawn), 8)]
-    padded = sum(max(part) * len(part) for part in parts)
-    return 1 - sum(lengths) / padded
+    return 1 - sum(lengths) / sum(max(part) * len(part) for part in parts)
