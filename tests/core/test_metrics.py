@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +30,10 @@ from forgetless.core.metrics import (
     t_probability,
     wilson_interval,
 )
+
+# Loaded before the first example of a test, for which hypothesis has a limit of time.
+assert scipy.optimize
+assert scipy.special
 
 
 def bootstrap_interval(*arguments: Any, **options: Any) -> Interval:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import forgetless as fl
@@ -21,7 +22,7 @@ from forgetless.core.metrics import (
     paired_proportions_interval,
 )
 from forgetless.scores.averages import paper_averages
-from forgetless.scores.comparison import Row
+from forgetless.scores.comparison import TaskChange
 from forgetless.scores.showing import as_text, sentence
 from forgetless.tasks import Item, TaskResult
 from forgetless.tasks.base import settings_of
@@ -48,7 +49,7 @@ def documents(losses: Sequence[float], tokens: Sequence[float], name: str = "tex
     return result(name, items, "loss", higher=False)
 
 
-def row_of(base: TaskResult, tuned: TaskResult) -> Row:
+def row_of(base: TaskResult, tuned: TaskResult) -> TaskChange:
     return fl.compare({base.task: base}, {base.task: tuned})[base.task]
 
 
@@ -76,7 +77,6 @@ def test_right_and_wrong_items_by_hand() -> None:
 def test_a_clear_loss_is_not_noise() -> None:
     row = row_of(answers(*[1] * 40), answers(*[1] * 20, *[0] * 20))
     assert row.verdict == "worse"
-    assert not row.is_noise
     assert row.p_value is not None
     assert row.p_value < 1e-5
     assert row.interval.high < -0.3
@@ -128,9 +128,37 @@ def test_of_a_few_documents_no_interval_is_known() -> None:
     row = row_of(documents([2.0, 3.0], [10, 30]), documents([2.5, 2.9], [10, 30]))
     assert math.isnan(row.interval.low)
     assert row.verdict == "unknown"
-    assert row.is_noise
     assert row.to_json()["low"] is None
     assert "not to be told from 2 items" in sentence(row)
+
+
+def test_one_of_many_tasks_may_change_by_chance() -> None:
+    alike, changed = [1] * 30, [1] * 24 + [0] * 6
+    alone = row_of(answers(*alike), answers(*changed))
+    assert alone.verdict == "worse"
+    assert alone.chance == pytest.approx(0.0143, abs=1e-4)
+    names = [f"facts{i}" for i in range(9)]
+    base = {name: answers(*alike, name=name) for name in names}
+    tuned = base | {"facts4": answers(*changed, name="facts4")}
+    row = fl.compare(base, tuned)["facts4"]
+    assert row.interval == alone.interval
+    assert row.verdict == "noise"
+    assert row.chance == pytest.approx(9 * alone.chance)
+    assert sentence(row).startswith("no change beyond what chance does to one of many tasks; of 30")
+    assert row.to_json()["chance"] == row.chance
+
+
+def test_many_tasks_without_a_change_hardly_ever_have_one_that_is_clear() -> None:
+    rng = np.random.default_rng(0)
+    clear = 0
+    for _ in range(100):
+        names = [f"facts{i}" for i in range(8)]
+        base, tuned = (
+            {name: answers(*rng.integers(0, 2, 40).tolist(), name=name) for name in names}
+            for _ in range(2)
+        )
+        clear += any(row.verdict != "noise" for row in fl.compare(base, tuned))
+    assert clear <= 5
 
 
 def test_equal_scores_of_zero_are_no_forgetting() -> None:

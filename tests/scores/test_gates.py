@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,82 @@ def test_what_is_to_be_learned_is_not_judged_unless_named() -> None:
     assert [j.failed for j in named] == [False, True]
 
 
-def test_losses_are_judged_by_percents_or_by_name() -> None:
-    base = {"facts": facts(80), "prose": documents([2.0] * 6, [9] * 6, name="prose")}
-    tuned = {"facts": facts(80), "prose": documents([2.4] * 6, [9] * 6, name="prose")}
-    comparison = compare(base, tuned)
-    assert [j.failed for j in judge(comparison, parse_limits(["0.02"]))] == [False, False]
-    assert [j.failed for j in judge(comparison, parse_limits(["5%"]))] == [False, True]
-    assert [j.failed for j in judge(comparison, parse_limits(["prose=0.3"]))] == [False, True]
-    only = compare({"prose": base["prose"]}, {"prose": tuned["prose"]})
-    with pytest.raises(UserError, match=r"holds for none of prose.*--max-drop prose=0\.1"):
-        judge(only, parse_limits(["0.02"]))
+def unbounded(metric: str, before: float, after: float, *, higher: bool = False) -> Comparison:
+    """One task of six documents whose score changed."""
+    both = [
+        replace(documents([x + i / 1e4 for i in range(6)], [9] * 6), metric=metric, value=x)
+        for x in (before, after)
+    ]
+    sides = [{"text": replace(result, higher_is_better=higher)} for result in both]
+    return compare(sides[0], sides[1])
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "inside", "beyond"),
+    [
+        # exp(0.0198) is 1.02.
+        ("loss", 2.0, 2.0195, 2.0205),
+        ("kl", 0.0, 0.0195, 0.0205),
+        # In bits, 2^0.0286 is 1.02.
+        ("bits_per_byte", 0.9, 0.928, 0.929),
+        ("bits_per_byte,none", 0.9, 0.928, 0.929),
+        ("perplexity", 8.0, 8.15, 8.17),
+        ("word_perplexity,none", 20.0, 20.3, 20.5),
+        ("mean rank", 50.0, 50.9, 51.1),
+    ],
+)
+def test_a_limit_for_all_tasks_holds_for_scores_without_points(
+    metric: str, before: float, inside: float, beyond: float
+) -> None:
+    limits = parse_limits(["0.02"])
+    for after, failed in ((before, False), (inside, False), (beyond, True), (1e4, True)):
+        (judgement,) = judge(unbounded(metric, before, after), limits)
+        assert judgement.limit == limits[0]
+        assert judgement.failed == failed
+    better = judge(unbounded(metric, 3.0, 1.0), limits)
+    assert not better[0].failed
+
+
+def test_unbounded_scores_of_which_more_is_better_are_judged_by_their_share() -> None:
+    limits = parse_limits(["0.02"])
+    for before, after, failed in ((40.0, 39.3, False), (40.0, 39.0, True), (-50.0, -52.0, True)):
+        (judgement,) = judge(unbounded("bleu", before, after, higher=True), limits)
+        assert judgement.failed == failed
+        assert "of the base's score" in judgement.reason
+
+
+def test_percents_are_of_the_base_s_score_and_of_a_distance_of_perplexity() -> None:
+    limits = parse_limits(["5%"])
+    assert not judge(unbounded("loss", 2.0, 2.09), limits)[0].failed
+    assert judge(unbounded("loss", 2.0, 2.11), limits)[0].failed
+    assert not judge(unbounded("kl", 0.0, 0.048), limits)[0].failed
+    (judgement,) = judge(unbounded("kl", 0.0, 0.05), limits)
+    assert judgement.failed
+    assert "5.127 % of perplexity, more than the limit of 5 %" in judgement.reason
+
+
+def test_a_task_s_own_limit_is_in_the_unit_of_its_score() -> None:
+    for metric, before in (("loss", 2.0), ("kl", 0.0), ("perplexity", 8.0)):
+        limits = parse_limits(["text=0.3"])
+        assert not judge(unbounded(metric, before, before + 0.29), limits)[0].failed
+        assert judge(unbounded(metric, before, before + 0.31), limits)[0].failed
+
+
+def test_a_certain_loss_of_perplexity_is_beyond_the_limit_with_its_whole_interval() -> None:
+    base = {"text": documents([2.0] * 8, [9] * 8)}
+    mixed = {
+        "text": documents([2.0 + x for x in (0.3, -0.2, 0.4, -0.1, 0.2, 0, 0.3, -0.3)], [9] * 8)
+    }
+    much = {"text": documents([2.5 + x / 100 for x in range(8)], [9] * 8)}
+    limits = parse_limits(["0.02"])
+    assert judge(compare(base, mixed), limits)[0].failed
+    assert not judge(compare(base, mixed), limits, certain=True)[0].failed
+    assert judge(compare(base, much), limits, certain=True)[0].failed
+
+
+def test_a_limit_that_holds_for_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"holds for none of text.*--max-drop text=0\.1"):
+        judge(unbounded("loss", 2.0, 1.0), parse_limits(["0.02"]), learning={"text"})
 
 
 def test_limits_of_tasks_that_are_not_there_are_refused() -> None:

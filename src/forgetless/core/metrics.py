@@ -39,8 +39,8 @@ __all__ = [
 Point = tuple[float, float]
 _Floats = NDArray[np.float64]
 
-# Resampled items held at once: 32 MB of indices.
-_CHUNK = 4_000_000
+# Resampled items held at once: 8 MB of indices.
+_CHUNK = 1_000_000
 
 # Below, a resampled standard error is often 0 and a studentised interval has no ends.
 _FEWEST = 5
@@ -499,13 +499,10 @@ def pareto_front(points: Iterable[Point]) -> list[int]:
         ValueError: a coordinate is nan; leave out, and name, what was not measured.
     """
     xy = _points(points)
-    order = sorted(range(len(xy)), key=lambda i: (-xy[i][0], -xy[i][1], i))
     front: list[int] = []
-    best = -math.inf
-    for i in order:
-        if xy[i][1] > best or (front and xy[i] == xy[front[-1]]):
+    for i in sorted(range(len(xy)), key=lambda i: (-xy[i][0], -xy[i][1], i)):
+        if not front or xy[i][1] > xy[front[-1]][1] or xy[i] == xy[front[-1]]:
             front.append(i)
-            best = xy[i][1]
     return sorted(front, key=lambda i: (xy[i], i))
 
 
@@ -606,28 +603,18 @@ def _studentised(x: _Floats, w: _Floats, resamples: int, rng: np.random.Generato
 
     A draw of one item over and over has no error; it counts as infinitely far, or as 0 at the mean.
     """
-    n = len(x)
-    terms = np.stack([w, w * x, w * w, w * w * x, w * w * x * x], axis=1)
+    n, found = len(x), []
     rows = max(1, _CHUNK // n)
-    found = []
     for start in range(0, resamples, rows):
-        counts = _counts(n, min(rows, resamples - start), rng)
-        total, first, w2, w2x, w2x2 = (counts @ terms).T
-        mean = first / total
-        # sum of (w (x - mean))^2; rounding leaves a trace of the terms where all items are one.
-        squares = w2x2 - 2 * mean * w2x + mean * mean * w2
-        spread = np.where(squares > 1e-12 * w2x2, squares, 0.0) * n / (n - 1)
+        drawn = rng.integers(0, n, size=(min(rows, resamples - start), n))
+        items, weights = x[drawn], w[drawn]
+        total = weights.sum(1)
+        mean = (weights * items).sum(1) / total
+        spread = np.square(weights * (items - mean[:, None])).sum(1) * n / (n - 1)
         with np.errstate(divide="ignore", invalid="ignore"):
             t = mean * total / np.sqrt(spread)
         found.append(np.nan_to_num(t, nan=0.0, posinf=np.inf, neginf=-np.inf))
     return np.concatenate(found)
-
-
-def _counts(n: int, draws: int, rng: np.random.Generator) -> _Floats:
-    """How often each of n items was drawn in n draws with replacement, (draws, n)."""
-    drawn = rng.integers(0, n, size=(draws, n)) + n * np.arange(draws)[:, None]
-    counts = np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n)
-    return counts.astype(np.float64)
 
 
 def _last_accepted(beyond: Callable[[float], float], inside: float, outside: float) -> float:

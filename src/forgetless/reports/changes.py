@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 
@@ -14,8 +14,8 @@ from forgetless.reports.arms import Arm
 from forgetless.reports.compared import compared
 from forgetless.reports.evidence import Evidence, Task, number
 from forgetless.scores.averages import PaperAverage, paper_averages
-from forgetless.scores.comparison import Change, Flip, Row, Verdict
-from forgetless.scores.seeds import Effect, from_base
+from forgetless.scores.comparison import Change, Flip, TaskChange, Verdict, verdict
+from forgetless.scores.seeds import Effect, from_base, holm
 from forgetless.scores.showing import question
 
 MAX_TEXT = 320
@@ -44,14 +44,16 @@ class ArmChange:
         label: of the arm.
         rows: the comparison of each of its seeds.
         effect: the mean difference over seeds and items.
+        chance: p-value that nothing changed, by Holm's method for all tasks of the arm.
     """
 
     label: str
-    rows: tuple[Row, ...]
+    rows: tuple[TaskChange, ...]
     effect: Effect
+    chance: float
 
     @property
-    def alone(self) -> Row | None:
+    def alone(self) -> TaskChange | None:
         """The comparison, where there is one seed."""
         return self.rows[0] if len(self.rows) == 1 else None
 
@@ -84,12 +86,7 @@ class ArmChange:
     @property
     def verdict(self) -> Verdict:
         """What the interval says of the difference."""
-        low, high = self.interval
-        if math.isnan(low) or math.isnan(high):
-            return "unknown"
-        if low <= 0 <= high:
-            return "noise"
-        return "worse" if fmean(row.forgetting for row in self.rows) > 0 else "better"
+        return verdict(self.interval, self.chance, fmean(row.forgetting for row in self.rows))
 
     def extra(self, name: str) -> float | None:
         """The mean of a further number; None where no seed has it."""
@@ -98,7 +95,7 @@ class ArmChange:
         return fmean(known) if known else None
 
     @cached_property
-    def counted(self) -> list[Row]:
+    def counted(self) -> list[TaskChange]:
         """The seeds whose items are right or wrong, and so can be lost and gained."""
         return [row for row in self.rows if row.counted]
 
@@ -150,19 +147,30 @@ class TaskChanges:
 
 def find_changes(evidence: Evidence, arms: Sequence[Arm]) -> list[TaskChanges]:
     """What every arm changed, in the order of the tasks; only what was measured both times."""
+    of_arms = [_changes(arm, evidence.tasks) for arm in arms]
     return [
         TaskChanges(task, changes)
         for task in evidence.tasks
-        if (changes := tuple(_changes(task.name, arms)))
+        if (changes := tuple(found[task.name] for found in of_arms if task.name in found))
     ]
 
 
-def _changes(task: str, arms: Sequence[Arm]) -> Iterator[ArmChange]:
-    for arm in arms:
-        rows = tuple(row for run in arm.best.runs if (row := compared(run, task)) is not None)
-        samples = arm.best.measured[task].samples
+def _changes(arm: Arm, tasks: Sequence[Task]) -> dict[str, ArmChange]:
+    """What an arm changed, by task."""
+    found = {}
+    for task in tasks:
+        rows = tuple(row for run in arm.best.runs if (row := compared(run, task.name)) is not None)
         if rows:
-            yield ArmChange(arm.label, rows, from_base(samples["final"], samples["base"]))
+            samples = arm.best.measured[task.name].samples
+            effect = from_base(samples["final"], samples["base"])
+            # One seed has the test that goes with its interval.
+            chance = rows[0].chance if len(rows) == 1 else effect.p_value
+            found[task.name] = ArmChange(arm.label, rows, effect, chance)
+    corrected = holm(change.chance for change in found.values())
+    return {
+        name: replace(change, chance=p)
+        for (name, change), p in zip(found.items(), corrected, strict=True)
+    }
 
 
 def find_averages(changes: Sequence[TaskChanges]) -> dict[str, tuple[PaperAverage, ...]]:

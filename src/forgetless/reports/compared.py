@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from forgetless.core.errors import UserError
 from forgetless.reports.evidence import Run, number
-from forgetless.scores.comparison import Row, compare
+from forgetless.scores.comparison import TaskChange, compare
 from forgetless.scores.files import Phase
 from forgetless.tasks.base import Item, TaskResult
 
 
-def compared(run: Run, task: str, phase: Phase = "final", step: int | None = None) -> Row | None:
+def compared(
+    run: Run, task: str, phase: Phase = "final", step: int | None = None
+) -> TaskChange | None:
     """The comparison of a run's scores with its base's; None where that cannot be made.
 
     Args:

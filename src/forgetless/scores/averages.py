@@ -7,7 +7,7 @@ names that part.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 from forgetless.core.metrics import Interval, retention
 
 __all__ = ["PaperAverage", "paper_averages"]
+
+Pair = tuple[float, float]  # the base's score, and the other's
 
 _UNKNOWN = Interval(math.nan, math.nan)
 
@@ -88,36 +90,34 @@ def paper_averages(
     """
     known = {task: (base[task], scores[task]) for task in scores if task in base}
     given = intervals or {}
-    avg1 = _mean("LoRA-Null Avg1", _WORLD, known, given)
-    found = [_mean("Biderman mean", _COMMONSENSE, known, given), avg1, _kept(avg1, known)]
+    found = [
+        _average("Biderman mean", _COMMONSENSE, known, _means, given),
+        _average("LoRA-Null Avg1", _WORLD, known, _means, given),
+        _average("LoRA-Null Avg1(Per)", _WORLD, known, _kept),
+    ]
     for skill, parts in _SKILLS.items():
-        avg2 = _mean(f"LoRA-Null Avg2 ({skill})", _named(parts, known), known, given)
-        found.append(avg2)
-        if len(avg2.missing) < len(avg2.tasks) and len(avg1.missing) < len(avg1.tasks):
-            found.append(_geometric(f"LoRA-Null GM ({skill})", avg1, avg2))
+        own = tuple(next((n for n in (task, *_ALSO.get(task, ())) if n in known), task)
+                    for task in parts)  # fmt: skip
+        found.append(_average(f"LoRA-Null Avg2 ({skill})", own, known, _means, given))
+        if known.keys() & {*_WORLD} and known.keys() & {*own}:
+            found.append(_average(f"LoRA-Null GM ({skill})", (*_WORLD, *own), known, _geometric))
     return tuple(average for average in found if len(average.missing) < len(average.tasks))
 
 
-def _named(tasks: tuple[str, ...], known: Mapping[str, Any]) -> tuple[str, ...]:
-    """The tasks under the names under which they were measured."""
-    return tuple(
-        next((name for name in (task, *_ALSO.get(task, ())) if name in known), task)
-        for task in tasks
-    )
-
-
-def _mean(
+def _average(
     name: str,
     tasks: tuple[str, ...],
-    known: Mapping[str, tuple[float, float]],
-    intervals: Mapping[str, Interval],
+    known: Mapping[str, Pair],
+    over: Callable[[Sequence[Pair]], Pair],
+    intervals: Mapping[str, Interval] | None = None,
 ) -> PaperAverage:
+    """Unknown where a task is missing; with an interval where `over` is a mean and all have one."""
     missing = tuple(task for task in tasks if task not in known)
     if missing:
         return PaperAverage(name, tasks, math.nan, math.nan, missing=missing)
-    base, score = (fmean(known[task][i] for task in tasks) for i in (0, 1))
+    base, score = over([known[task] for task in tasks])
     ends = _UNKNOWN
-    if all(task in intervals for task in tasks):
+    if intervals and all(task in intervals for task in tasks):
         below, above = (
             math.hypot(*(known[t][1] - known[t][0] - intervals[t][i] for t in tasks)) / len(tasks)
             for i in (0, 1)
@@ -127,19 +127,15 @@ def _mean(
     return PaperAverage(name, tasks, base, score, ends)
 
 
-def _kept(avg1: PaperAverage, known: Mapping[str, tuple[float, float]]) -> PaperAverage:
-    name = "LoRA-Null Avg1(Per)"
-    if avg1.missing:
-        return PaperAverage(name, avg1.tasks, math.nan, math.nan, missing=avg1.missing)
-    kept = fmean(retention(known[task][1], known[task][0]) for task in avg1.tasks)
-    return PaperAverage(name, avg1.tasks, math.nan if math.isnan(kept) else 1.0, kept)
+def _means(pairs: Sequence[Pair]) -> Pair:
+    return fmean(before for before, _ in pairs), fmean(after for _, after in pairs)
 
 
-def _geometric(name: str, avg1: PaperAverage, avg2: PaperAverage) -> PaperAverage:
-    tasks = (*avg1.tasks, *avg2.tasks)
-    missing = (*avg1.missing, *avg2.missing)
-    if missing:
-        return PaperAverage(name, tasks, math.nan, math.nan, missing=missing)
-    return PaperAverage(
-        name, tasks, math.sqrt(avg1.base * avg2.base), math.sqrt(avg1.score * avg2.score)
-    )
+def _kept(pairs: Sequence[Pair]) -> Pair:
+    kept = fmean(retention(after, before) for before, after in pairs)
+    return math.nan if math.isnan(kept) else 1.0, kept
+
+
+def _geometric(pairs: Sequence[Pair]) -> Pair:
+    world, skill = _means(pairs[: len(_WORLD)]), _means(pairs[len(_WORLD) :])
+    return math.sqrt(world[0] * skill[0]), math.sqrt(world[1] * skill[1])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from forgetless.core import metrics
 from forgetless.core.errors import UserError
 from forgetless.scores.averages import PaperAverage, paper_averages
+from forgetless.scores.seeds import holm
 from forgetless.tasks.base import Item, TaskResult
 
-__all__ = ["Change", "Comparison", "Flip", "Row", "Verdict", "compare"]
+__all__ = ["Change", "Comparison", "Flip", "TaskChange", "Verdict", "compare", "verdict"]
 
 Flip = Literal["lost", "gained", "kept", "wrong"]
 Verdict = Literal["worse", "better", "noise", "unknown"]
@@ -50,17 +51,11 @@ class Change:
 
     def to_json(self) -> dict[str, str]:
         """Plain JSON values, without the flip, by which changes are grouped."""
-        return {
-            "id": self.id,
-            "prompt": self.prompt,
-            "expected": self.expected,
-            "before": self.before,
-            "after": self.after,
-        }
+        return {name: value for name, value in asdict(self).items() if name != "flip"}
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskChange:
     """One task under the base model and under another.
 
     Attributes:
@@ -74,6 +69,9 @@ class Row:
         paired: whether the interval comes from the same items under both models (see
             `metrics.paired_difference`) or, without items, from the two standard errors as if they
             were independent (wider).
+        chance: p-value that nothing changed, of the test that goes with the interval; corrected
+            by Holm's method for the other tasks of the comparison.
+        verdict: see `verdict`.
         p_value: of McNemar's exact test that nothing changed; None unless items are right or wrong.
         detectable: the smallest true change that so many items show with a power of 80 % (see
             `metrics.detectable_change`); nan where it is unknown.
@@ -90,6 +88,8 @@ class Row:
     score: float
     interval: metrics.Interval
     paired: bool
+    chance: float
+    verdict: Verdict = "unknown"
     p_value: float | None = None
     detectable: float = math.nan
     changes: tuple[Change, ...] = ()
@@ -121,24 +121,6 @@ class Row:
         return self.higher_is_better and 0 <= self.base <= 1 and 0 <= self.score <= 1
 
     @property
-    def verdict(self) -> Verdict:
-        """Worse or better where no change at all is outside the interval; noise where it is inside.
-
-        Unknown where the interval is, for one item or a few that are not right or wrong.
-        """
-        low, high = self.interval
-        if math.isnan(low) or math.isnan(high):
-            return "unknown"
-        if low <= 0 <= high:
-            return "noise"
-        return "worse" if self.forgetting > 0 else "better"
-
-    @property
-    def is_noise(self) -> bool:
-        """Whether no change at all is inside the interval, or the interval is unknown."""
-        return self.verdict in ("noise", "unknown")
-
-    @property
     def counted(self) -> bool:
         """Whether items are right or wrong, and so can be lost and gained."""
         return self.p_value is not None
@@ -147,44 +129,42 @@ class Row:
         """The items of one kind, in the order of the task."""
         return tuple(change for change in self.changes if change.flip == flip)
 
+    def _ids(self, flip: Flip) -> tuple[str, ...]:
+        return tuple(change.id for change in self.flips(flip))
+
     @property
     def lost(self) -> tuple[str, ...]:
         """Ids of the items right before and wrong now."""
-        return tuple(change.id for change in self.flips("lost"))
+        return self._ids("lost")
 
     @property
     def gained(self) -> tuple[str, ...]:
         """Ids of the items wrong before and right now."""
-        return tuple(change.id for change in self.flips("gained"))
+        return self._ids("gained")
 
     @property
     def kept(self) -> tuple[str, ...]:
         """Ids of the items right both times."""
-        return tuple(change.id for change in self.flips("kept"))
+        return self._ids("kept")
 
     @property
     def still_wrong(self) -> tuple[str, ...]:
         """Ids of the items wrong both times."""
-        return tuple(change.id for change in self.flips("wrong"))
+        return self._ids("wrong")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what is unknown is null. Lost and gained items with their texts."""
+        numbers = {
+            "low": self.interval.low,
+            "high": self.interval.high,
+            "retention": self.retention,
+            "retention_uncapped": self.retention_uncapped,
+            "detectable": self.detectable,
+        }
+        same = ("task", "metric", "higher_is_better", "n", "base", "score", "difference", "paired")
         return {
-            "task": self.task,
-            "metric": self.metric,
-            "higher_is_better": self.higher_is_better,
-            "n": self.n,
-            "base": self.base,
-            "score": self.score,
-            "difference": self.difference,
-            "low": _known(self.interval.low),
-            "high": _known(self.interval.high),
-            "paired": self.paired,
-            "verdict": self.verdict,
-            "retention": _known(self.retention),
-            "retention_uncapped": _known(self.retention_uncapped),
-            "p_value": self.p_value,
-            "detectable": _known(self.detectable),
+            **{name: getattr(self, name) for name in (*same, "chance", "verdict", "p_value")},
+            **{name: _known(value) for name, value in numbers.items()},
             "lost": [change.to_json() for change in self.flips("lost")],
             "gained": [change.to_json() for change in self.flips("gained")],
             "kept": list(self.kept),
@@ -193,9 +173,31 @@ class Row:
         }
 
 
+def verdict(
+    interval: metrics.Interval, chance: float, worse: float, level: float = 0.95
+) -> Verdict:
+    """What an interval of a difference says.
+
+    Args:
+        interval: of the difference.
+        chance: the p-value that nothing changed, corrected for the other tasks.
+        worse: by how much the score became worse; negative for a gain.
+        level: confidence of the interval.
+
+    Returns:
+        "worse" or "better" where a change is beyond chance, else "noise"; "unknown" where the
+        interval is, for one item or a few that are not right or wrong.
+    """
+    if any(math.isnan(end) for end in interval):
+        return "unknown"
+    if chance > 1 - level:
+        return "noise"
+    return "worse" if worse > 0 else "better"
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """A row for each task that both models were scored on.
+    """What changed on each task that both models were scored on.
 
     Attributes:
         rows: in the order of the second scores.
@@ -203,17 +205,17 @@ class Comparison:
         unmatched: tasks that only one of the two was scored on, and that are not compared.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[TaskChange, ...]
     level: float
     unmatched: tuple[str, ...] = ()
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[TaskChange]:
         return iter(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, task: str) -> Row:
+    def __getitem__(self, task: str) -> TaskChange:
         for row in self.rows:
             if row.task == task:
                 return row
@@ -273,22 +275,36 @@ def compare(
         )
     if problems := [p for t in common if (p := _mismatch(base_scores[t], scores[t]))]:
         raise UserError("; ".join(problems))
-    rows = [_row(base_scores[t], scores[t], level, resamples, seed) for t in common]
-    unmatched = [*base_scores, *scores]
+    changes = [_change(base_scores[t], scores[t], level, resamples, seed) for t in common]
+    corrected = holm(change.chance for change in changes)
     return Comparison(
-        rows=tuple(rows),
+        rows=tuple(
+            replace(row, chance=p, verdict=verdict(row.interval, p, row.forgetting, level))
+            for row, p in zip(changes, corrected, strict=True)
+        ),
         level=level,
-        unmatched=tuple(task for task in dict.fromkeys(unmatched) if task not in common),
+        unmatched=tuple(
+            task for task in dict.fromkeys([*base_scores, *scores]) if task not in common
+        ),
     )
-
-
-# ------------------------------------------------------------------------- what may be compared
 
 
 def _mismatch(base: TaskResult, score: TaskResult) -> str | None:
     """Why two results of one name must not be compared."""
-    differing = _differing_settings(base, score)
-    if base.fingerprint != score.fingerprint and not differing:
+    same = base.fingerprint == score.fingerprint
+    keys = [key for key in base.settings if key in score.settings]
+    pairs = [
+        ("metric", base.metric, score.metric),
+        *((key, base.settings[key], score.settings[key])
+          for key in keys if not (same and key in _HARMLESS)),
+        ("n", base.n, score.n),
+    ]  # fmt: skip
+    differing = [
+        f"{name} {_setting(before)} against {_setting(after)}"
+        for name, before, after in pairs
+        if before != after
+    ]
+    if not (same or differing):
         differing = [
             "its texts, or the version of the task, changed "
             f"(fingerprint {base.fingerprint} against {score.fingerprint})"
@@ -298,23 +314,7 @@ def _mismatch(base: TaskResult, score: TaskResult) -> str | None:
             f"task {base.task!r} is not the same for the two: {', '.join(differing)}; "
             "evaluate both models with the same task"
         )
-    if not (base.items and score.items):
-        return None
-    return _mismatch_of_items(base, score)
-
-
-def _differing_settings(base: TaskResult, score: TaskResult) -> list[str]:
-    """Each setting that differs, as "limit 100 against none"."""
-    pairs = [("metric", base.metric, score.metric), ("n", base.n, score.n)]
-    same = base.fingerprint == score.fingerprint
-    harmless = _HARMLESS if same else frozenset[str]()
-    recorded = [key for key in base.settings if key in score.settings and key not in harmless]
-    pairs[1:1] = [(key, base.settings[key], score.settings[key]) for key in recorded]
-    return [
-        f"{name} {_setting(before)} against {_setting(after)}"
-        for name, before, after in pairs
-        if before != after
-    ]
+    return _mismatch_of_items(base, score) if base.items and score.items else None
 
 
 def _setting(value: Any) -> str:
@@ -334,7 +334,11 @@ def _mismatch_of_items(base: TaskResult, score: TaskResult) -> str | None:
             f"task {base.task!r}: the same texts have different numbers of tokens; "
             "score both models with the same tokenizer"
         )
-    asked = [i for i in before if _question(before[i]) != _question(after[i])]
+    asked = [
+        i
+        for i, item in before.items()
+        if (item.prompt, item.expected) != (after[i].prompt, after[i].expected)
+    ]
     if asked:
         return (
             f"task {base.task!r}: {len(asked)} of {base.n} items have another prompt or another "
@@ -343,67 +347,50 @@ def _mismatch_of_items(base: TaskResult, score: TaskResult) -> str | None:
     return None
 
 
-def _question(item: Item) -> tuple[str, str]:
-    return item.prompt, item.expected
-
-
-# ------------------------------------------------------------------------------------- one task
-
-
-def _row(base: TaskResult, score: TaskResult, level: float, resamples: int, seed: int) -> Row:
-    stderr = math.hypot(base.stderr, score.stderr)
-    row = Row(
+def _change(
+    base: TaskResult, score: TaskResult, level: float, resamples: int, seed: int
+) -> TaskChange:
+    """The change of one task: paired where both have items, else from the two standard errors."""
+    by_id = {item.id: item for item in score.items}
+    pairs = [(item, by_id[item.id]) for item in base.items] if by_id else []
+    before, after = ([pair[i].score for pair in pairs] for i in (0, 1))
+    counted = base.right_or_wrong and score.right_or_wrong
+    changes = tuple(_flipped(old, new) for old, new in pairs) if counted else ()
+    lost, gained = (sum(change.flip == flip for change in changes) for flip in ("lost", "gained"))
+    if pairs:
+        weights = [old.weight for old, _ in pairs]
+        in_0_to_1 = score.higher_is_better and all(0 <= x <= 1 for x in (*before, *after))
+        interval, chance = metrics.paired_difference(
+            before, after, weights, shares=in_0_to_1, level=level, resamples=resamples, seed=seed
+        )
+        gaps = [new - old for old, new in zip(before, after, strict=True)]
+        stderr = metrics.mean_stderr(gaps, weights).stderr
+    else:
+        difference, stderr = score.value - base.value, math.hypot(base.stderr, score.stderr)
+        interval = metrics.t_interval(difference, stderr, level=level)
+        chance = metrics.t_probability(difference, stderr)
+    return TaskChange(
         task=score.task,
         metric=score.metric,
         higher_is_better=score.higher_is_better,
         n=score.n,
         base=base.value,
         score=score.value,
-        interval=metrics.t_interval(score.value - base.value, stderr, level=level),
-        paired=False,
-        detectable=metrics.detectable_change(1, spread=stderr, level=level),
+        interval=interval,
+        paired=bool(pairs),
+        chance=chance,
+        p_value=metrics.mcnemar(lost, gained) if counted else None,
+        detectable=metrics.detectable_change(score.n, (lost + gained) / score.n, level=level)
+        if counted
+        else metrics.detectable_change(1, spread=stderr, level=level),
+        changes=changes,
         extra=dict(score.extra),
     )
-    if not (base.items and score.items):
-        return row
-    after = {item.id: item for item in score.items}
-    pairs = [(item, after[item.id]) for item in base.items]
-    if base.right_or_wrong and score.right_or_wrong:
-        row = replace(row, changes=tuple(_change(old, new) for old, new in pairs))
-    return _with_statistics(row, pairs, level, resamples, seed)
 
 
-def _change(old: Item, new: Item) -> Change:
+def _flipped(old: Item, new: Item) -> Change:
     flip = _FLIPS[old.score == 1.0, new.score == 1.0]
     return Change(old.id, old.prompt, old.expected, old.answer, new.answer, flip)
-
-
-def _with_statistics(
-    row: Row, pairs: Sequence[tuple[Item, Item]], level: float, resamples: int, seed: int
-) -> Row:
-    """The row with the paired interval and, of right and wrong items, the test."""
-    before, after = [old.score for old, _ in pairs], [new.score for _, new in pairs]
-    weights = [old.weight for old, _ in pairs]
-    interval = metrics.paired_difference(
-        before,
-        after,
-        weights,
-        shares=row.is_share and all(0 <= score <= 1 for score in (*before, *after)),
-        level=level,
-        resamples=resamples,
-        seed=seed,
-    ).interval
-    row = replace(row, interval=interval, paired=True)
-    if not row.changes:
-        gaps = [new - old for old, new in zip(before, after, strict=True)]
-        stderr = metrics.mean_stderr(gaps, weights).stderr
-        return replace(row, detectable=metrics.detectable_change(1, spread=stderr, level=level))
-    lost, gained = len(row.lost), len(row.gained)
-    return replace(
-        row,
-        p_value=metrics.mcnemar(lost, gained),
-        detectable=metrics.detectable_change(row.n, (lost + gained) / row.n, level=level),
-    )
 
 
 def _known(value: float) -> float | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgetless.core.errors import UserError, unknown
-from forgetless.scores.comparison import Comparison, Row
+from forgetless.scores.comparison import Comparison, TaskChange
 from forgetless.scores.showing import sentence
 
 __all__ = ["Judgement", "Limit", "judge", "junit", "parse_limits", "to_json", "verdict"]
@@ -23,13 +23,16 @@ _ROUNDING = 1e-9
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
+# Metrics that are logarithms of a perplexity, per token or byte, and what one of them is in nats.
+_NATS = {"loss": 1.0, "kl": 1.0, "bits_per_byte": math.log(2)}
+
+
 @dataclass(frozen=True)
 class Limit:
     """The most that a task may lose.
 
     Attributes:
-        size: in the unit of the score (0.02 is two points of an accuracy), or a share of the
-            base's score where `relative`; 0 or more.
+        size: 0 or more, see `loss`.
         relative: written with a percent sign.
         task: the task that it is for; None for every task of forgetting.
     """
@@ -41,9 +44,31 @@ class Limit:
     def __str__(self) -> str:
         return f"{100 * self.size:g} %" if self.relative else f"{self.size:g}"
 
-    def allowed(self, row: Row) -> float:
-        """The largest loss, in the unit of the task's score."""
-        return self.size * abs(row.base) if self.relative else self.size
+    def loss(self, row: TaskChange, worse: float) -> tuple[float, str]:
+        """What the limit's size is held against, and what that is in words.
+
+        Args:
+            row: the task's change.
+            worse: by how much its score became worse, in its own unit.
+
+        Returns:
+            * Of a task's own limit (gsm8k=0.05): `worse` as it is.
+            * Of a limit for all tasks, 0.02: points of a share; of the metrics in `_NATS` the
+              share by which the perplexity grew, exp(worse) - 1; of every other score, such as a
+              perplexity, `worse` as a share of the base's score. An unbounded score has no points.
+            * Of a relative limit, 5%: `worse` as a share of the base's score; of a distance to the
+              base, whose own is 0, the share by which the perplexity grew.
+        """
+        metric = row.metric.partition(",")[0]
+        if self.task is not None and not self.relative:
+            return worse, ""
+        if metric == "kl" or (metric in _NATS and not self.relative):
+            return math.expm1(min(worse * _NATS[metric], 700.0)), "of perplexity"
+        if row.is_share and not self.relative:
+            return worse, ""
+        if row.base == 0:
+            return (math.copysign(math.inf, worse) if worse else 0.0), "of a score of 0"
+        return worse / abs(row.base), "of the base's score"
 
 
 @dataclass(frozen=True)
@@ -59,7 +84,7 @@ class Judgement:
     """
 
     task: str
-    row: Row | None
+    row: TaskChange | None
     limit: Limit | None
     failed: bool
     reason: str
@@ -102,10 +127,9 @@ def judge(
 ) -> list[Judgement]:
     """Which tasks lost more than they may.
 
-    A limit for all tasks holds for those that are not there to be learned: in points for scores
-    that are shares (an accuracy of 0.81 may fall to 0.79), relative for every score but a distance
-    to the base, which has no score of its own. A limit of one task holds for that task alone, in
-    whatever unit its score has.
+    A limit for all tasks holds for those that are not there to be learned, each measured as
+    `Limit.loss` says: under 0.02 an accuracy may fall by two points, and a perplexity grow by 2 %.
+    A limit of one task holds for that task alone, in whatever unit its score has.
 
     Args:
         comparison: the base's scores against the others.
@@ -118,7 +142,8 @@ def judge(
         One judgement a task, those compared first.
 
     Raises:
-        UserError: a limit of a task that was not compared, or limits that hold for no task.
+        UserError: a limit of a task that was not compared, or limits that hold for no task since
+            all are there to be learned.
     """
     names = [row.task for row in comparison]
     for limit in limits:
@@ -133,7 +158,7 @@ def judge(
     if limits and not any(judgement.limit for judgement in judged):
         raise UserError(
             f"the limit {limits[0]} holds for none of {', '.join(names)}: a limit for all tasks is "
-            "for scores that are shares, and not for what is to be learned; name the task, as in "
+            "not for what is to be learned; name the task, as in "
             f"--max-drop {names[0]}=0.1"
         )
     return judged + [
@@ -142,41 +167,33 @@ def judge(
     ]
 
 
-def _limit_of(row: Row, limits: Sequence[Limit], learning: Collection[str]) -> Limit | None:
-    """The task's own limit, or the one for all tasks if that can hold for it."""
-    for limit in limits:
-        if limit.task == row.task:
-            return limit
-    for limit in limits:
-        if limit.task is None and row.task not in learning:
-            fits = row.base > 0 if limit.relative else row.is_share
-            return limit if fits else None
-    return None
+def _limit_of(row: TaskChange, limits: Sequence[Limit], learning: Collection[str]) -> Limit | None:
+    """The task's own limit, or the one for all tasks unless it is to be learned."""
+    wanted = [row.task] if row.task in learning else [row.task, None]
+    return next((limit for task in wanted for limit in limits if limit.task == task), None)
 
 
-def _judged(row: Row, limit: Limit | None, certain: bool) -> Judgement:
+def _judged(row: TaskChange, limit: Limit | None, certain: bool) -> Judgement:
     if limit is None:
         return Judgement(row.task, row, None, failed=False, reason=f"no limit; {sentence(row)}")
-    loss, allowed = row.forgetting, limit.allowed(row)
-    low, high = sorted((_as_loss(row, row.interval.low), _as_loss(row, row.interval.high)))
-    measured = low if certain and not math.isnan(low) else loss
-    failed = measured > allowed + _ROUNDING
-    share = f" ({allowed:.4g})" if limit.relative else ""
+    loss = row.forgetting
+    ends = [-end if row.higher_is_better else end for end in row.interval]
+    low, high = min(ends), max(ends)
+    is_sure = certain and not math.isnan(low)
+    held, unit = limit.loss(row, low if is_sure else loss)
+    failed = held > limit.size + _ROUNDING
     what = f"lost {loss:.4g}" if loss > 0 else f"gained {-loss:.4g}" if loss < 0 else "lost nothing"
-    ends = "unknown" if math.isnan(low) else f"{low:+.4g} to {high:+.4g}"
+    span = "unknown" if math.isnan(low) else f"{low:+.4g} to {high:+.4g}"
+    share = f", {100 * held:.4g} % {unit}," if unit and held > 0 else ","
     verb = "more than" if failed else "within"
-    sure = "certainly " if certain and failed and measured is not loss else ""
+    sure = "certainly " if failed and is_sure else ""
     return Judgement(
         row.task,
         row,
         limit,
         failed=failed,
-        reason=f"{what} (interval of the loss {ends}), {sure}{verb} the limit of {limit}{share}",
+        reason=f"{what} (interval of the loss {span}){share} {sure}{verb} the limit of {limit}",
     )
-
-
-def _as_loss(row: Row, difference: float) -> float:
-    return -difference if row.higher_is_better else difference
 
 
 # -------------------------------------------------------------------------------- as text and JSON

@@ -13,7 +13,7 @@ from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
 from forgetless.methods import METHODS
 from forgetless.recipes.recipe import Recipe
-from forgetless.scores.comparison import Comparison, Row, compare
+from forgetless.scores.comparison import Comparison, TaskChange, compare
 from forgetless.scores.files import read_scores
 from forgetless.scores.showing import sentence
 from forgetless.studies.folder import RunFolder
@@ -85,7 +85,7 @@ def score_paragraphs(comparison: Comparison, learning: frozenset[str]) -> list[s
     return [*parts, note]
 
 
-def _score_cells(row: Row, learned: bool) -> list[str]:
+def _score_cells(row: TaskChange, learned: bool) -> list[str]:
     low, high = row.interval
     return [
         f"`{row.task}`",
