@@ -324,6 +324,23 @@ def test_rates_are_chosen_from_rows_as_the_report_chooses(tmp_path: Path) -> Non
     assert marked == [[False, True, False], [True, False, False]]
 
 
+@pytest.mark.parametrize("loss", [False, True])
+def test_a_rate_whose_seeds_scatter_does_not_pass_for_one_that_learns(loss: bool) -> None:
+    # The intervals over the seeds overlap, and the rate that scatters kept more.
+    learned = {1e-3: (0.30, 0.90, 0.60), 2e-3: (0.95, 0.96, 0.94)}
+    kept = {1e-3: 0.9, 2e-3: 0.5}
+    rows = [
+        {"arm": "lora", "method": "lora", "learning_rate": rate, "seed": seed, "task": task,
+         "kind": kind, "metric": "loss" if loss else "accuracy", "higher_is_better": not loss,
+         "base_score": 1.0 * (loss != (kind == "forgetting")), "score": 1 - x if loss else x,
+         "stderr": 0.01, "n": 100, "retention": x, "status": "done"}
+        for rate, scores in learned.items()
+        for seed, score in enumerate(scores)
+        for task, kind, x in (("new", "learning", score), ("old", "forgetting", kept[rate]))
+    ]  # fmt: skip
+    assert chosen_rates(rows) == {"lora": 2e-3}
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_matched_learning_follows_the_rates_where_nothing_was_scored_on_the_way(
     tmp_path: Path,

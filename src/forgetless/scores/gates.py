@@ -196,7 +196,7 @@ def _judged(row: TaskChange, limit: Limit | None, certain: bool) -> Judgement:
     )
 
 
-# -------------------------------------------------------------------------------- as text and JSON
+# ---------------------------------------------------------------------------- text, JSON and JUnit
 
 
 def verdict(judgements: Sequence[Judgement]) -> str:
@@ -207,9 +207,7 @@ def verdict(judgements: Sequence[Judgement]) -> str:
         if judgement.limit is not None
     ]
     without = [judgement.task for judgement in judgements if judgement.limit is None]
-    if without:
-        lines.append(f"no limit  {', '.join(without)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([f"no limit  {', '.join(without)}"] if without else [])])
 
 
 def to_json(judgements: Sequence[Judgement]) -> dict[str, Any]:
@@ -228,51 +226,44 @@ def to_json(judgements: Sequence[Judgement]) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------ JUnit XML
-
-
 def junit(judgements: Sequence[Judgement], name: str = "forgetless compare") -> str:
     """The judgements as JUnit XML: one test case a task, skipped where it has no limit.
 
     A failure's message is the reason; its text lists the first items that were lost.
     """
-    failures = sum(judgement.failed for judgement in judgements)
-    skipped = sum(judgement.limit is None for judgement in judgements)
-    counts = {"tests": str(len(judgements)), "failures": str(failures), "errors": "0"}
-    of_suite = counts | {"name": name, "skipped": str(skipped), "time": "0"}
-    root = ET.Element("testsuites", {"name": name} | counts)
-    suite = ET.SubElement(root, "testsuite", of_suite)
+    counts = {
+        "name": name,
+        "tests": str(len(judgements)),
+        "failures": str(sum(judgement.failed for judgement in judgements)),
+        "errors": "0",
+    }
+    skipped = str(sum(judgement.limit is None for judgement in judgements))
+    root = ET.Element("testsuites", counts)
+    suite = ET.SubElement(root, "testsuite", counts | {"skipped": skipped, "time": "0"})
     for judgement in judgements:
-        case = ET.SubElement(
-            suite, "testcase", classname="forgetting", name=_xml(judgement.task), time="0"
-        )
+        of_case = {"classname": "forgetting", "name": _xml(judgement.task), "time": "0"}
+        case, reason = ET.SubElement(suite, "testcase", of_case), _xml(judgement.reason)
         if judgement.failed:
-            failure = ET.SubElement(
-                case, "failure", type="forgetting", message=_xml(judgement.reason)
-            )
+            failure = ET.SubElement(case, "failure", {"type": "forgetting", "message": reason})
             failure.text = _xml(_details(judgement))
         elif judgement.limit is None:
-            ET.SubElement(case, "skipped", message=_xml(judgement.reason))
+            ET.SubElement(case, "skipped", {"message": reason})
         else:
-            ET.SubElement(case, "system-out").text = _xml(judgement.reason)
+            ET.SubElement(case, "system-out").text = reason
     ET.indent(root)
     text = ET.tostring(root, encoding="unicode")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
 
 
 def _details(judgement: Judgement) -> str:
-    if judgement.row is None:
-        return judgement.reason
+    """Both scores, and the first of the items that were lost."""
     row = judgement.row
+    if row is None:
+        return judgement.reason
     lost = row.flips("lost")
     lines = [f"{row.metric} {row.base:.4g} before, {row.score:.4g} after; {sentence(row)}"]
-    lines += [
-        f"lost {change.id}: {change.prompt!r}: {change.before!r} -> {change.after!r}"
-        for change in lost[:_SHOWN]
-    ]
-    if len(lost) > _SHOWN:
-        lines.append(f"and {len(lost) - _SHOWN} more")
-    return "\n".join(lines)
+    lines += [f"lost {c.id}: {c.prompt!r}: {c.before!r} -> {c.after!r}" for c in lost[:_SHOWN]]
+    return "\n".join([*lines, *([f"and {len(lost) - _SHOWN} more"] if len(lost) > _SHOWN else [])])
 
 
 def _xml(text: str) -> str:
