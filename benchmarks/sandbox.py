@@ -1,8 +1,10 @@
-"""What the sandbox adds to a program: `python benchmarks/sandbox.py [--core N]`.
+"""What the sandbox adds to a program: `python benchmarks/sandbox.py [--core N] [--data DIR]`.
 
-A program that does nothing is timed from the call of `run_code` to its result, so that all of the
-time is overhead; and the given solutions of HumanEval and MBPP are run, where their files are,
-several times over, to see whether one ever fails.
+A program that does nothing and its empty test are timed from the call of `run_code` to its result,
+so that all of the time is overhead. With `--data`, the given solutions of HumanEval and MBPP are
+run several times over, to see whether one ever fails. With `--forged` too, every program of
+`tests/hostile.py` that is wrong and tries to pass is run on every problem of HumanEval, under every
+setting of the sandbox's layers that there is here: some tens of thousands of runs.
 """
 
 from __future__ import annotations
@@ -11,11 +13,15 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from forgetless.tasks.sandbox import run_code
+from forgetless.tasks import MBPP, HumanEval
+from forgetless.tasks.sandbox import _Supervisor, run_code
+from forgetless.tasks.sandbox.confine import landlock_version
 
 
 def main() -> None:
@@ -25,6 +31,9 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3, help="of the solutions")
     parser.add_argument("--data", type=Path, help="folder with humaneval/ and mbpp/ in it")
+    parser.add_argument(
+        "--forged", action="store_true", help="try to forge a pass on every problem"
+    )
     given = parser.parse_args()
     if given.core is not None:
         os.sched_setaffinity(0, {given.core})
@@ -34,8 +43,11 @@ def main() -> None:
         p95 = times[int(0.95 * len(times))]
         found[name] = {"median_ms": round(statistics.median(times), 2), "p95_ms": round(p95, 2)}
     if given.data is not None:
-        for name, programs in _solutions(given.data).items():
-            found[name] = _repeated(programs, given.repeats)
+        for kind in (HumanEval, MBPP):
+            task = kind(data_dir=given.data, allow_code_execution=True)
+            found[task.name] = _repeated(task, given.repeats)
+    if given.data is not None and given.forged:
+        found["forged"] = _forged(given.data)
     print(json.dumps(found, indent=2))
 
 
@@ -45,32 +57,56 @@ def _milliseconds(program: str) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
-def _repeated(programs: list[str], repeats: int) -> dict[str, Any]:
-    passed, reasons = [], []
+def _repeated(task: HumanEval | MBPP, repeats: int) -> dict[str, Any]:
+    """How many of each problem's own solutions pass."""
+    asked = task.questions()
+    passed, failures = [], []
     for _ in range(repeats):
-        results = [run_code(program) for program in programs]
-        passed.append(sum(result.passed for result in results))
-        reasons += [
-            f"{i}: {result.reason}" for i, result in enumerate(results) if not result.passed
-        ]
-    return {"programs": len(programs), "passed": passed, "failures": reasons}
+        right = [each == [True] for each in task.right([[item.expected] for item in asked])]
+        passed.append(sum(right))
+        failures += [item.id for item, one in zip(asked, right, strict=True) if not one]
+    return {"programs": len(asked), "passed": passed, "failures": failures}
 
 
-def _solutions(folder: Path) -> dict[str, list[str]]:
-    """Each problem's own solution with its tests."""
-    humaneval = _rows(folder / "humaneval" / "HumanEval.jsonl")
-    mbpp = [row for row in _rows(folder / "mbpp" / "mbpp.jsonl") if 10 < row["task_id"] <= 510]
-    return {
-        "humaneval": [
-            f"{r['prompt']}{r['canonical_solution']}\n{r['test']}\ncheck({r['entry_point']})"
-            for r in humaneval
-        ],
-        "mbpp": ["\n".join([r["code"], r["test_setup_code"], *r["test_list"]]) for r in mbpp],
-    }
+def _forged(folder: Path) -> dict[str, Any]:
+    """What passes although it is wrong."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.hostile import FORGED
 
+    rows = [json.loads(line) for line in (folder / "humaneval" / "HumanEval.jsonl").open()]
+    jobs = [(name, row) for name in FORGED for row in rows]
+    version = landlock_version()
+    layers = [
+        (),
+        ("--landlock=0",),
+        *[("--no-private-root", f"--landlock={v + 1}") for v in range(version)],
+    ]
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    def passed(supervisor: _Supervisor, name: str, row: dict[str, str]) -> bool:
+        entry = row["entry_point"]
+        program = f"{row['prompt']}    return None\n{FORGED[name].replace('NAME', entry)}"
+        request = {"program": program, "seconds": 0.1, "memory_bytes": 256 << 20}
+        test = f"{row['test']}\ncheck({entry})"
+        tested = {"test": test, "helpers": row["prompt"], "names": [entry]}
+        answer = supervisor.ask(request, tested, 60)
+        assert answer is not None, (name, row["task_id"])
+        return bool(answer["passed"])
+
+    def wrongly(supervisor: _Supervisor, part: list[tuple[str, dict[str, str]]]) -> list[str]:
+        pairs = [(name, row) for name, row in part if passed(supervisor, name, row)]
+        return [f"{name} on {row['task_id']}" for name, row in pairs]
+
+    found: dict[str, Any] = {}
+    for options in layers:
+        supervisors = [_Supervisor(*options) for _ in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            parts = pool.map(wrongly, supervisors, (jobs[::2], jobs[1::2]))
+            lines = [line for part in parts for line in part]
+        for supervisor in supervisors:
+            supervisor.end()
+        found[" ".join(options) or "all"] = {"runs": len(jobs), "passed": lines}
+        print(options, len(jobs), "runs, passed:", lines, file=sys.stderr, flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,48 +24,69 @@ from forgetless.tasks.sandbox import CodeResult, run_code
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["CodeTask", "DownloadedCodeTask", "Program", "judge", "pass_curve"]
+__all__ = ["CodeTask", "DownloadedCodeTask", "Program", "defined_names", "judge", "pass_curve"]
+
+
+Case = tuple[str, str, str, tuple[str, ...]]
+"""A program, the test of it, the test's helpers, and the names that are the program's."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """One problem: what the model reads, and what is run with what it writes.
+    """One problem: what the model reads, and how what it writes is tested.
 
     Attributes:
         id: the same for every model, unique within the task.
         prompt: what the model reads.
         expected: a right continuation.
         before: source text in front of the continuation.
-        after: source text behind it: the tests.
+        test: source text of the tests, as `run_code` takes it.
+        names: what the tests take from the program, whatever else has such a name.
+        helpers: source text that the tests may use.
+        setup: source text behind the continuation.
     """
 
     id: str
     prompt: str
     expected: str
     before: str
-    after: str
+    test: str
+    names: tuple[str, ...]
+    helpers: str = ""
+    setup: str = ""
 
-    def source(self, continuation: str) -> str:
-        """The program to run."""
-        return f"{self.before}{continuation}\n{self.after}\n"
+    def case(self, continuation: str) -> Case:
+        """What `run_code` is given."""
+        program = f"{self.before}{continuation}\n{self.setup}\n"
+        return program, self.test, self.helpers, self.names
+
+
+def defined_names(source: str) -> tuple[str, ...]:
+    """The functions and classes that a source text defines; none where it is not Python."""
+    with suppress(SyntaxError, ValueError):
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        return tuple(part.name for part in ast.parse(source).body if isinstance(part, kinds))
+    return ()
 
 
 def judge(
     programs: Sequence[Program], written: Sequence[Sequence[str]], seconds: float
 ) -> list[list[CodeResult]]:
-    """The result of every continuation of every problem; equal programs are run once.
+    """The result of every continuation of every problem; equal ones are run once.
 
     Raises:
         UserError: this system cannot hold hostile programs.
     """
-    sources = [
-        [p.source(text) for text in texts] for p, texts in zip(programs, written, strict=True)
-    ]
-    different = list(dict.fromkeys(source for each in sources for source in each))
+    cases = [[p.case(text) for text in texts] for p, texts in zip(programs, written, strict=True)]
+    different = list(dict.fromkeys(case for each in cases for case in each))
+
+    def run(case: Case) -> CodeResult:
+        program, test, helpers, names = case
+        return run_code(program, test=test, helpers=helpers, names=names, seconds=seconds)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda source: run_code(source, seconds=seconds), different))
-    results = dict(zip(different, found, strict=True))
-    return [[results[source] for source in each] for each in sources]
+        results = dict(zip(different, pool.map(run, different), strict=True))
+    return [[results[case] for case in each] for each in cases]
 
 
 class CodeTask(Generating):
@@ -110,7 +133,7 @@ class CodeTask(Generating):
 
     def content(self) -> Sequence[object]:
         """The problems, and how programs are drawn."""
-        asked = [[program.prompt, program.after] for program in self.programs()]
+        asked = [[program.prompt, program.test] for program in self.programs()]
         drawn = [self.samples, list(self.k), self.temperature, self.top_p, self.seed]
         return asked, drawn, self.max_new_tokens
 
@@ -163,6 +186,8 @@ class DownloadedCodeTask(CodeTask):
     Raises:
         UserError: settings out of range, not allowed, or data that cannot be had.
     """
+
+    version = 2  # before, a program shared its interpreter with its tests
 
     path: str | Path | None = None
     data_dir: str | Path | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forgetless.tasks.code import DownloadedCodeTask, Program
+from forgetless.tasks.code import DownloadedCodeTask, Program, defined_names
 from forgetless.tasks.rows import the_field
 
 __all__ = ["HumanEval"]
@@ -40,7 +40,11 @@ class HumanEval(DownloadedCodeTask):
                 str(the_field(row, name, where)) for name in _FIELDS
             )
             tests = f"{test}\ncheck({entry})"
-            programs.append(Program(number, prompt, solution, before=prompt, after=tests))
+            # They may use what the head has beside the function to write, but as it stands there.
+            helpers = prompt if defined_names(prompt) else ""
+            programs.append(
+                Program(number, prompt, solution, prompt, tests, (entry,), helpers=helpers)
+            )
         return programs
 
 

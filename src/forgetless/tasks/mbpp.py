@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forgetless.core.errors import UserError
-from forgetless.tasks.code import DownloadedCodeTask, Program
+from forgetless.tasks.code import DownloadedCodeTask, Program, defined_names
 from forgetless.tasks.rows import Row, the_field
 
 __all__ = ["MBPP"]
@@ -58,14 +58,16 @@ class MBPP(DownloadedCodeTask):
         for number in sorted(rows):
             if number in _TEST:
                 where, row = rows[number]
-                tests = [row.get("test_setup_code") or "", *the_field(row, "test_list", where)]
+                setup, code = row.get("test_setup_code") or "", str(the_field(row, "code", where))
                 programs.append(
                     Program(
                         id=str(row["task_id"]),
                         prompt=shots + _question(row, where),
-                        expected=str(the_field(row, "code", where)),
+                        expected=code,
                         before="",
-                        after="\n".join(tests),
+                        test="\n".join([setup, *the_field(row, "test_list", where)]),
+                        names=defined_names(code),
+                        setup=setup,  # the program may use it too
                     )
                 )
         return programs

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from forgetless.data.pocket.functions import functions
 from forgetless.tasks.base import whole_number
-from forgetless.tasks.code import CodeTask, Program
+from forgetless.tasks.code import CodeTask, Program, defined_names
 
 __all__ = ["PocketFunctions"]
 
@@ -55,10 +55,16 @@ class PocketFunctions(CodeTask):
 
     @cached_property
     def _programs(self) -> list[Program]:
-        made = functions(self.limit, self.seed, "test")
         return [
-            Program(f"test{self.seed}:{i}", f.prompt, f.completion, f.head, "\n".join(f.tests))
-            for i, f in enumerate(made)
+            Program(
+                id=f"test{self.seed}:{i}",
+                prompt=made.prompt,
+                expected=made.completion,
+                before=made.head,
+                test="\n".join(made.tests),
+                names=defined_names(made.head + made.completion),
+            )
+            for i, made in enumerate(functions(self.limit, self.seed, "test"))
         ]
 
     def programs(self) -> Sequence[Program]:

@@ -14,12 +14,13 @@ import os
 import select
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError
+from forgetless.tasks.sandbox.plain import receive, send
 
 __all__ = ["CodeResult", "run_code"]
 
@@ -49,13 +50,28 @@ class CodeResult:
     reason: str
 
 
-def run_code(program: str, *, seconds: float = 3.0, memory_bytes: int = 512 << 20) -> CodeResult:
-    """Run a Python program in a sandbox, whatever it may try.
+def run_code(
+    program: str,
+    test: str = "",
+    *,
+    helpers: str = "",
+    names: Sequence[str] = (),
+    seconds: float = 3.0,
+    memory_bytes: int = 512 << 20,
+) -> CodeResult:
+    """Run a Python program in a sandbox, whatever it may try, and test it from outside.
 
     Threads may be called from; each has a program of its own at a time.
 
     Args:
         program: source text, run as `__main__`.
+        test: source text that is run once the program has ended, in a process of its own: each name
+            in it that nothing else defines is the program's. It calls the program's functions with
+            plain data and compares what they return: numbers, texts, `Decimal`, `Fraction`, lists,
+            tuples, sets, dictionaries and None; anything else is equal to itself alone. Without a
+            test, that the program has ended is its own word.
+        helpers: source text that the test begins with.
+        names: those that are the program's although `helpers` or Python's own have them too.
         seconds: it may take on a machine of its own. On any other, waiting for a free core does not
             count and computing counts half, so that a right program does not fail because of its
             neighbours; an endless loop ends after twice the time.
@@ -63,31 +79,35 @@ def run_code(program: str, *, seconds: float = 3.0, memory_bytes: int = 512 << 2
             than the interpreter and 16 MiB.
 
     Returns:
-        Whether it ran to its very end, and a line that says what happened.
+        Whether the program and the test ran to their ends, and a line that says what happened.
 
     Raises:
         UserError: settings out of range, or a system that cannot hold hostile programs: anything
             but Linux on x86-64 or ARM64 with seccomp and either Landlock (5.13) or namespaces.
 
     Example:
-        >>> run_code("assert sorted([2, 1]) == [1, 2]").passed
+        >>> run_code("def double(x): return 2 * x", "assert double(3) == 6").passed
         True
         >>> run_code("import sys; sys.exit(0)")
         CodeResult(passed=False, reason='left before its end, with exit status 0')
     """
-    if not isinstance(program, str):
-        raise UserError(f"program must be text, got {type(program).__name__}")
+    for name, text in (("program", program), ("test", test), ("helpers", helpers)):
+        if not isinstance(text, str):
+            raise UserError(f"{name} must be text, got {type(text).__name__}")
     if not 0 < seconds <= 3600:
         raise UserError(f"seconds must be above 0 and at most 3600, got {seconds}")
     if memory_bytes < 1:
         raise UserError(f"memory_bytes must be 1 or more, got {memory_bytes}")
     request = {"program": program, "seconds": float(seconds), "memory_bytes": int(memory_bytes)}
+    tested = {"test": test, "helpers": helpers, "names": list(names)}
     for borrow in (_borrow, _Supervisor):
         supervisor = borrow()
-        answer = supervisor.ask(request, timeout=20 * seconds + _GRACE)
+        answer = supervisor.ask(request, tested, timeout=20 * seconds + _GRACE)
         if answer is not None:
             _idle.append(supervisor)
-            return CodeResult(bool(answer["passed"]), " ".join(str(answer["reason"]).split()))
+            line = " ".join(str(answer["reason"]).split())
+            reason = "".join(letter if letter.isprintable() else "?" for letter in line)
+            return CodeResult(bool(answer["passed"]), reason)
         supervisor.end()
     return CodeResult(False, "the process that watches programs ended twice")
 
@@ -103,7 +123,8 @@ class _Supervisor:
             )
         self.owner = os.getpid()
         folder = str(Path(__file__).resolve().parent)
-        keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        wanted = ("LD_LIBRARY_PATH", "TMPDIR")
+        keep = {name: os.environ[name] for name in wanted if name in os.environ}
         # One seed for the order of sets makes a score the same every time.
         fixed = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "LC_ALL": "C.UTF-8"}
         self.process = subprocess.Popen(
@@ -114,36 +135,33 @@ class _Supervisor:
             cwd="/",
             start_new_session=True,
         )
-        self._unread = b""
-        first = self._answer(time.monotonic() + _GRACE)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._requests, self._answers = self.process.stdin.fileno(), self.process.stdout.fileno()
+        first = self._answer(_GRACE)
         if first is None or "error" in first:
             self.end()
             raise UserError(str((first or {}).get("error", "the sandbox did not start")))
         self.layers: list[str] = first["layers"]
 
-    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any] | None:
+    def ask(
+        self, request: dict[str, Any], test: dict[str, Any], timeout: float
+    ) -> dict[str, Any] | None:
         """The answer to one request; None if none comes."""
-        assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
+            for message in (request, test):
+                send(self._requests, json.dumps(message).encode())
         except OSError:
             return None
-        return self._answer(time.monotonic() + timeout)
+        return self._answer(timeout)
 
-    def _answer(self, deadline: float) -> dict[str, Any] | None:
-        assert self.process.stdout is not None
-        source = self.process.stdout.fileno()
+    def _answer(self, timeout: float) -> dict[str, Any] | None:
         poller = select.poll()
-        poller.register(source, select.POLLIN)
-        while b"\n" not in self._unread:
-            left = deadline - time.monotonic()
-            data = os.read(source, 1 << 16) if left > 0 and poller.poll(1000 * left) else b""
-            if not data:
-                return None
-            self._unread += data
-        line, self._unread = self._unread.split(b"\n", 1)
-        answer: dict[str, Any] = json.loads(line)
+        poller.register(self._answers, select.POLLIN)
+        if not poller.poll(1000 * timeout):
+            return None  # an answer is short, and so written in one piece
+        message = receive(self._answers)
+        answer: dict[str, Any] | None = None if message is None else json.loads(message)
         return answer
 
     def end(self) -> None:

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgetless.tasks.sandbox import syscalls
-
 __all__ = ["Confinement", "enter_private_root", "landlock_version", "readable_folders"]
 
 NOBODY = 65534
@@ -157,6 +155,7 @@ class Confinement:
         nobody: whether to take the identity of nobody.
         landlock: its version, 0 for none.
         interpreter_bytes: address space of the interpreter itself.
+        calls: the filter of system calls.
     """
 
     readable: tuple[str, ...]
@@ -164,6 +163,7 @@ class Confinement:
     nobody: bool
     landlock: int
     interpreter_bytes: int
+    calls: bytes
 
     def layers(self) -> list[str]:
         """Words for the layers in use."""
@@ -178,31 +178,38 @@ class Confinement:
         """Where the next program works: an empty folder of its own."""
         return BOX if self.private_root else tempfile.mkdtemp(prefix="forgetless-")
 
-    def lock(self, box: str, seconds: float, memory_bytes: int) -> None:
+    def lock(self, box: str | None, seconds: float, memory_bytes: int, parent: int) -> None:
         """Put this process, which must be a fork of its own, into all layers; no way back.
+
+        Args:
+            box: the folder that it may change, from `make_box`; None for none.
+            seconds: of computing, at most twice and a little more.
+            memory_bytes: address space.
+            parent: the process that this one ends with.
 
         Raises:
             OSError: a layer that is there could not be used.
         """
-        _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         os.setsid()
-        if self.private_root:
+        if self.private_root and box is not None:
             _call("unshare", _CLONE_NEWNS)
             quota = f"size={BOX_BYTES},nr_inodes={BOX_FILES},mode=0700"
             _mount("tmpfs", BOX, "tmpfs", _MS_NOSUID | _MS_NODEV, quota)
             if self.nobody:
                 os.chown(BOX, NOBODY, NOBODY)
-        os.chdir(box)
+        os.chdir(box or "/")
         os.umask(0o077)
         least = self.interpreter_bytes + (16 << 20)
         _limit(seconds, max(memory_bytes, least), threads=self.nobody)
         _drop_rights(self.nobody)
         _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        # Taking rights away hides a process from its own user, and from the supervisor.
-        _call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)
+        # A change of identity undoes this, so it comes after; and the parent may be gone by now.
+        _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
         if self.landlock:
             _landlock(self.landlock, self.readable, box)
-        _filter_calls(syscalls.program(changes=self.private_root))
+        _filter_calls(self.calls)
 
 
 def _limit(seconds: float, memory_bytes: int, *, threads: bool) -> None:
@@ -233,7 +240,7 @@ def _drop_rights(nobody: bool) -> None:
     _call("syscall", _CAPSET[platform.machine()], header, bytes(24))
 
 
-def _landlock(version: int, readable: Sequence[str], box: str) -> None:
+def _landlock(version: int, readable: Sequence[str], box: str | None) -> None:
     """Read `readable`, change what is in `box`, use devices; no TCP, no signal to the outside."""
     rights = (1 << _FS_RIGHTS.get(version, 16)) - 1
     # Before version 4 no network rights, before 6 no scopes: the structure was shorter.
@@ -245,7 +252,8 @@ def _landlock(version: int, readable: Sequence[str], box: str) -> None:
     for path in DEVICES:
         if os.path.exists(path):
             _allow(ruleset, path, (_FS_READ | _FS_WRITE) & rights)
-    _allow(ruleset, box, rights & ~_FS_DEVICES & ~1)
+    if box is not None:
+        _allow(ruleset, box, rights & ~_FS_DEVICES & ~1)
     _call("syscall", _RESTRICT_SELF, ruleset, 0)
     os.close(ruleset)
 

@@ -13,33 +13,19 @@ from typing import Any
 
 __all__ = ["install"]
 
-_FORBIDDEN = {
-    "os.fork": "start a process",
-    "os.forkpty": "start a process",
-    "os.exec": "start another program",
-    "os.posix_spawn": "start another program",
-    "os.spawn": "start another program",
-    "os.system": "start another program",
-    "pty.spawn": "start another program",
-    "subprocess.Popen": "start another program",
-    "os.kill": "send a signal",
-    "os.killpg": "send a signal",
-    "signal.pthread_kill": "send a signal",
-    "resource.setrlimit": "change a limit",
-    "resource.prlimit": "change a limit",
+_ATTEMPTS = {
+    "start a process": "os.fork os.forkpty",
+    "start another program": "os.exec os.posix_spawn os.spawn os.system pty.spawn subprocess.Popen",
+    "send a signal": "os.kill os.killpg signal.pthread_kill",
+    "change a limit": "resource.setrlimit resource.prlimit",
     # A second interpreter would not have this hook.
-    "cpython.PyInterpreterState_New": "take control of the interpreter",
-    "sys.settrace": "take control of the interpreter",
-    "sys.setprofile": "take control of the interpreter",
-    "sys.monitoring.register_callback": "take control of the interpreter",
-    "code.__new__": "take control of the interpreter",
-    "gc.get_objects": "take control of the interpreter",
-    "gc.get_referrers": "take control of the interpreter",
-    "gc.get_referents": "take control of the interpreter",
-    "os.chown": "change a file's owner",
-    "syslog.openlog": "write to the system's log",
-    "syslog.syslog": "write to the system's log",
+    "take control of the interpreter": "cpython.PyInterpreterState_New code.__new__ sys.settrace "
+    "sys.setprofile sys.monitoring.register_callback gc.get_objects gc.get_referrers "
+    "gc.get_referents",
+    "change a file's owner": "os.chown",
+    "write to the system's log": "syslog.openlog syslog.syslog",
 }
+_FORBIDDEN = {event: attempt for attempt, events in _ATTEMPTS.items() for event in events.split()}
 _FORBIDDEN_FAMILIES = {"ctypes.": "call native code", "socket.": "use the network"}
 _FORBIDDEN_MODULES = ("ctypes", "_ctypes")
 _READING = ("os.listdir", "os.scandir", "os.chdir", "os.getxattr", "os.listxattr")

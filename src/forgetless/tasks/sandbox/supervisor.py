@@ -1,47 +1,42 @@
-"""The process beside the user's own that runs programs one after the other and judges them.
+"""The process beside the user's own that runs programs one after the other.
 
-It reads one JSON object a line (`program`, `seconds`, `memory_bytes`) and answers with one
-(`passed`, `reason`). A program is a fork of this process, whose modules are imported already: a
-few milliseconds instead of an interpreter's start.
-
-How it knows that a program reached its end: nothing that the program can write or find counts. The
-main thread stands at a gate (it reads from an empty pipe) before the program and again after it,
-called from the same frame of the interpreter's C stack; the kernel says where (/proc/PID/syscall:
-the call, its arguments, the stack pointer, the instruction). While the program runs, that frame is
-busy with it, so all that it calls stands deeper. Only by returning does it come back to the place.
+For each it starts two processes, forks of its own, whose modules are imported already: a few
+milliseconds instead of an interpreter's start. One runs the program (`program`), the other the test
+of it (`verdict`); both are in the sandbox. What it reads is a message of JSON for the program
+(`program`, `seconds`, `memory_bytes`), and behind it one for the test (`test`, `helpers`, `names`),
+which the test's process takes from the pipe itself: no memory that a program is forked from ever
+holds a test. It answers with one message of JSON (`passed`, `reason`).
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
-import shutil
 import signal
 import sys
 import time
-import traceback
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from forgetless.tasks.sandbox import confine, guard, syscalls
+from forgetless.tasks.sandbox.plain import receive, send
+from forgetless.tasks.sandbox.program import READY, run_program
+from forgetless.tasks.sandbox.verdict import ENDED, FAILED, PASSED, READ, run_test
 
 __all__ = ["main"]
 
-Texts = tuple[tuple[str, dict[str, Any]], ...]
-"""Programs, each with the variables that it begins with."""
-
 OUTPUT_BYTES = 1 << 20
-_TAIL = 4096
 
 PATIENCE = 20
 """Even where there is no free core, a program is ended after so many times its seconds."""
 
 _STARTING = 60
+_LONGEST_PATH = 1000
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _PRELOADED = (
     *("typing", "math", "cmath", "re", "collections", "itertools", "functools", "operator"),
@@ -50,10 +45,13 @@ _PRELOADED = (
     *("queue", "threading", "contextlib", "io", "numbers", "pprint", "types", "warnings"),
     *("traceback", "unicodedata", "tempfile", "unittest", "asyncio", "locale", "linecache"),
 )
+_BROKEN = b"?"
+"""What either process reports when it could not be closed in; the error follows."""
 
 
 def main() -> None:
-    """Prepare, say which layers there are, then answer until the input ends."""
+    """Prepare, say which layers there are, then answer until the user's process or pipe ends."""
+    parent = os.pidfd_open(os.getppid())
     requests, answers = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1):
@@ -61,25 +59,24 @@ def main() -> None:
     for name in _PRELOADED:
         __import__(name)
     try:
-        supervisor = _prepare()
-        _first_check(supervisor)
+        supervisor = _prepare(parent)
+        tests, empty = os.pipe()
+        send(empty, b'{"test": "", "helpers": "", "names": []}')
+        supervisor.judge(tests, program="", seconds=10.0, memory_bytes=0)
     except OSError as problem:
-        _say(answers, {"error": str(problem)})
+        send(answers, json.dumps({"error": str(problem)}).encode())
         return
-    _say(answers, {"layers": supervisor.confinement.layers()})
-    lines = os.fdopen(requests, encoding="utf-8")
-    for line in lines:
-        # No handler around this: in a fork none may stand between the program and its end.
-        _say(answers, supervisor.judge(**json.loads(line)))
+    send(answers, json.dumps({"layers": supervisor.confinement.layers()}).encode())
+    gc.collect()
+    gc.freeze()  # so that no collection in a fork copies what all of them share
+    while parent not in select.select([requests, parent], [], [])[0]:
+        request = receive(requests, 1 << 31)
+        if request is None:
+            return
+        send(answers, json.dumps(supervisor.judge(requests, **json.loads(request))).encode())
 
 
-def _say(answers: int, content: dict[str, object]) -> None:
-    data = (json.dumps(content) + "\n").encode()
-    while data:
-        data = data[os.write(answers, data) :]
-
-
-def _prepare() -> Supervisor:
+def _prepare(parent: int) -> Supervisor:
     """Take the strongest layers that there are.
 
     Raises:
@@ -94,14 +91,16 @@ def _prepare() -> Supervisor:
     wanted = "--no-private-root" not in sys.argv
     private = wanted and _succeeds(lambda: confine.enter_private_root(readable))
     nobody = private and confine.enter_private_root(readable)
-    landlock = confine.landlock_version()
+    capped = [int(option[11:]) for option in sys.argv if option.startswith("--landlock=")]
+    landlock = min(confine.landlock_version(), *capped, 99)
     if not (private or landlock):
         raise OSError(
             "generated programs need a kernel with Landlock (Linux 5.13 or newer) or the right to "
             "make namespaces; without one of them they could read your files"
         )
-    confinement = confine.Confinement(readable, private, nobody, landlock, used)
-    return Supervisor(confinement, processes)
+    calls = syscalls.program(private_root=private)
+    confinement = confine.Confinement(readable, private, nobody, landlock, used, calls)
+    return Supervisor(confinement, processes, parent, os.getpid())
 
 
 def _succeeds(step: Callable[[], object]) -> bool:
@@ -115,292 +114,264 @@ def _succeeds(step: Callable[[], object]) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
-def _first_check(supervisor: Supervisor) -> None:
-    """Judge an empty program.
-
-    Raises:
-        OSError: it does not pass: a layer, or the view of the gate, is missing.
-    """
-    found = supervisor.judge(program="", seconds=10.0, memory_bytes=0)
-    if not found["passed"]:
-        raise OSError(f"generated programs cannot be judged here: {found['reason']}")
-
-
 @dataclass
 class Supervisor:
-    """Judges programs one after the other.
+    """Runs programs one after the other.
 
     Attributes:
-        confinement: what they are put into.
+        confinement: what they and their tests are put into.
         processes: handle of the folder /proc, which a private root does not show.
+        parent: handle of the user's process, with which this one ends.
+        pid: of this process.
     """
 
     confinement: confine.Confinement
     processes: int
+    parent: int
+    pid: int
 
     def judge(
-        self, program: str, seconds: float, memory_bytes: int, guarded: bool = True
+        self, tests: int, program: str, seconds: float, memory_bytes: int, guarded: bool = True
     ) -> dict[str, object]:
-        """Run a program; whether it reached its end, and a line that says what happened.
+        """Run a program and its test; whether it passed, and a line that says what happened.
 
         Args:
+            tests: the pipe that the test comes from.
             program: source text.
             seconds: it may take.
             memory_bytes: address space.
             guarded: False leaves it to the kernel alone, to test that layer.
-        """
-        box = self.confinement.make_box()
-        pipes = [os.pipe() for _ in range(4)]
-        pid = os.fork()
-        if pid == 0:
-            writing = [pipes[0][1], pipes[1][1], pipes[2][1]]
-            self._enter(box, seconds, memory_bytes, [*writing, pipes[3][0]])
-            _stand(*self._parts(box, program, guarded))
-            os._exit(1)
-        for end in (pipes[0][1], pipes[1][1], pipes[2][1], pipes[3][0]):
-            os.close(end)
-        gate = pipes[3][1]
-        watch = _Watch(pid, self.processes, seconds, pipes[0][0], pipes[1][0], pipes[2][0], gate)
-        passed, reason = watch.verdict()
-        for end in (pipes[0][0], pipes[1][0], pipes[2][0], gate):
-            os.close(end)
-        if not self.confinement.private_root:
-            shutil.rmtree(box, onerror=_make_removable)
-        return {"passed": passed, "reason": reason}
 
-    def _enter(self, box: str, seconds: float, memory_bytes: int, ends: list[int]) -> None:
-        """In the fork: keep nothing but `ends`, and close the sandbox."""
+        Raises:
+            OSError: a layer is missing, or the test's process ended before it had its test.
+        """
+        # The end of a process with a root of its own takes the kernel long: nobody waits for it.
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        box = self.confinement.make_box()
+        disk = None if self.confinement.private_root else box
+        out, err, report, verdict, asked, answers = (os.pipe() for _ in range(6))
+
+        def run() -> None:
+            if guarded:
+                # A traceback looks for its sources in all of the path.
+                readable = (*self.confinement.readable, *sys.path, _HERE)
+                guard.install(box, readable, confine.DEVICES, 3)
+            run_program(program, 3, 4, 5)
+
+        ends = [0, 0, verdict[1], asked[1], answers[0]]
+        closed_in = partial(self._fork, seconds=seconds, memory_bytes=memory_bytes)
+        tester = closed_in(lambda: run_test(3, 4, 5, 6), [*ends, tests], None)
+        runner = closed_in(run, [out[1], err[1], report[1], answers[1], asked[0]], box)
+        for end in (*ends[2:], out[1], err[1], report[1], answers[1], asked[0]):
+            os.close(end)
+        sources = (out[0], err[0], report[0], verdict[0])
+        watch = _Watch(self, runner, tester, seconds, disk, *sources)
+        reason = watch.reason()
+        for end in sources:
+            os.close(end)
+        for pid in (runner, tester):
+            os.kill(pid, signal.SIGKILL)
+        if disk is not None:
+            for pid in (runner, tester):
+                os.waitpid(pid, 0)
+            _remove(disk)
+        return {"passed": watch.passed, "reason": reason}
+
+    def _fork(
+        self,
+        run: Callable[[], None],
+        ends: Sequence[int],
+        box: str | None,
+        seconds: float,
+        memory_bytes: int,
+    ) -> int:
+        """A process in the sandbox that holds nothing but `ends`, as descriptors from 1 on."""
+        pid = os.fork()
+        if pid:
+            return pid
         try:
             ends = [os.dup(end) for end in ends]  # above those that are now given away
-            for place, end in zip((1, 2, _REPORT, _GATE), ends, strict=True):
+            for place, end in enumerate(ends, 1):
                 os.dup2(end, place)
-            os.closerange(_GATE + 1, os.sysconf("SC_OPEN_MAX"))
-            self.confinement.lock(box, seconds, memory_bytes)
+            os.closerange(1 + len(ends), os.sysconf("SC_OPEN_MAX"))
+            self.confinement.lock(box, seconds, memory_bytes, self.pid)
+            os.environ.clear()
+            os.environ.update({} if box is None else {"HOME": box, "TMPDIR": box})
+            run()
         except OSError as problem:
-            os.write(_REPORT, f"?{problem}".encode())
+            os.write(3, _BROKEN + str(problem).encode())
+        finally:
             os._exit(1)
 
-    def _parts(self, box: str, program: str, guarded: bool) -> tuple[Any, ...]:
-        """In the closed sandbox: what `_stand` needs, in an interpreter like a new one."""
-        os.environ.clear()
-        os.environ.update(HOME=box, TMPDIR=box)
-        sys.argv = ["program.py"]
-        for name in [n for n in sys.modules if n.startswith(("forgetless", "ctypes", "_ctypes"))]:
-            del sys.modules[name]
-        sys.modules["__main__"] = module = types.ModuleType("__main__")
-        sys.excepthook = _leave
-        # A traceback looks for its sources in all of the path.
-        readable = (*self.confinement.readable, *sys.path, _HERE)
-        if guarded:
-            guard.install(box, readable, confine.DEVICES, _REPORT)
-        texts: Texts = (("", {}), (_THREAD, {}), (program, vars(module)))
-        return texts, exec, os.write, (_REPORT, b"g"), os.read, (_GATE, 1)
-
-
-_REPORT, _GATE = 3, 4
-
-
-def _leave(kind: type[BaseException], error: BaseException, _: object) -> None:
-    """Say what was raised and be gone; an interpreter's own end takes a tenth of a second."""
-    line = traceback.format_exception_only(kind, error)[-1]
-    os.write(_REPORT, b"!" + line.encode("utf-8", "replace")[:300])
-    os._exit(1)
-
-
-# The C library waits in a slightly deeper place once there have been threads: both are measured.
-_THREAD = """
-import _thread
-_thread.stack_size(65536)
-lock = _thread.allocate_lock()
-lock.acquire()
-_thread.start_new_thread(lock.release, ())
-lock.acquire()
-_thread.stack_size(0)
-"""
-_STANDS = 2
-
-
-def _stand(
-    texts: Texts,
-    run: Callable[..., Any],
-    write: Callable[..., Any],
-    note: tuple[int, bytes],
-    read: Callable[..., bytes],
-    gate: tuple[int, int],
-) -> None:
-    """Stand at the gate before the program, and again after it.
-
-    The functions and what they are given are on the interpreter's stack before a text runs, where
-    no program can reach them; and there is no handler here or in any caller, so that a text which
-    raises leaves for good. All stands are the same instruction.
-    """
-    for text, space in texts:
-        read(*(write(*(run(text, space) or note)) and gate))
+    def read(self, pid: int, name: str) -> str:
+        """The beginning of a file that the kernel has about a process; empty once it is gone."""
+        with suppress(OSError):
+            file = os.open(f"{pid}/{name}", os.O_RDONLY, dir_fd=self.processes)
+            try:
+                return os.read(file, 4096).decode()
+            finally:
+                os.close(file)
+        return ""
 
 
 @dataclass
 class _Watch:
-    """One program while it runs.
+    """One program and its test while they run.
 
     Attributes:
-        pid: its process.
-        processes: handle of /proc.
-        seconds: it may take.
-        out: its standard output.
+        supervisor: of both.
+        runner: the process of the program.
+        tester: the process of the test.
+        seconds: they may take together.
+        disk: the program's folder where it lies on a disk, so that nothing else limits it.
+        out: the program's standard output.
         err: its standard error.
-        report: where it says that it stands at the gate, or what it was stopped for.
-        gate: lets it pass the gate.
+        report: where its process says that it begins, or what it was stopped for.
+        verdict: where the test's process says how it went. Nothing else can make it pass.
     """
 
-    pid: int
-    processes: int
+    supervisor: Supervisor
+    runner: int
+    tester: int
     seconds: float
+    disk: str | None
     out: int
     err: int
     report: int
-    gate: int
+    verdict: int
     written: int = 0
-    tail: bytes = b""
-    stopped: str = ""
-    claims: bool = False
-    places: tuple[tuple[str, ...], ...] = ()
-    started: float = 0.0
+    stopped: bytes = b""
+    said: bytes = b""
     passed: bool = False
+    ready: bool = False
+    started: float = field(default_factory=time.monotonic)
 
-    def verdict(self) -> tuple[bool, str]:
-        """Wait for the end, kill what is left, and say how it went."""
-        ended = os.pidfd_open(self.pid)
+    def reason(self) -> str:
+        """Wait for the end and say how it went."""
         poller = select.poll()
-        for source in (self.out, self.err, self.report, ended):
+        for source in (self.out, self.err, self.report, self.verdict, self.supervisor.parent):
             poller.register(source, select.POLLIN)
-        self.started = time.monotonic()
-        reason: str | None = None
-        dead = False
-        while reason is None and not dead:
-            ready = [source for source, _ in poller.poll(1 if self.claims else 50)]
-            for source in ready:
-                if source != ended and not self._drain(source):
+        while True:
+            for source, _ in poller.poll(1 if self.said == READ + PASSED else 50):
+                if source == self.supervisor.parent:
+                    os._exit(1)  # both end with this process
+                if not self._drain(source):
                     poller.unregister(source)
-            # What a dead program has said is read before its death counts.
-            dead = ready == [ended]
-            reason = self._judged()
-        os.close(ended)
-        os.kill(self.pid, signal.SIGKILL)
-        _, status = os.waitpid(self.pid, 0)
-        reason = reason or self._of_death(status)
-        return self.passed, reason
+            reason = self._decided() or self._too_long() or self._too_much()
+            # Until the test is read, it is in the pipe that the next request comes from.
+            if reason is not None and self.said:
+                return reason
 
     def _drain(self, source: int) -> bool:
         """Take what was written; False when nothing will come any more."""
         data = os.read(source, 1 << 16)
-        if source != self.report:
+        if source == self.verdict:
+            self.said += data
+            if not data and not self.said:
+                raise OSError("the process of the test ended before it had its test")
+            if not data and self.said == READ:
+                self.said += FAILED + b"its test " + _death(self.tester).encode()
+        elif source != self.report:
             self.written += len(data)
-            if source == self.err:
-                self.tail = (self.tail + data)[-_TAIL:]
-        elif data[:1] in (b"!", b"?"):
-            self.stopped = self.stopped or data.decode("utf-8", "replace")
-        elif data:
-            self.claims = True
+        elif data[:1] == READY and not self.ready:
+            self.ready, self.started, self.stopped = True, time.monotonic(), data[1:]
+        elif data[:1] in (FAILED, _BROKEN):
+            self.stopped = self.stopped or data
         return bool(data)
 
-    def _judged(self) -> str | None:
+    def _decided(self) -> str | None:
         """The reason to end now, or None to go on."""
-        if self.stopped.startswith("?") and not self.places:
-            raise OSError(f"the sandbox could not be closed: {self.stopped[1:]}")
+        verdict = self.said[len(READ) :]
+        for problem in (self.said, b"" if self.ready else self.stopped):
+            if problem.startswith(_BROKEN):
+                raise OSError(f"the sandbox could not be closed: {problem[1:].decode()}")
         if self.stopped:
-            return self.stopped[1:]
+            return self.stopped[1:].decode("utf-8", "replace") or "said that it failed"
         if self.written > OUTPUT_BYTES:
             return f"wrote more than {OUTPUT_BYTES >> 20} MiB"
-        if self.claims and (place := self._stands()) is not None:
-            if len(self.places) < _STANDS:
-                self._pass(place)
-            elif place not in self.places:
-                return "claimed to have ended without having ended"
-            elif self._threads() == 1:
-                self.passed = True
-                return "ran to its end"
-        return self._too_long()
-
-    def _pass(self, place: tuple[str, ...]) -> None:
-        """It stands at the gate before its program: note the place, start the clock, let it go."""
-        self.places, self.claims = (*self.places, place), False
-        self.started = time.monotonic()
-        os.write(self.gate, b"g")
+        if verdict == ENDED:
+            return _death(self.runner)
+        if verdict == PASSED:
+            # Threads that it left behind may end yet: both processes wait.
+            self.passed = "\nThreads:\t1\n" in self.supervisor.read(self.runner, "status")
+            return "ran to its end" if self.passed else None
+        return verdict[1:].decode("utf-8", "replace") or None
 
     def _too_long(self) -> str | None:
-        """Whether the program has had its time.
+        """Whether they have had their time.
 
         Waiting for a free core does not count, and computing counts half: beside others, a core
         does as little as half the work in a second.
         """
         passed = time.monotonic() - self.started
-        if len(self.places) < _STANDS:
-            if passed > _STARTING:
-                raise OSError(f"the sandbox was not ready after {_STARTING} s")
+        if not self.ready and passed > _STARTING:
+            raise OSError(f"the sandbox was not ready after {_STARTING} s")
+        if not self.ready or passed < self.seconds:
             return None
-        if passed < self.seconds:
+        counted = passed
+        for pid in (self.runner, self.tester):
+            ran, waited, _ = (self.supervisor.read(pid, "schedstat") or "0 0 0").split()
+            counted -= int(waited) / 1e9 + int(ran) / 2e9
+        if counted < self.seconds and passed < PATIENCE * self.seconds:
             return None
-        computed, waited = self._times()
-        if passed - waited - computed / 2 < self.seconds and passed < PATIENCE * self.seconds:
-            return None
-        what = "left threads behind" if self.claims else "did not end"
+        what = "left threads behind" if self.said == READ + PASSED else "did not end"
         return f"{what} within {self.seconds:g} s"
 
-    def _stands(self) -> tuple[str, ...] | None:
-        """Stack pointer and instruction of the main thread, if it reads from the gate."""
-        with suppress(OSError):
-            call, *rest = self._read("syscall").split()
-            if len(rest) == 8 and int(call) == syscalls.NUMBERS["read"]:
-                return tuple(rest[-2:]) if int(rest[0], 16) == _GATE else None
+    def _too_much(self) -> str | None:
+        """Whether the program has filled more of a disk than it may."""
+        if self.disk is None:
+            return None
+        written = self.supervisor.read(self.runner, "io").partition("wchar:")[2].split()
+        if written and int(written[0]) > confine.BOX_BYTES:
+            return f"wrote more than {confine.BOX_BYTES >> 20} MiB"
+        found, left = 0, [self.disk]
+        while left:
+            path = left.pop()
+            with suppress(OSError), os.scandir(path) as entries:
+                for entry in entries:
+                    found += 1
+                    if found > confine.BOX_FILES or len(path) > _LONGEST_PATH:
+                        return f"made more than {confine.BOX_FILES} files"
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
         return None
 
-    def _times(self) -> tuple[float, float]:
-        """Seconds that the main thread ran, and that it was ready to run and had no core."""
-        with suppress(OSError, ValueError):
-            ran, waited, _ = self._read("schedstat").split()
-            return int(ran) / 1e9, int(waited) / 1e9
-        return 0.0, 0.0
 
-    def _read(self, name: str) -> str:
-        handle = os.open(f"{self.pid}/{name}", os.O_RDONLY, dir_fd=self.processes)
-        try:
-            return os.read(handle, 4096).decode()
-        finally:
-            os.close(handle)
-
-    def _threads(self) -> int:
-        """How many threads it has; 0 once it is gone."""
-        with suppress(OSError):
-            handle = os.open(f"{self.pid}/task", os.O_RDONLY, dir_fd=self.processes)
-            try:
-                return len(os.listdir(handle))
-            finally:
-                os.close(handle)
-        return 0
-
-    def _of_death(self, status: int) -> str:
-        """What a program that ended without standing at the gate again ended with."""
-        code = os.waitstatus_to_exitcode(status)
-        if code == -signal.SIGSYS:
-            return "made a system call that is not allowed"
-        if code == -signal.SIGXCPU:
-            return f"did not end within {self.seconds:g} s"
-        if code < 0:
-            return f"was ended by signal {signal.Signals(-code).name}"
-        error = _error(self.tail.decode("utf-8", "replace"))
-        return error or f"left before its end, with exit status {code}"
+def _death(pid: int) -> str:
+    """What a process that has closed its pipe ended with; it is left to be waited for again."""
+    ended = os.pidfd_open(pid)
+    poller = select.poll()
+    poller.register(ended, select.POLLIN)
+    dead = poller.poll(1000)
+    os.close(ended)
+    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT) if dead else None
+    if found is None:
+        return "closed the pipe to its test"
+    if found.si_code == os.CLD_EXITED:
+        return f"left before its end, with exit status {found.si_status}"
+    if found.si_status == signal.SIGSYS:
+        return "made a system call that is not allowed"
+    # Signals of real time have numbers only.
+    names = {known.value: known.name for known in signal.Signals}
+    return f"was ended by signal {names.get(found.si_status, found.si_status)}"
 
 
-def _error(printed: str) -> str | None:
-    """The line that names the error in what an interpreter printed."""
-    _, found, trace = printed.rpartition("Traceback (most recent call last):\n")
-    lines = trace.splitlines() if found else []
-    return next((line[:300] for line in lines if line and not line.startswith(" ")), None)
+def _remove(folder: str) -> None:
+    """Delete a folder, however deep and whatever rights a program took from what is in it.
 
-
-def _make_removable(remove: Callable[[str], object], path: str, _: object) -> None:
-    """A folder that its program made unreadable, once more."""
-    with suppress(OSError):
-        os.chmod(os.path.dirname(path), 0o700)
-        os.chmod(path, 0o700)
-        remove(path)
+    What is in a folder of it is moved up before that is deleted, so that no path grows long.
+    """
+    while entries := list(os.scandir(folder)):
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            os.chmod(entry.path, 0o700)
+            for inner in list(os.scandir(entry.path)):
+                if inner.is_dir(follow_symlinks=False):
+                    os.chmod(inner.path, 0o700)  # or it could not be moved
+                os.rename(inner.path, f"{folder}/{os.urandom(16).hex()}")
+            os.rmdir(entry.path)
+    os.rmdir(folder)

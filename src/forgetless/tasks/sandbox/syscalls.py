@@ -14,42 +14,37 @@ __all__ = ["ARCHITECTURES", "NUMBERS", "program"]
 ALLOWED = """
     read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 close close_range
     lseek open openat openat2 creat stat lstat fstat newfstatat statx access faccessat faccessat2
-    readlink readlinkat getdents getdents64 getcwd chdir fchdir mkdir mkdirat rmdir rename
-    renameat renameat2 link linkat unlink unlinkat symlink symlinkat truncate ftruncate fallocate
-    fsync fdatasync flock fcntl umask statfs fstatfs fadvise64 copy_file_range sendfile splice tee
-    dup dup2 dup3 pipe pipe2 select pselect6 poll ppoll epoll_create epoll_create1 epoll_ctl
-    epoll_wait epoll_pwait epoll_pwait2 eventfd eventfd2 timerfd_create timerfd_settime
-    timerfd_gettime sendto recvfrom sendmsg recvmsg shutdown getsockopt setsockopt getsockname
-    getpeername mmap mprotect munmap mremap madvise brk membarrier futex futex_waitv
-    set_tid_address set_robust_list get_robust_list rseq sched_yield sched_getaffinity
-    sched_getparam sched_getscheduler sched_get_priority_max sched_get_priority_min rt_sigaction
-    rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait sigaltstack
-    restart_syscall pause alarm setitimer getitimer nanosleep clock_nanosleep clock_gettime
-    clock_getres gettimeofday time times getpid gettid getppid getpgrp getpgid getsid getuid
-    geteuid getgid getegid getgroups getresuid getresgid getpriority getrlimit getrusage sysinfo
-    uname getcpu getrandom exit exit_group arch_prctl
+    readlink readlinkat getdents getdents64 getcwd chdir fchdir mkdir mkdirat rmdir rename renameat
+    renameat2 link linkat unlink unlinkat symlink symlinkat ftruncate fsync fdatasync flock umask
+    statfs fstatfs fadvise64 copy_file_range sendfile dup dup2 dup3 pipe pipe2 select pselect6 poll
+    ppoll epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd eventfd2
+    timerfd_create timerfd_settime timerfd_gettime sendto recvfrom sendmsg recvmsg shutdown
+    getsockopt setsockopt getsockname getpeername mprotect munmap mremap madvise brk membarrier
+    futex futex_waitv set_tid_address set_robust_list get_robust_list rseq sched_yield
+    sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max
+    sched_get_priority_min rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend
+    rt_sigtimedwait sigaltstack restart_syscall pause alarm setitimer getitimer nanosleep
+    clock_nanosleep clock_gettime clock_getres gettimeofday time times getpid gettid getppid getpgrp
+    getpgid getsid getuid geteuid getgid getegid getgroups getresuid getresgid getpriority getrlimit
+    getrusage sysinfo uname getcpu getrandom exit exit_group arch_prctl
 """
 
 FATAL = """
-    fork vfork execve execveat kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo
-    pidfd_send_signal pidfd_open pidfd_getfd ptrace process_vm_readv process_vm_writev
-    process_madvise kcmp socket connect bind listen accept accept4 io_uring_setup io_uring_enter
-    io_uring_register setrlimit setpriority sched_setscheduler sched_setparam sched_setattr setuid
-    setgid setreuid setregid setresuid setresgid setgroups setfsuid setfsgid capset setsid setpgid
-    personality mount umount2 pivot_root chroot unshare setns move_mount open_tree fsopen fsmount
-    fsconfig fspick mount_setattr memfd_create memfd_secret shmget shmat shmctl semget semop
-    semctl semtimedop msgget msgsnd msgrcv msgctl mq_open mq_unlink add_key request_key keyctl bpf
-    perf_event_open userfaultfd fanotify_init open_by_handle_at name_to_handle_at mknod mknodat
-    chown fchown lchown fchownat init_module finit_module delete_module kexec_load kexec_file_load
-    reboot swapon swapoff sethostname setdomainname settimeofday clock_settime clock_adjtime
-    adjtimex acct quotactl syslog iopl ioperm vhangup
+    fork vfork execve execveat kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_send_signal
+    pidfd_open pidfd_getfd ptrace process_vm_readv process_vm_writev process_madvise kcmp socket
+    connect bind listen accept accept4 io_uring_setup io_uring_enter io_uring_register setrlimit
+    setpriority sched_setscheduler sched_setparam sched_setattr setuid setgid setreuid setregid
+    setresuid setresgid setgroups setfsuid setfsgid capset setsid setpgid personality mount umount2
+    pivot_root chroot unshare setns memfd_create userfaultfd mknod mknodat chown fchown lchown
+    fchownat
 """
-"""Other programs, signals, sockets, limits, identities, mounts, memory that is shared."""
+"""Other programs, signals, sockets, limits, identities, mounts."""
 
 CHANGES = """
-    chmod fchmod fchmodat fchmodat2 utime utimes utimensat futimesat
+    chmod fchmod fchmodat fchmodat2 utime utimes utimensat futimesat truncate fallocate splice tee
 """
-"""Rights and times of files: neither Landlock nor a limit covers them, a private root does."""
+"""What only a private root covers: rights, times and (before its version 3) lengths of files are
+nothing to Landlock, and what the last three write is not counted where the disk has no limit."""
 
 _TABLE = """
     read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 preadv:295:69
@@ -66,44 +61,33 @@ _TABLE = """
     epoll_ctl:233:21 epoll_wait:232:- epoll_pwait:281:22 epoll_pwait2:441:441 eventfd:284:-
     eventfd2:290:19 timerfd_create:283:85 timerfd_settime:286:86 timerfd_gettime:287:87
     sendto:44:206 recvfrom:45:207 sendmsg:46:211 recvmsg:47:212 shutdown:48:210 getsockopt:55:209
-    setsockopt:54:208 getsockname:51:204 getpeername:52:205 mmap:9:222 mprotect:10:226
-    munmap:11:215 mremap:25:216 madvise:28:233 brk:12:214 membarrier:324:283 futex:202:98
-    futex_waitv:449:449 set_tid_address:218:96 set_robust_list:273:99 get_robust_list:274:100
-    rseq:334:293 sched_yield:24:124 sched_getaffinity:204:123 sched_getparam:143:121
-    sched_getscheduler:145:120 sched_get_priority_max:146:125 sched_get_priority_min:147:126
-    rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136
-    rt_sigsuspend:130:133 rt_sigtimedwait:128:137 sigaltstack:131:132 restart_syscall:219:128
-    pause:34:- alarm:37:- setitimer:38:103 getitimer:36:102 nanosleep:35:101
-    clock_nanosleep:230:115 clock_gettime:228:113 clock_getres:229:114 gettimeofday:96:169
-    time:201:- times:100:153 getpid:39:172 gettid:186:178 getppid:110:173 getpgrp:111:-
-    getpgid:121:155 getsid:124:156 getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177
-    getgroups:115:158 getresuid:118:148 getresgid:120:150 getpriority:140:141 getrlimit:97:163
-    getrusage:98:165 sysinfo:99:179 uname:63:160 getcpu:309:168 getrandom:318:278 exit:60:93
-    exit_group:231:94 arch_prctl:158:- fork:57:- vfork:58:- execve:59:221 execveat:322:281
-    kill:62:129 tkill:200:130 tgkill:234:131 rt_sigqueueinfo:129:138 rt_tgsigqueueinfo:297:240
-    pidfd_send_signal:424:424 pidfd_open:434:434 pidfd_getfd:438:438 ptrace:101:117
-    process_vm_readv:310:270 process_vm_writev:311:271 process_madvise:440:440 kcmp:312:272
-    socket:41:198 connect:42:203 bind:49:200 listen:50:201 accept:43:202 accept4:288:242
-    io_uring_setup:425:425 io_uring_enter:426:426 io_uring_register:427:427 setrlimit:160:164
-    setpriority:141:140 sched_setscheduler:144:119 sched_setparam:142:118 sched_setattr:314:274
-    setuid:105:146 setgid:106:144 setreuid:113:145 setregid:114:143 setresuid:117:147
-    setresgid:119:149 setgroups:116:159 setfsuid:122:151 setfsgid:123:152 capset:126:91
-    setsid:112:157 setpgid:109:154 personality:135:92 mount:165:40 umount2:166:39
-    pivot_root:155:41 chroot:161:51 unshare:272:97 setns:308:268 move_mount:429:429
-    open_tree:428:428 fsopen:430:430 fsmount:432:432 fsconfig:431:431 fspick:433:433
-    mount_setattr:442:442 memfd_create:319:279 memfd_secret:447:447 shmget:29:194 shmat:30:196
-    shmctl:31:195 semget:64:190 semop:65:193 semctl:66:191 semtimedop:220:192 msgget:68:186
-    msgsnd:69:189 msgrcv:70:188 msgctl:71:187 mq_open:240:180 mq_unlink:241:181 add_key:248:217
-    request_key:249:218 keyctl:250:219 bpf:321:280 perf_event_open:298:241 userfaultfd:323:282
-    fanotify_init:300:262 open_by_handle_at:304:265 name_to_handle_at:303:264 mknod:133:-
-    mknodat:259:33 chown:92:- fchown:93:55 lchown:94:- fchownat:260:54 init_module:175:105
-    finit_module:313:273 delete_module:176:106 kexec_load:246:104 kexec_file_load:320:294
-    reboot:169:142 swapon:167:224 swapoff:168:225 sethostname:170:161 setdomainname:171:162
-    settimeofday:164:170 clock_settime:227:112 clock_adjtime:305:266 adjtimex:159:171 acct:163:89
-    quotactl:179:60 syslog:103:116 iopl:172:- ioperm:173:- vhangup:153:58 chmod:90:- fchmod:91:52
-    fchmodat:268:53 fchmodat2:452:452 utime:132:- utimes:235:- utimensat:280:88 futimesat:261:-
-    clone:56:220 clone3:435:435 prlimit64:302:261 ioctl:16:29 socketpair:53:199 prctl:157:167
-    seccomp:317:277
+    setsockopt:54:208 getsockname:51:204 getpeername:52:205 mmap:9:222 mprotect:10:226 munmap:11:215
+    mremap:25:216 madvise:28:233 brk:12:214 membarrier:324:283 futex:202:98 futex_waitv:449:449
+    set_tid_address:218:96 set_robust_list:273:99 get_robust_list:274:100 rseq:334:293
+    sched_yield:24:124 sched_getaffinity:204:123 sched_getparam:143:121 sched_getscheduler:145:120
+    sched_get_priority_max:146:125 sched_get_priority_min:147:126 rt_sigaction:13:134
+    rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136 rt_sigsuspend:130:133
+    rt_sigtimedwait:128:137 sigaltstack:131:132 restart_syscall:219:128 pause:34:- alarm:37:-
+    setitimer:38:103 getitimer:36:102 nanosleep:35:101 clock_nanosleep:230:115 clock_gettime:228:113
+    clock_getres:229:114 gettimeofday:96:169 time:201:- times:100:153 getpid:39:172 gettid:186:178
+    getppid:110:173 getpgrp:111:- getpgid:121:155 getsid:124:156 getuid:102:174 geteuid:107:175
+    getgid:104:176 getegid:108:177 getgroups:115:158 getresuid:118:148 getresgid:120:150
+    getpriority:140:141 getrlimit:97:163 getrusage:98:165 sysinfo:99:179 uname:63:160 getcpu:309:168
+    getrandom:318:278 exit:60:93 exit_group:231:94 arch_prctl:158:- fork:57:- vfork:58:-
+    execve:59:221 execveat:322:281 kill:62:129 tkill:200:130 tgkill:234:131 rt_sigqueueinfo:129:138
+    rt_tgsigqueueinfo:297:240 pidfd_send_signal:424:424 pidfd_open:434:434 pidfd_getfd:438:438
+    ptrace:101:117 process_vm_readv:310:270 process_vm_writev:311:271 process_madvise:440:440
+    kcmp:312:272 socket:41:198 connect:42:203 bind:49:200 listen:50:201 accept:43:202
+    accept4:288:242 io_uring_setup:425:425 io_uring_enter:426:426 io_uring_register:427:427
+    setrlimit:160:164 setpriority:141:140 sched_setscheduler:144:119 sched_setparam:142:118
+    sched_setattr:314:274 setuid:105:146 setgid:106:144 setreuid:113:145 setregid:114:143
+    setresuid:117:147 setresgid:119:149 setgroups:116:159 setfsuid:122:151 setfsgid:123:152
+    capset:126:91 setsid:112:157 setpgid:109:154 personality:135:92 mount:165:40 umount2:166:39
+    pivot_root:155:41 chroot:161:51 unshare:272:97 setns:308:268 memfd_create:319:279
+    userfaultfd:323:282 mknod:133:- mknodat:259:33 chown:92:- fchown:93:55 lchown:94:-
+    fchownat:260:54 chmod:90:- fchmod:91:52 fchmodat:268:53 fchmodat2:452:452 utime:132:-
+    utimes:235:- utimensat:280:88 futimesat:261:- clone:56:220 clone3:435:435 prlimit64:302:261
+    ioctl:16:29 socketpair:53:199 prctl:157:167 seccomp:317:277
 """
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -126,15 +110,18 @@ _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 _CLONE_THREAD, _SOCK_STREAM = 0x10000, 1
 # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+# Duplicates, flags and locks. Others have a signal sent to any process of the user (F_SETOWN).
+_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030)
+_MAP_SHARED, _MAP_ANONYMOUS = 0x01, 0x20
 
 Instruction = tuple[int, int, int, int]
 
 
-def program(*, changes: bool) -> bytes:
+def program(*, private_root: bool) -> bytes:
     """The filter as an array of `struct sock_filter`.
 
     Args:
-        changes: whether rights and times of files may be changed.
+        private_root: whether there is one; without it, fewer calls are allowed.
     """
     code: list[Instruction] = [
         (_LOAD, 0, 0, _ARCHITECTURE),
@@ -145,7 +132,7 @@ def program(*, changes: bool) -> bytes:
         (_JUMP_NOT_LESS, 0, 1, 0x40000000),
         (_RETURN, 0, 0, _KILL),
     ]
-    for name in (*ALLOWED.split(), *(CHANGES.split() if changes else ())):
+    for name in (*ALLOWED.split(), *(CHANGES.split() if private_root else ())):
         code += _verdict(name, _ALLOW)
     for name in FATAL.split():
         code += _verdict(name, _KILL)
@@ -156,6 +143,10 @@ def program(*, changes: bool) -> bytes:
     code += _depends("clone", 0, [(_AND, 0, 0, _CLONE_THREAD), (_JUMP_EQUAL, 1, 0, 0)])
     code += _depends("socketpair", 1, [(_AND, 0, 0, 0xF), (_JUMP_EQUAL, 0, 1, _SOCK_STREAM)])
     code += _depends("ioctl", 1, _one_of(_IOCTLS), otherwise=_ERROR | _ENOTTY)
+    code += _depends("fcntl", 1, _one_of(_FCNTLS))
+    # What is written to a file through memory is not counted either.
+    shared = [(_AND, 0, 0, _MAP_SHARED | _MAP_ANONYMOUS), (_JUMP_EQUAL, 1, 0, _MAP_SHARED)]
+    code += _depends("mmap", 3, [] if private_root else shared, otherwise=_ERROR | _EPERM)
     code += _no_new_limits()
     code.append((_RETURN, 0, 0, _ERROR | _ENOSYS))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
