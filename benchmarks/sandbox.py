@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from forgetless.tasks import MBPP, HumanEval
+from forgetless.tasks.humaneval import HumanEval
+from forgetless.tasks.mbpp import MBPP
 from forgetless.tasks.sandbox import _Supervisor, run_code
 from forgetless.tasks.sandbox.confine import landlock_version
 

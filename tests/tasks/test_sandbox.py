@@ -27,7 +27,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forgetless.core.errors import UserError
-from forgetless.tasks import MBPP, CodeResult, HumanEval, run_code
+from forgetless.tasks import CodeResult, run_code
+from forgetless.tasks.humaneval import HumanEval
+from forgetless.tasks.mbpp import MBPP
 from forgetless.tasks.sandbox import _idle, _Supervisor, plain
 from forgetless.tasks.sandbox.confine import landlock_version
 from tests.hostile import FORGED, HOSTILE
