@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from forgetless import attach, collect
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.models.load import target_layers
-from forgetless.recipes.memory import RunMemory, StepMemory, _Alive, run_memory, step_memory
+from forgetless.recipes.memory import RunMemory, StepMemory, _Alive, around_step, step_memory
 from forgetless.recipes.recipe import Recipe
 from forgetless.training.settings import TrainingSettings
 
@@ -142,7 +142,8 @@ def of_a_run(method: str, **calibration: Any) -> RunMemory:
             "training": {"epochs": 1.0, "batch_size": 2},
         }
     )
-    return run_memory(llama("wide", "meta"), recipe, 16)
+    step = step_memory(llama("wide", "meta"), recipe.adapter, recipe.training, length=16)
+    return around_step(llama("wide", "meta"), recipe, step)
 
 
 def test_statistics_hold_their_matrices_or_what_the_budget_allows() -> None:

@@ -108,11 +108,12 @@ def test_a_budget_that_ended_the_training_is_told_with_the_step_of_the_weights(
         tiny_base, tiny_files, probes={"forgetting": [str(tiny_files / "old.txt")], **budget}
     )
     found = run_recipe(recipe, tmp_path, evaluate=False)
-    over = found.record["training"]["exceeded"]
-    text = text_of(found.folder / "adapter")
+    trained, text = found.record["training"], text_of(found.folder / "adapter")
+    over = trained["exceeded"]
     said = f"| steps | {over['kept_step']}; ended by the budget: at step {over['step']} kl reached"
     assert said in text
-    assert "final loss" not in text
+    assert trained["steps"] == over["kept_step"]
+    assert f"| final loss | {trained['final_loss']:.4g} |" in text
 
 
 def test_no_card_names_a_folder_of_this_machine(finished: Path, tiny_base: Path) -> None:

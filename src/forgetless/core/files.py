@@ -75,7 +75,7 @@ def new_folder(
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary, old = _temporary(path), _temporary(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -84,10 +84,13 @@ def new_folder(
                 _link(entry, temporary / entry.name)
         for file in [*sorted(temporary.rglob("*")), temporary]:
             _flush(file)
-        _put(temporary, path)
+        _put(temporary, path, old)
         _flush(path.parent)
     finally:
-        remove(temporary)  # by now the old folder, where there was one
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for left in (temporary, old):  # the first is by now the old folder, if it was exchanged
+            remove(left)
 
 
 def _temporary(path: Path) -> Path:
@@ -121,29 +124,21 @@ def _link(old: Path, new: Path) -> None:
         link(str(old), str(new))
 
 
-def _put(new: Path, path: Path) -> None:
-    """Rename a folder to ``path``; what had the name before is then at ``new``, or gone."""
+def _put(new: Path, path: Path, old: Path) -> None:
+    """Rename a folder to ``path``; what had the name before is then at ``new`` or at ``old``."""
+    taken = errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES
     while True:
         try:
             new.rename(path)
             return
         except OSError as problem:
-            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES):
+            if problem.errno not in taken:
                 raise
         if _exchange(new, path):
             return
-        old = _temporary(path)
-        with suppress(FileNotFoundError):  # another writer's first rename was faster
+        remove(old)
+        with suppress(FileNotFoundError):  # another writer was faster
             path.rename(old)
-        try:
-            new.rename(path)
-            remove(old)
-            return
-        except OSError as problem:
-            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another writer's is there
-                old.rename(path)
-                raise
-            remove(old)
 
 
 def _exchange(a: Path, b: Path) -> bool:

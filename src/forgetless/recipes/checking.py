@@ -210,17 +210,15 @@ def load_recipe(
 
 def _well_formed_part(content: dict[str, Any]) -> Recipe | None:
     """The recipe without its malformed values; None when what is left is no recipe."""
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        details = error.errors()
-    for detail in details:
-        section: Any = content
-        for part in detail["loc"][:-1]:
-            section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict) and detail["loc"]:
-            section.pop(detail["loc"][-1], None)
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError:
-        return None
+    for _ in range(2):
+        try:
+            return Recipe.model_validate(content)
+        except ValidationError as error:
+            details = error.errors()
+        for detail in details:
+            section: Any = content
+            for part in detail["loc"][:-1]:
+                section = section.get(part) if isinstance(section, dict) else None
+            if isinstance(section, dict) and detail["loc"]:
+                section.pop(detail["loc"][-1], None)
+    return None

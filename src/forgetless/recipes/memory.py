@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -44,7 +43,6 @@ __all__ = [
     "RunMemory",
     "StepMemory",
     "around_step",
-    "run_memory",
     "statistics_matrices",
     "step_memory",
 ]
@@ -103,24 +101,14 @@ class RunMemory:
         return max(self.statistics, self.start, self.step.total)
 
 
-def run_memory(model: Any, recipe: Recipe, length: int, *, several: bool = False) -> RunMemory:
-    """The memory of a run, from its stages; measuring the tasks, and penalties, are not looked at.
+def around_step(model: Any, recipe: Recipe, step: StepMemory) -> RunMemory:
+    """The memory of a run whose training step is known; measuring and penalties are left out.
 
     Args:
-        model: the base on the meta device, in the number format that the recipe loads it in; it
-            is left as it is.
+        model: the base on the meta device, in the number format that the recipe loads it in.
         recipe: the run.
-        length: tokens of the longest row of a batch.
-        several: whether rows hold several sequences, which needs a mask between them.
+        step: its training step, from `step_memory`.
     """
-    step = step_memory(
-        deepcopy(model), recipe.adapter, recipe.training, length=length, masked=several
-    )
-    return around_step(model, recipe, step)
-
-
-def around_step(model: Any, recipe: Recipe, step: StepMemory) -> RunMemory:
-    """The memory of a run whose training step is known; see `run_memory`."""
     method, adapter = METHODS[recipe.adapter.method], recipe.adapter
     if method.factors is None:
         return RunMemory(0, 0, step, 0)
@@ -311,14 +299,10 @@ def _most_alive(
     gradients: bool = False,
     masked: bool = False,
 ) -> int:
-    """Most bytes alive at once while `work` runs on tokens of a shape; its weights aside.
+    """Most bytes alive at once while `work` runs on tokens (batch, tokens), its weights aside.
 
-    Args:
-        work: called with tokens, and with a mask where there is one.
-        shape: (batch, tokens).
-        bf16: whether it runs under bfloat16 autocast.
-        gradients: whether those of the weights are there before; they are then not counted.
-        masked: whether to give a mask (batch, 1, tokens, tokens).
+    Where `gradients` of the weights are there before, these are not counted either. A mask is
+    (batch, 1, tokens, tokens).
     """
     with FakeTensorMode():
         content = {name: _fake(p, p.requires_grad) for name, p in work.named_parameters()}
@@ -342,10 +326,9 @@ def _fake(like: Tensor, trained: bool) -> Tensor:
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of every storage from when it is made to when it is let go.
+    """Counts the bytes of every storage, from when it is made to when it is let go.
 
-    Args:
-        before: tensors that are there already, whose views are not counted either.
+    What is there `before` is not counted, and neither are views of it.
     """
 
     def __init__(self, before: Iterable[Tensor]) -> None:

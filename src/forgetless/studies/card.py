@@ -13,7 +13,7 @@ from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
 from forgetless.methods import METHODS
 from forgetless.recipes.recipe import Recipe
-from forgetless.scores.comparison import Comparison, TaskChange, compare
+from forgetless.scores.comparison import Comparison, compare
 from forgetless.scores.files import read_scores
 from forgetless.scores.showing import sentence
 from forgetless.studies.folder import RunFolder
@@ -37,136 +37,96 @@ def write_run_card(
     config = read_json(folder / CONFIG_FILE)
     if not config:
         return
-    recipe = Recipe.load(run.recipe)
-    record = read_json(run.record)
-    if error is None:
-        error = record.get("export", {}).get("relative_error")
-    comparison, learning = _measured(run)
+    recipe, record = Recipe.load(run.recipe), read_json(run.record)
+    try:
+        base, final = read_scores(run.path, "base"), read_scores(run.path, "final")
+        scores = score_paragraphs(compare(base.scores, final.scores), base.learning)
+    except UserError:  # not measured yet
+        scores = []
     card = Card(
         base=recipe.base,
         config=config,
         method=recipe.adapter.method,
         options=recipe.adapter.options,
-        error=error,
-        settings=_run_settings(recipe, record, read_json(run.analysis)),
-        scores=[] if comparison is None else score_paragraphs(comparison, learning),
+        error=record.get("export", {}).get("relative_error") if error is None else error,
+        settings=_settings(run, recipe, record.get("training", {})),
+        scores=scores,
         versions=record.get("versions", {}),
     )
     write(folder, card)
 
 
-def _measured(run: RunFolder) -> tuple[Comparison | None, frozenset[str]]:
-    """The final scores against the base's, where both were measured."""
-    try:
-        base, final = read_scores(run.path, "base"), read_scores(run.path, "final")
-        return compare(base.scores, final.scores), base.learning
-    except UserError:
-        return None, frozenset()
-
-
 def score_paragraphs(comparison: Comparison, learning: frozenset[str]) -> list[str]:
-    rows = sorted(comparison, key=lambda row: row.task not in learning)
     level = f"{comparison.level:.0%}".replace("%", " %")
+    rows = sorted(comparison, key=lambda row: row.task not in learning)
+    cells = [
+        [
+            f"`{row.task}`",
+            "learning" if row.task in learning else "forgetting",
+            row.metric.partition(",")[0],
+            f"{row.base:.4g}",
+            f"{row.score:.4g}",
+            f"{row.difference:+.3g}",
+            "unknown"
+            if math.isnan(row.interval[0])
+            else "{:+.3g} to {:+.3g}".format(*row.interval),
+            str(row.n),
+            "–" if math.isnan(row.retention) else f"{100 * row.retention:.3g} %",
+        ]
+        for row in rows
+    ]
     head = ["task", "", "metric", "base", "adapter", "change", f"{level} interval", "items", "kept"]
-    scores = table(head, [_score_cells(row, row.task in learning) for row in rows])
-    said = "\n".join(f"- `{row.task}`: {sentence(row)}." for row in rows)
-    parts = [scores, said]
+    parts = [table(head, cells), "\n".join(f"- `{row.task}`: {sentence(row)}." for row in rows)]
     averages = [average for average in comparison.averages if not average.missing]
     if averages:
-        cells = [[a.name, f"{a.base:.4f}", f"{a.score:.4f}"] for a in averages]
-        parts.append(table(["average", "base", "adapter"], cells))
+        means = [[a.name, f"{a.base:.4f}", f"{a.score:.4f}"] for a in averages]
+        parts.append(table(["average", "base", "adapter"], means))
     if comparison.unmatched:
         parts.append(f"Not measured for both: {', '.join(comparison.unmatched)}.")
-    note = (
+    parts.append(
         f"Base and adapter answered the same items; the {level} interval is that of the "
         "difference over items. *Kept* is the share of the base's score that is left. Loss and KL "
         "are in nats per token, and lower is better."
     )
-    return [*parts, note]
+    return parts
 
 
-def _score_cells(row: TaskChange, learned: bool) -> list[str]:
-    low, high = row.interval
-    return [
-        f"`{row.task}`",
-        "learning" if learned else "forgetting",
-        row.metric.partition(",")[0],
-        f"{row.base:.4g}",
-        f"{row.score:.4g}",
-        f"{row.difference:+.3g}",
-        "unknown" if math.isnan(low) else f"{low:+.3g} to {high:+.3g}",
-        str(row.n),
-        "–" if math.isnan(row.retention) else f"{100 * row.retention:.3g} %",
-    ]
-
-
-def _run_settings(
-    recipe: Any, record: Mapping[str, Any], analysis: Mapping[str, Any]
-) -> dict[str, str]:
+def _settings(run: RunFolder, recipe: Recipe, trained: Mapping[str, Any]) -> dict[str, str]:
     """The rows of a run: what it was trained on, for how long, and what it was told to keep."""
-    adapter, training, data = recipe.adapter, recipe.training, recipe.data
-    trained = record.get("training", {})
-    update = analysis.get("relative_update")
-    sources = ", ".join(
-        file_name(path) + (f" (weight {weight:g})" if len(data.sources) > 1 else "")
-        for path, weight in data.sources
-    )
+    adapter, training, text = recipe.adapter, recipe.training, recipe.calibration
+    data = recipe.data.sources
+    sources = [file_name(path) + (f" (weight {w:g})" if len(data) > 1 else "") for path, w in data]
+    kept, method = "none: this start reads no text", METHODS.get(adapter.method)
+    if method is not None and method.needs:
+        called = {"self": "sampled from the base itself", "data": "the training data"}
+        read = [called.get(name) or file_name(name) for name, _ in text.sources(method.name)]
+        kept = f"{' and '.join(read)}; {text.samples} texts of at most {text.max_length} tokens"
+    steps = trained.get("steps", training.steps or "")
+    if over := trained.get("exceeded"):
+        seen = f"at step {over['step']} {over['probe']} reached {over['value']:.3g}"
+        steps = f"{over['kept_step']}; ended by the budget: {seen}"
+    optimiser = [
+        f"{training.optimizer}, learning rate {training.learning_rate:g}",
+        f"{training.schedule}, warm-up {training.warmup_ratio:g}",
+        *[f"{title} {value:g}" for title, value in titled_settings(training).items()],
+        f"weight decay {training.weight_decay:g}, {training.precision}",
+    ]
+    limits = {"KL to the base": recipe.probes.max_kl, "drop of a score": recipe.probes.max_drop}
+    loss = trained.get("final_loss")
+    update = read_json(run.analysis, damaged_as_missing=True).get("relative_update")
     return {
         "rank and alpha in training": f"{adapter.rank}, {adapter.alpha:g}",
         "dropout": f"{adapter.dropout:g}",
-        "training data": sources,
-        "knowledge to keep": _kept_text(recipe),
-        "steps": _steps(trained, training),
+        "training data": ", ".join(sources),
+        "knowledge to keep": kept,
+        "steps": str(steps),
         "batch": str(training.batch_size * training.gradient_accumulation),
-        "optimiser": _optimiser(training),
+        "optimiser": ", ".join(optimiser),
         "penalties": "; ".join(map(words_of, recipe.penalties)),
-        "budget of forgetting": _budget(recipe.probes),
-        "final loss": _final_loss(trained),
+        "budget of forgetting": ", ".join(
+            f"{name} at most {most:g}" for name, most in limits.items() if most is not None
+        ),
+        "final loss": "" if loss is None else f"{loss:.4g}",
         "size of the update": f"{update:.3g} of the weights' norm" if update else "",
         "seed": str(recipe.seed),
     }
-
-
-def _optimiser(training: Any) -> str:
-    """Name and settings; those that most trainings leave out only where they are used."""
-    return ", ".join(
-        [
-            f"{training.optimizer}, learning rate {training.learning_rate:g}",
-            f"{training.schedule}, warm-up {training.warmup_ratio:g}",
-            *[f"{title} {value:g}" for title, value in titled_settings(training).items()],
-            f"weight decay {training.weight_decay:g}, {training.precision}",
-        ]
-    )
-
-
-def _budget(probes: Any) -> str:
-    limits = {"KL to the base": probes.max_kl, "drop of a score": probes.max_drop}
-    return ", ".join(f"{name} at most {at:g}" for name, at in limits.items() if at is not None)
-
-
-def _steps(trained: Mapping[str, Any], training: Any) -> str:
-    """Those that the weights have behind them; fewer than were planned where a budget ended it."""
-    over = trained.get("exceeded")
-    if not over:
-        return str(trained.get("steps", training.steps or ""))
-    seen = f"at step {over['step']} {over['probe']} reached {over['value']:.3g}"
-    return f"{over['kept_step']}; ended by the budget: {seen}"
-
-
-def _final_loss(trained: Mapping[str, Any]) -> str:
-    """Of the weights that the adapter has; not known of those that a training went back to."""
-    over = trained.get("exceeded")
-    went_back = over and over["kept_step"] != over["step"]
-    return f"{trained['final_loss']:.4g}" if "final_loss" in trained and not went_back else ""
-
-
-def _kept_text(recipe: Any) -> str:
-    """The calibration text, where the method reads one."""
-    known = METHODS.get(recipe.adapter.method)
-    if known is None or not known.needs:
-        return "none: this start reads no text"
-    text = recipe.calibration
-    called = {"self": "sampled from the base itself", "data": "the training data"}
-    sources = [called.get(name) or file_name(name) for name, _ in text.sources(known.name)]
-    read = " and ".join(sources)
-    return f"{read}; {text.samples} texts of at most {text.max_length} tokens"

@@ -494,21 +494,8 @@ def attached(
         inputs: the arguments of `attach` that hold what the method needs.
         seed: of random starts.
     """
-    return attach(
-        model,
-        settings.method,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        target_modules=settings.target_modules,
-        dropout=settings.dropout,
-        seed=seed,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-        rank_pattern=settings.rank_pattern,
-        alpha_pattern=settings.alpha_pattern,
-        **inputs,
-        **settings.options,
-    )
+    given = settings.model_dump(exclude={"method", "options"})
+    return attach(model, settings.method, seed=seed, **given, **inputs, **settings.options)
 
 
 @torch.no_grad()
@@ -520,13 +507,7 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
 def _summary(
     statistics: Statistics | None, rank: int, sizes: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    """What run.json says of statistics; the tail energy only where it costs little.
-
-    Args:
-        statistics: of which no larger matrix is read.
-        rank: of the tail.
-        sizes: layer -> the size of its inputs.
-    """
+    """What run.json says of statistics; the tail energy where inputs, by `sizes`, are small."""
     if statistics is None:
         return None
     one_of_each = [group[0] for group in statistics.shared_inputs]
