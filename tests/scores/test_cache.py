@@ -119,6 +119,42 @@ def test_a_half_written_line_is_left_out(tmp_path: Path) -> None:
     assert [json.loads(line).get("values") for line in lines] == [None, [1.5, 2.5], [3.5]]
 
 
+@pytest.mark.parametrize(
+    ("line", "damage"),
+    [(0, b"\0\0\0"), (0, b"[]"), (1, b'{"batch": 3}'), (1, b"\xff\xfe"), (1, b"[1]"), (2, b"}")],
+)
+def test_what_is_damaged_of_a_partial_file_is_measured_again(
+    tmp_path: Path, line: int, damage: bytes
+) -> None:
+    path = tmp_path / "partial.jsonl"
+    with resuming(path, "k"):
+        for place in (0, 1):
+            asked("a", [place], [float(place)], texts=2)
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:line], damage, *lines[line + 1 :]]))
+    for _ in range(2):
+        with resuming(path, "k"):
+            found = [asked("a", [place], [float(place)], texts=2) for place in (0, 1)]
+        assert found == [[0.0], [1.0]]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_damaged_score_is_measured_again(
+    suffix: str, specs: list[dict[str, Any]], tiny_base: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
+    task, cache = make_task(specs[0]), ScoreCache(tmp_path)
+
+    def found() -> TaskResult:
+        return without_time(
+            cache.result(task, "m", measure=lambda: task.evaluate(model, tokenizer))
+        )
+
+    whole = found()
+    cache.paths(task, "m")[0].with_suffix(suffix).write_bytes(b'{"value": ')
+    assert found() == whole == found()
+
+
 def test_another_key_content_order_or_batch_is_another_measurement(tmp_path: Path) -> None:
     path = tmp_path / "partial.jsonl"
     with resuming(path, "k"):

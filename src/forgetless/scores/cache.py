@@ -10,11 +10,13 @@ A model or a task that changes has another key, so nothing here is ever out of d
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from forgetless.core.errors import UserError
 from forgetless.core.files import (
     lock,
     read_json,
@@ -28,6 +30,8 @@ from forgetless.tasks.base import Item, Task, TaskResult
 from forgetless.tasks.journal import resuming
 
 __all__ = ["ScoreCache", "default_folder", "digest"]
+
+_log = logging.getLogger(__name__)
 
 
 def digest(*parts: str) -> str:
@@ -77,7 +81,7 @@ class ScoreCache:
         """
         score, items = self.paths(task, *model)
         with lock(score.with_suffix(".lock")):
-            if not score.exists():
+            if not _is_intact(score, items):
                 remove_temporaries(score.parent, score.stem)
                 partial = score.with_suffix(".partial.jsonl")
                 with resuming(partial, score.stem):
@@ -88,3 +92,13 @@ class ScoreCache:
         kept = [Item.from_json(line) for line in read_jsonl(items)]
         # The task may go by another name than when it was measured.
         return replace(TaskResult.from_json(read_json(score), kept), task=task.name)
+
+
+def _is_intact(score: Path, items: Path) -> bool:
+    """Whether both files can be read; what is damaged is measured again."""
+    try:
+        read_jsonl(items)
+        return bool(read_json(score))
+    except UserError as damage:
+        _log.warning("%s", damage)
+        return False

@@ -34,18 +34,21 @@ class _Journal:
         self._read(key)
 
     def _read(self, key: str) -> None:
-        """Take over the lines of the same evaluation; a half-written last line is cut off."""
+        """Take over the lines of the same evaluation, up to one that is cut off or damaged."""
         self.file.seek(0)
-        whole, newline, _ = self.file.read().rpartition("\n")
-        lines = whole.split("\n") if newline else []
-        same = bool(lines) and json.loads(lines[0]) == {"key": key}
+        kept = [json.dumps({"key": key})]
+        try:
+            lines = self.file.read().split("\n")[:-1]
+            for line in lines[1:] if lines[:1] == kept else []:
+                entry = json.loads(line)
+                self.done[entry["batch"]] = entry["values"]
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            pass  # what follows is measured again
         self.file.seek(0)
         self.file.truncate()
-        self.file.write("\n".join([*lines, ""]) if same else json.dumps({"key": key}) + "\n")
+        self.file.write("\n".join([*kept, ""]))
         self.file.flush()
-        for line in lines[1:] if same else []:
-            entry = json.loads(line)
-            self.done[entry["batch"]] = entry["values"]
 
     def add(self, batch: str, values: Sequence[Any]) -> None:
         self.done[batch] = list(values)
