@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from forgetless.methods.table import as_markdown
+from forgetless.reports.arms import gather_rows
 from forgetless.reports.durations import Course, Matched, course_of_rows, matched_over_steps
-from forgetless.reports.evidence import Task, read_csv, tasks_of
+from forgetless.reports.evidence import TaskInfo, read_csv, tasks_of
 from forgetless.reports.figures import draw_pairs
 from forgetless.reports.numbers import (
     NOT_MEASURED,
@@ -26,7 +27,6 @@ from forgetless.reports.numbers import (
     unit_in_full,
 )
 from forgetless.reports.payload import course_chart
-from forgetless.reports.rates import tried
 from forgetless.scores.seeds import Estimate
 
 DOCS = Path(__file__).parent
@@ -80,7 +80,7 @@ def draw(file: Path) -> None:
         draw_pairs(course_chart(course), course.labels, file.with_suffix(".png"))
 
 
-def _by_step(course: Course, task: Task) -> str:
+def _by_step(course: Course, task: TaskInfo) -> str:
     base = next((m for track in course.tracks for m in track.moments if m.step == 0), None)
     heads = ["arm", *(f"step {step}" for step in course.steps)]
     rows = []
@@ -104,16 +104,17 @@ def _rates(rows: Sequence[dict[str, object]]) -> str:
     heads = ["arm", "learning rate", *(unit(task) for task in tasks)]
     lines = [
         [
-            rate.arm,
-            f"{rate.learning_rate:g}{' **chosen**' if rate.is_chosen else ''}",
-            *(_cell(rate.scores.get(task.name), task) for task in tasks),
+            arm.label,
+            f"{setting.learning_rate:g}{' **chosen**' if setting is arm.best else ''}",
+            *(_cell(setting.final(task), task) for task in tasks),
         ]
-        for rate in tried(rows)
+        for arm in gather_rows(rows)
+        for setting in arm.settings
     ]
     return _table(heads, lines)
 
 
-def _cell(estimate: Estimate | None, task: Task) -> str:
+def _cell(estimate: Estimate | None, task: TaskInfo) -> str:
     if estimate is None:
         return NOT_MEASURED
     interval = f" ({interval_words(estimate, task)})" if estimate.has_error else ""

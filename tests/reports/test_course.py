@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from forgetless.reports import report
-from forgetless.reports.arms import gather
+from forgetless.reports.arms import chosen_rates, gather
 from forgetless.reports.durations import (
     Course,
     Matched,
@@ -28,7 +28,6 @@ from forgetless.reports.durations import (
     round_numbers,
 )
 from forgetless.reports.evidence import read, read_csv
-from forgetless.reports.rates import chosen_rates
 from forgetless.reports.standing import standing
 from forgetless.reports.words import answer
 from forgetless.studies.folder import CURVE_COLUMNS, curve, results, write_csv

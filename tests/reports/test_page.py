@@ -40,11 +40,11 @@ from forgetless.reports import report, summary, write_evaluation
 from forgetless.reports.arms import gather
 from forgetless.reports.changes import find_changes
 from forgetless.reports.durations import course
-from forgetless.reports.evidence import read
+from forgetless.reports.evidence import RunFiles, read
 from forgetless.reports.standing import standing
 from forgetless.reports.words import Answer, answer
 from forgetless.scores.comparison import Flip, compare
-from forgetless.scores.files import read_scores
+from forgetless.scores.files import Phase, read_scores
 from forgetless.scores.seeds import effect
 from forgetless.studies.folder import COLUMNS
 from forgetless.tasks.base import Item, TaskResult
@@ -715,6 +715,13 @@ def distances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return run.parent
 
 
+def scores_of(run: RunFiles, phase: Phase, task: str, step: int | None = None) -> list[float]:
+    """The scores of the items."""
+    result = run.result(phase, task, step)
+    assert result is not None
+    return [item.score for item in result.items]
+
+
 def test_a_distance_has_one_interval_wherever_it_stands(distances: Path) -> None:
     run = distances / "lora-00"
     row = compare(read_scores(run, "base").scores, read_scores(run).scores)["kl"]
@@ -727,7 +734,7 @@ def test_a_distance_has_one_interval_wherever_it_stands(distances: Path) -> None
     over_steps = course(evidence, arms)
     assert over_steps is not None
     [_, middle, end] = (moment.scores["kl"] for moment in over_steps.tracks[0].moments)
-    gaps = [item["score"] for item in evidence.runs[0].items("final", "kl", 150)]
+    gaps = scores_of(evidence.runs[0], "final", "kl", 150)
     assert middle.ends == pytest.approx(paired_difference([0.0] * 30, gaps).interval)
     assert end.ends == estimate.ends
     page = report(distances).read_text()
@@ -755,9 +762,8 @@ def test_several_seeds_get_the_interval_of_their_differences(tmp_path: Path) -> 
     evidence = read(folder)
     [of_task] = find_changes(evidence, gather(evidence))
     [change] = of_task.changes
-    x = np.array([
-        [item["score"] for item in run.items("final", "recall")] for run in evidence.runs
-    ]) - [item["score"] for item in evidence.runs[0].items("base", "recall")]  # fmt: skip
+    finals = np.array([scores_of(run, "final", "recall") for run in evidence.runs])
+    x = finals - scores_of(evidence.runs[0], "base", "recall")
     assert len(set(x.mean(1))) > 1
     assert change.interval == effect(x, distance=1.0).interval()
     assert "McNemar" not in report(folder).read_text()

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from forgetless.reports.compared import result_of
-from forgetless.reports.evidence import Evidence, Run, Task, number
+from forgetless.reports.evidence import (
+    Evidence,
+    Row,
+    RunFiles,
+    TaskInfo,
+    number,
+    result_of_row,
+    tasks_of,
+)
 from forgetless.scores.files import PHASES, Phase
 from forgetless.scores.seeds import Estimate, Sample, choose, estimate, retention
 from forgetless.tasks.base import TaskResult
@@ -42,19 +49,26 @@ class Setting:
     """One arm at one learning rate: its finished runs, one a seed."""
 
     learning_rate: float | None
-    runs: tuple[Run, ...]
+    runs: tuple[RunFiles, ...]
     measured: Mapping[str, Measured]
 
-    def final(self, task: Task | None) -> Estimate | None:
+    def final(self, task: TaskInfo | None) -> Estimate | None:
         """The score after training; None where it was not measured."""
         return self.measured[task.name].final if task else None
 
-    def kept(self, task: Task | None) -> Estimate | None:
+    def kept(self, task: TaskInfo | None) -> Estimate | None:
         """The place on the forgetting axis: retention of a share, else the score."""
         if task is None:
             return None
         measured = self.measured[task.name]
         return measured.retention if task.is_share else measured.final
+
+    def place(
+        self, learning: TaskInfo | None, forgetting: TaskInfo | None
+    ) -> tuple[float | None, float | None]:
+        """(learned, kept) such that larger is better; None for what was not measured."""
+        learned = _signed(learning, self.final(learning))
+        return learned, _signed(forgetting, self.kept(forgetting))
 
     def mean_of(self, column: str) -> float | None:
         """The mean over the runs of a number that is the same for every task."""
@@ -79,135 +93,165 @@ class Arm:
 
 def gather(evidence: Evidence) -> list[Arm]:
     """The arms with at least one finished run, in the order of the study."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RunFiles]] = {}
     for run in evidence.with_status("done"):
         # What a study calls by two names are two arms, also where only the rate differs.
         own = f"{_given_name(run)} " if evidence.study_text else ""
         groups.setdefault(own + _identity(run), []).append(run)
-    labels = _labels(groups, evidence.name)
-    return [_arm(labels[key], runs, evidence) for key, runs in groups.items()]
+    labels, arms = _labels(groups, evidence.name), []
+    for key, runs in groups.items():
+        by_rate: dict[float | None, list[RunFiles]] = {}
+        for run in sorted(runs, key=lambda run: int(run.settings.get("seed") or 0)):
+            by_rate.setdefault(number(run.settings.get("training.learning_rate")), []).append(run)
+        settings = [_setting(rate, own, evidence.tasks) for rate, own in by_rate.items()]
+        arms.append(_arm(labels[key], settings, evidence.tasks))
+    return arms
 
 
-def signed(task: Task | None, value: float | None) -> float | None:
+def gather_rows(rows: Sequence[Row]) -> list[Arm]:
+    """As `gather`, of the rows of a results.csv alone, see `evidence.read_csv`."""
+    done = [row for row in rows if row["status"] == "done" and row["task"]]
+    tasks = tasks_of(done)
+    by_arm: dict[str, dict[float, list[Row]]] = {}
+    for row in done:
+        if rate := number(row["learning_rate"]):
+            by_arm.setdefault(arm_of_row(row), {}).setdefault(rate, []).append(row)
+    columns: Mapping[Phase, str] = {"base": "base_score", "final": "score"}
+    arms = []
+    for label, by_rate in by_arm.items():
+        settings = []
+        for rate, own in by_rate.items():
+            measured = {}
+            for task in tasks:
+                of_task = [row for row in own if row["task"] == task.name]
+                results = {phase: dict(enumerate(result_of_row(row, column) for row in of_task))
+                           for phase, column in columns.items()}  # fmt: skip
+                measured[task.name] = _measured(results, task)
+            settings.append(Setting(rate, (), measured))
+        arms.append(_arm(label, settings, tasks))
+    return arms
+
+
+def chosen_rates(rows: Sequence[Row]) -> dict[str, float | None]:
+    """The learning rate at which each arm stands, for a second study that has only these.
+
+    It needs other seeds, since the scores that chose a rate flatter it.
+
+    Args:
+        rows: of `folder.results`, or of a results.csv read by `evidence.read_csv`.
+
+    Returns:
+        Rate by arm, in the order of the rows; without arms that have no finished run.
+    """
+    return {arm.label: arm.best.learning_rate for arm in gather_rows(rows)}
+
+
+def _setting(rate: float | None, runs: Sequence[RunFiles], tasks: Sequence[TaskInfo]) -> Setting:
+    seeds = [run.settings.get("seed") for run in runs]
+    keys = [(seed, seeds[:i].count(seed)) for i, seed in enumerate(seeds)]
+    measured = {}
+    for task in tasks:
+        results = {
+            phase: {key: run.result(phase, task.name) for key, run in zip(keys, runs, strict=True)}
+            for phase in PHASES
+        }
+        measured[task.name] = _measured(results, task)
+    return Setting(rate, tuple(runs), measured)
+
+
+def _measured(results: Mapping[Phase, Mapping[Any, TaskResult | None]], task: TaskInfo) -> Measured:
+    """Only what is there is averaged: a run without this task leaves the mean to the others."""
+    samples = {}
+    for phase, by_seed in results.items():
+        known = {seed: result for seed, result in by_seed.items() if result}
+        # A score before training that every seed repeats is one measurement.
+        if phase != "final" and len({result.value for result in known.values()}) == 1:
+            known = dict([next(iter(known.items()))])
+        if known:
+            samples[phase] = Sample.of(known, is_share=task.is_share)
+    found = {phase: estimate(sample) for phase, sample in samples.items()}
+    both = "base" in samples and "final" in samples
+    kept = retention(samples["final"], samples["base"]) if both else None
+    return Measured(found.get("base"), found.get("step0"), found.get("final"), kept, samples)
+
+
+def _arm(label: str, settings: Sequence[Setting], tasks: Sequence[TaskInfo]) -> Arm:
+    """The arm, standing at the rate that `seeds.choose` takes by the first task of either kind."""
+    settings = sorted(settings, key=lambda s: (s.learning_rate is None, s.learning_rate or 0.0))
+    learning, forgetting = (next((task for task in tasks if task.kind == kind), None)
+                            for kind in ("learning", "forgetting"))  # fmt: skip
+    places = [setting.place(learning, forgetting) for setting in settings]
+    bases = [setting.measured[learning.name].base for setting in settings] if learning else []
+    base = _signed(learning, next((base for base in bases if base), None))
+    best = choose([learned for learned, _ in places], [kept for _, kept in places], base)
+    return Arm(label, tuple(settings), settings[best])
+
+
+def _signed(task: TaskInfo | None, found: Estimate | None) -> float | None:
     """The value such that larger is better; None where it was not measured."""
-    if task is None or value is None:
+    if task is None or found is None:
         return None
-    return value if task.higher_is_better else -value
+    return found.value if task.higher_is_better else -found.value
 
 
-def value_of(estimate: Estimate | None) -> float | None:
-    """The value; None where it was not measured."""
-    return None if estimate is None else estimate.value
+# ------------------------------------------------------------------------------------------ names
 
 
-def is_of_arm(key: str) -> bool:
-    """Whether a setting of the recipe tells one arm from another."""
-    return not any(
-        key == free or (free[-1] == "." and key.startswith(free)) for free in NOT_THE_ARM
+def arm_of_row(row: Row) -> str:
+    """The arm of a row of results.csv or curve.csv, without its learning rate."""
+    return _without_rate(str(row.get("arm") or "")) or str(row.get("method"))
+
+
+def _given_name(run: RunFiles) -> str:
+    """The name that the study gave, without the learning rate."""
+    return _without_rate(str(run.recipe.get("name") or ""))
+
+
+def _without_rate(name: str) -> str:
+    return " ".join(word for word in name.split() if not word.startswith("learning_rate="))
+
+
+def _identity(run: RunFiles) -> str:
+    if run.record.get("evaluation"):  # of an adapter whose training is not known
+        return run.run_id
+    return json.dumps(
+        {key: run.settings[key] for key in _deciding(run)}, sort_keys=True, default=str
     )
 
 
-def _identity(run: Run) -> str:
-    if run.record.get("evaluation"):  # of an adapter whose training is not known
-        return run.run_id
-    kept = {key: run.settings[key] for key in _deciding(run)}
-    return json.dumps(kept, sort_keys=True, default=str)
-
-
-def _deciding(run: Run) -> list[str]:
+def _deciding(run: RunFiles) -> list[str]:
     """The settings that tell a run's arm from others; probes only where a budget goes by them."""
     limits = (run.settings.get(f"probes.{limit}") for limit in ("max_kl", "max_drop"))
     has_budget = any(limit is not None for limit in limits)
-    own = [key for key in run.settings if is_of_arm(key)]
-    return own if has_budget else [key for key in own if not key.startswith("probes.")]
+    free = NOT_THE_ARM if has_budget else (*NOT_THE_ARM, "probes.")
+    return [
+        key
+        for key in run.settings
+        if not any(key == f or (f[-1] == "." and key.startswith(f)) for f in free)
+    ]
 
 
-def _labels(groups: Mapping[str, Sequence[Run]], study: str) -> dict[str, str]:
+def _labels(groups: Mapping[str, Sequence[RunFiles]], study: str) -> dict[str, str]:
     """One label an arm: the study's own names where they fit, else the method and what differs."""
     named = {key: {_given_name(run) for run in runs} for key, runs in groups.items()}
     names = [name for given in named.values() for name in given]
     if len(set(names)) == len(groups) == len(names) and not {"", study} & set(names):
-        return {key: _plain(given.pop()) for key, given in named.items()}
-    firsts = [runs[0] for runs in groups.values()]
-    return {key: _plain(_described(runs[0], firsts)) for key, runs in groups.items()}
+        labels = {key: given.pop() for key, given in named.items()}
+    else:
+        firsts = [runs[0] for runs in groups.values()]
+        labels = {key: _described(runs[0], firsts) for key, runs in groups.items()}
+    # Labels stand between backticks in one line of text.
+    return {key: " ".join(label.replace("`", "'").split()) for key, label in labels.items()}
 
 
-def _given_name(run: Run) -> str:
-    """The name that the study gave, without the learning rate."""
-    return without_rate(str(run.recipe.get("name") or ""))
-
-
-def without_rate(name: str) -> str:
-    """An arm's name in a study without its learning rate, which does not make another arm."""
-    return " ".join(word for word in name.split() if not word.startswith("learning_rate="))
-
-
-def _described(run: Run, firsts: Iterable[Run]) -> str:
+def _described(run: RunFiles, firsts: Iterable[RunFiles]) -> str:
     method = run.settings.get("adapter.method")
     rivals = [r for r in firsts if r is not run and r.settings.get("adapter.method") == method]
-    keys = dict.fromkeys(key for other in (run, *rivals) for key in _deciding(other))
     parts = [str(method)]
-    for key in keys:
+    for key in dict.fromkeys(key for other in (run, *rivals) for key in _deciding(other)):
         own = run.settings.get(key)
         if any(rival.settings.get(key) != own for rival in rivals):
-            parts.append(f"{key.rpartition('.')[2].replace('_', ' ')} {_short(own)}")
+            shown = f"{own:g}" if isinstance(own, float) else "none" if own is None else str(own)
+            shown = "+".join(map(str, own)) if isinstance(own, list) else shown
+            parts.append(f"{key.rpartition('.')[2].replace('_', ' ')} {shown}")
     return ", ".join(parts)
-
-
-def _plain(label: str) -> str:
-    """A label that can stand between backticks in one line of text."""
-    return " ".join(label.replace("`", "'").split())
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return "+".join(str(part) for part in value)
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "none" if value is None else str(value)
-
-
-def _arm(label: str, runs: Sequence[Run], evidence: Evidence) -> Arm:
-    by_rate: dict[float | None, list[Run]] = {}
-    for run in runs:
-        by_rate.setdefault(number(run.settings.get("training.learning_rate")), []).append(run)
-    rates = sorted(by_rate, key=lambda rate: (rate is None, rate or 0.0))
-    settings = tuple(_setting(rate, by_rate[rate], evidence.tasks) for rate in rates)
-    learning, forgetting = evidence.first("learning"), evidence.first("forgetting")
-    bases = [setting.measured[learning.name].base for setting in settings] if learning else []
-    best = choose(
-        [signed(learning, value_of(setting.final(learning))) for setting in settings],
-        [signed(forgetting, value_of(setting.kept(forgetting))) for setting in settings],
-        signed(learning, next((base.value for base in bases if base), None)),
-    )
-    return Arm(label, settings, settings[best])
-
-
-def _setting(rate: float | None, runs: Sequence[Run], tasks: Sequence[Task]) -> Setting:
-    ordered = tuple(sorted(runs, key=lambda run: int(run.settings.get("seed") or 0)))
-    return Setting(rate, ordered, {task.name: _measure(ordered, task) for task in tasks})
-
-
-def _measure(runs: Sequence[Run], task: Task) -> Measured:
-    """Only what is there is averaged: a run without this task leaves the mean to the others."""
-    samples = {phase: sample for phase in PHASES if (sample := _sample(runs, task, phase))}
-    base, step0, final = (samples.get(phase) for phase in PHASES)
-    return Measured(
-        estimate(base) if base else None,
-        estimate(step0) if step0 else None,
-        estimate(final) if final else None,
-        retention(final, base) if final and base else None,
-        samples,
-    )
-
-
-def _sample(runs: Sequence[Run], task: Task, phase: Phase) -> Sample | None:
-    """The scores by seed; a score before training that every seed repeats is one measurement."""
-    results: dict[Hashable, TaskResult] = {}
-    for run in runs:
-        if result := result_of(run, phase, task.name):
-            seed = run.settings.get("seed")
-            results[seed, sum(known[0] == seed for known in results)] = result  # type: ignore[index]
-    if phase != "final" and len({result.value for result in results.values()}) == 1:
-        results = dict([next(iter(results.items()))])
-    return Sample.of(results, is_share=task.is_share) if results else None

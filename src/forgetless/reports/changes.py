@@ -11,10 +11,9 @@ from statistics import fmean
 
 from forgetless.core.metrics import Interval
 from forgetless.reports.arms import Arm
-from forgetless.reports.compared import compared
-from forgetless.reports.evidence import Evidence, Task, number
+from forgetless.reports.evidence import Evidence, TaskInfo, number
 from forgetless.scores.averages import PaperAverage, paper_averages
-from forgetless.scores.comparison import Change, Flip, TaskChange, Verdict, verdict
+from forgetless.scores.comparison import Flip, TaskChange, Verdict, verdict
 from forgetless.scores.seeds import Effect, from_base, holm
 from forgetless.scores.showing import question
 
@@ -45,12 +44,16 @@ class ArmChange:
         rows: the comparison of each of its seeds.
         effect: the mean difference over seeds and items.
         chance: p-value that nothing changed, by Holm's method for all tasks of the arm.
+        base: the base's score.
+        score: after training; the mean over seeds.
     """
 
     label: str
     rows: tuple[TaskChange, ...]
     effect: Effect
     chance: float
+    base: float
+    score: float
 
     @property
     def alone(self) -> TaskChange | None:
@@ -58,18 +61,8 @@ class ArmChange:
         return self.rows[0] if len(self.rows) == 1 else None
 
     @property
-    def base(self) -> float:
-        """The base's score."""
-        return fmean(row.base for row in self.rows)
-
-    @property
-    def score(self) -> float:
-        """The score after training; the mean over seeds."""
-        return fmean(row.score for row in self.rows)
-
-    @property
     def difference(self) -> float:
-        """Score less the base's."""
+        """Score less the base's; the mean over seeds."""
         return fmean(row.difference for row in self.rows)
 
     @property
@@ -106,15 +99,14 @@ class ArmChange:
     def flipped(self, flip: Flip) -> list[FlippedItem]:
         """The items lost or gained, those of most seeds first."""
         changes = [change for row in self.counted for change in row.flips(flip)]
-        seeds = Counter(change.id for change in changes)
         first = {change.id: change for change in reversed(changes)}
-        order = sorted(seeds, key=lambda item: -seeds[item])
-        return [FlippedItem(item, _cut(first[item].after), seeds[item]) for item in order]
+        seeds = Counter(change.id for change in changes).most_common()  # equals in their order
+        return [FlippedItem(id, _cut(first[id].after), count) for id, count in seeds]
 
     @cached_property
     def kept_items(self) -> list[str]:
         """The questions that no seed lost."""
-        lost = {change.id for row in self.counted for change in row.flips("lost")}
+        lost = {item.id for item in self.flipped("lost")}
         return [change.id for change in self.counted[0].flips("kept") if change.id not in lost]
 
 
@@ -122,13 +114,8 @@ class ArmChange:
 class TaskChanges:
     """One task: every arm that was measured on it and can be compared."""
 
-    task: Task
+    task: TaskInfo
     changes: tuple[ArmChange, ...]
-
-    @property
-    def num_items(self) -> int:
-        """Items of the task."""
-        return self.changes[0].rows[0].n
 
     @cached_property
     def counted(self) -> list[ArmChange]:
@@ -138,10 +125,7 @@ class TaskChanges:
     @cached_property
     def questions(self) -> dict[str, tuple[str, str]]:
         """Question and right answer by the item's id."""
-        rows = [row for change in self.counted for row in change.counted]
-        asked: dict[str, Change] = {}
-        for change in (change for row in rows for change in row.changes):
-            asked.setdefault(change.id, change)
+        asked = {c.id: c for arm in self.counted for row in arm.counted for c in row.changes}
         return {id: (_cut(question(c.prompt)), _cut(c.expected)) for id, c in asked.items()}
 
 
@@ -155,22 +139,21 @@ def find_changes(evidence: Evidence, arms: Sequence[Arm]) -> list[TaskChanges]:
     ]
 
 
-def _changes(arm: Arm, tasks: Sequence[Task]) -> dict[str, ArmChange]:
+def _changes(arm: Arm, tasks: Sequence[TaskInfo]) -> dict[str, ArmChange]:
     """What an arm changed, by task."""
     found = {}
     for task in tasks:
-        rows = tuple(row for run in arm.best.runs if (row := compared(run, task.name)) is not None)
-        if rows:
+        compared = (run.compared(task.name) for run in arm.best.runs)
+        if rows := tuple(row for row in compared if row is not None):
             samples = arm.best.measured[task.name].samples
             effect = from_base(samples["final"], samples["base"])
             # One seed has the test that goes with its interval.
             chance = rows[0].chance if len(rows) == 1 else effect.p_value
-            found[task.name] = ArmChange(arm.label, rows, effect, chance)
-    corrected = holm(change.chance for change in found.values())
-    return {
-        name: replace(change, chance=p)
-        for (name, change), p in zip(found.items(), corrected, strict=True)
-    }
+            base, score = fmean(row.base for row in rows), fmean(row.score for row in rows)
+            found[task.name] = ArmChange(arm.label, rows, effect, chance, base, score)
+    chances = holm(change.chance for change in found.values())
+    pairs = zip(found.items(), chances, strict=True)
+    return {name: replace(change, chance=chance) for (name, change), chance in pairs}
 
 
 def find_averages(changes: Sequence[TaskChanges]) -> dict[str, tuple[PaperAverage, ...]]:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
 from forgetless.core.metrics import forgetting_at_matched_learning
-from forgetless.reports.arms import Arm, without_rate
-from forgetless.reports.compared import result_of
-from forgetless.reports.evidence import Evidence, Row, Task, number, tasks_of
-from forgetless.scores.files import Phase
+from forgetless.reports.arms import Arm, arm_of_row
+from forgetless.reports.evidence import Evidence, Row, TaskInfo, number, result_of_row, tasks_of
 from forgetless.scores.seeds import Estimate, Ranking, Sample, estimate, rank
 from forgetless.tasks.base import TaskResult
 
 MAX_LEVELS = 6
 
-# Of one run: the score rows by step (or by learning rate), then by task.
-Path = Mapping[float, Mapping[str, Row]]
-# A row's score with its items, where these were kept.
-Results = Callable[[Row], TaskResult | None]
+Path = Mapping[float, Mapping[str, TaskResult]]
+"""Of one seed: the scores by step (or by learning rate), then by task."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +36,9 @@ class Moment:
 
 @dataclass(frozen=True)
 class Track:
-    """One arm at one learning rate, through its steps.
-
-    Attributes:
-        paths: by seed.
-    """
+    """One arm at one learning rate, through its steps; `paths` by seed."""
 
     label: str
-    learning_rate: float | None
     paths: Mapping[float, Path]
     moments: tuple[Moment, ...]
 
@@ -66,14 +56,13 @@ class Course:
 
     labels: tuple[str, ...]
     tracks: tuple[Track, ...]
-    learning: tuple[Task, ...]
-    forgetting: tuple[Task, ...]
+    learning: tuple[TaskInfo, ...]
+    forgetting: tuple[TaskInfo, ...]
 
     @property
     def steps(self) -> list[int]:
         """Every step at which something was measured, the base left out."""
-        found = {moment.step for track in self.tracks for moment in track.moments}
-        return sorted(found - {0})
+        return sorted({m.step for track in self.tracks for m in track.moments} - {0})
 
 
 @dataclass(frozen=True)
@@ -90,8 +79,8 @@ class Matched:
     """
 
     along: str
-    learning: Task
-    kept: Task
+    learning: TaskInfo
+    kept: TaskInfo
     levels: tuple[float, ...]
     kept_at: Mapping[str, tuple[Estimate | None, ...]]
     rankings: tuple[Ranking, ...]
@@ -102,134 +91,95 @@ class Matched:
 
 def course(evidence: Evidence, arms: Sequence[Arm]) -> Course | None:
     """Each arm's best setting through its steps; None unless some run was scored at several."""
-    owner = {run.run_id: arm.label for arm in arms for run in arm.best.runs}
     runs = {run.run_id: run for arm in arms for run in arm.best.runs}
-    rows = [row for row in evidence.curve if row["run_id"] in owner]
+    labels = {run.run_id: arm.label for arm in arms for run in arm.best.runs}
 
     def result(row: Row) -> TaskResult | None:
         step = None if row["step"] in (0, row["steps"]) else row["step"]
-        phase: Phase = "base" if row["step"] == 0 else "final"
-        return result_of(runs[row["run_id"]], phase, row["task"], step)
+        return runs[row["run_id"]].result("final" if row["step"] else "base", row["task"], step)
 
-    labels = [arm.label for arm in arms]
-    return _course(rows, evidence.tasks, labels, lambda row: owner[row["run_id"]], result)
+    rows = [row for row in evidence.curve if row["run_id"] in runs]
+    by_arm = {arm.label: [r for r in rows if labels[r["run_id"]] == arm.label] for arm in arms}
+    return _course(by_arm, evidence.tasks, result)
 
 
 def course_of_rows(rows: Sequence[Row]) -> Course | None:
     """As `course`, of the rows of a curve.csv alone; each rate of an arm is a track of its own."""
     done = [row for row in rows if row["status"] == "done"]
-    tried = {(arm_of_row(row), row["learning_rate"]) for row in done}
-    several = [arm for arm, count in Counter(arm for arm, _ in tried).items() if count > 1]
-
-    def label_of(row: Row) -> str:
-        arm = arm_of_row(row)
-        return f"{arm} at {row['learning_rate']:g}" if arm in several else arm
-
-    labels = list(dict.fromkeys(map(label_of, done)))
-    return _course(done, tasks_of(done), labels, label_of, result_of_row)
-
-
-def arm_of_row(row: Row) -> str:
-    """The arm of a row of results.csv or curve.csv, without its learning rate."""
-    return without_rate(str(row.get("arm") or "")) or str(row.get("method"))
+    rates: dict[str, dict[float, list[Row]]] = {}
+    for row in done:
+        rates.setdefault(arm_of_row(row), {}).setdefault(row["learning_rate"], []).append(row)
+    by_arm = {f"{arm} at {rate:g}" if len(at) > 1 else arm: own
+              for arm, at in rates.items() for rate, own in at.items()}  # fmt: skip
+    return _course(by_arm, tasks_of(done), result_of_row)
 
 
 def _course(
-    rows: Sequence[Row],
-    tasks: Sequence[Task],
-    labels: Sequence[str],
-    label_of: Callable[[Row], str],
-    results: Results,
+    by_arm: Mapping[str, Sequence[Row]],
+    tasks: Sequence[TaskInfo],
+    result: Callable[[Row], TaskResult | None],
 ) -> Course | None:
     learning = tuple(task for task in tasks if task.kind == "learning")
-    single = [task for task in tasks if task.kind == "forgetting"]
-    mean = average(single)
-    forgetting = (*([mean] if mean else []), *single)
-    tracks = [
-        _track(
-            label,
-            [row for row in rows if label_of(row) == label],
-            (*learning, *forgetting),
-            results,
-        )
-        for label in labels
-    ]
-    found = tuple(track for track in tracks if track.moments)
-    paths = [path for track in found for path in track.paths.values()]
-    has_several = any(len([step for step in path if step > 0]) > 1 for path in paths)
-    if not (learning and forgetting and has_several):
+    forgetting = with_average([task for task in tasks if task.kind == "forgetting"])
+    tracks = []
+    for label, rows in by_arm.items():
+        paths = _paths(rows, "step", forgetting, result)
+        tokens: dict[float, list[float]] = {}
+        for row in rows:
+            if (count := number(row.get("tokens"))) is not None:
+                tokens.setdefault(row["step"], []).append(count)
+        moments = []
+        for step in sorted({step for path in paths.values() for step in path}):
+            scores = {}
+            for task in (*learning, *forgetting):
+                known = {seed: path[step][task.name] for seed, path in paths.items()
+                         if task.name in path.get(step, {})}  # fmt: skip
+                if step == 0:  # the base, which all seeds repeat, counts once
+                    known = dict(list(known.items())[:1])
+                if known:
+                    scores[task.name] = estimate(Sample.of(known, is_share=task.is_share))
+            mean = fmean(tokens[step]) if step in tokens else None
+            moments.append(Moment(int(step), mean, scores))
+        if moments:
+            tracks.append(Track(label, paths, tuple(moments)))
+    trained = [path.keys() - {0} for track in tracks for path in track.paths.values()]
+    if not (learning and forgetting and any(len(steps) > 1 for steps in trained)):
         return None
-    return Course(tuple(labels), found, learning, forgetting)
+    return Course(tuple(by_arm), tuple(tracks), learning, forgetting)
 
 
-def average(tasks: Sequence[Task]) -> Task | None:
-    """The mean score of the tasks that are shares, as a task; None for fewer than two."""
+def with_average(tasks: Sequence[TaskInfo]) -> tuple[TaskInfo, ...]:
+    """The tasks; before them the mean score of those that are shares, where there are several."""
     shares = tuple(task.name for task in tasks if task.is_share)
     if len(shares) < 2:
-        return None
-    kind = tasks[0].kind
-    return Task(f"{len(shares)} tasks", kind, "mean score", True, True, mean_of=shares)
+        return tuple(tasks)
+    name, kind = f"{len(shares)} tasks", tasks[0].kind
+    return (TaskInfo(name, kind, "mean score", True, True, mean_of=shares), *tasks)
 
 
-def _track(label: str, rows: Sequence[Row], tasks: Sequence[Task], results: Results) -> Track:
-    paths = _paths(rows, "step")
-    moments = []
-    for step in sorted({step for path in paths.values() for step in path}):
-        seeds = {seed: path[step] for seed, path in paths.items() if step in path}
-        estimates = {task.name: _estimate(step, seeds, task, results) for task in tasks}
-        scores = {name: score for name, score in estimates.items() if score}
-        tokens = [
-            number(row.get("tokens")) for of_seed in seeds.values() for row in of_seed.values()
-        ]
-        known = [count for count in tokens if count is not None]
-        moments.append(Moment(int(step), fmean(known) if known else None, scores))
-    rate = next((number(row.get("learning_rate")) for row in rows), None)
-    return Track(label, rate, paths, tuple(moments))
-
-
-def _paths(rows: Iterable[Row], along: str) -> dict[float, Path]:
-    """The score rows of every seed, by rising value of the column `along`."""
-    found: dict[float, dict[float, dict[str, Row]]] = {}
+def _paths(
+    rows: Iterable[Row],
+    along: str,
+    forgetting: Sequence[TaskInfo],
+    result: Callable[[Row], TaskResult | None] = result_of_row,
+) -> dict[float, Path]:
+    """The scores of every seed, by rising value of the column `along`, averages among them."""
+    found: dict[float, dict[float, dict[str, TaskResult]]] = {}
     for row in rows:
-        place = number(row.get(along))
-        if place is not None and number(row.get("score")) is not None:
+        place, score = number(row.get(along)), result(row)
+        if place is not None and score is not None:
             of_seed = found.setdefault(number(row.get("seed")) or 0.0, {})
-            of_seed.setdefault(place, {})[row["task"]] = row
+            of_seed.setdefault(place, {})[row["task"]] = score
+    means = [task for task in forgetting if task.mean_of]
+    for at in (at for of_seed in found.values() for at in of_seed.values()):
+        for task in means:
+            parts = [at[name] for name in task.mean_of if name in at]
+            if len(parts) == len(task.mean_of):  # a mean without a part would be another one
+                # The tasks have different questions, so their errors are independent.
+                stderr = math.hypot(*(part.stderr for part in parts)) / len(parts)
+                value = fmean(part.value for part in parts)
+                at[task.name] = replace(parts[0], value=value, stderr=stderr, n=0, items=())
     return {seed: dict(sorted(found[seed].items())) for seed in sorted(found)}
-
-
-def _estimate(
-    step: float, seeds: Mapping[float, Mapping[str, Row]], task: Task, results: Results
-) -> Estimate | None:
-    """Over the seeds that were measured here; the base, which all seeds repeat, counts once."""
-    found = {seed: score for seed, row in seeds.items() if (score := _score(row, task, results))}
-    if step == 0:
-        found = dict(list(found.items())[:1])
-    return estimate(Sample.of(found, is_share=task.is_share)) if found else None
-
-
-def _score(of_seed: Mapping[str, Row], task: Task, results: Results) -> TaskResult | None:
-    """One seed's score; of an average nothing if a part is missing."""
-    rows = [of_seed.get(name) for name in task.mean_of or (task.name,)]
-    found = [result for row in rows if row and (result := results(row))]
-    if len(found) < len(rows):
-        return None
-    if not task.mean_of:
-        return found[0]
-    # The tasks have different questions, so their errors are independent.
-    error = math.hypot(*(result.stderr for result in found)) / len(found)
-    value = fmean(result.value for result in found)
-    return replace(found[0], task=task.name, value=value, stderr=error, n=0, items=())
-
-
-def result_of_row(row: Row) -> TaskResult | None:
-    """The score of a row of curve.csv or results.csv, which has no items."""
-    value, stderr, n = (number(row.get(column)) for column in ("score", "stderr", "n"))
-    return None if value is None else TaskResult(
-        task=str(row["task"]), metric=str(row["metric"]), value=value,
-        stderr=math.nan if stderr is None else stderr, n=int(n or 0),
-        higher_is_better=row["higher_is_better"] is not False, fingerprint="", seconds=0.0,
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ matched learning
@@ -241,7 +191,18 @@ def matched(evidence: Evidence, arms: Sequence[Arm], found: Course | None) -> Ma
     Where no run was scored at several steps, along the learning rates of each arm; None where there
     is nothing to match.
     """
-    return matched_over_steps(found) if found else _matched_over_rates(evidence, arms)
+    if found:
+        return matched_over_steps(found)
+    learning = evidence.first("learning")
+    forgetting = with_average([task for task in evidence.tasks if task.kind == "forgetting"])
+    if learning is None or not forgetting or all(len(arm.settings) < 2 for arm in arms):
+        return None
+    paths = {}
+    for arm in arms:
+        ids = {run.run_id for setting in arm.settings for run in setting.runs}
+        rows = [row for row in evidence.rows if row["run_id"] in ids]
+        paths[arm.label] = _paths(rows, "learning_rate", forgetting)
+    return _matched(paths, learning, forgetting[0], "learning rates")
 
 
 def matched_over_steps(found: Course) -> Matched | None:
@@ -250,83 +211,44 @@ def matched_over_steps(found: Course) -> Matched | None:
     return _matched(paths, found.learning[0], found.forgetting[0], "steps")
 
 
-def _matched_over_rates(evidence: Evidence, arms: Sequence[Arm]) -> Matched | None:
-    learning = evidence.first("learning")
-    single = [task for task in evidence.tasks if task.kind == "forgetting"]
-    if learning is None or not single or all(len(arm.settings) < 2 for arm in arms):
-        return None
-    paths = {}
-    for arm in arms:
-        ids = {run.run_id for setting in arm.settings for run in setting.runs}
-        rows = (row for row in evidence.rows if row["run_id"] in ids)
-        paths[arm.label] = _paths(rows, "learning_rate")
-    return _matched(paths, learning, average(single) or single[0], "learning rates")
-
-
 def _matched(
-    paths: Mapping[str, Mapping[float, Path]], learning: Task, kept: Task, along: str
+    paths: Mapping[str, Mapping[float, Path]], learning: TaskInfo, kept: TaskInfo, along: str
 ) -> Matched | None:
     """None where there is nothing to match: fewer than two arms, or none that others reach."""
+    # (learned, kept) of each seed, in the order of what was varied; only what has both.
     curves = {
-        label: {seed: _curve(path, learning, kept) for seed, path in own.items()}
+        label: {
+            seed: [(at[learning.name], at[kept.name]) for at in path.values()
+                   if learning.name in at and kept.name in at]
+            for seed, path in own.items()
+        }
         for label, own in paths.items()
-    }
-    spans = [span for own in curves.values() if (span := _span([*own.values()], learning))]
-    levels = _levels(spans, learning) if spans else ()
+    }  # fmt: skip
+    sign = 1 if learning.higher_is_better else -1
+    spans = []
+    for own in curves.values():
+        # From the least to the most learning that every seed passes, larger being more.
+        learned = [[sign * x.value for x, _ in curve] for curve in own.values()]
+        if learned and all(learned):
+            spans.append((max(map(min, learned)), min(map(max, learned))))
+    spans = [(low, high) for low, high in spans if low < high]
+    if not spans:
+        return None
+    ticks = round_numbers(min(low for low, _ in spans), max(high for _, high in spans))
+    passed = [tick for tick in ticks if sum(low <= tick <= high for low, high in spans) > 1]
+    levels = tuple(sign * tick or 0.0 for tick in passed[-MAX_LEVELS:])
     if not levels:
         return None
-    sizes = {label: _num_items(own, kept) for label, own in paths.items()}
-    samples = {
-        label: [_at(own, level, kept, sizes[label]) for level in levels]
-        for label, own in curves.items()
-    }
-    kept_at = {
-        label: tuple(estimate(sample) if sample else None for sample in own)
-        for label, own in samples.items()
-    }
-    rankings = [_ranked([own[i] for own in samples.values()]) for i in range(len(levels))]
+    samples = {label: [_at(own, at, kept) for at in levels] for label, own in curves.items()}
+    kept_at = {label: tuple(estimate(sample) if sample else None for sample in own)
+               for label, own in samples.items()}  # fmt: skip
+    direction, rankings = 1 if kept.higher_is_better else -1, []
+    for of_level in zip(*samples.values(), strict=True):
+        # One seed tells nothing of others.
+        several = [sample if sample and len(sample.scores) > 1 else None for sample in of_level]
+        values = [sample and direction * sample.value for sample in several]
+        rankings.append(rank((values, several))[0])
     return Matched(along, learning, kept, levels, kept_at, tuple(rankings))
-
-
-def _ranked(at: Sequence[Sample | None]) -> Ranking:
-    """Of the arms with several seeds; one seed tells nothing of others."""
-    samples = [sample if sample and len(sample.scores) > 1 else None for sample in at]
-    values = [
-        None if sample is None else sample.value if sample.higher_is_better else -sample.value
-        for sample in samples
-    ]
-    return rank((values, samples))[0]
-
-
-def _curve(path: Path, learning: Task, kept: Task) -> list[tuple[float, float]]:
-    """(learned, kept) of one seed, in the order of what was varied; only what has both."""
-    pairs = [
-        (_score(row, learning, result_of_row), _score(row, kept, result_of_row))
-        for row in path.values()
-    ]
-    return [(x.value, y.value) for x, y in pairs if x is not None and y is not None]
-
-
-def _span(
-    curves: Sequence[Sequence[tuple[float, float]]], task: Task
-) -> tuple[float, float] | None:
-    """From the least to the most learning that every seed passes, larger being more."""
-    if not curves or not all(curves):
-        return None
-    signed = [[x if task.higher_is_better else -x for x, _ in curve] for curve in curves]
-    low, high = max(min(own) for own in signed), min(max(own) for own in signed)
-    return (low, high) if low < high else None
-
-
-def _levels(spans: Sequence[tuple[float, float]], task: Task) -> tuple[float, ...]:
-    """At most `MAX_LEVELS` round numbers that two arms or more pass, the most learned last."""
-    low, high = min(span[0] for span in spans), max(span[1] for span in spans)
-    ticks = [tick for tick in round_numbers(low, high) if _num_passing(spans, tick) > 1]
-    return tuple(tick if task.higher_is_better else -tick or 0.0 for tick in ticks[-MAX_LEVELS:])
-
-
-def _num_passing(spans: Sequence[tuple[float, float]], level: float) -> int:
-    return sum(low <= level <= high for low, high in spans)
 
 
 def round_numbers(low: float, high: float, at_most: int = 12) -> list[float]:
@@ -335,33 +257,24 @@ def round_numbers(low: float, high: float, at_most: int = 12) -> list[float]:
         return []
     power = 10.0 ** math.floor(math.log10((high - low) / at_most))
     step = next(m * power for m in (1, 2, 5, 10) if (high - low) / (m * power) <= at_most)
-    first = math.floor(low / step + 1e-9) + 1
-    last = math.floor(high / step + 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
-
-
-def _num_items(paths: Mapping[float, Path], task: Task) -> int | None:
-    """The fewest that a score of the task stands on; None where it is not known."""
-    scores = [_score(row, task, result_of_row) for path in paths.values() for row in path.values()]
-    return min((score.n for score in scores if score is not None and score.n), default=None)
+    first, last = (math.floor(end / step + 1e-9) for end in (low, high))
+    return [float(f"{i * step:.12g}") for i in range(first + 1, last + 1)]
 
 
 def _at(
-    curves: Mapping[float, Sequence[tuple[float, float]]],
-    level: float,
-    kept: Task,
-    num_items: int | None,
+    curves: Mapping[float, Sequence[tuple[TaskResult, TaskResult]]], level: float, kept: TaskInfo
 ) -> Sample | None:
     """What each seed kept; None if one did not get there: the others alone would flatter."""
-    values = {
-        seed: forgetting_at_matched_learning(curve, level, kept.higher_is_better)
-        for seed, curve in curves.items()
-    }
+    values = {}
+    for seed, curve in curves.items():
+        points = [(x.value, y.value) for x, y in curve]
+        values[seed] = forgetting_at_matched_learning(points, level, kept.higher_is_better)
     if not values or any(math.isnan(value) for value in values.values()):
         return None
+    sizes = [y.n for curve in curves.values() for _, y in curve if y.n]
     return Sample(
         values,
-        num_items=num_items,
+        num_items=min(sizes, default=None),
         is_share=kept.is_share,
         higher_is_better=kept.higher_is_better,
     )

@@ -12,14 +12,17 @@ from typing import Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import load_yaml, read_json, read_jsonl
+from forgetless.scores.comparison import TaskChange, compare
 from forgetless.scores.files import Phase
 from forgetless.studies.folder import RunFolder, curve, results, run_folders
+from forgetless.tasks.base import Item, TaskResult
 
 Row = Mapping[str, Any]
+"""A row of results.csv or curve.csv."""
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskInfo:
     """One measure of the study.
 
     Attributes:
@@ -40,9 +43,14 @@ class Task:
         """Whether the score is a distance to the base, whose own is 0."""
         return self.metric == "kl"
 
+    @property
+    def has_retention(self) -> bool:
+        """Whether what is kept of it is a share of the base's score."""
+        return self.kind == "forgetting" and self.is_share
+
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """One run folder: its recipe, its `run.json`, and its score rows by task name."""
 
     folder: RunFolder
@@ -79,6 +87,11 @@ class Run:
         found = self.record.get(name)
         return found if isinstance(found, Mapping) else {}
 
+    @property
+    def exceeded(self) -> Mapping[str, Any]:
+        """The budget of forgetting that ended the training; empty when none did."""
+        return self.part("training").get("exceeded") or {}
+
     @cached_property
     def _lines(self) -> list[dict[str, Any]]:
         lines = read_jsonl(self.folder.log, damaged_as_missing=True, growing=True)
@@ -97,37 +110,45 @@ class Run:
             for step, values in sorted(found.items())
         ]
 
-    @property
-    def exceeded(self) -> Mapping[str, Any]:
-        """The budget of forgetting that ended the training; empty when none did."""
-        found = self.part("training").get("exceeded")
-        return found if isinstance(found, Mapping) else {}
-
     def score(self, phase: Phase, task: str, step: int | None = None) -> dict[str, Any]:
         """The score file of one phase and task, or of a step on the way; empty without one."""
-        return read_json(self._folder_at(step).scores(phase, task), damaged_as_missing=True)
+        folder = self.folder if step is None else self.folder.point(step)
+        return read_json(folder.scores(phase, task), damaged_as_missing=True)
 
-    def items(self, phase: Phase, task: str, step: int | None = None) -> list[dict[str, Any]]:
-        """The answers given to a task, as `score`; empty when they were not kept."""
-        return read_jsonl(self._folder_at(step).items(phase, task), damaged_as_missing=True)
+    def result(self, phase: Phase, task: str, step: int | None = None) -> TaskResult | None:
+        """As `score`, with the items where these were kept; None where it was not measured."""
+        score = self.score(phase, task, step)
+        if number(score.get("value")) is None:
+            return None
+        folder = self.folder if step is None else self.folder.point(step)
+        try:
+            lines = read_jsonl(folder.items(phase, task), damaged_as_missing=True)
+            return TaskResult.from_json(score, [Item.from_json(line) for line in lines])
+        except (KeyError, TypeError, ValueError):  # a file that somebody else has written
+            return None
 
-    def _folder_at(self, step: int | None) -> RunFolder:
-        return self.folder if step is None else self.folder.point(step)
+    def compared(self, task: str) -> TaskChange | None:
+        """The comparison of the final scores with the base's; None where it cannot be made."""
+        base, score = self.result("base", task), self.result("final", task)
+        try:
+            return compare({task: base}, {task: score}).rows[0] if base and score else None
+        except UserError:  # two versions of the task; the other tables still show both scores
+            return None
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the report is made from; `curve` has the scores on the way, see `store.curve`."""
+    """Everything the report is made from; `curve` has the scores on the way, see `folder.curve`."""
 
     folder: Path
     name: str
     rows: Sequence[Row]
-    runs: Sequence[Run]
-    tasks: Sequence[Task]
+    runs: Sequence[RunFiles]
+    tasks: Sequence[TaskInfo]
     study_text: str
     curve: Sequence[Row] = ()
 
-    def first(self, kind: str) -> Task | None:
+    def first(self, kind: str) -> TaskInfo | None:
         """The first learning or forgetting task of the recipe: the one the words are about."""
         return next((task for task in self.tasks if task.kind == kind), None)
 
@@ -137,9 +158,9 @@ class Evidence:
         found = [run.record.get("evaluation") for run in self.runs]
         return [str(command) if command is not True else "" for command in found if command]
 
-    def with_status(self, *statuses: str) -> list[Run]:
-        """The runs left in one of these states."""
-        return [run for run in self.runs if run.status in statuses]
+    def with_status(self, status: str) -> list[RunFiles]:
+        """The runs left in this state."""
+        return [run for run in self.runs if run.status == status]
 
 
 def read(study_folder: str | Path) -> Evidence:
@@ -155,16 +176,25 @@ def read(study_folder: str | Path) -> Evidence:
         raise FileNotFoundError(
             f"{str(folder)!r} is one run; give the study that holds it: {str(folder.parent)!r}"
         )
-    folders = run_folders(folder)
+    folders, rows = run_folders(folder), results(folder)
     if not folders:
         raise FileNotFoundError(
             f"{str(folder)!r} holds no run; start one with 'forgetless run' or 'forgetless study'"
         )
-    rows = results(folder)
     runs = [run for each in folders if (run := _read_run(each, rows))]
     study_file = folder / "study.yaml"
     text = study_file.read_text("utf-8") if study_file.is_file() else ""
     return Evidence(folder, folder.resolve().name, rows, runs, tasks_of(rows), text, curve(folder))
+
+
+def _read_run(folder: RunFolder, rows: Sequence[Row]) -> RunFiles | None:
+    """None where its recipe is damaged, which the rows' warning says, or was deleted just now."""
+    try:
+        recipe = load_yaml(folder.recipe)
+    except (UserError, FileNotFoundError):
+        return None
+    own = {row["task"]: row for row in rows if row["run_id"] == folder.path.name and row["task"]}
+    return RunFiles(folder, recipe, folder.read(), own)
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
@@ -188,6 +218,16 @@ def _typed(field: str) -> str | float | bool | None:
     return field
 
 
+def result_of_row(row: Row, column: str = "score") -> TaskResult | None:
+    """The score of a row, which has no items; None where it was not measured."""
+    value, stderr, n = (number(row.get(name)) for name in (column, "stderr", "n"))
+    return None if value is None else TaskResult(
+        task=str(row["task"]), metric=str(row["metric"]), value=value,
+        stderr=math.nan if stderr is None else stderr, n=int(n or 0),
+        higher_is_better=row["higher_is_better"] is not False, fingerprint="", seconds=0.0,
+    )  # fmt: skip
+
+
 def number(value: object) -> float | None:
     """The value as a float; None for what was not measured: None, NaN, infinity, text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -204,17 +244,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _read_run(folder: RunFolder, rows: Sequence[Row]) -> Run | None:
-    """None where its recipe is damaged, which the rows' warning says, or was deleted just now."""
-    try:
-        recipe = load_yaml(folder.recipe)
-    except (UserError, FileNotFoundError):
-        return None
-    own = {row["task"]: row for row in rows if row["run_id"] == folder.path.name and row["task"]}
-    return Run(folder, recipe, folder.read(), own)
-
-
-def tasks_of(rows: Sequence[Row]) -> list[Task]:
+def tasks_of(rows: Sequence[Row]) -> list[TaskInfo]:
     """The tasks of rows of results.csv or curve.csv, in the order of their first row."""
     by_name: dict[str, list[Row]] = {}
     for row in rows:
@@ -223,7 +253,7 @@ def tasks_of(rows: Sequence[Row]) -> list[Task]:
     return [_task(name, of_task) for name, of_task in by_name.items()]
 
 
-def _task(name: str, rows: Sequence[Row]) -> Task:
+def _task(name: str, rows: Sequence[Row]) -> TaskInfo:
     # The harness writes "acc_norm,none", with the name of a filter that says nothing.
     metric = next((str(row["metric"]) for row in rows if row["metric"]), "score").partition(",")[0]
     told = [row["higher_is_better"] for row in rows if row["higher_is_better"] is not None]
@@ -231,4 +261,4 @@ def _task(name: str, rows: Sequence[Row]) -> Task:
     columns = ("base_score", "step0_score", "score")
     seen = [value for row in rows for c in columns if (value := number(row.get(c))) is not None]
     is_share = higher and all(0.0 <= value <= 1.0 for value in seen)
-    return Task(name, str(rows[0]["kind"]), metric, higher, is_share)
+    return TaskInfo(name, str(rows[0]["kind"]), metric, higher, is_share)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from forgetless.reports.evidence import Task
+from forgetless.reports.evidence import TaskInfo
 from forgetless.scores.seeds import Estimate
 
 NOT_MEASURED = "–"
 
 
-def amount(task: Task, value: float) -> str:
+def amount(task: TaskInfo, value: float) -> str:
     """A score: a share as per cent, anything else to three decimals."""
     return percent(value) if task.is_share else three_decimals(value)
 
@@ -31,7 +31,7 @@ def without_unit(shown: str) -> str:
     return shown.removesuffix("\N{NO-BREAK SPACE}%")
 
 
-def points(value: float, task: Task, sign: str = "+") -> str:
+def points(value: float, task: TaskInfo, sign: str = "+") -> str:
     """A difference: of shares in points of a hundred; without `sign` only a minus is written."""
     if math.isnan(value):
         return NOT_MEASURED
@@ -39,7 +39,7 @@ def points(value: float, task: Task, sign: str = "+") -> str:
     return shown.replace("-", "−")
 
 
-def interval_words(estimate: Estimate, task: Task) -> str:
+def interval_words(estimate: Estimate, task: TaskInfo) -> str:
     """The interval of a score without its unit; a dash when no error is known."""
     if not estimate.has_error:
         return NOT_MEASURED
@@ -47,17 +47,17 @@ def interval_words(estimate: Estimate, task: Task) -> str:
     return f"{low} to {high}" if "-" in low + high else f"{low}–{high}"
 
 
-def level_words(task: Task, level: float) -> str:
+def level_words(task: TaskInfo, level: float) -> str:
     """A round score: 80 % of a share, else the number."""
     return f"{100 * level:g}\N{NO-BREAK SPACE}%" if task.is_share else f"{level:g}"
 
 
-def unit(task: Task) -> str:
+def unit(task: TaskInfo) -> str:
     """What a score of the task is: its metric, its name, and whether lower is better."""
     return f"{task.metric} on {task.name}{'' if task.higher_is_better else ', lower is better'}"
 
 
-def unit_in_full(task: Task) -> str:
+def unit_in_full(task: TaskInfo) -> str:
     """As `unit`, with the tasks that an average is of."""
     return f"{unit(task)} ({', '.join(task.mean_of)})" if task.mean_of else unit(task)
 

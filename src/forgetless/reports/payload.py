@@ -9,7 +9,7 @@ from typing import Any
 from forgetless.reports.arms import Arm
 from forgetless.reports.changes import FlippedItem, TaskChanges
 from forgetless.reports.durations import Course
-from forgetless.reports.evidence import Run, Task, number
+from forgetless.reports.evidence import RunFiles, TaskInfo, number
 from forgetless.reports.findings import Findings
 from forgetless.reports.numbers import NOT_MEASURED, amount, interval_words, probe_words, unit
 from forgetless.scores.seeds import Estimate
@@ -44,7 +44,7 @@ def payload(found: Findings) -> dict[str, Any]:
 # ------------------------------------------------------------------- learning against forgetting
 
 
-def _plane(tasks: Sequence[Task], arms: Sequence[Arm]) -> dict[str, Any] | None:
+def _plane(tasks: Sequence[TaskInfo], arms: Sequence[Arm]) -> dict[str, Any] | None:
     """Every arm at every learning rate, and the bases; None without a score of either kind."""
     learning = [task for task in tasks if task.kind == "learning"]
     forgetting = [task for task in tasks if task.kind == "forgetting"]
@@ -117,8 +117,8 @@ def _point(
     title: str,
     rows: Sequence[tuple[str, str]],
     size: float,
-    learned: Mapping[Task, Estimate | None],
-    kept: Mapping[Task, Estimate | None],
+    learned: Mapping[TaskInfo, Estimate | None],
+    kept: Mapping[TaskInfo, Estimate | None],
     *,
     named: bool = False,
 ) -> dict[str, Any]:
@@ -131,10 +131,12 @@ def _point(
     return {"arm": arm, "title": title, "rows": rows, **marks, **scores}
 
 
-def _seed(run: Run, learning: Sequence[Task], forgetting: Sequence[Task]) -> dict[str, Any]:
+def _seed(
+    run: RunFiles, learning: Sequence[TaskInfo], forgetting: Sequence[TaskInfo]
+) -> dict[str, Any]:
     """The scores of one seed alone."""
 
-    def score(task: Task, column: str) -> float | None:
+    def score(task: TaskInfo, column: str) -> float | None:
         return _round(number(run.rows.get(task.name, {}).get(column)))
 
     return {
@@ -143,7 +145,7 @@ def _seed(run: Run, learning: Sequence[Task], forgetting: Sequence[Task]) -> dic
     }
 
 
-def _estimate(estimate: Estimate, task: Task) -> dict[str, Any]:
+def _estimate(estimate: Estimate, task: TaskInfo) -> dict[str, Any]:
     text = amount(task, estimate.value)
     items = estimate.num_items
     return {
@@ -155,7 +157,7 @@ def _estimate(estimate: Estimate, task: Task) -> dict[str, Any]:
     }
 
 
-def _axis(task: Task, title: str) -> dict[str, Any]:
+def _axis(task: TaskInfo, title: str) -> dict[str, Any]:
     return {
         "name": task.name,
         "title": title,
@@ -164,7 +166,7 @@ def _axis(task: Task, title: str) -> dict[str, Any]:
     }
 
 
-def _learned_axis(task: Task) -> dict[str, Any]:
+def _learned_axis(task: TaskInfo) -> dict[str, Any]:
     return _axis(task, f"↑ Learned: {unit(task)}")
 
 

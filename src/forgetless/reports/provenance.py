@@ -11,7 +11,7 @@ from typing import Any
 from forgetless.core.errors import UserError
 from forgetless.core.files import folder_name, parse_yaml
 from forgetless.reports.arms import Arm
-from forgetless.reports.evidence import Evidence, Run, flatten, number
+from forgetless.reports.evidence import Evidence, RunFiles, flatten, number
 from forgetless.reports.numbers import NOT_MEASURED, duration
 from forgetless.reports.tables import Cell, Line, Table, raw_table, text_head
 from forgetless.studies.folder import planned
@@ -20,19 +20,19 @@ from forgetless.studies.folder import planned
 RECORDED = ("start", "seconds", "statistics", "training", "export")
 
 
-def day(runs: Iterable[Run]) -> str:
+def day(runs: Iterable[RunFiles]) -> str:
     """The day on which the first run was started; empty where none has been."""
     started = (run.record.get("started") for run in runs)
     return min((str(moment)[:10] for moment in started if moment), default="")
 
 
-def seeds_of(runs: Iterable[Run]) -> list[str]:
+def seeds_of(runs: Iterable[RunFiles]) -> list[str]:
     """The seeds used, in order."""
     seeds = {run.settings.get("seed") for run in runs} - {None}
     return [str(seed) for seed in sorted(seeds, key=lambda seed: (number(seed) or 0.0, str(seed)))]
 
 
-def version(runs: Iterable[Run]) -> str:
+def version(runs: Iterable[RunFiles]) -> str:
     """Of Forgetless, that made the first run; empty where it is not known."""
     found = (run.part("versions").get("forgetless") for run in runs)
     return next((str(one) for one in found if one), "")
@@ -59,13 +59,13 @@ def definitions(evidence: Evidence) -> list[tuple[str, str]]:
     return of_study + [("recipe.yaml", run.folder.recipe.read_text("utf-8")) for run in firsts]
 
 
-def _single(evidence: Evidence) -> list[Run]:
+def _single(evidence: Evidence) -> list[RunFiles]:
     """The runs that no study made, in the order of the folder."""
     of_study = planned(evidence.folder) if evidence.study_text else []
     return [run for run in evidence.runs if run.folder not in of_study]
 
 
-def _command(run: Run, first: Run, folder: str) -> str:
+def _command(run: RunFiles, first: RunFiles, folder: str) -> str:
     """What makes a run of the recipe of the first one."""
     words = ["forgetless", "run", "recipe.yaml"]
     name = run.recipe.get("name")
@@ -105,7 +105,7 @@ def _written(value: Any) -> str:
 # ---------------------------------------------------------------------------------- settings
 
 
-def shared_settings(runs: Sequence[Run]) -> dict[str, str]:
+def shared_settings(runs: Sequence[RunFiles]) -> dict[str, str]:
     """The settings that are the same in all runs, as text."""
     values = _settings(runs)
     return {
@@ -115,7 +115,7 @@ def shared_settings(runs: Sequence[Run]) -> dict[str, str]:
     }
 
 
-def _settings(runs: Sequence[Run]) -> dict[str, set[str]]:
+def _settings(runs: Sequence[RunFiles]) -> dict[str, set[str]]:
     """Every setting with its values, as text."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     return {key: {_shown(run.settings.get(key)) for run in runs} for key in keys}
@@ -136,7 +136,7 @@ def differing_table(evidence: Evidence, arms: Sequence[Arm]) -> Table | None:
     return Table("Settings that differ", heads, lines, title="Settings that differ")
 
 
-def unfinished_table(runs: Sequence[Run]) -> Table | None:
+def unfinished_table(runs: Sequence[RunFiles]) -> Table | None:
     """The runs without a result, with the reason; None where there is none."""
     lines = []
     for run in runs:
@@ -152,7 +152,7 @@ def unfinished_table(runs: Sequence[Run]) -> Table | None:
     return Table(title, heads, lines, title=title, kind="reasons", of_arms=False)
 
 
-def machine(runs: Sequence[Run]) -> dict[str, str]:
+def machine(runs: Sequence[RunFiles]) -> dict[str, str]:
     """Versions, hardware and the time of all runs together, as text."""
     found: dict[str, set[str]] = {}
     seconds = []
@@ -166,7 +166,7 @@ def machine(runs: Sequence[Run]) -> dict[str, str]:
     return shown | ({"time of all runs together": duration(sum(seconds))} if seconds else {})
 
 
-def recorded_table(runs: Sequence[Run]) -> Table:
+def recorded_table(runs: Sequence[RunFiles]) -> Table:
     """What the stages of every run wrote down, and what a task measured beside its score."""
     rows = []
     for run in runs:

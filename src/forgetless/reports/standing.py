@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from forgetless.core.metrics import pareto_front
-from forgetless.reports.arms import Arm, Setting, signed, value_of
-from forgetless.reports.evidence import Evidence, Task
+from forgetless.reports.arms import Arm, Setting
+from forgetless.reports.evidence import Evidence, TaskInfo
+from forgetless.scores.files import Phase
 from forgetless.scores.seeds import Ranking, Sample, improved, rank
 
 
@@ -24,8 +25,8 @@ class Standing:
         front_settings: those settings, in the same order.
     """
 
-    learning: Task | None
-    forgetting: Task | None
+    learning: TaskInfo | None
+    forgetting: TaskInfo | None
     placed: tuple[Arm, ...]
     learned: Ranking
     kept: Ranking
@@ -69,57 +70,42 @@ class Standing:
 def standing(evidence: Evidence, arms: Sequence[Arm]) -> Standing:
     """The standing of the arms; empty positions where a kind of task was not measured."""
     learning, forgetting = evidence.first("learning"), evidence.first("forgetting")
-    placed = tuple(arm for arm in arms if _has(arm, learning, forgetting))
+    placed = tuple(
+        arm
+        for arm in arms
+        if (learning or forgetting)
+        and (learning is None or arm.best.final(learning))
+        and (forgetting is None or arm.best.kept(forgetting))
+    )
     if not placed:
         return Standing(learning, forgetting, (), Ranking(()), Ranking(()))
-    learned = [signed(learning, value_of(arm.best.final(learning))) for arm in placed]
-    kept = [signed(forgetting, value_of(arm.best.kept(forgetting))) for arm in placed]
+    places = [arm.best.place(learning, forgetting) for arm in placed]
     of_learning, of_keeping = rank(
-        (learned, _samples(placed, learning)), (kept, _samples(placed, forgetting))
+        ([learned for learned, _ in places], _samples(placed, learning, "final")),
+        ([kept for _, kept in places], _samples(placed, forgetting, "final")),
     )
-    front = _front(arms, forgetting, learning)
+    finals, bases = (_samples(placed, learning, phase) for phase in ("final", "base"))
+    base = next((sample for sample in bases if sample), None)
+    better = improved([sample for sample in finals if sample], base) if base else ()
+    owners, points = [], []
+    for arm in arms:
+        for setting in arm.settings:
+            learned, kept = setting.place(learning, forgetting)
+            if learned is not None and kept is not None:
+                owners.append((arm, setting))
+                points.append((kept, learned))
+    front = [owners[i] for i in pareto_front(points)]
     return Standing(
         learning,
         forgetting,
         placed,
         of_learning,
         of_keeping,
-        _idle(placed, learning),
-        tuple({id(arm): arm for arm, _ in front}.values()),
-        tuple(setting for _, setting in front),
+        idle=tuple(arm for arm, is_better in zip(placed, better, strict=False) if not is_better),
+        front=tuple({id(arm): arm for arm, _ in front}.values()),
+        front_settings=tuple(setting for _, setting in front),
     )
 
 
-def _has(arm: Arm, learning: Task | None, forgetting: Task | None) -> bool:
-    learned = learning is None or arm.best.final(learning) is not None
-    kept = forgetting is None or arm.best.kept(forgetting) is not None
-    return learned and kept and (learning is not None or forgetting is not None)
-
-
-def _samples(placed: Sequence[Arm], task: Task | None) -> list[Sample | None]:
-    return [arm.best.measured[task.name].samples.get("final") if task else None for arm in placed]
-
-
-def _idle(placed: Sequence[Arm], learning: Task | None) -> tuple[Arm, ...]:
-    if learning is None:
-        return ()
-    samples = [arm.best.measured[learning.name].samples for arm in placed]
-    base = next((of_arm["base"] for of_arm in samples if "base" in of_arm), None)
-    if base is None:
-        return ()
-    better = improved([of_arm["final"] for of_arm in samples], base)
-    return tuple(arm for arm, learned in zip(placed, better, strict=True) if not learned)
-
-
-def _front(
-    arms: Sequence[Arm], forgetting: Task | None, learning: Task | None
-) -> list[tuple[Arm, Setting]]:
-    owners, points = [], []
-    for arm in arms:
-        for setting in arm.settings:
-            kept = signed(forgetting, value_of(setting.kept(forgetting)))
-            learned = signed(learning, value_of(setting.final(learning)))
-            if kept is not None and learned is not None:
-                owners.append((arm, setting))
-                points.append((kept, learned))
-    return [owners[i] for i in pareto_front(points)]
+def _samples(arms: Sequence[Arm], task: TaskInfo | None, phase: Phase) -> list[Sample | None]:
+    return [arm.best.measured[task.name].samples.get(phase) if task else None for arm in arms]

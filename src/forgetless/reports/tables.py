@@ -11,7 +11,7 @@ from typing import Any
 from forgetless.reports.arms import Arm, Setting
 from forgetless.reports.changes import ArmChange, TaskChanges
 from forgetless.reports.durations import Course, Matched
-from forgetless.reports.evidence import Evidence, Task, number
+from forgetless.reports.evidence import Evidence, TaskInfo, number
 from forgetless.reports.numbers import (
     NOT_MEASURED,
     amount,
@@ -116,7 +116,7 @@ def number_cell(value: float | None, shown: str = "", under: str = "") -> Cell:
     return Cell(shown, value, "num", under)
 
 
-def estimate_cell(estimate: Estimate | None, task: Task, *, is_best: bool = False) -> Cell:
+def estimate_cell(estimate: Estimate | None, task: TaskInfo, *, is_best: bool = False) -> Cell:
     """A score over its 95 % interval."""
     if estimate is None:
         return Cell(NOT_MEASURED, kind="num none", is_best=is_best)
@@ -187,17 +187,17 @@ def arms_table(evidence: Evidence, arms: Sequence[Arm]) -> Table:
     )
 
 
-def has_retention(task: Task) -> bool:
+def has_retention(task: TaskInfo) -> bool:
     """Whether what is kept of the task is a share of the base's score."""
     return task.kind == "forgetting" and task.is_share
 
 
-def _direction(task: Task) -> str:
+def _direction(task: TaskInfo) -> str:
     better = "higher" if task.higher_is_better else "lower"
     return f"{task.kind} · {task.metric}, {better} is better"
 
 
-def _base_line(name: str, setting: Setting, tasks: Sequence[Task]) -> Line:
+def _base_line(name: str, setting: Setting, tasks: Sequence[TaskInfo]) -> Line:
     cells = [Cell()]
     for task in tasks:
         base = setting.measured[task.name].base
@@ -206,7 +206,7 @@ def _base_line(name: str, setting: Setting, tasks: Sequence[Task]) -> Line:
     return Line("base", [*cells, Cell(), Cell(), Cell()], name)
 
 
-def _setting_line(arm: Arm, setting: Setting, tasks: Sequence[Task]) -> Line:
+def _setting_line(arm: Arm, setting: Setting, tasks: Sequence[TaskInfo]) -> Line:
     cells = [plain_cell(setting.learning_rate)]
     for task in tasks:
         measured = setting.measured[task.name]
@@ -276,7 +276,7 @@ def rates_table(evidence: Evidence, arms: Sequence[Arm]) -> Table | None:
     )
 
 
-def _pairs_table(label: str, pair: tuple[Task, Task], lines: Sequence[Line]) -> Table:
+def _pairs_table(label: str, pair: tuple[TaskInfo, TaskInfo], lines: Sequence[Line]) -> Table:
     heads = [Head("learned", unit(pair[0])), Head("kept", unit(pair[1]))]
     return Table(label, [text_head("arm"), *heads * (len(lines[0].cells) // 2)], lines)
 
@@ -351,11 +351,11 @@ def _score_table(of_task: TaskChanges) -> Table:
         heads,
         [_score_line(change, task, counted, alone) for change in of_task.changes],
         title=task.name,
-        about=f"{_direction(task)} · {count_words(of_task.num_items, 'item')}",
+        about=f"{_direction(task)} · {count_words(of_task.changes[0].rows[0].n, 'item')}",
     )
 
 
-def _score_line(change: ArmChange, task: Task, counted: bool, alone: bool) -> Line:
+def _score_line(change: ArmChange, task: TaskInfo, counted: bool, alone: bool) -> Line:
     before, after = without_unit(amount(task, change.base)), amount(task, change.score)
     low, high = (points(end, task) for end in change.interval)
     ends = NOT_MEASURED if NOT_MEASURED in (low, high) else f"{low} to {high}"
@@ -429,7 +429,7 @@ def _averages_table(averages: Mapping[str, Sequence[PaperAverage]]) -> Table:
     )
 
 
-def tries_tables(arms: Sequence[Arm], tasks: Sequence[Task]) -> list[Table]:
+def tries_tables(arms: Sequence[Arm], tasks: Sequence[TaskInfo]) -> list[Table]:
     """What several answers to each question gave, of the tasks that asked for several."""
     tables = [table for task in tasks if (table := _tries_table(arms, task))]
     if tables:
@@ -442,7 +442,7 @@ def tries_tables(arms: Sequence[Arm], tasks: Sequence[Task]) -> list[Table]:
     return tables
 
 
-def _tries_table(arms: Sequence[Arm], task: Task) -> Table | None:
+def _tries_table(arms: Sequence[Arm], task: TaskInfo) -> Table | None:
     found = {arm.label: _tries(arm, "final", task) for arm in arms}
     names = sorted({name for of_arm in found.values() for name in of_arm}, key=_natural)
     if not names:
@@ -467,7 +467,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdigit() else -1, part) for part in parts]
 
 
-def _tries(arm: Arm, phase: Phase, task: Task) -> dict[str, float]:
+def _tries(arm: Arm, phase: Phase, task: TaskInfo) -> dict[str, float]:
     """The further numbers of the arm's first run that are about several answers."""
     extra = arm.best.runs[0].score(phase, task.name).get("extra") or {}
     known = {name: number(value) for name, value in extra.items() if _TRIES.fullmatch(name)}

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from forgetless.reports.arms import Arm
 from forgetless.reports.changes import ArmChange, TaskChanges
-from forgetless.reports.evidence import Task
+from forgetless.reports.evidence import TaskInfo
 from forgetless.reports.findings import Findings
 from forgetless.reports.numbers import NOT_MEASURED, amount
 from forgetless.reports.standing import Standing
@@ -43,7 +43,7 @@ def prose(sentence: str, style: str = "") -> Text:
     return line
 
 
-def _table(tasks: Sequence[Task], arms: Sequence[Arm], place: Standing) -> Table:
+def _table(tasks: Sequence[TaskInfo], arms: Sequence[Arm], place: Standing) -> Table:
     """One row an arm and rate: every score with its interval, and the share kept."""
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     with_rates = any(len(arm.settings) > 1 for arm in arms)

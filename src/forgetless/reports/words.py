@@ -9,7 +9,7 @@ from typing import Any
 
 from forgetless.reports.arms import Arm
 from forgetless.reports.durations import Matched
-from forgetless.reports.evidence import Evidence, Task
+from forgetless.reports.evidence import Evidence, TaskInfo
 from forgetless.reports.numbers import (
     NOT_MEASURED,
     amount,
@@ -68,19 +68,19 @@ def arm_words(label: str) -> str:
     return f"“{label}”" if re.search(r",|\band\b", label) else label
 
 
-def kept_words(task: Task, *arms: Arm) -> str:
+def kept_words(task: TaskInfo, *arms: Arm) -> str:
     """How much these arms kept: shares of the base's score, or the scores themselves."""
     unit = "of what the base knew" if task.is_share else f"{task.metric} on {task.name}"
     return f"{_amounts(task, [arm.best.kept(task) for arm in arms])} {unit}"
 
 
-def learned_words(task: Task, *arms: Arm) -> str:
+def learned_words(task: TaskInfo, *arms: Arm) -> str:
     """What these arms reached on the new task."""
     unit = f"on {task.name}" if task.is_share else f"{task.metric} on {task.name}"
     return f"{_amounts(task, [arm.best.final(task) for arm in arms])} {unit}"
 
 
-def _amounts(task: Task, estimates: Sequence[Estimate | None]) -> str:
+def _amounts(task: TaskInfo, estimates: Sequence[Estimate | None]) -> str:
     return listed([amount(task, e.value) if e else NOT_MEASURED for e in estimates])
 
 
@@ -136,7 +136,7 @@ def _none_learned(place: Standing) -> tuple[str, str]:
     )
 
 
-def _most_kept(place: Standing, forgetting: Task, learning: Task) -> str:
+def _most_kept(place: Standing, forgetting: TaskInfo, learning: TaskInfo) -> str:
     leader, *tied = place.keepers
     kept, learned = kept_words(forgetting, leader), learned_words(learning, leader)
     if not tied:
@@ -155,7 +155,7 @@ def _most_kept(place: Standing, forgetting: Task, learning: Task) -> str:
     )
 
 
-def _most_learned(place: Standing, forgetting: Task, learning: Task) -> list[str]:
+def _most_learned(place: Standing, forgetting: TaskInfo, learning: TaskInfo) -> list[str]:
     leader, *tied = place.learners
     sentences = []
     if place.keepers[:1] != place.learners[:1]:
@@ -173,7 +173,7 @@ def _most_learned(place: Standing, forgetting: Task, learning: Task) -> list[str
     return sentences
 
 
-def _cost(arm: Arm, forgetting: Task) -> str:
+def _cost(arm: Arm, forgetting: TaskInfo) -> str:
     estimate = arm.best.kept(forgetting)
     if estimate is not None and forgetting.is_share:
         if estimate.value >= 1:
@@ -244,7 +244,7 @@ def _about(place: Standing) -> list[str]:
     return sentences
 
 
-def _from_base(arm: Arm, task: Task) -> str:
+def _from_base(arm: Arm, task: TaskInfo) -> str:
     base = arm.best.measured[task.name].base
     return f" (base {amount(task, base.value)})" if base else ""
 
