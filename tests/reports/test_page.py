@@ -931,6 +931,21 @@ def test_damaged_files_are_named_on_the_page_and_stop_nothing(
     assert "lora_null_v1" in console.export_text()
 
 
+def test_a_score_that_came_after_the_arms_were_read_is_left_for_the_next_report(
+    tmp_path: Path,
+) -> None:
+    folder = make_study(tmp_path / "s", three_tasks(40, 20), ["lora", "pissa"])
+    late = folder / "pissa-00" / "scores" / "final" / "pocket_recall.json"
+    content = late.read_text()
+    late.unlink()
+    evidence = read(folder)
+    arms = gather(evidence)
+    late.write_text(content)
+    changes = {of_task.task.name: of_task for of_task in find_changes(evidence, arms)}
+    assert [change.label for change in changes["pocket_recall"].changes] == ["lora"]
+    assert [change.label for change in changes["pocket_problems"].changes] == ["lora", "pissa"]
+
+
 def test_a_report_can_be_made_while_runs_are_being_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,8 +144,10 @@ def _changes(arm: Arm, tasks: Sequence[TaskInfo]) -> dict[str, ArmChange]:
     found = {}
     for task in tasks:
         compared = (run.compared(task.name) for run in arm.best.runs)
-        if rows := tuple(row for row in compared if row is not None):
-            samples = arm.best.measured[task.name].samples
+        rows = tuple(row for row in compared if row is not None)
+        samples = arm.best.measured[task.name].samples
+        # A run that is being measured may have a score by now that it had not when arms were read.
+        if rows and {"base", "final"} <= samples.keys():
             effect = from_base(samples["final"], samples["base"])
             # One seed has the test that goes with its interval.
             chance = rows[0].chance if len(rows) == 1 else effect.p_value
