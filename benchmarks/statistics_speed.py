@@ -33,7 +33,7 @@ from peft.tuners.lora.corda import calib_cov_distribution, preprocess_corda
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forgetless.statistics.budget import matrix_bytes
+from forgetless.statistics.passes import matrix_bytes
 from forgetless.statistics.collection import collect
 from timing import interleaved, medians, ratio, report, timed
 

@@ -460,6 +460,14 @@ class TestMistakes:
         with pytest.raises(UserError, match="no second_moment of layer"):
             attach(self.model(), "lora_null_v1", RANK, stats=statistics("gpt2"))
 
+    @pytest.mark.parametrize("method", ATTACHABLE)
+    def test_the_text_to_keep_is_not_taken_for_the_new_tasks(self, method: str) -> None:
+        model, keep = self.model(), statistics("llama")
+        if "task_moment" in METHODS[method].needs:
+            with pytest.raises(UserError, match=r"knowledge to keep\); pass task_stats="):
+                attach(model, method, RANK, stats=keep)
+            assert not any("lora" in name for name, _ in model.named_modules())
+
     def test_a_second_adapter_of_the_same_name(self) -> None:
         model = attach(self.model(), "lora", RANK)
         with pytest.raises(UserError, match="already has an adapter 'default'"):

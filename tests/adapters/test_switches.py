@@ -272,7 +272,7 @@ def test_a_frozen_factor_stays_frozen_with_dora() -> None:
 def test_eva_may_move_ranks_between_layers_and_keeps_the_scaling(tmp_path: Path) -> None:
     stats = statistics("llama", first=20)
     base = logits(FAMILIES["llama"].model(), "llama")
-    model = attach(FAMILIES["llama"].model(), "eva", 4, 6, stats=stats, rho=2.0)
+    model = attach(FAMILIES["llama"].model(), "eva", 4, 6, task_stats=stats, rho=2.0)
     layers = adapted_layers(model)
     ranks = {name: m.r["default"] for name, m in layers.items()}
     assert sum(ranks.values()) == 4 * 14

@@ -15,7 +15,7 @@ from forgetless.core import krylov as subspace
 from forgetless.core import linalg
 from forgetless.core.cache import cached_spectra, content_key, once, shared_inputs
 from forgetless.core.files import write_json
-from forgetless.methods import decompose
+from forgetless.methods import METHODS, decompose
 from forgetless.statistics.moments import LayerStatistics, Statistics
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.stages import Stages
@@ -185,6 +185,43 @@ def test_attach_decomposes_a_shared_input_once(
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     attach(Block(), "lora_null_v1", rank=2, target_modules=targets, stats=statistics)
     assert len(calls) == 2
+
+
+def noted(function: Any, sizes: list[int]) -> Any:
+    """The same function; the sizes of the matrices that it gets are noted, but for small ones."""
+
+    def called(M: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.extend([len(M)] if len(M) > 2 else [])
+        return function(M, *args, **kwargs)
+
+    return called
+
+
+OPTIONS: dict[str, dict[str, Any]] = {"eva": {"whiten": True}, "pissa": {"niter": 2}}
+
+
+@pytest.mark.parametrize("name", [n for n, method in METHODS.items() if method.options])
+def test_an_option_costs_no_more_decompositions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value is tried on a small matrix, which must not push out what is shared."""
+    method, statistics = METHODS[name], shared_statistics()
+    tried: list[int] = []
+    for function in ("eigh", "svd", "cholesky_ex"):
+        monkeypatch.setattr(torch.linalg, function, noted(getattr(torch.linalg, function), tried))
+    counts = []
+    for options in ({}, OPTIONS.get(name) or dict([*method.options.items()][:1])):
+        tried.clear()
+        attach(
+            Block(),
+            name,
+            rank=2,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            stats=statistics,
+            task_stats=statistics,
+            gradients={n: torch.ones(8, 16) for n in statistics},
+            **options,
+        )
+        counts.append(len(tried))
+    assert counts[1] <= counts[0] + (4 if "niter" in method.options else 0)
 
 
 def test_sharing_changes_no_number() -> None:

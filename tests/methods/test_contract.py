@@ -198,8 +198,30 @@ def test_what_is_missing_is_named(name: str) -> None:
     given = inputs((4, 4), 5)
     for need in METHODS[name].needs:
         rest: dict[str, Any] = {k: v for k, v in given.items() if k not in ("W", need)}
+        if "second_moment" not in METHODS[name].needs:  # it is taken for the one that is missing
+            del rest["second_moment"]
         with pytest.raises(ValueError, match=f"method '{name}' needs {need}"):
             decompose(given["W"], 2, name, **rest)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_of_one_weight_a_moment_alone_is_the_one_that_the_method_needs(name: str) -> None:
+    if METHODS[name].needs != {"task_moment"}:
+        return
+    given = inputs((6, 5), 5)
+    wanted = start(name, given, 2)
+    W, keep = given["W"], torch.eye(5, dtype=torch.float64)
+    alone = decompose(W, 2, name, second_moment=given["task_moment"])
+    both = decompose(W, 2, name, second_moment=keep, task_moment=given["task_moment"])
+    assert torch.equal(alone.start, wanted.start)
+    assert torch.equal(alone.A, wanted.A)
+    assert torch.equal(both.A, wanted.A)
+
+
+def test_no_method_asks_for_the_text_to_keep_and_means_the_task() -> None:
+    """By their papers: EVA and CorDA's second mode know nothing of a text to keep."""
+    assert METHODS["eva"].needs == METHODS["corda_ipm"].needs == {"task_moment"}
+    assert METHODS["corda_kpm"].needs == METHODS["lora_null_v1"].needs == {"second_moment"}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

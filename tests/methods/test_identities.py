@@ -195,7 +195,7 @@ def test_identity_of_corda_kpm(damping: float) -> None:
 
 def test_identity_of_corda_ipm() -> None:
     """Through C̃ the start is the best approximation of W of rank r."""
-    start = decompose(W, RANK, "corda_ipm", scaling=2.0, second_moment=C)
+    start = decompose(W, RANK, "corda_ipm", scaling=2.0, task_moment=C)
     seen = torch.linalg.svdvals(W @ damped())
     torch.testing.assert_close((start.residual @ damped()).norm(), seen[RANK:].norm())
     torch.testing.assert_close((start.B.mT @ start.B), seen[:RANK].diag() / 2)
@@ -216,7 +216,7 @@ def test_corda_refuses_a_singular_moment_without_damping() -> None:
 
 def test_identity_of_eva() -> None:
     """Orthonormal rows that hold the most energy, the largest first, and a start of zero."""
-    start = decompose(W, RANK, "eva", second_moment=C)
+    start = decompose(W, RANK, "eva", task_moment=C)
     orthonormal(start.A)
     assert not start.B.any()
     energies = (X @ start.A.mT).square().sum(0)
@@ -224,9 +224,9 @@ def test_identity_of_eva() -> None:
 
 
 def test_whitened_eva_gives_entries_of_the_same_size() -> None:
-    start = decompose(W, RANK, "eva", second_moment=C, whiten=True)
+    start = decompose(W, RANK, "eva", task_moment=C, whiten=True)
     torch.testing.assert_close(start.A @ C @ start.A.mT, torch.eye(RANK).to(C))
-    nothing = decompose(W, RANK, "eva", second_moment=torch.zeros_like(C), whiten=True)
+    nothing = decompose(W, RANK, "eva", task_moment=torch.zeros_like(C), whiten=True)
     orthonormal(nothing.A)
 
 

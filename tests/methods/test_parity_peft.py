@@ -236,7 +236,7 @@ def test_eva() -> None:
     pca.partial_fit(X)
     centred = (X - X.mean(0)).double()
     start = decompose(
-        torch.zeros(8, 12), RANK, "eva", second_moment=centred.mT @ centred / len(centred)
+        torch.zeros(8, 12), RANK, "eva", task_moment=centred.mT @ centred / len(centred)
     )
     signs = (start.A * pca.components_).sum(1).sign()
     close(signs[:, None] * start.A, pca.components_, 1e-4)

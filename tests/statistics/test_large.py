@@ -12,13 +12,14 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from forgetless.adapters.attachment import attach
 from forgetless.core.errors import UserError
-from forgetless.statistics import progress
+from forgetless.statistics import checkpoint
 from forgetless.statistics.collection import collect
-from forgetless.statistics.gradients import collect_gradients
-from forgetless.statistics.moments import Statistics
+from forgetless.statistics.gradients import Gradients, collect_gradients
+from forgetless.statistics.moments import LayerStatistics, OnDisk, Statistics
 from forgetless.statistics.stack import Leg, Stack, legs
 from tests.families import FAMILIES, language_batch, token_batch
 from tests.statistics.test_collection import Batch, batched, calls, error, examples
@@ -58,8 +59,8 @@ class Interrupted:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums are written after every batch."""
-    monkeypatch.setattr(progress, "SECONDS", 0.0)
-    monkeypatch.setattr(progress, "_SHARE", 0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", 0)
 
 
 @pytest.mark.parametrize("budget", [None, 43008])
@@ -231,6 +232,64 @@ def test_a_mixture_by_tokens_is_the_sum() -> None:
     weights = [s.metadata["tokens"] for s in (a, b)]
     mixed = Statistics.mixture([(a, weights[0]), (b, weights[1])])
     assert error(mixed, as_expected(a + b)) < 1e-14
+
+
+def test_layers_share_a_matrix_where_they_do_and_nowhere_else(tmp_path: Path) -> None:
+    """A matrix that is made when it is asked for has the identity of one that is gone."""
+    model, batches = model_and_batches()
+    a, b = collect(model, batches[:3]), collect(model, batches[3:], memory_budget="20KiB")
+    loaded = Statistics.load(b.save(tmp_path / "b"))
+    mixed = Statistics.mixture([(a, 3), (b, 1)])
+    apart = Statistics({n: LayerStatistics(a[n].second_moment.clone(), a[n].tokens) for n in a})
+    assert apart.shared_inputs == [(name,) for name in a]
+    for statistics in (a, b, loaded, mixed, a + b, a + apart, mixed + loaded):
+        shared = apart.shared_inputs if statistics.shared_inputs[0][1:] == () else a.shared_inputs
+        saved = Statistics.load(statistics.save(tmp_path / "again"))
+        rebuilt = Statistics({name: statistics[name] for name in statistics})
+        for again in (statistics, Statistics(statistics, {"of": "all"}), saved, rebuilt):
+            assert all(torch.equal(again[n].second_moment, statistics[n].second_moment) for n in a)
+            assert all(again[n].tokens == statistics[n].tokens for n in a)
+            assert all(again.shape(n) == tuple(statistics[n].second_moment.shape) for n in a)
+            assert again.shared_inputs == shared or again is rebuilt
+    assert Statistics(mixed, {"of": "all"}).metadata == {"of": "all"}
+
+
+def test_no_matrix_is_read_for_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = model_and_batches()
+    found = Statistics.load(collect(model, batches).save(tmp_path))
+    gradients = Gradients.load(collect_gradients(model, batches[:1]).save(tmp_path))
+    reads: list[str] = []
+    read = OnDisk.__getitem__
+
+    def counted(self: OnDisk, name: str) -> Tensor:
+        reads.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(OnDisk, "__getitem__", counted)
+    mixed = Statistics.mixture([(found, 1), (found, 2)])
+    assert mixed.shape("model.layers.0.mlp.up_proj") == (32, 32)
+    with pytest.raises(UserError, match=r"the task_moment of layer .* the layer needs"):
+        attach(wider_llama(), "eva", 2, task_stats=mixed)
+    with pytest.raises(UserError, match=r"the gradient of layer .* the layer needs"):
+        attach(wider_llama(), "lora_ga", 2, gradients=gradients)
+    with pytest.raises(UserError, match=r"the second_moment of layer .* the layer needs"):
+        attach(wider_llama(), "lora_null_v1", 2, stats=found)
+    assert reads == []
+    attach(model, "lora_null_v1", 2, stats=found)
+    assert len(reads) == len(found.shared_inputs)
+
+
+def wider_llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
 
 
 def test_mixtures_that_cannot_be() -> None:

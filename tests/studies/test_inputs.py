@@ -47,12 +47,9 @@ def same(a: Statistics, b: Statistics) -> bool:
 # ---- which text ----------------------------------------------------------------------------------
 
 
-def test_auto_is_the_task_where_the_method_looks_at_the_task_alone() -> None:
-    settings = CalibrationSettings()
-    assert settings.sources("lora_null_v1") == [("self", 1.0)]
-    assert settings.sources("sc_lora") == [("self", 1.0)]
-    assert settings.sources("eva") == settings.sources("corda_ipm") == [("data", 1.0)]
-    assert CalibrationSettings(source="a.txt").sources("eva") == [("a.txt", 1.0)]
+def test_the_text_to_keep_is_the_bases_own_unless_it_is_named() -> None:
+    assert CalibrationSettings().sources == [("self", 1.0)]
+    assert CalibrationSettings(source="a.txt").sources == [("a.txt", 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -86,15 +83,14 @@ def test_training_batches_are_what_training_sees(tiny_base: Path, tiny_files: Pa
     [
         ("sc_lora", {"second_moment", "task_moment"}),
         ("lora_ga", {"gradient"}),
-        ("eva", {"second_moment"}),
-        ("corda_ipm", {"second_moment"}),
+        ("eva", {"task_moment"}),
+        ("corda_ipm", {"task_moment"}),
     ],
 )
 def test_methods_of_the_task_run_from_a_recipe(
     method: str, needs: set[str], tiny_base: Path, tiny_files: Path, tmp_path: Path
 ) -> None:
-    changes = {"calibration.source": "auto"} if method in ("eva", "corda_ipm") else {}
-    recipe = tiny(tiny_base, tiny_files, method, **changes)
+    recipe = tiny(tiny_base, tiny_files, method)
     assert check(recipe) == []
     assert set(input_keys(recipe)) == needs
     done = run(recipe, tmp_path)
@@ -159,8 +155,8 @@ def test_after_a_failure_fewer_texts_at_a_time_may_be_tried(
     tiny_base: Path, tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sums of an interrupted collection are of its own batches."""
-    monkeypatch.setattr("forgetless.statistics.progress.SECONDS", 0.0)
-    monkeypatch.setattr("forgetless.statistics.progress._SHARE", 0)
+    monkeypatch.setattr("forgetless.statistics.checkpoint.SECONDS", 0.0)
+    monkeypatch.setattr("forgetless.statistics.checkpoint._SHARE", 0)
     model, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
 
     def collected(batch_size: int, kept: Path | None = None) -> Statistics:
@@ -213,7 +209,7 @@ def test_settings_without_effect_do_not_change_the_key(tiny_base: Path, tiny_fil
     assert key(method="sc_lora") != key()
     assert key(method="sc_lora") != key({"data.max_length": 16}, "sc_lora")
     auto, data = ({"calibration.source": source} for source in ("auto", "data"))
-    assert key(auto, "eva") == key(data, "eva") != key(auto)
+    assert key(method="eva") == key(auto, "eva") == key(data, "eva") != key(auto)
 
 
 def test_the_key_of_one_text_is_that_of_earlier_versions(tiny_base: Path, tiny_files: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -27,10 +27,22 @@ from forgetless.core.progress import counted
 from forgetless.methods import METHODS, decompose
 from forgetless.models.load import Targets, base_of, find_targets
 from forgetless.models.weights import is_offloaded, linear_weight, unreadable, weight_shape
+from forgetless.statistics.gradients import Gradients
 from forgetless.statistics.moments import Statistics
 
-Source = Callable[[str], Tensor]
-"""Layer name -> what a method needs of it; KeyError where there is nothing."""
+
+@dataclass(frozen=True)
+class Source:
+    """One of a method's needs, by layer name; KeyError where there is nothing.
+
+    Attributes:
+        read: gives the matrix.
+        shape: gives its shape, without reading what lies on disk.
+    """
+
+    read: Callable[[str], Tensor]
+    shape: Callable[[str], tuple[int, ...]]
+
 
 _WRAPPED = ("base_layer", "original_module")
 """What PEFT calls a module of the base inside of its own."""
@@ -38,7 +50,7 @@ _WRAPPED = ("base_layer", "original_module")
 _HOW_TO_GET = {
     "second_moment": "statistics of the knowledge to keep; "
     "run 'forgetless stats' or pass stats=forgetless.collect(model, batches)",
-    "task_moment": "statistics of the new task; "
+    "task_moment": "statistics of the new task (stats= are those of the knowledge to keep); "
     "pass task_stats=forgetless.collect(model, batches) on its data",
     "gradient": "the gradients of the new task's loss; "
     "pass gradients=forgetless.statistics.gradients.collect_gradients(model, batches)",
@@ -77,7 +89,7 @@ def attach(
             layers those inside of that part of every block.
         stats: activations of the knowledge to keep, from `collect`. This and the next two are
             ignored by methods that do not need them.
-        task_stats: activations on the new task's data, for `eva` and the like.
+        task_stats: activations on the new task's data, for `eva`, `corda_ipm` and `sc_lora`.
         gradients: layer name -> gradient of the new task's loss, (out, in), for `lora_ga`.
         dropout: probability, on the adapter's input while training.
         seed: of random starts; every layer draws from a generator of its own.
@@ -156,7 +168,7 @@ def _sources(
     given = {
         "second_moment": _moments(stats),
         "task_moment": _moments(task_stats),
-        "gradient": None if gradients is None else gradients.__getitem__,
+        "gradient": _gradients(gradients),
     }
     sources: dict[str, Source] = {}
     for need in sorted(method.needs):
@@ -173,7 +185,15 @@ def _moments(stats: Statistics | None) -> Source | None:
         return None
     first = {name: group[0] for group in stats.shared_inputs for name in group}
     read = lru_cache(maxsize=1)(lambda name: stats[name].second_moment)
-    return lambda name: read(first[name])
+    return Source(lambda name: read(first[name]), stats.shape)
+
+
+def _gradients(gradients: Mapping[str, Tensor] | None) -> Source | None:
+    if gradients is None:
+        return None
+    if isinstance(gradients, Gradients):
+        return Source(gradients.__getitem__, gradients.shape)
+    return Source(gradients.__getitem__, lambda name: tuple(gradients[name].shape))
 
 
 def _check_layers(
@@ -226,7 +246,7 @@ def _shared_out(
     assert method.share_ranks is not None
     eigenvalues = {}
     for name, layer in layers.items():
-        moment = sources["second_moment"](name)
+        moment = sources["task_moment"].read(name)
         most = min(round(rho * ranks[name].rank), *weight_shape(layer))
         first = eigen_top(moment, most).values
         padding = first.new_zeros(round(rho * ranks[name].rank) - most)
@@ -256,7 +276,7 @@ def _obstacles(layers: Mapping[str, nn.Module]) -> list[str]:
 
 def _source_problems(name: str, need: str, source: Source, wanted: tuple[int, int]) -> list[str]:
     try:
-        shape = tuple(source(name).shape)
+        shape = source.shape(name)
     except KeyError:
         return [f"there is no {need} of layer {name!r}; collect it on this model"]
     if shape != wanted:
@@ -280,7 +300,7 @@ def _decompose_layer(
     seed: int,
     options: Mapping[str, Any],
 ) -> Decomposition:
-    inputs: dict[str, Any] = {need: source(name) for need, source in sources.items()}
+    inputs: dict[str, Any] = {need: source.read(name) for need, source in sources.items()}
     try:
         return decompose(
             linear_weight(layer).detach(),

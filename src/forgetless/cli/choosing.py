@@ -38,7 +38,7 @@ def plan(
     from forgetless.recipes.plan.advice import Wishes
     from forgetless.recipes.plan.plan import plan as do
     from forgetless.recipes.plan.showing import recipe_text, render
-    from forgetless.statistics.budget import parse_bytes
+    from forgetless.statistics.passes import parse_bytes
 
     if out is not None and Path(out).exists():
         raise UserError(f"{out} is there already; give another name, or remove it")

@@ -10,8 +10,6 @@ computes from its second moment alone is computed once for the three.
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -25,6 +23,8 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from forgetless.core.files import new_file
 
 T = TypeVar("T")
 
@@ -101,13 +101,8 @@ class SpectrumCache:
             while sum(held.nbytes for held in self._held.values()) > self.memory_bytes:
                 self._held.popitem(last=False)
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{file.name}")
-        try:
+        with new_file(file) as unfinished:
             save_file({"left": rows.left, "S": rows.S, "right": rows.right}, unfinished)
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def content_key(M: Tensor) -> str:
@@ -147,12 +142,13 @@ def cached_spectra(
 
 @contextmanager
 def uncached() -> Iterator[None]:
-    """Within it no spectrum is looked up or kept: for matrices that are no weights."""
-    token = _spectra.set(None)
+    """Within it nothing is looked up or kept: for matrices of no model."""
+    spectra, shared = _spectra.set(None), _shared.set(None)
     try:
         yield
     finally:
-        _spectra.reset(token)
+        _spectra.reset(spectra)
+        _shared.reset(shared)
 
 
 def active_cache() -> SpectrumCache | None:

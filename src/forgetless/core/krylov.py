@@ -165,8 +165,8 @@ def _krylov(
     """
     size = len(like)
     width = min(max(rank + _OVERSAMPLING, _NARROWEST), size)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(size, width, generator=generator, dtype=like.dtype).to(like.device)
+    drawn = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(size, width, generator=drawn, dtype=like.dtype, device="cpu").to(like)
     basis = torch.linalg.qr(expand(start)).Q
     image = expand(basis)
     projected = basis.mT @ image

@@ -250,7 +250,9 @@ def randomised_svd(W: Tensor, rank: int, niter: int, generator: torch.Generator)
     """
     width = min(rank + 4, *W.shape)
     single = W.float()  # the space is a guess anyway; what is made of it is exact
-    drawn = torch.randn(W.shape[1], width, generator=generator).to(W.device)
+    drawn = torch.randn(
+        W.shape[1], width, generator=generator, dtype=single.dtype, device="cpu"
+    ).to(W.device)
     Q = torch.linalg.qr(single @ drawn).Q
     for _ in range(niter):
         Q = torch.linalg.qr(single @ torch.linalg.qr(single.mT @ Q).Q).Q

@@ -96,7 +96,8 @@ class Method:
             come in float32 or float64, as they were given. A method that is random with some of its
             options only gives ``generator`` the default None; it is passed all the same.
         share_ranks: ``(eigenvalues, ranks, rho) -> ranks`` of a method whose option ``rho`` moves
-            ranks between layers; see `forgetless.methods.eva.redistribute_ranks`.
+            ranks between layers, by the eigenvalues of its task moments; see
+            `forgetless.methods.eva.redistribute_ranks`.
     """
 
     name: str
@@ -160,7 +161,7 @@ class Method:
             where = f"a {shape} weight" if layer is None else f"layer {layer!r} {shape}"
             raise ValueError(f"rank must be in 1..{min(shape)} for {where}, got {rank!r}")
         if options:
-            eye = torch.eye(2, dtype=torch.float64)
+            eye = torch.eye(2, dtype=torch.float64, device="cpu")
             with uncached():
                 self._call(eye, 1, 1.0, dict.fromkeys(self.needs, eye), 0, options)
 
@@ -187,6 +188,8 @@ class Method:
         _check_matrix("W", W)
         out_features, in_features = W.shape
         self.check(rank, (out_features, in_features), options)
+        if task_moment is None and "second_moment" not in self.needs:
+            task_moment = second_moment  # of one weight there is no other text that it could be of
         given = {"second_moment": second_moment, "task_moment": task_moment, "gradient": gradient}
         inputs = {}
         for name in sorted(self.needs):
@@ -221,7 +224,7 @@ class Method:
         assert self.factors is not None
         keywords = {**inputs, **options}
         if "generator" in self._keywords:
-            keywords["generator"] = torch.Generator().manual_seed(seed)
+            keywords["generator"] = torch.Generator("cpu").manual_seed(seed)
         return self.factors(W, rank, scaling, **keywords)
 
 

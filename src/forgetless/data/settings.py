@@ -13,16 +13,13 @@ DATA = "data"
 """The calibration source that stands for the training data."""
 
 
-TASK_METHODS = frozenset({"eva", "corda_ipm"})
-"""Methods whose second moment is over the new task's text, and not over the text to keep."""
-
-
 class CalibrationSettings(Section):
-    """The text whose knowledge is to be kept; read only when the method needs statistics.
+    """The text whose knowledge is to be kept; read only when the method needs its statistics.
 
     ``source`` is one text, or a list of ``{source, weight}``, whose weights are shares of the mean.
-    ``data`` is the training data; ``auto`` is that for methods that look at the new task only, and
-    ``self`` for the others. ``skip_first`` and ``memory_budget`` are those of `forgetless.collect`.
+    ``data`` is the training data, ``auto`` is ``self``. What a method needs of the new task's text
+    is always collected on the training data, with the other settings of this section; of these,
+    ``skip_first`` and ``memory_budget`` are those of `forgetless.collect`.
     """
 
     source: Any = "auto"
@@ -45,10 +42,11 @@ class CalibrationSettings(Section):
             "number}"
         )
 
-    def sources(self, method: str) -> list[tuple[str, float]]:
-        """Every source with its weight, for a method; none of them is ``auto``."""
+    @property
+    def sources(self) -> list[tuple[str, float]]:
+        """Every source with its weight; none of them is ``auto``."""
         if self.source == "auto":
-            return [(DATA if method in TASK_METHODS else "self", 1.0)]
+            return [("self", 1.0)]
         if isinstance(self.source, str):
             return [(self.source, 1.0)]
         return [(part["source"], float(part["weight"])) for part in self.source]

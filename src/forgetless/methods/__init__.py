@@ -74,6 +74,7 @@ def decompose(
         method: a name in `METHODS`, or a `Method` of one's own.
         scaling: what will multiply B A; positive.
         second_moment: mean of x xᵀ over tokens, (in, in), not centred; CorDA calls it a covariance.
+            Of the text to keep; a method that looks at the new task alone takes it as task_moment.
         gradient: gradient of the task's loss with respect to W, (out, in).
         task_moment: the second moment over the new task's tokens, (in, in).
         seed: decides what a random method draws; the others ignore it.

@@ -9,18 +9,18 @@ from forgetless.methods.corda_kpm import context_end
 
 
 def corda_ipm(
-    W: Tensor, rank: int, scaling: float, *, second_moment: Tensor, damping: float = 0.01
+    W: Tensor, rank: int, scaling: float, *, task_moment: Tensor, damping: float = 0.01
 ) -> Factors:
     """B = U √(S / scaling) and A = √(S / scaling) Vh C̃⁻¹ over the first components of W C̃.
 
-    C̃ and the differences from the authors' code are those of `corda_kpm`. This mode looks at the
-    task: the second moment, and with `attach` the `stats`, are to be those of the new task's text.
+    C̃ and the differences from the authors' code are those of `corda_kpm`, but for the text: this
+    mode looks at the new task's.
 
     Args:
         W: weight, (out, in).
         rank: 1..min(out, in).
         scaling: what will multiply B A.
-        second_moment: mean of x xᵀ over the new task's text, (in, in).
+        task_moment: mean of x xᵀ over the new task's text, (in, in).
         damping: at least 0; 0 only for a second moment that is safely positive definite.
 
     Returns:
@@ -34,7 +34,7 @@ def corda_ipm(
         for Task-Aware Parameter-Efficient Fine-tuning", arXiv:2406.05223.
     """
     damping = check_number("damping", damping, 0)
-    return Factors.balanced(*context_end(W, second_moment, rank, "largest", damping), scaling)
+    return Factors.balanced(*context_end(W, task_moment, rank, "largest", damping), scaling)
 
 
 METHOD = Method(

@@ -15,23 +15,22 @@ def eva(
     rank: int,
     scaling: float,
     *,
-    second_moment: Tensor,
+    task_moment: Tensor,
     whiten: bool = False,
     rho: float = 1.0,
 ) -> Factors:
-    """A = the eigenvectors of the second moment with the largest eigenvalues, and B = 0.
+    """A = the eigenvectors of the task's second moment with the largest eigenvalues, and B = 0.
 
-    EVA looks at the task: the second moment, and with `attach` the `stats`, are to be those of the
-    new task's text. The paper and PEFT use the principal components of centred activations. A
-    second moment is not centred, so the mean activation, often the largest direction of all, takes
-    part here; pass E[x xᵀ] - E[x] E[x]ᵀ for theirs. The paper also moves ranks between layers; see
+    The paper and PEFT use the principal components of centred activations. A second moment is not
+    centred, so the mean activation, often the largest direction of all, takes part here; pass
+    E[x xᵀ] - E[x] E[x]ᵀ for theirs. The paper also moves ranks between layers; see
     `redistribute_ranks`.
 
     Args:
         W: weight, (out, in); only its shape and device matter.
         rank: 1..min(out, in).
         scaling: not used; it multiplies a zero.
-        second_moment: mean of x xᵀ over the new task's text, (in, in).
+        task_moment: mean of x xᵀ over the new task's text, (in, in).
         whiten: whether to divide each row by the root of its eigenvalue, so that the entries of
             A x have a mean square of 1; the directions that hold less than 1e-12 of the first are
             divided by what that would be. PEFT's switch of this name divides by the fourth root of
@@ -53,7 +52,7 @@ def eva(
     if not isinstance(whiten, bool):
         raise ValueError(f"whiten must be True or False, got {whiten!r}")
     check_number("rho", rho, 1)
-    values, vectors = eigen_top(second_moment, rank)
+    values, vectors = eigen_top(task_moment, rank)
     A = vectors.mT
     if whiten and values[0] > 0:
         A = A / values.clamp(min=1e-12 * float(values[0])).sqrt()[:, None]

@@ -27,7 +27,7 @@ def lora(W: Tensor, rank: int, scaling: float, *, generator: torch.Generator) ->
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
     """
     out_features, in_features = W.shape
-    unit = torch.rand(rank, in_features, generator=generator, dtype=torch.float64)
+    unit = torch.rand(rank, in_features, generator=generator, dtype=W.dtype, device="cpu")
     return Factors(
         A=((2 * unit - 1) / in_features**0.5).to(W.device),
         B=W.new_zeros(out_features, rank),

@@ -43,7 +43,7 @@ def pissa(
         return Factors.balanced(*svd_slice(W, 0, rank), scaling)
     if not isinstance(niter, int) or niter < 0:
         raise ValueError(f"niter must be a whole number of at least 0, got {niter!r}")
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = generator or torch.Generator("cpu").manual_seed(0)
     return Factors.balanced(*randomised_svd(W, rank, niter, generator), scaling)
 
 

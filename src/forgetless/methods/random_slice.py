@@ -25,7 +25,8 @@ def random_slice(W: Tensor, rank: int, scaling: float, *, generator: torch.Gener
         The "random" arm of Wang et al. 2024, "MiLoRA: Harnessing Minor Singular Components for
         Parameter-Efficient LLM Finetuning", arXiv:2406.09044.
     """
-    drawn = torch.randperm(min(W.shape), generator=generator)[:rank].sort().values
+    everything = torch.randperm(min(W.shape), generator=generator, device="cpu")
+    drawn = everything[:rank].sort().values
     return Factors.balanced(*spectrum(W).components(drawn.to(W.device)), scaling)
 
 

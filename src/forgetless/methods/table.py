@@ -34,8 +34,8 @@ _COLUMNS = (
     "start of a 7B block",
 )
 _NOTES = """
-- **needs**: `activations` are second moments from `forgetless.collect` or `forgetless stats`; of
-  which text, says the start: of the knowledge to keep, or of the new task.
+- **needs**: `activations` are second moments of the knowledge to keep, from `forgetless.collect` or
+  `forgetless stats` (`stats=` of `attach`); those of the new task are of its data (`task_stats=`).
 - **on quantised bases**: `exact` means that the start comes from a dequantised copy of each weight
   (bitsandbytes 4 and 8 bit, torchao), that the stored weights stay as they are, bit for bit, and
   that step 0 and adapter-off are the base.

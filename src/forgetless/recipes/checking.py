@@ -110,7 +110,7 @@ class Checker:
     def _calibration(self, recipe: Recipe) -> Iterator[str]:
         method = METHODS.get(recipe.adapter.method)
         if method is not None and "second_moment" in method.needs:
-            for source, _ in recipe.calibration.sources(method.name):
+            for source, _ in recipe.calibration.sources:
                 if source != DATA:
                     yield from self._problem("calibration.source", fingerprint, source)
 

@@ -65,7 +65,7 @@ def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
     }
     texts: list[list[Any]] = [
         [data_as_text if source == DATA else source_hash(source, fingerprint), weight]
-        for source, weight in recipe.calibration.sources(recipe.adapter.method)
+        for source, weight in recipe.calibration.sources
     ]
     task = {**common, "source": data_as_text}
     found = {
@@ -99,7 +99,7 @@ def run_id(recipe: Recipe) -> str:
     if isinstance(recipe.data.train, str):
         content = content[0][0]
     inputs = input_keys(recipe) if recipe.adapter.method != "full" else {}
-    alone = inputs.get("second_moment") if len(inputs) == 1 else None
+    alone = next(iter(inputs.values())) if len(inputs) == 1 and "gradient" not in inputs else None
     decides: dict[str, Any] = {
         "base": base_hash(recipe.base),
         "dtype": recipe.dtype,

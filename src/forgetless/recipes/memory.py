@@ -35,7 +35,7 @@ from forgetless.methods.table import entries
 from forgetless.models.load import checkpoint_activations, find_targets, target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
-from forgetless.statistics.budget import matrix_bytes, parse_budget
+from forgetless.statistics.passes import matrix_bytes, parse_budget
 from forgetless.training.optimizers import OPTIMIZERS
 from forgetless.training.settings import TrainingSettings
 
@@ -262,7 +262,8 @@ def _statistics(model: Any, recipe: Recipe, matrices: int) -> int:
     whole = _most_alive(_Forward(model), shape)
     inner = _most_alive(_Forward(model.base_model), shape)
     sampling = 0
-    if SELF in [source for source, _ in settings.sources(recipe.adapter.method)]:
+    keeps = "second_moment" in METHODS[recipe.adapter.method].needs
+    if keeps and SELF in [source for source, _ in settings.sources]:
         # Keys and values of the texts that are sampled together, for every layer and token.
         config = model.config.get_text_config()
         tokens = settings.max_length * min(

@@ -17,11 +17,11 @@ from forgetless.core.processes import Processes
 from forgetless.core.progress import counted
 from forgetless.models.load import as_base, target_layers
 from forgetless.models.weights import weight_shape
-from forgetless.statistics.budget import parse_budget, passes
+from forgetless.statistics.checkpoint import Checkpoint, model_identity
 from forgetless.statistics.collector import Batch, Collector
 from forgetless.statistics.moments import Spilled, Statistics
 from forgetless.statistics.padding import device_and_dtype
-from forgetless.statistics.progress import Progress, model_identity
+from forgetless.statistics.passes import parse_budget, passes
 from forgetless.statistics.refusals import refuse_sharded, refuse_shared_out
 from forgetless.statistics.stack import Leg, Relay, Stack, legs
 
@@ -135,7 +135,7 @@ class _Passes:
         self.processes = processes
         stack = Stack.find(collector.base, collector.layers)
         self.relay = None if stack is None else Relay(stack)
-        self.progress: Progress | None = None
+        self.checkpoint: Checkpoint | None = None
 
     def run(
         self, shapes: Mapping[str, tuple[int, int]], budget: int | None, checkpoint: Path | None
@@ -154,13 +154,13 @@ class _Passes:
                 self._sum(names, leg)
             self.collector.add_up(names, self.processes)
             for name, matrix in self.collector.take():
-                if self.progress is None:
+                if self.checkpoint is None:
                     spilled.add(name, matrix)
                 else:
-                    self.progress.add(name, matrix, self.collector.tokens[name])
-            if self.progress is not None:
-                self.progress.finish_pass()
-        return spilled if self.progress is None else self.progress.finished
+                    self.checkpoint.add(name, matrix, self.collector.tokens[name])
+            if self.checkpoint is not None:
+                self.checkpoint.finish_pass()
+        return spilled if self.checkpoint is None else self.checkpoint.finished
 
     def _learn(self) -> None:
         """Order and sharing of the layers, from the first batch of this process."""
@@ -183,12 +183,12 @@ class _Passes:
                 "model": model_identity(collector.base, collector.layers),
                 "skip_first": collector.skip_first,
             }
-            self.progress = Progress(checkpoint, identity, self.processes)
-        assert self.progress is not None
-        mine = set(self.progress.finished)
+            self.checkpoint = Checkpoint(checkpoint, identity, self.processes)
+        assert self.checkpoint is not None
+        mine = set(self.checkpoint.finished)
         done = set.intersection(*self.processes.gather(mine))
-        self.progress.forget(mine - done)
-        self.collector.tokens.update(self.progress.tokens)
+        self.checkpoint.forget(mine - done)
+        self.collector.tokens.update(self.checkpoint.tokens)
         return done
 
     def _sum(self, names: list[str], leg: Leg) -> None:
@@ -211,7 +211,9 @@ class _Passes:
         """The batches of this process that a pass has not seen yet."""
         number = length_hint(self.batches) // self.processes.count
         mine = counted(self.processes.share(self.batches), self.work, "batches", number)
-        return mine if self.progress is None else self.progress.follow(mine, self.collector, names)
+        return (
+            mine if self.checkpoint is None else self.checkpoint.follow(mine, self.collector, names)
+        )
 
 
 def _warn_of_gaps(

@@ -151,7 +151,7 @@ class Collector:
 
     def _zeros(self, name: str) -> Tensor:
         size = weight_shape(self.layers[name])[1]
-        return torch.zeros(size, size, dtype=torch.float64)
+        return torch.zeros(size, size, dtype=torch.float64, device="cpu")
 
     def _forward(self, batch: Batch, number: int) -> None:
         arguments, self._rows = prepare(

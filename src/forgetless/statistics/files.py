@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from forgetless.core.errors import UserError
+from forgetless.core.files import new_file
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,9 @@ class FileFormat:
             The file.
         """
         file = self.file(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
         header = {"format": f"forgetless-{self.holds}", "version": str(self.version), **content}
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
+        with new_file(file) as unfinished:
             save_file(dict(matrices), unfinished, metadata=header)
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
         return file
 
     def header(self, path: str | Path) -> tuple[dict[str, str], list[str]]:

@@ -22,11 +22,11 @@ from forgetless.core.processes import Processes
 from forgetless.core.progress import counted
 from forgetless.models.load import as_base, target_layers
 from forgetless.models.weights import weight_shape
-from forgetless.statistics.budget import parse_budget, passes
 from forgetless.statistics.collector import Batch
 from forgetless.statistics.files import FileFormat
-from forgetless.statistics.moments import OnDisk, Spilled
+from forgetless.statistics.moments import OnDisk, Spilled, shape_of
 from forgetless.statistics.padding import device_and_dtype, prepare
+from forgetless.statistics.passes import parse_budget, passes
 from forgetless.statistics.refusals import refuse_sharded, refuse_shared_out
 
 _FORMAT = FileFormat("gradients", version=1, make="forgetless.statistics.collect_gradients")
@@ -55,6 +55,10 @@ class Gradients(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._matrices)
+
+    def shape(self, layer: str) -> tuple[int, ...]:
+        """(out, in) of one, without reading it."""
+        return shape_of(self._matrices, layer)
 
     def __repr__(self) -> str:
         return f"<Gradients of {len(self)} layers, {self.metadata.get('tokens')} tokens>"
@@ -259,7 +263,7 @@ class _Pass:
         self.sums[name].add_(product)
 
     def _zeros(self, name: str) -> Tensor:
-        return torch.zeros(self.shapes[name], dtype=torch.float64)
+        return torch.zeros(self.shapes[name], dtype=torch.float64, device="cpu")
 
 
 def _learned(base: nn.Module, labels: Tensor) -> int:

@@ -66,18 +66,25 @@ class Statistics(Mapping[str, LayerStatistics]):
             layer), and the versions of `torch` and `transformers`.
     """
 
+    _matrices: Mapping[str, Tensor]
+    _matrix_of: dict[str, str]
+    _tokens: dict[str, int]
+
     def __init__(
         self,
         layers: Mapping[str, LayerStatistics],
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        self.metadata = dict(metadata or {})
+        if isinstance(layers, Statistics):
+            self._matrices, self._matrix_of = layers._matrices, layers._matrix_of
+            self._tokens = layers._tokens
+            return
+        layers = dict(layers)  # which holds all matrices at once, so that no two share an identity
         names: dict[int, str] = {}
         self._matrix_of = {n: names.setdefault(id(s.second_moment), n) for n, s in layers.items()}
         self._tokens = {name: layer.tokens for name, layer in layers.items()}
-        self._matrices: Mapping[str, Tensor] = {
-            name: layers[name].second_moment for name in names.values()
-        }
-        self.metadata = dict(metadata or {})
+        self._matrices = {name: layers[name].second_moment for name in names.values()}
 
     @classmethod
     def of(
@@ -95,6 +102,10 @@ class Statistics(Mapping[str, LayerStatistics]):
 
     def __getitem__(self, layer: str) -> LayerStatistics:
         return LayerStatistics(self._matrices[self._matrix_of[layer]], self._tokens[layer])
+
+    def shape(self, layer: str) -> tuple[int, ...]:
+        """(in, in) of one layer's second moment, without reading it."""
+        return shape_of(self._matrices, self._matrix_of[layer])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._matrix_of)
@@ -220,6 +231,11 @@ class OnDisk(Mapping[str, Tensor]):
             tensor: Tensor = opened.get_tensor(name)
             return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one, from its file's header."""
+        with safe_open(self._files[name], framework="pt") as opened:
+            return tuple(opened.get_slice(name).get_shape())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
@@ -256,11 +272,23 @@ class Mixed(Mapping[str, Tensor]):
         terms = (matrices[key] * weight for weight, matrices, key in self._parts[name])
         return functools.reduce(Tensor.add_, terms)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one."""
+        _, matrices, key = self._parts[name][0]
+        return shape_of(matrices, key)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
     def __len__(self) -> int:
         return len(self._parts)
+
+
+def shape_of(matrices: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a matrix, which stays on disk where it is there."""
+    if isinstance(matrices, OnDisk | Mixed):
+        return matrices.shape(name)
+    return tuple(matrices[name].shape)
 
 
 def _check_same_layers(a: Statistics, b: Statistics) -> None:
@@ -272,7 +300,7 @@ def _check_same_layers(a: Statistics, b: Statistics) -> None:
             f"{', '.join(differing[:3])}{more}"
         )
     for name in a:
-        size, other = a[name].second_moment.shape[0], b[name].second_moment.shape[0]
+        (size, _), (other, _) = a.shape(name), b.shape(name)
         if size != other:
             raise ValueError(f"layer {name!r} has {size} inputs in one and {other} in the other")
 

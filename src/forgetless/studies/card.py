@@ -97,10 +97,12 @@ def _settings(run: RunFolder, recipe: Recipe, trained: Mapping[str, Any]) -> dic
     data = recipe.data.sources
     sources = [file_name(path) + (f" (weight {w:g})" if len(data) > 1 else "") for path, w in data]
     kept, method = "none: this start reads no text", METHODS.get(adapter.method)
-    if method is not None and method.needs:
+    if method is not None and "second_moment" in method.needs:
         called = {"self": "sampled from the base itself", "data": "the training data"}
-        read = [called.get(name) or file_name(name) for name, _ in text.sources(method.name)]
+        read = [called.get(name) or file_name(name) for name, _ in text.sources]
         kept = f"{' and '.join(read)}; {text.samples} texts of at most {text.max_length} tokens"
+    elif method is not None and method.needs:
+        kept = "none: this start reads the training data alone"
     steps = trained.get("steps", training.steps or "")
     if over := trained.get("exceeded"):
         seen = f"at step {over['step']} {over['probe']} reached {over['value']:.3g}"

@@ -66,8 +66,7 @@ class Collecting:
 
     def _sources(self, need: str) -> list[tuple[str, float]]:
         """The texts of a need with their weights."""
-        keeps = need == "second_moment"
-        return self.calibration.sources(self.adapter.method) if keeps else [(DATA, 1.0)]
+        return self.calibration.sources if need == "second_moment" else [(DATA, 1.0)]
 
     def collect(
         self,

@@ -14,7 +14,7 @@ from forgetless.cli.commands.folders import require_new
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import new_folder
 from forgetless.core.method import Method
-from forgetless.data.settings import TASK_METHODS, CalibrationSettings, DataSettings
+from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.methods import find
 from forgetless.models.load import load_model, load_tokenizer, meta_model, target_layers
 from forgetless.recipes.checking import Checker
@@ -109,16 +109,15 @@ def _check_inputs(
     method: Method, source: CalibrationSettings | Statistics | None, data: DataSettings | None
 ) -> None:
     """Raise unless there is a text for every need of the method."""
-    keeps = "second_moment" in method.needs and method.name not in TASK_METHODS
-    if keeps and source is None:
+    if "second_moment" in method.needs and source is None:
         raise UserError(
             f"method {method.name!r} needs to know what to keep: give --calibration FILE, "
             "--calibration self (text sampled from the base), or --stats FOLDER"
         )
-    on_task = method.needs - {"second_moment"} or (method.name in TASK_METHODS and source is None)
-    if on_task and data is None:
+    if method.needs - {"second_moment"} and data is None:
         raise UserError(
             f"method {method.name!r} looks at the new task: give its training data by --data FILE"
+            + ("" if source is None else "; --stats and --calibration are of the text to keep")
         )
 
 

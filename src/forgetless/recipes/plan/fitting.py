@@ -18,7 +18,7 @@ from forgetless.recipes.memory import RunMemory, StepMemory, around_step, step_m
 from forgetless.recipes.plan.advice import OWN, RULE, Advice, Wishes
 from forgetless.recipes.plan.subject import Base, Rows
 from forgetless.recipes.recipe import Recipe
-from forgetless.statistics.budget import matrix_bytes
+from forgetless.statistics.passes import matrix_bytes
 
 MOST_AT_ONCE = 8
 """Sequences of a forward pass from which a larger number gains little."""

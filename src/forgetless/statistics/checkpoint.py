@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
+from forgetless.core.files import write_json
 from forgetless.core.processes import Processes
 from forgetless.statistics.collector import Batch, Collector
 from forgetless.statistics.moments import OnDisk
@@ -30,7 +30,7 @@ SECONDS = 60.0
 _SHARE = 20
 
 
-class Progress:
+class Checkpoint:
     """Reads and writes the folder of one process.
 
     Attributes:
@@ -129,9 +129,7 @@ class Progress:
         return file.name
 
     def _replace_record(self) -> None:
-        unfinished = self._file.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self._record))
-        os.replace(unfinished, self._file)
+        write_json(self._file, self._record)
         used = {entry["file"] for entry in self._record["finished"].values()}
         used |= {self._record["sums"]["file"]} if self._record["sums"] else set()
         for file in self._folder.glob("*.safetensors"):
