@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,13 +24,15 @@ from forgetless.adapters.layer import Start, StartConfig, adapted_layers, instal
 from forgetless.adapters.ranks import LayerRank, layer_ranks, patterns
 from forgetless.adapters.tuner import add_adapter, check_addable
 from forgetless.core.cache import shared_inputs
-from forgetless.core.errors import UserError, first_few, unknown
+from forgetless.core.errors import UserError, first_few
 from forgetless.core.linalg import eigen_top
 from forgetless.core.method import Decomposition, Factors, Method
 from forgetless.core.progress import counted
-from forgetless.methods import METHODS, decompose
-from forgetless.models.load import Targets, base_of, find_targets
+from forgetless.data.texts import batches
+from forgetless.methods import decompose, find
+from forgetless.models.load import Targets, base_of, find_targets, load_tokenizer
 from forgetless.models.weights import is_offloaded, linear_weight, unreadable, weight_shape
+from forgetless.statistics.collection import collect
 from forgetless.statistics.gradients import Gradients
 from forgetless.statistics.moments import Statistics
 
@@ -59,12 +65,13 @@ _HOW_TO_GET = {
 
 def attach(
     model: nn.Module,
-    method: str = "lora_null_v1",
+    method: str | Method = "lora_null_v1",
     rank: int = 16,
     alpha: float = 16,
     target_modules: str | Sequence[str] = "all-linear",
     stats: Statistics | None = None,
     *,
+    keep: str | Path | None = None,
     task_stats: Statistics | None = None,
     gradients: Mapping[str, Tensor] | None = None,
     dropout: float = 0.0,
@@ -81,7 +88,7 @@ def attach(
     Args:
         model: any transformers model, or a PeftModel that gets one more adapter, which becomes
             the active one. Its weights are never written.
-        method: how the adapter starts, a name of METHODS other than `full`.
+        method: how the adapter starts: a name of METHODS other than `full`, or a `Method`.
         rank: r, in 1..min(out, in) of every target layer.
         alpha: scaling = alpha / rank, or alpha / √rank with `use_rslora`.
         target_modules: "all-linear" (see `models.target_layers`), a list of name
@@ -89,6 +96,9 @@ def attach(
             layers those inside of that part of every block.
         stats: activations of the knowledge to keep, from `collect`. This and the next two are
             ignored by methods that do not need them.
+        keep: instead of `stats`, what is to be kept: a text itself, a file, or
+            another source of `forgetless.data.texts.batches`; 256 pieces of it are run through the
+            base, which must have a name by which its tokenizer is found.
         task_stats: activations on the new task's data, for `eva`, `corda_ipm` and `sc_lora`.
         gradients: layer name -> gradient of the new task's loss, (out, in), for `lora_ga`.
         dropout: probability, on the adapter's input while training.
@@ -107,24 +117,27 @@ def attach(
             that cannot be read (offloaded, sharded, packed), or statistics that are missing or of
             another model; all layers' problems at once.
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    if METHODS[method].factors is None:
+    method = find(method)
+    if method.factors is None:
         raise UserError(
-            f"method {method!r} trains the weights themselves: there is no adapter to attach. "
+            f"method {method.name!r} trains the weights themselves: there is no adapter to attach. "
             "Train the model as it is, or choose another method."
         )
     check_addable(model, adapter_name)
     targets = find_targets(model, target_modules)
     layers = targets.layers
     ranks = layer_ranks(layers, rank, alpha, rank_pattern, alpha_pattern, use_rslora)
-    sources = _sources(METHODS[method], stats, task_stats, gradients)
-    _check_layers(METHODS[method], layers, ranks, sources, options, use_dora)
+    if keep is not None and "second_moment" in method.needs:
+        if stats is not None:
+            raise UserError("give stats= or keep=, not both: both say what is to be kept")
+        stats = _statistics_of(keep, model, target_modules)
+    sources = _sources(method, stats, task_stats, gradients)
+    _check_layers(method, layers, ranks, sources, options, use_dora)
     _warn_of_the_rest(model, targets)
     given = {"rank_pattern": dict(rank_pattern or {}), "alpha_pattern": dict(alpha_pattern or {})}
     names = targets.given
-    if METHODS[method].share_ranks is not None and options.get("rho", 1) > 1:
-        ranks = _shared_out(METHODS[method], layers, ranks, sources, options["rho"])
+    if method.share_ranks is not None and options.get("rho", 1) > 1:
+        ranks = _shared_out(method, layers, ranks, sources, options["rho"])
         layers = {name: layer for name, layer in layers.items() if name in ranks}
         given, names = patterns(ranks, rank, alpha), list(layers)
     factors: dict[str, Factors] = {}
@@ -132,11 +145,10 @@ def attach(
         for name, layer in counted(layers.items(), "decomposing", "layers"):
             made = _decompose_layer(name, layer, method, ranks[name], sources, seed, options)
             factors[name] = Factors(made.A.float(), made.B.float())  # and not the weight's copy
-    trains = METHODS[method].trains
     start = Start(
-        method=method,
-        trains=trains,
-        anchored=trains == ("A", "B") and any(map(_is_not_zero, factors.values())),
+        method=method.name,
+        trains=method.trains,
+        anchored=method.trains == ("A", "B") and any(map(_is_not_zero, factors.values())),
         seed=seed,
         options=options,
     )
@@ -156,6 +168,28 @@ def attach(
     for name, module in adapted_layers(model, adapter_name).items():
         install(module, adapter_name, start, *_parameters(factors[name], start))
     return model
+
+
+def _statistics_of(
+    keep: str | Path, model: nn.Module, target_modules: str | Sequence[str]
+) -> Statistics:
+    """The activations of the base on a text, or on what a source of texts holds."""
+    base: Any = base_of(model)
+    name = getattr(base, "name_or_path", "")
+    if not name:
+        raise UserError(
+            "keep= needs the base's tokenizer, and this model was loaded from nowhere; pass "
+            "stats=forgetless.collect(model, batches)"
+        )
+    tokenizer = load_tokenizer(name)
+    with TemporaryDirectory() as folder:
+        source = str(keep)
+        named = os.path.exists(source) or re.search(r"\.(txt|jsonl?|csv|parquet)\Z", source)
+        if isinstance(keep, str) and len(keep.split()) > 1 and not named:
+            file = Path(folder) / "keep.txt"
+            file.write_text(keep, encoding="utf-8")
+            source = str(file)
+        return collect(base, batches(source, base, tokenizer), target_modules)
 
 
 def _sources(
@@ -294,7 +328,7 @@ def layer_seed(seed: int, name: str) -> int:
 def _decompose_layer(
     name: str,
     layer: nn.Module,
-    method: str,
+    method: Method,
     rank: LayerRank,
     sources: Mapping[str, Source],
     seed: int,

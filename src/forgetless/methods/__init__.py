@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
 
@@ -32,10 +34,36 @@ _NAMES = (
     "full",
 )
 
+
+def _offered() -> dict[str, Method]:
+    """The methods of other packages, by their entry points; one that fails is left out."""
+    found: dict[str, Method] = {}
+    for point in entry_points(group="forgetless.methods"):
+        try:
+            method = point.load()
+        except Exception as problem:  # whatever another package does wrong, ours are there
+            fault = f"{type(problem).__name__}: {problem}"
+        else:
+            fault = "" if isinstance(method, Method) else f"it is a {type(method).__name__}"
+            if not fault and method.name != point.name:
+                fault = f"the method calls itself {method.name!r}"
+        if not fault and point.name in {*_NAMES, *found}:
+            fault = "there is a method of this name already"
+        if fault:
+            warnings.warn(
+                f"the entry point {point.value!r} of the method {point.name!r} is left out: "
+                + fault,
+                stacklevel=2,
+            )
+        else:
+            found[point.name] = method
+    return found
+
+
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {name: import_module(f"forgetless.methods.{name}").METHOD for name in _NAMES}
+    {name: import_module(f"forgetless.methods.{name}").METHOD for name in _NAMES} | _offered()
 )
-"""Name -> method, in the order in which they are shown."""
+"""Name -> method, in the order in which they are shown: ours, then those of other packages."""
 
 
 def find(method: str | Method) -> Method:
