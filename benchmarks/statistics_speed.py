@@ -33,8 +33,8 @@ from peft.tuners.lora.corda import calib_cov_distribution, preprocess_corda
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forgetless.statistics.passes import matrix_bytes
 from forgetless.statistics.collection import collect
+from forgetless.statistics.passes import matrix_bytes
 from timing import interleaved, medians, ratio, report, timed
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
