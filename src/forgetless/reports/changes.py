@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,12 @@ from forgetless.reports.arms import Arm
 from forgetless.reports.evidence import Evidence, TaskInfo, number
 from forgetless.scores.averages import PaperAverage, paper_averages
 from forgetless.scores.comparison import Flip, TaskChange, Verdict, verdict
+from forgetless.scores.files import Phase
 from forgetless.scores.seeds import Effect, from_base, holm
 from forgetless.scores.showing import question
 
 MAX_TEXT = 320
+_TRIES = re.compile(r"pass@\d+|unique_(right|wrong)|distinct_\d+")
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,35 @@ def find_averages(changes: Sequence[TaskChanges]) -> dict[str, tuple[PaperAverag
         for label, of_arm in of_arms.items()
     }
     return {label: averages for label, averages in found.items() if averages}
+
+
+Tries = tuple[TaskInfo, list[str], dict[str, float], dict[str, dict[str, float]]]
+"""A task with the names of its further numbers, the base's, and every arm's."""
+
+
+def find_tries(tasks: Sequence[TaskInfo], arms: Sequence[Arm]) -> list[Tries]:
+    """What several answers to each question gave, of the tasks that asked for several."""
+    found = []
+    for task in tasks:
+        rows = {arm.label: tried for arm in arms if (tried := _tries(arm, "final", task))}
+        base = next((tried for arm in arms if (tried := _tries(arm, "base", task))), {})
+        if rows:
+            names = sorted({name for row in rows.values() for name in row}, key=_natural)
+            found.append((task, names, base, rows))
+    return found
+
+
+def _tries(arm: Arm, phase: Phase, task: TaskInfo) -> dict[str, float]:
+    """The further numbers of the arm's first run that are about several answers."""
+    extra = arm.best.runs[0].score(phase, task.name).get("extra") or {}
+    known = {name: number(value) for name, value in extra.items() if _TRIES.fullmatch(name)}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts pass@2 before pass@10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part) if part.isdigit() else -1, part) for part in parts]
 
 
 def _cut(text: str) -> str:

@@ -85,6 +85,11 @@ class Matched:
     kept_at: Mapping[str, tuple[Estimate | None, ...]]
     rankings: tuple[Ranking, ...]
 
+    @property
+    def has_seeds(self) -> bool:
+        """Whether an arm has several."""
+        return any(e and e.seeds > 1 for at in self.kept_at.values() for e in at)
+
 
 # ---------------------------------------------------------------------------------- over the steps
 

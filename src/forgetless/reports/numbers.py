@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from forgetless.reports.evidence import TaskInfo
+from forgetless.core.metrics import Interval
+from forgetless.reports.evidence import TaskInfo, number
+from forgetless.scores.comparison import Verdict
 from forgetless.scores.seeds import Estimate
 
 NOT_MEASURED = "–"
+VERDICTS: Mapping[Verdict, str] = {
+    "worse": "clearly worse",
+    "better": "clearly better",
+    "noise": "no change beyond noise",
+    "unknown": "cannot be told",
+}
 
 
 def amount(task: TaskInfo, value: float) -> str:
@@ -39,6 +48,19 @@ def points(value: float, task: TaskInfo, sign: str = "+") -> str:
     return shown.replace("-", "−")
 
 
+def span_words(interval: Interval, task: TaskInfo) -> str:
+    """The interval of a difference."""
+    ends = [points(end, task) for end in interval]
+    return NOT_MEASURED if NOT_MEASURED in ends else " to ".join(ends)
+
+
+def raw_words(value: Any) -> str:
+    """A raw value: numbers to four digits, text as it is, a dash for nothing."""
+    if (known := number(value)) is not None:
+        return f"{value:,}" if isinstance(value, int) else f"{known:.4g}"
+    return NOT_MEASURED if value is None or isinstance(value, float) else str(value)
+
+
 def interval_words(estimate: Estimate, task: TaskInfo) -> str:
     """The interval of a score without its unit; a dash when no error is known."""
     if not estimate.has_error:
@@ -60,6 +82,12 @@ def unit(task: TaskInfo) -> str:
 def unit_in_full(task: TaskInfo) -> str:
     """As `unit`, with the tasks that an average is of."""
     return f"{unit(task)} ({', '.join(task.mean_of)})" if task.mean_of else unit(task)
+
+
+def direction(task: TaskInfo) -> str:
+    """The kind of the task, its metric, and which scores are better."""
+    better = "higher" if task.higher_is_better else "lower"
+    return f"{task.kind} · {task.metric}, {better} is better"
 
 
 def count_words(count: int, noun: str) -> str:

@@ -13,12 +13,28 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import forgetless
-from forgetless.reports import provenance, tables
-from forgetless.reports.changes import find_averages
+from forgetless.reports import provenance
+from forgetless.reports.changes import find_averages, find_tries
 from forgetless.reports.findings import Findings
-from forgetless.reports.numbers import amount, count_words, interval_words
+from forgetless.reports.numbers import (
+    VERDICTS,
+    amount,
+    count_words,
+    direction,
+    interval_words,
+    level_words,
+    percent,
+    points,
+    raw_words,
+    span_words,
+    unit,
+    unit_in_full,
+    without_unit,
+)
 from forgetless.reports.standing import Standing
 from forgetless.reports.words import arm_words
+from forgetless.scores.seeds import MARGIN
+from forgetless.studies.folder import COLUMNS
 
 SCRIPTS = ("page", "chart", "charts", "lists")
 
@@ -34,50 +50,44 @@ def page(
         figures: drawings in SVG by name, for browsers without scripts; may be empty.
         notes: what could not be made or read, and why.
     """
-    evidence, arms, changes = found.evidence, found.arms, found.changes
+    evidence, arms = found.evidence, found.arms
     runs, seeds = evidence.runs, provenance.seeds_of(evidence.runs)
-    bases = sorted({run.base for run in runs})
-    counted = [of_task for of_task in changes if of_task.counted]
-    kinds = {kind: [(c, tables.flips_table(c)) for c in counted if c.task.kind == kind]
-             for kind in ("forgetting", "learning")}  # fmt: skip
-    equal = [tables.matched_table(found.matched)] if found.matched else []
-    rates = tables.rates_table(evidence, arms)
+    rates = {setting.learning_rate for arm in arms for setting in arm.settings} - {None}
+    has_rates = any(len(arm.settings) > 1 for arm in arms)
+    first = evidence.first("learning"), evidence.first("forgetting")
     script = "\n".join(_source(f"{name}.js") for name in SCRIPTS)
     data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":  # no text that it holds can end its element
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     counts = [count_words(len(arms), "arm"), *([count_words(len(seeds), "seed")] if seeds else [])]
     return _environment().get_template("page.html").render(
+        found=found,
         evidence=evidence,
+        arms=arms,
         places={arm.label: i for i, arm in enumerate(arms)},
-        words=found.words,
         cards=_cards(found.place),
         counts=[*counts, count_words(len(runs), "run")],
         charts=content.keys(),
-        has_scores=any(not of_task.task.is_distance for of_task in changes),
-        course=[tables.course_table(found.course), *equal] if found.course else [],
-        changes=[
-            *tables.changes_tables(changes, find_averages(changes)),
-            *tables.tries_tables(arms, evidence.tasks),
-        ],
-        flips={kind: of_kind for kind, of_kind in kinds.items() if of_kind},
-        numbers=[
-            tables.arms_table(evidence, arms),
-            *([rates] if rates else []),
-            *(equal if not found.course else []),
-        ],
-        every_run=tables.runs_table(evidence),
+        course=found.course,
+        matched=found.matched,
+        changes=found.changes,
+        averages=find_averages(found.changes),
+        tries=find_tries(evidence.tasks, arms),
+        base_settings={arm.best.runs[0].base: arm.best for arm in reversed(arms)},
+        rates=sorted(rates) if has_rates and all(first) else [],
+        every_run=provenance.columns_and_rows(COLUMNS[1:], evidence.rows),
         figures=figures,
         commands=provenance.commands(evidence),
         definitions=provenance.definitions(evidence),
         version=provenance.version(runs) or forgetless.__version__,
-        bases=bases,
+        bases=sorted({run.base for run in runs}),
         seeds=seeds,
         day=provenance.day(runs),
         shared_settings=provenance.shared_settings(runs),
-        made=[provenance.differing_table(evidence, arms), provenance.unfinished_table(runs)],
+        differing=provenance.differing(evidence, arms),
+        unfinished=provenance.unfinished(runs),
         machine=provenance.machine(runs),
-        recorded=provenance.recorded_table(runs),
+        recorded=provenance.recorded(runs),
         forgetless_version=forgetless.__version__,
         notes=notes,
         style=Markup(_source("page.css")),
@@ -90,9 +100,15 @@ def page(
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("forgetless.reports"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("forgetless.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        extensions=["jinja2.ext.do"],
     )
-    environment.filters["arm_words"] = arm_words
+    shown = (amount, count_words, interval_words, level_words, percent, points, raw_words)
+    further = (direction, span_words, unit, unit_in_full, without_unit, arm_words)
+    environment.globals.update({show.__name__: show for show in (*shown, *further)})
+    environment.globals.update(verdicts=VERDICTS, enough=f"{100 * (1 - MARGIN):.0f} %")
     return environment
 
 

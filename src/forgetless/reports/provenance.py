@@ -13,7 +13,6 @@ from forgetless.core.files import folder_name, parse_yaml
 from forgetless.reports.arms import Arm
 from forgetless.reports.evidence import Evidence, RunFiles, flatten, number
 from forgetless.reports.numbers import NOT_MEASURED, duration
-from forgetless.reports.tables import Cell, Line, Table, raw_table, text_head
 from forgetless.studies.folder import planned
 
 # What a run's record holds about its stages, in the order of the table.
@@ -121,35 +120,45 @@ def _settings(runs: Sequence[RunFiles]) -> dict[str, set[str]]:
     return {key: {_shown(run.settings.get(key)) for run in runs} for key in keys}
 
 
-def differing_table(evidence: Evidence, arms: Sequence[Arm]) -> Table | None:
+Rows = tuple[list[tuple[str, str]], list[list[Any]]]
+"""Heads, each with a mark where its column holds text, and the values below them."""
+
+
+def columns_and_rows(
+    columns: Iterable[str], rows: Sequence[Mapping[str, Any]], *, plain: bool = False
+) -> Rows:
+    """Rows as they are; `plain` leaves the columns' names as they are too."""
+    heads = []
+    for key in (columns := list(columns)):
+        is_number = any(number(row.get(key)) is not None for row in rows)
+        heads.append((key if plain else key.replace("_", " "), "" if is_number else "text"))
+    return heads, [[row.get(key) for key in columns] for row in rows]
+
+
+def differing(evidence: Evidence, arms: Sequence[Arm]) -> Rows | None:
     """The settings that differ, by arm; None where it is the method alone."""
     settings = _settings(evidence.runs)
     varied = [k for k, shown in settings.items() if len(shown) > 1 and k not in ("name", "seed")]
     if not set(varied) - {"adapter.method"} or not arms:
         return None
-    lines = []
+    rows = []
     for arm in arms:
         runs = [run for setting in arm.settings for run in setting.runs]
-        values = [dict.fromkeys(_shown(run.settings.get(key)) for run in runs) for key in varied]
-        lines.append(Line(arm.label, [Cell(", ".join(v)) for v in (*values, seeds_of(runs))]))
-    heads = [text_head(key) for key in ("arm", *varied, "seeds")]
-    return Table("Settings that differ", heads, lines, title="Settings that differ")
+        values = {k: dict.fromkeys(_shown(run.settings.get(k)) for run in runs) for k in varied}
+        shown = {key: ", ".join(own) for key, own in values.items()}
+        rows.append({"arm": arm.label, **shown, "seeds": ", ".join(seeds_of(runs))})
+    return columns_and_rows(("arm", *varied, "seeds"), rows, plain=True)
 
 
-def unfinished_table(runs: Sequence[RunFiles]) -> Table | None:
+def unfinished(runs: Sequence[RunFiles]) -> Rows | None:
     """The runs without a result, with the reason; None where there is none."""
-    lines = []
-    for run in runs:
-        if run.status != "done":
-            keys = ("adapter.method", "training.learning_rate", "seed")
-            known = [_shown(run.settings.get(key)) for key in keys]
-            reason = str(run.record.get("reason") or "not finished yet")
-            lines.append(Line(run.run_id, [Cell(v) for v in (*known, run.status, reason)]))
-    heads = [text_head(h) for h in ("run", "method", "rate", "seed", "status", "reason")]
-    title = "Runs without a result"
-    if not lines:
-        return None
-    return Table(title, heads, lines, title=title, kind="reasons", of_arms=False)
+    keys = {"method": "adapter.method", "rate": "training.learning_rate", "seed": "seed"}
+    rows = []
+    for run in (run for run in runs if run.status != "done"):
+        known = {head: _shown(run.settings.get(key)) for head, key in keys.items()}
+        reason = str(run.record.get("reason") or "not finished yet")
+        rows.append({"run": run.run_id, **known, "status": run.status, "reason": reason})
+    return columns_and_rows(rows[0], rows) if rows else None
 
 
 def machine(runs: Sequence[RunFiles]) -> dict[str, str]:
@@ -166,20 +175,16 @@ def machine(runs: Sequence[RunFiles]) -> dict[str, str]:
     return shown | ({"time of all runs together": duration(sum(seconds))} if seconds else {})
 
 
-def recorded_table(runs: Sequence[RunFiles]) -> Table:
+def recorded(runs: Sequence[RunFiles]) -> Rows:
     """What the stages of every run wrote down, and what a task measured beside its score."""
     rows = []
     for run in runs:
-        row: dict[str, Any] = {"run": run.run_id}
         parts = {part: run.part(part) for part in RECORDED}
         parts |= {task: run.score("final", task).get("extra") or {} for task in run.rows}
-        for part, content in parts.items():
-            for key, value in flatten(content):
-                if not isinstance(value, list):
-                    row[f"{part} {key}"] = value
-        rows.append(row)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return raw_table("What every run recorded", columns, rows, "sortable dense")
+        values = {f"{part} {key}": value for part, content in parts.items()
+                  for key, value in flatten(content) if not isinstance(value, list)}  # fmt: skip
+        rows.append({"run": run.run_id, **values})
+    return columns_and_rows(dict.fromkeys(key for row in rows for key in row), rows)
 
 
 def _shown(value: Any) -> str:

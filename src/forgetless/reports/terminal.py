@@ -13,9 +13,8 @@ from forgetless.reports.arms import Arm
 from forgetless.reports.changes import ArmChange, TaskChanges
 from forgetless.reports.evidence import TaskInfo
 from forgetless.reports.findings import Findings
-from forgetless.reports.numbers import NOT_MEASURED, amount
+from forgetless.reports.numbers import NOT_MEASURED, amount, interval_words
 from forgetless.reports.standing import Standing
-from forgetless.reports.tables import estimate_cell, has_retention
 from forgetless.reports.words import arm_words
 
 NUM_EXAMPLES = 4
@@ -55,7 +54,7 @@ def _table(tasks: Sequence[TaskInfo], arms: Sequence[Arm], place: Standing) -> T
         bases = [base for arm in arms if (base := arm.best.measured[task.name].base)]
         shown = amount(task, bases[0].value) if bases else NOT_MEASURED
         table.add_column(f"{task.name}\n{task.metric}, base {shown}", justify="right")
-        if has_retention(task):
+        if task.has_retention:
             table.add_column("\nkept", justify="right")
     for arm, setting in [(a, setting) for a in arms for setting in a.settings]:
         cells = [Text("●" if setting in place.front_settings else "", style="cyan")]
@@ -63,10 +62,12 @@ def _table(tasks: Sequence[TaskInfo], arms: Sequence[Arm], place: Standing) -> T
         if with_rates:
             cells.append(Text(f"{setting.learning_rate:g}" if setting.learning_rate else ""))
         for task in tasks:
-            for estimate in [setting.final(task), *[setting.kept(task)] * has_retention(task)]:
-                cell = estimate_cell(estimate, task)
-                under = (f"  {cell.under}", "dim") if cell.under else ""
-                cells.append(Text.assemble((cell.shown, "dim" if not cell.under else ""), under))
+            for estimate in [setting.final(task), *[setting.kept(task)] * task.has_retention]:
+                if estimate is None:
+                    cells.append(Text(NOT_MEASURED, style="dim"))
+                else:
+                    ends = (f"  {interval_words(estimate, task)}", "dim")
+                    cells.append(Text.assemble(amount(task, estimate.value), ends))
         table.add_row(*cells)
     return table
 
