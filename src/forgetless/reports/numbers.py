@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,12 @@ from forgetless.core.metrics import Interval
 from forgetless.reports.evidence import TaskInfo, number
 from forgetless.scores.comparison import Verdict
 from forgetless.scores.seeds import Estimate
+
+__all__ = [
+    *("NOT_MEASURED", "VERDICTS", "amount", "arm_words", "count_words", "direction", "duration"),
+    *("interval_words", "level_words", "listed", "percent", "points", "probe_words", "raw_words"),
+    *("span_words", "three_decimals", "unit", "unit_in_full", "without_unit"),
+]
 
 NOT_MEASURED = "–"
 VERDICTS: Mapping[Verdict, str] = {
@@ -112,3 +119,8 @@ def probe_words(name: str) -> str:
     kind, _, measure = name.partition("/")
     known = {"kl": "distance from the base", "loss": "loss, lower is better"}
     return f"{kind.capitalize()}: {known.get(measure, measure.replace('_', ' '))}"
+
+
+def arm_words(label: str) -> str:
+    """An arm's name within a sentence: in quotes where its own words would run into the others."""
+    return f"“{label}”" if re.search(r",|\band\b", label) else label

@@ -6,34 +6,17 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import forgetless
 from forgetless.reports import provenance
 from forgetless.reports.changes import find_averages, find_tries
 from forgetless.reports.findings import Findings
-from forgetless.reports.numbers import (
-    VERDICTS,
-    amount,
-    count_words,
-    direction,
-    interval_words,
-    level_words,
-    percent,
-    points,
-    raw_words,
-    span_words,
-    unit,
-    unit_in_full,
-    without_unit,
-)
+from forgetless.reports.numbers import amount, count_words, interval_words
 from forgetless.reports.standing import Standing
-from forgetless.reports.words import arm_words
-from forgetless.scores.seeds import MARGIN
+from forgetless.reports.words import environment
 from forgetless.studies.folder import COLUMNS
 
 SCRIPTS = ("page", "chart", "charts", "lists")
@@ -60,7 +43,7 @@ def page(
     for sign in "<>&\u2028\u2029":  # no text that it holds can end its element
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     counts = [count_words(len(arms), "arm"), *([count_words(len(seeds), "seed")] if seeds else [])]
-    return _environment().get_template("page.html").render(
+    return environment().get_template("page.html").render(
         found=found,
         evidence=evidence,
         arms=arms,
@@ -97,26 +80,11 @@ def page(
     )  # fmt: skip
 
 
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("forgetless.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        extensions=["jinja2.ext.do"],
-    )
-    shown = (amount, count_words, interval_words, level_words, percent, points, raw_words)
-    further = (direction, span_words, unit, unit_in_full, without_unit, arm_words)
-    environment.globals.update({show.__name__: show for show in (*shown, *further)})
-    environment.globals.update(verdicts=VERDICTS, enough=f"{100 * (1 - MARGIN):.0f} %")
-    return environment
-
-
 def _source(name: str) -> str:
     """A style or script as it lies beside the templates."""
-    environment = _environment()
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
+    loader = environment().loader
+    assert loader is not None
+    return loader.get_source(environment(), name)[0]
 
 
 def _cards(place: Standing) -> list[dict[str, Any]]:

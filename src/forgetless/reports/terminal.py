@@ -13,9 +13,8 @@ from forgetless.reports.arms import Arm
 from forgetless.reports.changes import ArmChange, TaskChanges
 from forgetless.reports.evidence import TaskInfo
 from forgetless.reports.findings import Findings
-from forgetless.reports.numbers import NOT_MEASURED, amount, interval_words
+from forgetless.reports.numbers import NOT_MEASURED, amount, arm_words, interval_words
 from forgetless.reports.standing import Standing
-from forgetless.reports.words import arm_words
 
 NUM_EXAMPLES = 4
 
