@@ -3,8 +3,9 @@
 A program that does nothing and its empty test are timed from the call of `run_code` to its result,
 so that all of the time is overhead. With `--data`, the given solutions of HumanEval and MBPP are
 run several times over, to see whether one ever fails. With `--forged` too, every program of
-`tests/hostile.py` that is wrong and tries to pass is run on every problem of HumanEval, under every
-setting of the sandbox's layers that there is here: some tens of thousands of runs.
+`tests/hostile.py` that is wrong and tries to pass is run on every problem of HumanEval; under each
+further setting of the sandbox's layers that there is here, an eighth of these pairs, with every
+problem and every program among them. That is some thirty thousand runs.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _forged(folder: Path) -> dict[str, Any]:
     from tests.hostile import FORGED
 
     rows = [json.loads(line) for line in (folder / "humaneval" / "HumanEval.jsonl").open()]
-    jobs = [(name, row) for name in FORGED for row in rows]
+    pairs = [(i + j, (name, row)) for i, name in enumerate(FORGED) for j, row in enumerate(rows)]
     version = landlock_version()
     layers = [
         (),
@@ -99,6 +100,7 @@ def _forged(folder: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for options in layers:
+        jobs = [pair for place, pair in pairs if not options or place % 8 == 0]
         supervisors = [_Supervisor(*options) for _ in range(2)]
         with ThreadPoolExecutor(2) as pool:
             parts = pool.map(wrongly, supervisors, (jobs[::2], jobs[1::2]))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -361,3 +364,38 @@ def test_a_real_model_loads(shared_data: Path) -> None:
     ids = torch.tensor([tokenizer("Once upon a time, there was a little").input_ids])
     said = model.generate(ids.to(model.device), max_new_tokens=6, do_sample=False)
     assert "girl named" in tokenizer.decode(said[0])
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_code_that_comes_with_a_base_never_runs_and_nobody_is_asked(
+    part: str, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(llama_folder, folder)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    if part == "config":
+        config |= {"auto_map": names, "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}, "tokenizer_class": "Own"}
+        )
+    )
+    script = (
+        "import sys\n"
+        "def hook(event, given):\n"
+        "    if event.startswith('builtins.input'):\n"
+        "        print('ASKED')\n"
+        "sys.addaudithook(hook)\n"
+        "from forgetless.models.load import load_model, load_tokenizer\n"
+        f"load_{'model' if part == 'config' else 'tokenizer'}({str(folder)!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], input="y\n" * 9, capture_output=True, text=True, check=False
+    )
+    assert "ASKED" not in done.stdout
+    assert "UserError" in done.stderr, done.stderr
+    assert "custom code" in done.stderr
+    assert not (tmp_path / "ran").exists()

@@ -163,7 +163,7 @@ def load_model(base: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
     _load_config(base, source)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except _LOADING_ERRORS as problem:
         raise UserError(f"cannot load base {base!r}: {_first_line(problem)}") from problem
@@ -186,7 +186,7 @@ def _device(device: str) -> torch.device:
 def _load_config(base: str, source: str) -> PretrainedConfig:
     """The config of a causal language model; anything else is refused by name."""
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _LOADING_ERRORS as problem:
         raise UserError(
             f"cannot read the config of base {base!r}: {_first_line(problem)}"
@@ -219,7 +219,7 @@ def load_tokenizer(base: str, *, weights: bool = True) -> PreTrainedTokenizerBas
     """
     source = resolve_base(base, weights=weights)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (*_LOADING_ERRORS, ImportError) as problem:
         raise UserError(
             f"base {base!r} has no tokenizer that can be loaded ({_first_line(problem)}); "

@@ -58,7 +58,7 @@ def make_task(spec: Spec | Task) -> Task:
     """The task that a recipe names.
 
     Its file, if it has one, is read here, so that a missing, broken or empty one shows before any
-    model is loaded.
+    model is loaded; not where reading it would run code of the user's.
 
     Args:
         spec: the name of a kind ("pocket_recall"), of a task of lm-eval ("hellaswag") or of a YAML
@@ -89,7 +89,8 @@ def _made(spec: Spec | Task) -> list[Task]:
     for settings in resolved(spec, known):
         try:
             task = _build(settings.pop("kind"), settings)
-            _ = task.fingerprint
+            if not task.has_own_code:
+                _ = task.fingerprint
             made.append(task)
         except (ValueError, OSError) as problem:
             problems.append(problem)

@@ -234,6 +234,11 @@ class Task(ABC):
         """What is wrong with each setting, or None."""
         return ()
 
+    @property
+    def has_own_code(self) -> bool:
+        """Whether `content` runs code of the user's, so that a check leaves it alone."""
+        return False
+
     @abstractmethod
     def content(self) -> Sequence[object]:
         """What decides the scores besides the model, JSON-ready: questions, answers, settings.

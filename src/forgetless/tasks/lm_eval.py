@@ -15,6 +15,7 @@ from forgetless.core.errors import UserError, unknown
 from forgetless.tasks.base import Task, TaskResult, whole_number
 from forgetless.tasks.harness.index import find, is_installed
 from forgetless.tasks.harness.layouts import STANDARD
+from forgetless.tasks.harness.own_code import own_code
 
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
@@ -43,9 +44,11 @@ class LMEval(Task):
             mostly 256. A smaller one saves time and is another task.
         metric: the key that counts; None for acc_norm where the task has it, else acc, else
             exact_match with the task's first filter, else the task's first metric.
+        allow_code_execution: whether a YAML file may run code of its own (`!function`).
 
     Raises:
-        UserError: settings out of range, no such task, or lm-eval is not installed.
+        UserError: settings out of range, no such task, code in it that is not allowed, or lm-eval
+            is not installed.
 
     Reference:
         Gao et al., "The Language Model Evaluation Harness", github.com/EleutherAI/
@@ -62,6 +65,7 @@ class LMEval(Task):
     data_dir: str | Path | None = None
     max_new_tokens: int | None = None
     metric: str | None = None
+    allow_code_execution: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, str) or not self.task:
@@ -81,9 +85,15 @@ class LMEval(Task):
         yield whole_number("max_new_tokens", self.max_new_tokens, optional=True)
         if not is_installed():
             yield f"{self.task!r} needs the lm-evaluation-harness: pip install 'forgetless[eval]'"
-        elif self._is_file:
-            yield None if Path(self.task).is_file() else f"no such file: {self.task}"
-        elif not find(self.task):
+        elif self._is_file and not Path(self.task).is_file():
+            yield f"no such file: {self.task}"
+        elif self.has_own_code and self.allow_code_execution is not True:
+            yield (
+                f"{self.task} would run code of its own: {'; '.join(self._own_code)}. Read it, "
+                "then allow it with --allow-code-execution, or 'allow_code_execution: true' in the "
+                "task's settings"
+            )
+        elif not self._is_file and not find(self.task):
             yield str(unknown("lm-eval task", self.task, STANDARD))
         if self.data_dir is not None:
             if self.task not in STANDARD:
@@ -93,6 +103,15 @@ class LMEval(Task):
                 )
             elif not Path(self.data_dir).is_dir():
                 yield f"data_dir: no folder {self.data_dir}"
+
+    @cached_property
+    def _own_code(self) -> list[str]:
+        return own_code(Path(self.task)) if self._is_file else []
+
+    @property
+    def has_own_code(self) -> bool:
+        """Whether to read the task is to run code of a file of the user's."""
+        return bool(self._own_code)
 
     @cached_property
     def _loaded(self) -> Loaded:

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import lm_eval.utils
 import numpy as np
 import torch
 import transformers
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import evaluator
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
@@ -48,6 +51,11 @@ __all__ = ["Loaded", "load"]
 _SEEDS = (0, 1234, 1234, 1234)
 _BOOTSTRAP = 1000
 _SHOWN_ERROR = 200
+
+# Templates come with data: the harness's own environment would let them reach any function.
+_SANDBOXED = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_SANDBOXED.filters.update(lm_eval.utils.env.filters)
+lm_eval.utils.env = _SANDBOXED
 
 
 class Loaded:

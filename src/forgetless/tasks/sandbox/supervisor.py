@@ -69,11 +69,12 @@ def main() -> None:
     send(answers, json.dumps({"layers": supervisor.confinement.layers()}).encode())
     gc.collect()
     gc.freeze()  # so that no collection in a fork copies what all of them share
-    while parent not in select.select([requests, parent], [], [])[0]:
-        request = receive(requests, 1 << 31)
-        if request is None:
-            return
-        send(answers, json.dumps(supervisor.judge(requests, **json.loads(request))).encode())
+    with suppress(BrokenPipeError):  # nobody waits for the answer any more
+        while parent not in select.select([requests, parent], [], [])[0]:
+            request = receive(requests, 1 << 31)
+            if request is None:
+                return
+            send(answers, json.dumps(supervisor.judge(requests, **json.loads(request))).encode())
 
 
 def _prepare(parent: int) -> Supervisor:
