@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from forgetless.adapters.attachment import attach
 from forgetless.recipes.checking import check
 from forgetless.recipes.recipe import Recipe
+from forgetless.training import trainer
 from forgetless.training.loop import train
-from forgetless.training.trainer import trainer_arguments
 from tests.training.test_loop import TOKENIZER, log, settings
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -35,15 +35,14 @@ def _without_code(monkeypatch: pytest.MonkeyPatch) -> None:
     To write and compile code for them takes a minute for a model of any size.
     """
 
-    def changed(model: Any, settings: Any, *others: Any) -> Any:
-        found = trainer_arguments(model, settings, *others)
-        assert found.torch_compile is settings.compile
-        if settings.compile:
-            assert found.torch_compile_backend == "inductor"
-            found.torch_compile_backend = "aot_eager"
-        return found
+    def changed(self: Any) -> None:
+        as_given(self)
+        if self.torch_compile:
+            assert self.torch_compile_backend == "inductor"
+            self.torch_compile_backend = "aot_eager"
 
-    monkeypatch.setattr("forgetless.training.loop.trainer_arguments", changed)
+    as_given = trainer._Arguments.__post_init__
+    monkeypatch.setattr(trainer._Arguments, "__post_init__", changed)
 
 
 @pytest.mark.usefixtures("_without_code")

@@ -549,12 +549,11 @@ def test_probes_are_spread_so_that_they_take_their_share_and_no_more(old: Path) 
     """A made-up clock: steps of 10 ms, probes of 100 ms, so 4 % of 4 000 steps are 16 probes."""
     callback = ForgettingCallback(old)
     clock, seconds = callback._clock, 0.0
-    clock.start(0, 0.0)
     callback.history = [module.Probe(0, {}, 0.1)]
     for step in range(1, 4001):
         seconds += 0.01
         clock.seconds = seconds
-        clock._warm = clock._warm or (step, seconds)
+        clock.warm = clock.warm or (step, seconds)
         if callback._is_due(step, 4000):
             callback.history.append(module.Probe(step, {}, 0.1))
     steps = [probe.step for probe in callback.history]

@@ -16,8 +16,6 @@ from torch import Tensor, distributed
 
 from forgetless.core.errors import OtherProcessError, UserError
 
-__all__ = ["Processes"]
-
 T = TypeVar("T")
 
 

@@ -23,8 +23,6 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["Bar", "clear", "counted", "draw"]
-
 T = TypeVar("T")
 
 _console: Console | None = None

@@ -16,17 +16,6 @@ from typing import Any
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_file
 
-__all__ = [
-    "KEPT_CHECKPOINTS",
-    "callback_state",
-    "discard_unsealed",
-    "newest",
-    "prune",
-    "require_origin",
-    "seal",
-    "step_of",
-]
-
 SEAL = "complete.json"
 PREFIX = "checkpoint-"
 

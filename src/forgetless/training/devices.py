@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -34,21 +35,8 @@ from forgetless.data.batches import Row
 from forgetless.data.packing import IGNORED
 from forgetless.training.launch import this_launch
 
-__all__ = [
-    "Share",
-    "gather_optimizer",
-    "gathered",
-    "is_sharded",
-    "join",
-    "leave_sharded",
-    "naming_lost_processes",
-    "refuse_packed",
-    "shard",
-]
-
 PATIENCE = timedelta(days=7)
 """How long processes wait for one that measures; a dead one is noticed by the launcher."""
-
 
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 """In the messages of a backend that can no longer reach another process."""
@@ -82,32 +70,27 @@ def naming_lost_processes() -> Iterator[None]:
 # ---- the rows of a step --------------------------------------------------------------------------
 
 
+@dataclass
 class Share:
     """Joins this process's part of the rows of a batch, and counts ``tokens`` in all of them.
 
     At the end of an epoch there may be fewer rows than processes: those without one read a single
     token that nothing is learned from.
 
-    Args:
+    Attributes:
         join: makes a batch of rows.
         processes: this process and the others.
     """
 
-    def __init__(
-        self, join: Callable[[Sequence[Row]], dict[str, Tensor]], processes: Processes
-    ) -> None:
-        self.join = join
-        self.processes = processes
+    join: Callable[[Sequence[Row]], dict[str, Tensor]]
+    processes: Processes
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         mine = [row for _, row in self.processes.share(rows)]
-        tokens = sum(len(row["input_ids"]) for row in rows)
-        return {**self.join(mine or [_unlearned(rows[0])]), "tokens": tokens}
-
-
-def _unlearned(row: Row) -> Row:
-    labels = torch.full_like(row["labels"][:1], IGNORED)
-    return {"input_ids": row["input_ids"][:1], "labels": labels, "lengths": [1]}
+        if not mine:
+            labels = torch.full_like(rows[0]["labels"][:1], IGNORED)
+            mine = [{"input_ids": rows[0]["input_ids"][:1], "labels": labels, "lengths": [1]}]
+        return {**self.join(mine), "tokens": sum(len(row["input_ids"]) for row in rows)}
 
 
 # ---- sharded weights -----------------------------------------------------------------------------
@@ -210,25 +193,22 @@ def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
             state[number] = plain | _gathered(tensors.items())
         return {**found, "state": state}
 
+    def cut(weight: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(weight, DTensor):
+            return dict(entry)
+        mesh, placements = weight.device_mesh, weight.placements
+        return {
+            key: distribute_tensor(value.to(mesh.device_type), mesh, placements)
+            if isinstance(value, Tensor) and value.shape == weight.shape
+            else value
+            for key, value in entry.items()
+        }
+
     def take(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         numbers = [number for group in given["param_groups"] for number in group["params"]]
         of = dict(zip(numbers, weights, strict=True))
-        state = {n: _like(of[n], entry) for n, entry in given["state"].items()}
-        return {**given, "state": state}
+        return {**given, "state": {n: cut(of[n], entry) for n, entry in given["state"].items()}}
 
     optimizer.register_state_dict_post_hook(give)
     optimizer.register_load_state_dict_pre_hook(take)
-
-
-def _like(weight: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """State of a whole weight, cut as the weight is."""
-    if not isinstance(weight, DTensor):
-        return dict(entry)
-    mesh, placements = weight.device_mesh, weight.placements
-    return {
-        key: distribute_tensor(value.to(mesh.device_type), mesh, placements)
-        if isinstance(value, Tensor) and value.shape == weight.shape
-        else value
-        for key, value in entry.items()
-    }

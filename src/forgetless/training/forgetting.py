@@ -18,13 +18,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from forgetless.core.errors import UserError
+from forgetless.models.load import load_tokenizer
 from forgetless.tasks.base import whole_number
 from forgetless.training.forgetting_budget import Action, Exceeded, ForgettingBudget
 from forgetless.training.probes import Asked, Probes, RecordedBase
 from forgetless.training.settings import ProbeSettings
 from forgetless.training.weights import KeptWeights, put_back, trained_copy
-
-__all__ = ["ForgettingCallback", "Probe", "from_settings"]
 
 SHARE = 0.04
 """Part of the training's time that probes are given where their steps are not; 5 % is promised."""
@@ -170,11 +169,11 @@ class ForgettingCallback(TrainerCallback):
         self._several = args.world_size > 1
         self._final = None
         saved = state.stateful_callbacks.get(STATE_KEY)
-        if state.global_step and saved is not None:
-            self._resume(args, state, saved)
-        else:
+        if not state.global_step or saved is None:
             self._begin(args, state, control)
-        self._clock.start(state.global_step, self._trained_before)
+        else:
+            self._resume(args, state, saved)
+        self._clock = _Clock(self._trained_before, time.perf_counter())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A probe where one is due, and the end where it exceeds the budget."""
@@ -209,14 +208,13 @@ class ForgettingCallback(TrainerCallback):
     def _begin(self, args: Any, state: Any, control: Any) -> None:
         self.history, self.exceeded, self._trained_before = [], None, 0.0
         needs_base = self.probes.need_reference or self.budget.max_drop is not None
-        has_base = self._has_base
-        if state.global_step and needs_base and not has_base:
+        if state.global_step and needs_base and not self._has_base:
             raise UserError(
                 "the checkpoint is of a training without probes, so the base is not known any "
                 "more; pass reference=, the untouched base"
             )
         recorded = None
-        if self.probes.need_reference and not has_base:
+        if self.probes.need_reference and not self._has_base:
             recorded = RecordedBase(self._model)
         self._asked = recorded or self.reference
         started = _now(self._model)
@@ -287,7 +285,7 @@ class ForgettingCallback(TrainerCallback):
         if self.budget.is_set:
             self._judge(args, state, control, forgetting)
         seconds = _now(self._model) - started
-        self._clock.go_on()
+        self._clock.last = time.perf_counter()
         self.history.append(Probe(state.global_step, values, round(seconds, 6)))
         # The values go to the trainer's `report_to` and its log history.
         if self._trainer is None:
@@ -333,35 +331,32 @@ def from_settings(settings: ProbeSettings) -> ForgettingCallback | None:
     return ForgettingCallback(**given) if settings != type(settings)() else None
 
 
+@dataclass
 class _Clock:
-    """Time spent on steps, without that of the probes."""
+    """Time spent on steps, without that of the probes.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    Attributes:
+        seconds: so far, also in earlier sessions.
+        last: when the last step, or the probe after it, had ended.
+        warm: the first step of this session, which is slow and not what the others are like, and
+            the seconds until its end.
+    """
 
-    def start(self, step: int, before: float) -> None:
-        """Begin at a step, after so many seconds in earlier sessions."""
-        self._last = time.perf_counter()
-        self.seconds = before
-        self._warm: tuple[int, float] | None = None
+    seconds: float = 0.0
+    last: float = 0.0
+    warm: tuple[int, float] | None = None
 
     def tick(self, step: int) -> None:
-        """A step has ended. The first of a session is slow, and not what the others are like."""
+        """A step has ended."""
         now = time.perf_counter()
-        self.seconds += now - self._last
-        self._last = now
-        if self._warm is None:
-            self._warm = step, self.seconds
-
-    def go_on(self) -> None:
-        """What went by since the last step was none of the training."""
-        self._last = time.perf_counter()
+        self.seconds, self.last = self.seconds + now - self.last, now
+        self.warm = self.warm or (step, self.seconds)
 
     def expected(self, step: int, steps: int) -> float | None:
         """Seconds of all steps together, as far as can be told; None after one step."""
-        if self._warm is None or step == self._warm[0]:
+        if self.warm is None or step == self.warm[0]:
             return None
-        pace = (self.seconds - self._warm[1]) / (step - self._warm[0])
+        pace = (self.seconds - self.warm[1]) / (step - self.warm[0])
         return self.seconds + pace * (steps - step)
 
 
@@ -385,8 +380,6 @@ def _tokenizer_of(model: Any, processing: Any) -> PreTrainedTokenizerBase:
     inner = getattr(processing, "tokenizer", processing)  # a processor has one inside
     if isinstance(inner, PreTrainedTokenizerBase):
         return inner
-    from forgetless.models.load import load_tokenizer
-
     source = getattr(model.config, "_name_or_path", "")
     if not source:
         raise UserError(

@@ -11,8 +11,6 @@ from forgetless.core import metrics
 from forgetless.core.errors import UserError
 from forgetless.tasks import TaskResult
 
-__all__ = ["Action", "Exceeded", "ForgettingBudget"]
-
 Action = Literal["stop", "rollback"]
 
 

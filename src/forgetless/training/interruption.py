@@ -16,8 +16,6 @@ from transformers import TrainerCallback
 from forgetless.core.processes import Processes
 from forgetless.training import checkpoints
 
-__all__ = ["Interruption", "Unlogged"]
-
 STATE_KEY = "forgetless_unlogged"
 """Under which an interrupted training's checkpoint has the losses since the last log line."""
 
@@ -66,26 +64,24 @@ class Unlogged:
         return total / steps, penalty / steps
 
 
+@dataclass(eq=False)
 class Interruption(TrainerCallback):
     """Lets a training end after the step in which the process was asked to stop.
 
     The last of the callbacks: what the others want of a step does not change.
 
-    Args:
+    Attributes:
         unlogged: goes into the checkpoint.
         seconds: gives the seconds of training so far.
         tell: called when the first signal arrives, with what to say.
     """
 
-    def __init__(
-        self, unlogged: Unlogged, seconds: Callable[[], float], tell: Callable[[str], None]
-    ) -> None:
-        self.unlogged = unlogged
-        self.seconds = seconds
-        self.tell = tell
-        self.asked = False
-        self.stopped_at: int | None = None
-        self._interrupts = 0
+    unlogged: Unlogged
+    seconds: Callable[[], float]
+    tell: Callable[[str], None]
+    asked: bool = False
+    stopped_at: int | None = None
+    interrupts: int = 0
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
@@ -111,8 +107,8 @@ class Interruption(TrainerCallback):
 
     def _ask(self, number: int, frame: object) -> None:
         # Launchers answer Ctrl-C by a SIGTERM of their own, so only a second Ctrl-C is impatience.
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1:
             raise KeyboardInterrupt
         if not self.asked:
             self.asked = True

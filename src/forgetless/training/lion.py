@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["Lion"]
-
 
 class Lion(Optimizer):
     """The optimiser of the module's text.

@@ -25,8 +25,6 @@ from forgetless.training.forgetting import ForgettingCallback, Probe
 from forgetless.training.schedules import Rows
 from forgetless.training.trainer import require_finite
 
-__all__ = ["LogLine", "ProbeLine", "Record", "TrainingLog"]
-
 
 @dataclass(frozen=True)
 class LogLine:
@@ -52,21 +50,6 @@ class LogLine:
     seconds: float
 
 
-@dataclass(frozen=True)
-class ProbeLine:
-    """What was measured after a step, beside the training itself.
-
-    Attributes:
-        step: optimiser steps done; 0 is before the first.
-        probe: values by name, "learning/loss" or "forgetting/kl".
-        probe_seconds: what measuring them took.
-    """
-
-    step: int
-    probe: dict[str, float]
-    probe_seconds: float
-
-
 class TrainingLog:
     """The lines of a log file up to the step from which a training continues.
 
@@ -89,7 +72,7 @@ class TrainingLog:
         self.path, self.is_kept = path, True
         kept = [line for line in _read(path) if line.step <= step] if step else []
         self.lines = [line for line in kept if isinstance(line, LogLine)]
-        self.probes = {line.step for line in kept if isinstance(line, ProbeLine)}
+        self.probes = {line.step for line in kept if isinstance(line, Probe)}
         if step and (not self.lines or self.lines[-1].step != step):
             raise UserError(
                 f"{path} has no line for step {step}, from which the training would continue; "
@@ -98,7 +81,7 @@ class TrainingLog:
         with new_file(path) as file:
             file.write_text("".join(map(_json, kept)))
 
-    def append(self, line: LogLine | ProbeLine) -> None:
+    def append(self, line: LogLine | Probe) -> None:
         """Add a line and hand it to the system at once."""
         if isinstance(line, LogLine):
             self.lines.append(line)
@@ -109,69 +92,54 @@ class TrainingLog:
                 file.write(_json(line))
 
 
-def _json(line: LogLine | ProbeLine) -> str:
-    return json.dumps({key: v for key, v in asdict(line).items() if v is not None}) + "\n"
+def _json(line: LogLine | Probe) -> str:
+    if isinstance(line, Probe):
+        found = {"step": line.step, "probe": line.values, "probe_seconds": line.seconds}
+    else:
+        found = {key: value for key, value in asdict(line).items() if value is not None}
+    return json.dumps(found) + "\n"
 
 
-def _read(path: Path) -> list[LogLine | ProbeLine]:
+def _read(path: Path) -> list[LogLine | Probe]:
     """The whole lines of a file; the last one may be cut off."""
     if not path.exists():
         return []
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    records = [json.loads(line) for line in whole]
-    return [ProbeLine(**r) if "probe" in r else LogLine(**r) for r in records]
+    return [
+        Probe(r["step"], r["probe"], r["probe_seconds"]) if "probe" in r else LogLine(**r)
+        for r in map(json.loads, whole)
+    ]
 
 
+@dataclass(eq=False)
 class Record(TrainerCallback):
     """Keeps the log, the seals, the progress bar and the caller up to date.
 
-    Args:
-        rows: that are trained on.
-        log: gets the lines.
-        origin: see `checkpoints.seal`.
-        steps: of the training.
-        bar: shows them.
-        on_step: called after every step with its number and `steps`.
-        points: steps after which the weights are kept.
-        on_point: keeps them.
+    Attributes:
+        origin: what the training is made of, for the seals.
+        points: steps after which `on_point` is called, to keep the weights.
         probes: whose values go to the log.
-        seconds_before: of training before this session; None where the log's last line says it.
+        seconds_before: of training before this session.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        log: TrainingLog,
-        origin: Mapping[str, Any],
-        steps: int,
-        bar: Bar,
-        on_step: Callable[[int, int], None] | None,
-        points: Collection[int],
-        on_point: Callable[[int], None] | None,
-        probes: ForgettingCallback | None,
-        seconds_before: float | None,
-    ) -> None:
-        self.rows = rows
-        self.log = log
-        self.origin = origin
-        self.steps = steps
-        self.bar = bar
-        self.on_step = on_step
-        self.points = points
-        self.on_point = on_point
-        self.probes = probes
-        if seconds_before is None:
-            seconds_before = log.lines[-1].seconds if log.lines else 0.0
-        self.seconds_before = seconds_before
+    rows: Rows
+    log: TrainingLog
+    origin: Mapping[str, Any]
+    steps: int
+    bar: Bar
+    on_step: Callable[[int, int], None] | None
+    points: Collection[int]
+    on_point: Callable[[int], None] | None
+    probes: ForgettingCallback | None
+    seconds_before: float
 
     def seconds(self) -> float:
         """Of training so far, interruptions not counted."""
         return round(self.seconds_before + time.perf_counter() - self.started, 3)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
         # The probe before the first step came before this clock, and is training all the same.
-        self.seconds_before += sum(probe.seconds for probe in self._keep_probes())
+        self.started = time.perf_counter() - sum(probe.seconds for probe in self._log_probes())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Accelerate tells the data set of a new epoch only where it wrapped no sampler.
@@ -187,17 +155,17 @@ class Record(TrainerCallback):
         # The mean loss of a line must not reach over a checkpoint, or a resumed training would
         # give another mean than an undisturbed one.
         control.should_log |= control.should_save
-        self._keep_probes()
+        self._log_probes()
         self.bar.advance()
         if self.on_step is not None:
             self.on_step(step, self.steps)
 
-    def _keep_probes(self) -> list[Probe]:
+    def _log_probes(self) -> list[Probe]:
         """Write what the probes gave since the last time, and say which these were."""
         history = self.probes.history if self.probes else []
         new = [probe for probe in history if probe.step not in self.log.probes]
         for probe in new:
-            self.log.append(ProbeLine(probe.step, probe.values, probe.seconds))
+            self.log.append(probe)
         return new
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -35,15 +35,13 @@ from forgetless.training.penalties import make_penalty
 from forgetless.training.schedules import Rows, measured_steps, total_steps
 from forgetless.training.settings import TrainingSettings, what_decides_a_training
 from forgetless.training.trackers import Trackers, tracker_problems
-from forgetless.training.trainer import ExactTrainer, trainer_arguments
+from forgetless.training.trainer import ExactTrainer
 from forgetless.training.weights import trained_weights
 
 if TYPE_CHECKING:
     import datasets
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["TrainingResult", "train"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +139,9 @@ def train(
     log.is_kept = processes.is_first
     trackers = Trackers(settings.report_to, folder, checkpoint)
     resumed_from = checkpoints.step_of(checkpoint) if checkpoint else 0
+    seconds_before = unlogged.seconds
+    if seconds_before is None:  # the log's last line is that of the checkpoint
+        seconds_before = log.lines[-1].seconds if log.lines else 0.0
 
     with (
         _quiet(),
@@ -148,24 +149,19 @@ def train(
         trackers.named(),
         Bar("training", steps, done=resumed_from, unasked=True) as bar,
     ):
+        points = measured_steps(steps, settings)
         record = Record(
-            rows,
-            log,
-            origin,
-            steps,
-            bar,
-            on_step,
-            measured_steps(steps, settings),
-            on_point,
-            probes,
-            unlogged.seconds,
+            rows, log, origin, steps, bar, on_step, points, on_point, probes, seconds_before
         )
         interruption = Interruption(unlogged, record.seconds, bar.console.print)
         trainer = ExactTrainer(
+            model,
             settings,
+            folder / "checkpoints",
+            steps,
+            seed,
+            trackers,
             unlogged,
-            model=model,
-            args=trainer_arguments(model, settings, folder / "checkpoints", steps, seed, trackers),
             train_dataset=rows,
             data_collator=Share(Padding(tokenizer.pad_token_id or 0), processes),
             # Probes come first, so that what they decide is in the log and sealed with the rest.
@@ -176,6 +172,12 @@ def train(
         trainer.penalties = terms
         with interruption.awaited():
             trainer.run(checkpoint, steps, probes)
+    return _result(log, probes, resumed_from)
+
+
+def _result(
+    log: TrainingLog, probes: ForgettingCallback | None, resumed_from: int
+) -> TrainingResult:
     over = probes.exceeded if probes else None
     last = log.lines[-1]
     kept = (last.step, last.tokens) if over is None else (over.kept_step, over.kept_tokens)

@@ -22,15 +22,6 @@ from forgetless.training.schedules import Rows
 from forgetless.training.settings import TrainingSettings
 from forgetless.training.weights import trained_weights
 
-__all__ = [
-    "attention_dropout",
-    "compile_problems",
-    "prepared",
-    "require_fitting",
-    "require_kept_apart",
-    "require_trainable",
-]
-
 # ---- what a model must be ------------------------------------------------------------------------
 
 
@@ -183,7 +174,16 @@ def attention_dropout(model: nn.Module, p: float) -> Iterator[None]:
     if p == 0:
         yield
         return
-    before = [(owner, name, getattr(owner, name)) for owner, name in _attention_rates(model)]
+    before: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        for name in _DROPOUTS if "Attention" in type(module).__name__ else ():
+            rate = getattr(module, name, None)
+            if isinstance(rate, nn.Dropout):
+                before.append((rate, "p", rate.p))
+                break
+            if isinstance(rate, float | int) and not isinstance(rate, bool):
+                before.append((module, name, rate))
+                break
     if not before:
         raise UserError(
             f"attention_dropout is {p:g}, but no attention module of {type(model).__name__} has a "
@@ -196,18 +196,3 @@ def attention_dropout(model: nn.Module, p: float) -> Iterator[None]:
     finally:
         for owner, name, rate in before:
             setattr(owner, name, rate)
-
-
-def _attention_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Every attention module, or its dropout module, with the attribute that holds the rate."""
-    for module in model.modules():
-        if "Attention" not in type(module).__name__:
-            continue
-        for name in _DROPOUTS:
-            rate = getattr(module, name, None)
-            if isinstance(rate, float | int) and not isinstance(rate, bool):
-                yield module, name
-                break
-            if isinstance(rate, nn.Dropout):
-                yield rate, "p"
-                break

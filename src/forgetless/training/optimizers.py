@@ -14,14 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from forgetless.training.settings import TrainingSettings
 
-__all__ = [
-    "OPTIMIZERS",
-    "Optimizer",
-    "optimizer_arguments",
-    "optimizer_class",
-    "optimizer_problems",
-]
-
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -54,26 +46,25 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
 }
 
 
-def optimizer_arguments(settings: TrainingSettings) -> dict[str, Any]:
-    """The arguments of `TrainingArguments` that choose and set the optimiser."""
-    name = OPTIMIZERS[settings.optimizer].name
-    found: dict[str, Any] = {} if "." in name else {"optim": name}
-    if settings.betas is not None:
-        found["adam_beta1"], found["adam_beta2"] = settings.betas
-    if settings.eps is not None:
-        found["adam_epsilon"] = settings.eps
-    return found
+def optimizer_options(
+    settings: TrainingSettings,
+) -> tuple[dict[str, Any], tuple[type[Any], dict[str, Any]] | None]:
+    """What of `TrainingArguments` chooses and sets the optimiser, and a class of ours with its own.
 
-
-def optimizer_class(settings: TrainingSettings) -> tuple[type[Any], dict[str, Any]] | None:
-    """The class with its arguments where Trainer has none of that name, else None."""
+    The class is None where Trainer has one of that name.
+    """
     kind = OPTIMIZERS[settings.optimizer]
+    arguments: dict[str, Any] = {}
+    if settings.betas is not None:
+        arguments["adam_beta1"], arguments["adam_beta2"] = settings.betas
+    if settings.eps is not None:
+        arguments["adam_epsilon"] = settings.eps
     module, dot, name = kind.name.rpartition(".")
     if not dot:
-        return None
+        return {"optim": kind.name, **arguments}, None
     given = {key: getattr(settings, key) for key in kind.reads}
     own = {key: value for key, value in given.items() if value is not None}
-    return getattr(import_module(module), name), {"lr": settings.learning_rate, **own}
+    return arguments, (getattr(import_module(module), name), {"lr": settings.learning_rate, **own})
 
 
 def optimizer_problems(settings: TrainingSettings) -> Iterator[str]:

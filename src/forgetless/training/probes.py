@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from forgetless.core.errors import UserError
 from forgetless.data.examples import Examples
@@ -24,8 +24,6 @@ from forgetless.models.state import generators_kept
 from forgetless.tasks import TASKS, Task, TaskResult, make_task
 from forgetless.tasks.kl import KL
 from forgetless.tasks.perplexity import Perplexity
-
-__all__ = ["Asked", "Probes", "RecordedBase"]
 
 LIMIT = 32
 """Texts of a probe that is given as texts alone, evenly spread over what there is."""
@@ -75,29 +73,20 @@ class Probes:
         return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
     def measure(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        reference: nn.Module | None,
+        self, model: nn.Module, tokenizer: Tokenizer, reference: nn.Module | None
     ) -> tuple[dict[str, TaskResult], dict[str, TaskResult]]:
         """The results of the learning and of the forgetting probes; nothing random moves on."""
+
+        def result(task: Task) -> TaskResult:
+            base = reference if task.needs_reference else None
+            return task.evaluate(model, tokenizer, reference=base)
+
         with generators_kept():
-            learning, forgetting = (
-                {
-                    name: task.evaluate(
-                        model, tokenizer, reference=reference if task.needs_reference else None
-                    )
-                    for name, task in tasks.items()
-                }
-                for tasks in (self.learning, self.forgetting)
-            )
-        return learning, forgetting
+            learning = {name: result(task) for name, task in self.learning.items()}
+            return learning, {name: result(task) for name, task in self.forgetting.items()}
 
     def of_base(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        reference: nn.Module | None,
+        self, model: nn.Module, tokenizer: Tokenizer, reference: nn.Module | None
     ) -> dict[str, float]:
         """The base's own score on the forgetting probes that are no distance to it.
 
@@ -113,33 +102,30 @@ class Probes:
             }
 
 
-class _HeldLoss(Perplexity):
+class _Few:
+    """At most `LIMIT` examples of a task's source; of raw texts, pieces of them."""
+
+    path: str | Path
+
+    @cached_property
+    def examples(self) -> Examples:
+        found = read_texts(self.path)
+        records = list(found)
+        if found.kind == "text":
+            records = [
+                {"text": record["text"][start : start + CHARACTERS]}
+                for record in records
+                for start in range(0, len(record["text"]), CHARACTERS)
+            ]
+        return Examples(found.kind, spread(records, LIMIT), str(self.path))
+
+
+class _HeldLoss(_Few, Perplexity):
     """The token loss on a few of the texts."""
 
-    @cached_property
-    def examples(self) -> Examples:
-        return _few(self.path)
 
-
-class _HeldKL(KL):
+class _HeldKL(_Few, KL):
     """The divergence on a few of the texts."""
-
-    @cached_property
-    def examples(self) -> Examples:
-        return _few(self.path)
-
-
-def _few(path: str | Path) -> Examples:
-    """At most `LIMIT` examples of a source; of raw texts, pieces of them."""
-    examples = read_texts(path)
-    records = list(examples)
-    if examples.kind == "text":
-        records = [
-            {"text": record["text"][start : start + CHARACTERS]}
-            for record in records
-            for start in range(0, len(record["text"]), CHARACTERS)
-        ]
-    return Examples(examples.kind, spread(records, LIMIT), str(path))
 
 
 def _tasks(
@@ -186,30 +172,24 @@ class RecordedBase(nn.Module):
         digest.update(input_ids.cpu().numpy().data)
         digest.update(attention_mask.cpu().numpy().data)
         key = digest.hexdigest()
-        if key not in self.kept:
-            self.kept[key] = self._answer(input_ids, attention_mask, options)
-        return SimpleNamespace(logits=self.kept[key])
-
-    def _answer(self, input_ids: Tensor, attention_mask: Tensor, options: Any) -> Tensor:
+        if key in self.kept:
+            return SimpleNamespace(logits=self.kept[key])
         if self._ask is None:
             raise UserError(
                 "the base's predictions on these texts were not kept; pass reference=, the "
                 "untouched base"
             )
         device = self._ask.__self__.device
-        output = self._ask(
-            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **options
-        )
-        logits: Tensor = output.logits.detach().cpu()
-        size = logits.nbytes + sum(kept.nbytes for kept in self.kept.values())
-        if size > RECORDED_BYTES:
+        given = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+        logits = self.kept[key] = self._ask(**given, **options).logits.detach().cpu()
+        if sum(kept.nbytes for kept in self.kept.values()) > RECORDED_BYTES:
             raise UserError(
-                f"the base's predictions on the texts of the probes need more than "
+                "the base's predictions on the texts of the probes need more than "
                 f"{RECORDED_BYTES >> 30} GiB; give fewer or shorter texts, as in "
                 "{'kind': 'kl', 'path': ..., 'limit': 16, 'max_length': 64}, or pass reference=, "
                 "the untouched base"
             )
-        return logits
+        return SimpleNamespace(logits=logits)
 
     def close(self) -> None:
         """From now on, nothing new is asked: the model is no longer the base."""

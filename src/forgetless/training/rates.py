@@ -18,12 +18,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json, read_jsonl, remove, write_json
@@ -31,9 +29,7 @@ from forgetless.training.loop import train
 from forgetless.training.probes import Asked, Probes
 from forgetless.training.settings import TrainingSettings
 from forgetless.training.trainer import DivergenceError
-from forgetless.training.weights import put_back, trained_copy, trained_weights
-
-__all__ = ["Trial", "Verdict", "find_learning_rate", "grid", "judge", "shortened", "some_steps"]
+from forgetless.training.weights import put_back, trained_copy
 
 MARGIN = 0.1
 """Of the first smoothed loss: a rise beyond it, and beyond what the batches explain, is a spike."""
@@ -136,7 +132,8 @@ def find_learning_rate(
         place = Path(folder) / f"{rate:.6g}"
         kept = place.with_name(f"{place.name}.json")
         if not kept.exists():
-            with _given_back(model):
+            before = trained_copy(model, "cpu")
+            try:
                 brief = shortened(settings, rate, steps)
                 options: Any = {"seed": seed, "penalties": penalties}
                 with suppress(DivergenceError):
@@ -147,21 +144,12 @@ def find_learning_rate(
                 if probes is not None and len(losses) == steps:
                     _, found = probes.measure(model, tokenizer, None)
                     values = {name: result.value for name, result in found.items()}
+            finally:
+                put_back(model, before)
+                model.zero_grad()
             write_json(kept, asdict(Trial(rate, losses, values)))
             remove(place)
         yield Trial(**read_json(kept))
-
-
-@contextmanager
-def _given_back(model: nn.Module) -> Iterator[None]:
-    """At the end the trained weights are what they were."""
-    before = trained_copy(model, "cpu")
-    try:
-        yield
-    finally:
-        put_back(model, before)
-        for weight in trained_weights(model).values():
-            weight.grad = None
 
 
 # ---- judging -------------------------------------------------------------------------------------
@@ -176,7 +164,9 @@ def judge(trials: Sequence[Trial], steps: int) -> tuple[list[Verdict], float]:
     trials = sorted(trials, key=lambda trial: trial.learning_rate)
     window = math.ceil(steps / 10)
     curves = {
-        trial.learning_rate: _smoothed(trial.losses, window)
+        trial.learning_rate: [
+            sum(trial.losses[end - window : end]) / window for end in range(window, steps + 1)
+        ]
         for trial in trials
         if len(trial.losses) == steps
     }
@@ -205,11 +195,6 @@ def _verdict(trial: Trial, curves: Mapping[float, Sequence[float]]) -> Verdict:
     else:
         return Verdict(rate, curve[-1], rise, stable=True, why="stable")
     return Verdict(rate, curve[-1], rise, stable=False, why=why)
-
-
-def _smoothed(losses: Sequence[float], window: int) -> list[float]:
-    """The mean of every `window` losses in a row."""
-    return [sum(losses[end - window : end]) / window for end in range(window, len(losses) + 1)]
 
 
 def _rise(curve: Sequence[float]) -> float:

@@ -14,8 +14,6 @@ from forgetless.data.batches import TokenRows
 from forgetless.data.mixture import Mixture
 from forgetless.training.settings import TrainingSettings
 
-__all__ = ["Rows", "epoch_steps", "measured_steps", "rate_factor", "total_steps"]
-
 Rows = TokenRows | Mixture
 
 

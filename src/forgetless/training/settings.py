@@ -98,22 +98,10 @@ class ProbeSettings(Section):
 _DECIDING_NOTHING = frozenset({"checkpoint_every", "log_every", "report_to"})
 """What is written of a training; no weight depends on it."""
 
-_IN_EVERY_ID = frozenset(
-    {
-        "learning_rate",
-        "steps",
-        "epochs",
-        "batch_size",
-        "gradient_accumulation",
-        "weight_decay",
-        "warmup_ratio",
-        "schedule",
-        "max_grad_norm",
-        "optimizer",
-        "precision",
-        "gradient_checkpointing",
-    }
-)
+_IN_EVERY_ID = {
+    "learning_rate", "steps", "epochs", "batch_size", "gradient_accumulation", "weight_decay",
+    "warmup_ratio", "schedule", "max_grad_norm", "optimizer", "precision", "gradient_checkpointing",
+}  # fmt: skip
 """The first settings that there were. Those that came later are left out at their defaults, so that
 a run from before them keeps its id."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,6 @@ from transformers import TrainerCallback
 from forgetless.training import checkpoints
 from forgetless.training.settings import TrainingSettings
 
-__all__ = ["Trackers", "tracker_problems"]
-
 STATE_KEY = "forgetless_mlflow_run"
 """Under which a checkpoint has the name that MLflow gave the run, for it takes none."""
 
@@ -28,15 +26,11 @@ STATE_KEY = "forgetless_mlflow_run"
 def tracker_problems(settings: TrainingSettings) -> Iterator[str]:
     """What is to be installed for the trackers."""
     for name in settings.report_to:
-        if not _is_installed(name):
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
             yield (
                 f"training.report_to: {name!r} is not installed; pip install {name}, or leave it "
                 "out: the run's log.jsonl has the same numbers"
             )
-
-
-def _is_installed(package: str) -> bool:
-    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 class Trackers(TrainerCallback):
@@ -56,25 +50,9 @@ class Trackers(TrainerCallback):
         if checkpoint is not None:
             self._mlflow_run = checkpoints.callback_state(checkpoint, STATE_KEY)
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Those of `TrainingArguments` that are about trackers."""
-        return {"report_to": self.names, "run_name": self.run, "project": self.project}
-
     @contextmanager
     def named(self) -> Iterator[None]:
         """What the integrations read in the environment; what the user has set there stays."""
-        added = {key: v for key, v in self._environment().items() if v and key not in os.environ}
-        os.environ.update(added)
-        try:
-            yield
-        finally:
-            for key in added:
-                os.environ.pop(key, None)  # MLflow takes away what it has read
-            if "wandb" in self.names and "wandb" in sys.modules:
-                sys.modules["wandb"].finish()  # or the next training would go on with this run
-
-    def _environment(self) -> Mapping[str, str | None]:
         known: dict[str, dict[str, str | None]] = {
             "tensorboard": {"TENSORBOARD_LOGGING_DIR": str(self.folder / "tensorboard")},
             "wandb": {
@@ -84,7 +62,16 @@ class Trackers(TrainerCallback):
             },
             "mlflow": {"MLFLOW_EXPERIMENT_NAME": self.project, "MLFLOW_RUN_ID": self._mlflow_run},
         }
-        return {key: v for name in self.names for key, v in known.get(name, {}).items()}
+        wanted = {key: v for name in self.names for key, v in known.get(name, {}).items()}
+        added = {key: v for key, v in wanted.items() if v and key not in os.environ}
+        os.environ.update(added)
+        try:
+            yield
+        finally:
+            for key in added:
+                os.environ.pop(key, None)  # MLflow takes away what it has read
+            if "wandb" in self.names and "wandb" in sys.modules:
+                sys.modules["wandb"].finish()  # or the next training would go on with this run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "mlflow" in self.names and state.is_world_process_zero:

@@ -27,7 +27,7 @@ from forgetless.training.devices import (
 from forgetless.training.forgetting import STATE_KEY, ForgettingCallback
 from forgetless.training.interruption import Unlogged
 from forgetless.training.launch import this_launch
-from forgetless.training.optimizers import optimizer_arguments, optimizer_class
+from forgetless.training.optimizers import optimizer_options
 from forgetless.training.penalties import Penalty
 from forgetless.training.schedules import rate_factor
 from forgetless.training.settings import TrainingSettings
@@ -35,73 +35,19 @@ from forgetless.training.trackers import Trackers
 from forgetless.training.weights import trained_weights
 from forgetless.training.zero import Zero
 
-__all__ = ["DivergenceError", "ExactTrainer", "require_finite", "trainer_arguments"]
-
 
 class _Arguments(TrainingArguments):
-    """Trainer's, for devices as the launch has them."""
-
-    shards = property(lambda self: this_launch().strategy == "FSDP2")
     # One process uses one device. Trainer would spread a batch of this size to each that it sees.
     n_gpu = property(lambda self: min(super().n_gpu, 1))
-
-
-def trainer_arguments(
-    model: Any,
-    settings: TrainingSettings,
-    folder: Path,
-    steps: int,
-    seed: int,
-    trackers: Trackers,
-) -> TrainingArguments:
-    """What `Trainer` is told.
-
-    Args:
-        model: as it was given; its device decides.
-        settings: of the training.
-        folder: takes the checkpoints.
-        steps: of the training.
-        seed: of the order of the examples and of dropout.
-        trackers: which get what the log gets.
-    """
-    # A model that is to be sharded, or copied to every process, comes to the devices later.
-    comes_later = this_launch().processes > 1 and torch.accelerator.is_available()
-    present = next(weight for weight in model.parameters() if not weight.is_meta)
-    return _Arguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,  # for trackers; see `create_scheduler`
-        **optimizer_arguments(settings),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
-        torch_compile=settings.compile,
-        # Else Trainer turns it on together with compiling, for all that this process does later.
-        tf32=False if settings.compile else None,
-        seed=seed,
-        # Every epoch is shuffled by data_seed + epoch: keep neighbouring seeds apart.
-        data_seed=(seed * 1_000_003) % 2**31,
-        use_cpu=present.device.type == "cpu" and not comes_later,
-        logging_steps=settings.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
-        save_steps=settings.checkpoint_every,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        **trackers.arguments,
-    )
 
 
 class ExactTrainer(Trainer):
     """`Trainer` with penalties, that stops at a loss that is no number and decays matrices only.
 
     Args:
-        settings: of the training.
+        model: as it was given; its device decides.
+        folder: takes the checkpoints.
+        seed: of the order of the examples and of dropout.
         unlogged: the losses since the last line of the log.
         **options: Trainer's own.
 
@@ -109,13 +55,58 @@ class ExactTrainer(Trainer):
         penalties: terms of the loss, prepared.
     """
 
-    def __init__(self, settings: TrainingSettings, unlogged: Unlogged, **options: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        settings: TrainingSettings,
+        folder: Path,
+        steps: int,
+        seed: int,
+        trackers: Trackers,
+        unlogged: Unlogged,
+        **options: Any,
+    ) -> None:
         self.settings = settings
         self.unlogged = unlogged
         self.penalties: Sequence[Penalty] = ()
         self.zero: Zero | None = None
         self.tokens_of_batch = 0
-        super().__init__(optimizer_cls_and_kwargs=optimizer_class(settings), **options)
+        self.shards = this_launch().strategy == "FSDP2"
+        # A model that is to be sharded, or copied to every process, comes to the devices later.
+        comes_later = this_launch().processes > 1 and torch.accelerator.is_available()
+        present = next(weight for weight in model.parameters() if not weight.is_meta)
+        chosen, own = optimizer_options(settings)
+        arguments = _Arguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.schedule,  # for trackers; see `create_scheduler`
+            **chosen,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            bf16=settings.precision == "bf16",
+            torch_compile=settings.compile,
+            # Else Trainer turns it on together with compiling, for all that comes later.
+            tf32=False if settings.compile else None,
+            seed=seed,
+            # Every epoch is shuffled by data_seed + epoch: keep neighbouring seeds apart.
+            data_seed=(seed * 1_000_003) % 2**31,
+            use_cpu=present.device.type == "cpu" and not comes_later,
+            logging_steps=settings.log_every,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            include_num_input_tokens_seen="non_padding",
+            save_steps=settings.checkpoint_every,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to=trackers.names,
+            run_name=trackers.run,
+            project=trackers.project,
+        )
+        super().__init__(model, arguments, optimizer_cls_and_kwargs=own, **options)
 
     def run(self, checkpoint: Path | None, steps: int, probes: ForgettingCallback | None) -> None:
         """Train, from `checkpoint` on where there is one."""
@@ -174,13 +165,13 @@ class ExactTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's optimizer; with LoRA+, B in groups of its own."""
         is_new = self.optimizer is None
-        if self.args.shards and not is_sharded(self.model):
+        if self.shards and not is_sharded(self.model):
             shard(self.model)
             leave_sharded(self.accelerator)
         optimizer = super().create_optimizer(model)
         if not is_new:
             return optimizer
-        if self.args.shards:
+        if self.shards:
             gather_optimizer(optimizer)
         if self.settings.loraplus_ratio != 1:
             plain = self.model if model is None else model
@@ -211,7 +202,7 @@ class ExactTrainer(Trainer):
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         # Shards are moved one by one. What is offloaded comes for each forward.
-        if not self.args.shards and not any(weight.is_meta for weight in model.parameters()):
+        if not self.shards and not any(weight.is_meta for weight in model.parameters()):
             super()._move_model_to_device(model, device)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_file
 
-__all__ = ["KeptWeights", "put_back", "trained_copy", "trained_weights"]
-
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that ask for gradients, by name."""

@@ -27,8 +27,6 @@ from torch.optim import Optimizer
 from forgetless.core.errors import UserError
 from forgetless.training.devices import refuse_packed
 
-__all__ = ["Zero"]
-
 _LARGEST_BUCKET = 500_000_000
 """Gradients that DeepSpeed sends at once, by its own default; it takes the room at the start."""
 
@@ -57,7 +55,14 @@ class Zero:
         max_grad_norm: float,
     ) -> None:
         refuse_packed(model, f"ZeRO-{stage}")
-        _require_float32(model)
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and weight.dtype != torch.float32:
+                raise UserError(
+                    f"{name!r} is trained in {str(weight.dtype).removeprefix('torch.')}, of which "
+                    "DeepSpeed keeps a second, larger copy that no checkpoint here has; load the "
+                    "model with dtype 'float32' (training in precision 'bf16' is as fast), or "
+                    "train under DDP"
+                )
         self.optimizer = optimizer
         self.groups: list[list[nn.Parameter]] = [g["params"] for g in optimizer.param_groups]
         self.engine: Any = None
@@ -159,16 +164,6 @@ class Zero:
                     for key in found[0][1]
                 }
         return {**given, "state": state, "param_groups": groups}
-
-
-def _require_float32(model: nn.Module) -> None:
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and weight.dtype != torch.float32:
-            raise UserError(
-                f"{name!r} is trained in {str(weight.dtype).removeprefix('torch.')}, of which "
-                "DeepSpeed keeps a second, larger copy that no checkpoint here has; load the model "
-                "with dtype 'float32' (training in precision 'bf16' is as fast), or train under DDP"
-            )
 
 
 def _whole(weight: nn.Parameter, value: Any) -> Any:

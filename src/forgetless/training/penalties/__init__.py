@@ -1,8 +1,8 @@
 """Penalties: what a training pays, at every step, for leaving what the model knew.
 
-One file a penalty, one line in `_NAMES`. Each file gives the formula and its source. In an adapter
-the trained weights are those of A and B. Where B starts at zero (plain LoRA), the Fisher
-information of A is zero at the start: there EWC holds B alone.
+One file a penalty, with its formula and source, and one line in `_CLASSES`. In an adapter the
+trained weights are those of A and B. Where B starts at zero (plain LoRA), the Fisher information of
+A is zero at the start: there EWC holds B alone.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from forgetless.training.penalties.penalty import Penalty
 
 __all__ = ["PENALTIES", "Penalty", "identity_of", "make_penalty", "words_of"]
 
-_NAMES = (
-    "l2_start",
-    "kl",
-    "ewc",
-    "orthogonality",
-)
+_CLASSES = {
+    "l2_start": "L2Start",
+    "kl": "KLToBase",
+    "ewc": "EWC",
+    "orthogonality": "Orthogonality",
+}
 
 PENALTIES: Mapping[str, type[Penalty]] = MappingProxyType(
-    {name: import_module(f"forgetless.training.penalties.{name}").PENALTY for name in _NAMES}
+    {
+        kind: getattr(import_module(f"forgetless.training.penalties.{kind}"), name)
+        for kind, name in _CLASSES.items()
+    }
 )
 """Kind -> penalty, in the order in which they are shown."""
 

@@ -70,6 +70,3 @@ def _log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
     """Sum of the log-probabilities of a sequence's tokens, the first one given."""
     loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
     return -loss * (ids.numel() - 1)
-
-
-PENALTY = EWC

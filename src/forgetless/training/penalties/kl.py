@@ -90,6 +90,3 @@ class _MeanKL(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(outer[0]), None, None  # in place: PyTorch refuses a second backward
-
-
-PENALTY = KLToBase

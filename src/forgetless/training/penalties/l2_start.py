@@ -30,6 +30,3 @@ class L2Start(Penalty):
             (w - self._start[name]).square().sum() for name, w in trained_weights(model).items()
         ]
         return torch.stack(squares).sum() / 2
-
-
-PENALTY = L2Start

@@ -75,6 +75,3 @@ class Orthogonality(Penalty):
                 if name in earlier:
                     total = total + (earlier[name] @ A.float().mT).square().sum()
         return total
-
-
-PENALTY = Orthogonality

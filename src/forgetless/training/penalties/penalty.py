@@ -12,8 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.data.texts import batches, fingerprint
 
-__all__ = ["HeldTexts", "Penalty"]
-
 
 @dataclass
 class Penalty(Protocol):
