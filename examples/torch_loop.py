@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
 
     examples = load_examples(options.data, limit=512)
     rows = TokenRows(tokenize(examples, tokenizer, max_length=128))
-    pad = Padding(tokenizer.pad_token_id)
+    pad = Padding()
     model.train()
     for step in range(options.steps // 2 if options.resume else 0, options.steps):
         first = 8 * step % (len(rows) - 8)

@@ -108,3 +108,38 @@ def test_statistics_decompositions_and_evaluations_are_counted(
     assert "3/3" in shown
     assert "14/14" in shown
     assert "24/24" in shown
+
+
+# ---- without a terminal --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Standard error that is no terminal, where work is shown."""
+    sent = io.StringIO()
+    monkeypatch.setattr(progress, "_console", Console(file=sent))
+    return sent
+
+
+def test_a_plain_line_is_written_every_so_often(
+    monkeypatch: pytest.MonkeyPatch, log: io.StringIO
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("forgetless.core.progress.time.monotonic", lambda: clock[0])
+    for number in counted(range(300), "evaluation", "texts"):
+        assert list(counted([1, 2], "inner", "items")) == [1, 2]
+        clock[0] = number + 1.0
+    expected = [f"evaluation: {n} of 300 texts, 1.0 texts/s" for n in (60, 120, 180, 240, 300)]
+    assert log.getvalue().splitlines() == expected
+    assert progress._current is None
+
+
+def test_no_plain_line_of_short_work_or_unasked(
+    monkeypatch: pytest.MonkeyPatch, log: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(counted([1, 2], "work", "items")) == [1, 2]
+    assert log.getvalue() == ""
+    monkeypatch.setattr(progress, "_A_WHILE", 0.0)
+    monkeypatch.setattr(progress, "_console", None)
+    Bar("training", total=3, unit="steps", unasked=True).advance(3)
+    assert capsys.readouterr() == ("", "")

@@ -22,6 +22,8 @@ from forgetless.data.examples import Examples, from_rows, load_examples
 from forgetless.data.packing import IGNORED
 from forgetless.data.texts import read_examples
 from forgetless.data.tokens import tokenize
+from forgetless.tasks import make_task
+from tests.tiny import tokenizer
 
 PAIRS = [
     {"prompt": "One and one?", "completion": " Two."},
@@ -610,3 +612,125 @@ def test_long_conversations_are_cut() -> None:
     tokenizer.chat_template = MARKED
     rows = tokenize(examples({"messages": CHAT}), tokenizer, max_length=42)
     assert learned(tokenizer, rows[0]) == "Hi</s>"
+
+
+# ---------------------------------------------------------------- what other tools would read
+
+USER, YES = {"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Yes."}
+BAD = {"role": "assistant", "content": "BAD"}
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_a_turn_is_left_out_in_the_words_of_every_tool(mark: dict[str, Any]) -> None:
+    turns = [USER, {**BAD, **mark}, USER, {**YES, **dict.fromkeys(mark, True)}]
+    loaded = from_rows([("line 1", {"messages": turns})], "x")
+    assert [turn.get("weight") for turn in loaded.records[0]["messages"]] == [None, 0, None, None]
+    with pytest.raises(UserError, match=f"turn 2: '{next(iter(mark))}' must be 1, or 0"):
+        from_rows([("line 1", {"messages": [USER, {**BAD, next(iter(mark)): "no"}, YES]})], "x")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_thoughts_beside_the_content_go_to_the_template(key: str) -> None:
+    speaker = tokenizer()
+    speaker.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{% if m.KEY %}({{ m.KEY }}) {% endif %}"
+        "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    ).replace("KEY", key)
+    examples = from_rows([("line 1", {"messages": [USER, {**YES, key: "It is autumn."}]})], "x")
+    row = tokenize(examples, speaker, max_length=200)[0]
+    learned = speaker.decode([label for label in row["labels"] if label != IGNORED])
+    assert learned == "(It is autumn.) Yes.</s>"
+    speaker.chat_template = speaker.chat_template.replace(key, "unknown")
+    with pytest.warns(UserWarning, match="leaves out parts of 1 of 1 conversations, such as thou"):
+        tokenize(examples, speaker, max_length=200)
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"messages": [USER, YES], "tools": [{"name": "weather"}]}, ["'tools' of 2 rows"]),
+        ({"messages": [USER, YES], "functions": [1], "documents": ["a"]}, ["documents", "func"]),
+        ({"messages": [USER, {**YES, "audio": "a.wav"}]}, ["'audio'"]),
+        ({"conversations": [USER, {**YES, "images": ["a.png"]}]}, ["'images'"]),
+        ({"instruction": "Say hi", "output": "hi", "system": "Be a pirate"}, ["'system'"]),
+        ({"instruction": "Again", "output": "hi", "history": [["a", "b"]]}, ["'history'"]),
+        ({"instruction": "What?", "context": "A red hat.", "response": "red"}, ["'context'"]),
+        ({"context": "A red hat.", "question": "What?", "answer": "red"}, ["'context'"]),
+        ({"prompt": "What?", "input": "A red hat.", "completion": "red"}, ["'input'"]),
+        ({"prompt": [USER], "completion": [YES], "tools": [1]}, ["'tools'"]),
+    ],
+)
+def test_what_other_tools_would_show_is_named(row: dict[str, Any], named: list[str]) -> None:
+    with pytest.warns(UserWarning, match="not read") as caught:
+        from_rows([("line 1", row), ("line 2", row)], "x.jsonl")
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.startswith("x.jsonl: ")
+    assert all(part in message for part in named)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, {**YES, "id": 7}], "tools": [], "system": "Be kind.", "id": 3},
+        {"instruction": "Say hi", "input": "now", "output": "hi", "history": [], "system": ""},
+        {"question": "What?", "answer": "red", "category": "qa", "context": None},
+        {"text": "A red hat.", "context": "of a book"},
+    ],
+)
+def test_nothing_is_said_of_what_changes_nothing(row: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_rows([("line 1", row)], "x")
+
+
+def test_function_calls_are_refused_under_both_names() -> None:
+    for key in ("tool_calls", "function_call"):
+        with pytest.raises(UserError, match=f"turn 2: '{key}' are not read"):
+            from_rows([("line 1", {"messages": [USER, {**YES, key: {"name": "f"}}]})], "x")
+
+
+# ---------------------------------------------------------------- half characters
+
+HALF = "half \ud83d of it"
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ({"prompt": "a", "completion": HALF}, "completion"),
+        ({"text": HALF}, "text"),
+        ({"messages": [USER, {"role": "assistant", "content": HALF}]}, "messages.2.content"),
+        ({"question": "a", "answer": "b", "choices": ["b", HALF]}, "choices.2"),
+        ({"question": "a", "answer": [HALF]}, "answer.1"),
+        ({"question": "a", "answer": 0, "choices": {"text": ["b", HALF]}}, "choices.text.2"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_half_a_character_is_named_by_row_and_key_in_every_reader(
+    row: dict[str, Any], key: str, ending: str, tmp_path: Path
+) -> None:
+    good = {name: row[name] if name != key.split(".")[0] else "fine" for name in row}
+    rows = [good, row]
+    path = tmp_path / f"data.{ending}"
+    text = "\n".join(map(json.dumps, rows)) if ending == "jsonl" else json.dumps(rows)
+    assert "\\ud83d" in text
+    path.write_text(text)
+    place = "line 2" if ending == "jsonl" else "row 2"
+    message = f"{place}: '{key}' holds half a character".replace(".", r"\.")
+    readers: list[Callable[[], object]] = [
+        lambda: load_examples(path),
+        lambda: read_examples(path),
+        *(
+            lambda kind=kind: make_task({"kind": kind, "path": str(path)})
+            for kind in ("perplexity", "kl", "generate", "multiple_choice")
+        ),
+    ]
+    for read in readers:
+        with pytest.raises(UserError, match=message):
+            read()
+
+
+def test_whole_characters_in_escapes_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a smile \\ud83d\\ude00 and \\\\ud83d"}\n')
+    assert load_examples(path).records[0]["text"] == "a smile 😀 and \\ud83d"

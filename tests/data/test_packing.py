@@ -11,7 +11,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from forgetless.core.errors import UserError
 from forgetless.data.batches import Padding, TokenRows, positions
-from forgetless.data.packing import IGNORED, Row, packed, wrapped
+from forgetless.data.packing import IGNORED, TokenRow, packed, wrapped
 from forgetless.training.model import require_kept_apart
 from tests.families import FAMILIES, VOCAB
 
@@ -26,8 +26,8 @@ def sequences() -> list[list[int]]:
     return [torch.randint(1, VOCAB, (n,), generator=generator).tolist() for n in (3, 9, 1, 6, 5, 2)]
 
 
-def batch_of(rows: list[Row]) -> dict[str, Tensor]:
-    return Padding(0)(
+def batch_of(rows: list[TokenRow]) -> dict[str, Tensor]:
+    return Padding()(
         [
             {
                 "input_ids": torch.tensor(row.input_ids),
@@ -51,7 +51,7 @@ def losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[float]:
 @pytest.mark.parametrize("family", CAUSAL)
 def test_packed_sequences_have_the_losses_of_unpacked_ones(family: str) -> None:
     model = FAMILIES[family].model().eval()
-    alone = [Row(tokens, tokens, [len(tokens)]) for tokens in sequences()]
+    alone = [TokenRow(tokens, tokens, [len(tokens)]) for tokens in sequences()]
     together = packed(alone, 12)
     assert len(together) < len(alone)
     assert any(len(row.lengths) > 1 for row in together)
@@ -83,8 +83,8 @@ def test_models_whose_masks_ignore_the_position_ids_are_refused() -> None:
 def test_documents_fill_rows_and_keep_their_borders() -> None:
     rows = wrapped([[1, 2, 3], [4, 5], [6, 7, 8, 9]], 4)
     assert rows == [
-        Row([1, 2, 3, 4], [IGNORED, 2, 3, IGNORED], [3, 1]),
-        Row([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8], [1, 3]),
+        TokenRow([1, 2, 3, 4], [IGNORED, 2, 3, IGNORED], [3, 1]),
+        TokenRow([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8], [1, 3]),
     ]
 
 
@@ -93,6 +93,6 @@ def test_positions_begin_again_with_every_sequence_and_the_padding() -> None:
 
 
 def test_rows_of_one_sequence_have_a_mask() -> None:
-    batch = batch_of([Row([1, 2], [1, 2], [2]), Row([3], [3], [1])])
+    batch = batch_of([TokenRow([1, 2], [1, 2], [2]), TokenRow([3], [3], [1])])
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert "position_ids" not in batch

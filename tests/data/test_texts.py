@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import string
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from forgetless.core.errors import UserError
 from forgetless.data.texts import batches, fingerprint, self_text
 from forgetless.models.load import load_model, load_tokenizer
 from tests.families import FAMILIES, VOCAB
+from tests.tiny import tokenizer as characters
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -278,3 +281,80 @@ def test_a_fingerprint_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# ---------------------------------------------------------------------- scripts without blanks
+
+THAI = "ภาษาไทยเขียนติดกันโดยไม่เว้นวรรคระหว่างคำและมีสระกับวรรณยุกต์ซ้อนอยู่บนพยัญชนะ"
+WITHOUT_BLANKS = {
+    "chinese": "人工智能是计算机科学的一个分支，它企图了解智能的实质。" * 400,
+    "japanese": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。" * 300,
+    "thai": THAI * 150,
+    "minified": "function(a,b){return a.map(c=>c*b).filter(d=>d>0)};".replace(" ", "") * 250,
+    "letters": "acgt" * 3000,
+}
+
+
+def parts_of(text: str, max_length: int = 64) -> list[str]:
+    from forgetless.data.texts import _sections
+
+    found = list(_sections(text, max_length))
+    assert [last for _, last in found] == [False] * (len(found) - 1) + [True]
+    parts = [part for part, _ in found]
+    assert "".join(parts) == text
+    return parts
+
+
+@pytest.mark.parametrize("name", WITHOUT_BLANKS)
+def test_a_text_without_blanks_is_cut_too(name: str) -> None:
+    parts = parts_of(WITHOUT_BLANKS[name])
+    assert len(parts) > 50
+    assert max(map(len, parts[:-1])) <= 2 * 64 + 4
+    assert len(parts[-1]) <= 8 * 64
+    assert not any(unicodedata.category(part[0]).startswith("M") for part in parts)
+
+
+def test_a_text_with_blanks_ends_its_parts_at_them_as_ever() -> None:
+    text = "The quick brown fox jumps over the lazy dog and 狐は犬を飛び越える again.\n" * 200
+    parts = parts_of(text)
+    assert all(part[-1].isspace() for part in parts)
+    assert all(8 * 64 < len(part) <= 8 * 64 + 40 for part in parts[:-1])
+
+
+def test_one_long_word_in_a_text_with_blanks_is_cut() -> None:
+    prose = "a few words and then " * 60
+    blob = "A9x" * 3000
+    parts = parts_of(prose + blob + " " + prose)
+    assert max(map(len, parts)) <= 2 * 8 * 64
+    assert sum(part.isalnum() for part in parts) > 20
+
+
+def test_windows_of_such_a_text_are_spread_over_it(tmp_path: Path, model: PreTrainedModel) -> None:
+    path = tmp_path / "letters.txt"
+    # The letter tells the place: token 4 + n stands in the n-th ninetieth of the text.
+    path.write_text("".join(string.printable[i * 90 // 9000] for i in range(9000)))
+    made = batches(str(path), model, characters(), samples=12, max_length=16)
+    places = sorted(ids[0] - 4 for ids in sequences(made))
+    assert len(places) == 12
+    assert places[0] < 30
+    assert places[-1] > 60
+
+
+@pytest.mark.parametrize("source", ["self", "text", "pairs"])
+def test_how_many_are_read_together_changes_no_sequence(
+    source: str, tmp_path: Path, model: PreTrainedModel
+) -> None:
+    path = tmp_path / "kept.jsonl"
+    rows: list[object] = [{"text": words(*range(3, 4 + i))} for i in range(20)]
+    if source == "pairs":
+        rows = [{"prompt": words(5, 6 + i), "completion": words(7, *[8] * i)} for i in range(20)]
+    name = "self" if source == "self" else write_rows(path, *rows)
+    found = [
+        sorted(
+            sequences(
+                batches(name, model, make_tokenizer(), samples=9, max_length=12, batch_size=size)
+            )
+        )
+        for size in (1, 4, 9)
+    ]
+    assert found[0] == found[1] == found[2]

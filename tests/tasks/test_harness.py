@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from torch import nn
 
 import forgetless as fl
@@ -635,3 +637,22 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_numbers(
     with resuming(path, "another model"):
         task.evaluate(model, tokenizer, batch_size=2)
     assert len(calls) == batches
+
+
+@pytest.mark.parametrize("name", ["winogrande", "short_answers"])
+def test_how_far_an_evaluation_is_shows_though_the_harness_is_quiet(
+    name: str, data: Path, short_answers: str, model: Any, tokenizer: Any, monkeypatch: Any
+) -> None:
+    from forgetless.core import progress
+
+    task = make_task(short_answers if name == "short_answers" else spec(name, data))
+    monkeypatch.setattr(progress, "_A_WHILE", 0.0)
+    for is_terminal in (True, False):
+        sent = io.StringIO()
+        console = Console(file=sent, force_terminal=is_terminal, width=100, color_system=None)
+        monkeypatch.setattr(progress, "_console", console)
+        result = task.evaluate(model, tokenizer, batch_size=2)
+        asked = result.n * (2 if name == "winogrande" else 1)
+        assert "evaluation" in sent.getvalue()
+        shown = f"{asked}/{asked}" if is_terminal else f"evaluation: {asked} of {asked} texts"
+        assert shown in sent.getvalue()

@@ -93,7 +93,7 @@ def plain_trainer(
         model=model,
         args=TrainingArguments(output_dir=str(folder), **{**settings, **changes}),
         train_dataset=rows(files),
-        data_collator=Padding(0),
+        data_collator=Padding(),
         callbacks=list(callbacks),
     )
 

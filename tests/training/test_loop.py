@@ -573,7 +573,7 @@ def test_the_answers_are_learned_by_heart(tmp_path: Path) -> None:
 
 def test_batches_are_padded_to_their_longest_row() -> None:
     rows = TokenRows(DATA.select([3, 0, 7]))
-    batch = Padding(0)([rows[0], rows[1], rows[2]])
+    batch = Padding()([rows[0], rows[1], rows[2]])
     lengths = [len(DATA[index]["input_ids"]) for index in (3, 0, 7)]
     assert batch["input_ids"].shape == (3, max(lengths)) == (3, rows.longest)
     assert batch["attention_mask"].sum(1).tolist() == lengths

@@ -1,12 +1,14 @@
-"""How far long work is: counted where it is done, drawn on a terminal for whoever asked for it.
+"""How far long work is: counted where it is done, shown to whoever asked for it.
 
-One bar at a time: work inside other work that has a bar draws none. Bars go to the terminal that
-standard error was when `draw` was called, also while it is redirected.
+On a terminal that is a bar, elsewhere a plain line a minute. One at a time: work inside other work
+that is shown is not. All goes to what standard error was when `draw` was called, also while it is
+redirected.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from operator import length_hint
 from typing import Any, Self, TypeVar
@@ -28,6 +30,9 @@ T = TypeVar("T")
 _console: Console | None = None
 _current: Bar | None = None
 
+# Seconds between two plain lines.
+_A_WHILE = 60.0
+
 
 def draw() -> None:
     """From now on all long work of this process has a bar."""
@@ -42,7 +47,7 @@ def clear() -> None:
 
 
 class Bar:
-    """One piece of work; nothing is seen of it on anything but a terminal.
+    """One piece of work: a bar on a terminal; elsewhere, where it was asked for, a line a minute.
 
     At the end of a `with` block the bar goes, whatever happens in it.
 
@@ -51,7 +56,7 @@ class Bar:
         total: how many there are to do; None where nobody knows.
         unit: what is counted, for the rate; empty where the notes of `advance` say more.
         done: how many were done before.
-        unasked: draw also where `draw` was not called.
+        unasked: draw also where `draw` was not called; a bar, and no lines.
     """
 
     def __init__(
@@ -61,8 +66,13 @@ class Bar:
         self.console = _console or Console(file=sys.stderr)
         self._left = None if total is None else total - done
         self._progress: Progress | None = None
-        asked = unasked or _console is not None
-        if self._left == 0 or not (asked and _current is None and self.console.is_terminal):
+        self._what, self._total, self._unit, self._first = what, total, unit, done
+        self._done, self._began = done, time.monotonic()
+        self._last = self._began
+        if self._left == 0 or _current is not None or not (unasked or _console is not None):
+            return
+        if not self.console.is_terminal:
+            _current = None if _console is None else self
             return
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -87,6 +97,9 @@ class Bar:
         if self._progress is not None:
             fields: dict[str, Any] = {} if note is None else {"note": note}
             self._progress.update(self._task, advance=count, **fields)
+        elif _current is self:
+            self._done += count
+            self._say(note)
         if self._left is not None:
             self._left -= count
             if self._left <= 0:
@@ -97,7 +110,20 @@ class Bar:
         global _current
         if self._progress is not None:
             self._progress.stop()
-            self._progress, _current = None, None
+            self._progress = None
+        if _current is self:
+            _current = None
+
+    def _say(self, note: str | None) -> None:
+        """A plain line, if the last one was a while ago."""
+        now = time.monotonic()
+        if now - self._last < _A_WHILE:
+            return
+        self._last = now
+        of = "" if self._total is None else f" of {self._total}"
+        rate = _rate((self._done - self._first) / max(now - self._began, 1e-9), self._unit)
+        words = (f"{self._what}: {self._done}{of} {self._unit}".rstrip(), rate, note)
+        print(", ".join(filter(None, words)), file=self.console.file, flush=True)
 
     def __enter__(self) -> Self:
         return self
@@ -125,7 +151,11 @@ class _Rate(ProgressColumn):
     """How many a second, or a minute."""
 
     def render(self, task: Task) -> Text:
-        speed, unit = task.speed, task.fields["unit"]
-        if not (speed and unit):
-            return Text("")
-        return Text(f"{speed:.1f} {unit}/s" if speed >= 1 else f"{speed * 60:.1f} {unit}/min")
+        return Text(_rate(task.speed, task.fields["unit"]))
+
+
+def _rate(speed: float | None, unit: str) -> str:
+    """So many a second, or a minute."""
+    if not (speed and unit):
+        return ""
+    return f"{speed:.1f} {unit}/s" if speed >= 1 else f"{speed * 60:.1f} {unit}/min"

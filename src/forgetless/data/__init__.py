@@ -19,6 +19,8 @@ several forms fit, the first one counts:
 
 A turn is ``{"role", "content"}`` with a role of system, user, assistant or tool, or ShareGPT's
 ``{"from", "value"}``, where user and assistant may be called human and gpt. Its content is text, or
-a list of ``{"type": "text", "text"}``. An assistant's turn of ``weight`` 0 is not learned. A
-``system`` column beside the turns is their first.
+a list of ``{"type": "text", "text"}``. An assistant's turn of ``weight`` 0, or with ``train`` or
+``loss`` false, is not learned; its ``reasoning_content`` or ``thinking`` goes to the template. A
+``system`` column beside the turns is their first. A warning names columns that other tools show to
+the model and that are not read here, such as ``tools``, ``history`` or ``context``.
 """

@@ -16,10 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from forgetless.data.packing import IGNORED
 
-Row = dict[str, Any]
+Sample = dict[str, Any]
+"""`input_ids` and `labels`, tensors of one length, and `lengths`, of the sequences in them."""
 
 
-class TokenRows(torch.utils.data.Dataset[Row]):
+class TokenRows(torch.utils.data.Dataset[Sample]):
     """The rows of a tokenised data set, each a slice of one tensor.
 
     Args:
@@ -42,7 +43,7 @@ class TokenRows(torch.utils.data.Dataset[Row]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Sample:
         input_ids, labels = self.rows[index]
         lengths = [len(input_ids)] if self.parts is None else self.parts[index]
         return {"input_ids": input_ids, "labels": labels, "lengths": lengths}
@@ -81,26 +82,23 @@ class Padding:
     """Joins rows into one batch, each padded at its end to the longest of them.
 
     Where a row holds several sequences the batch has position ids and no attention mask: from
-    them transformers keeps the sequences, and the padding, apart.
+    them transformers keeps the sequences, and the padding, apart. Padding is the token 0: no model
+    sees it, and a tokenizer's own padding token may lie outside the model's embeddings.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
         input_ids = [row["input_ids"] for row in rows]
-        padded = pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id)
+        padded = pad_sequence(input_ids, batch_first=True, padding_value=0)
         labels = [row["labels"] for row in rows]
         batch = {
             "input_ids": padded,
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         }
         if any(len(row["lengths"]) > 1 for row in rows):
-            return batch | {
-                "position_ids": positions([row["lengths"] for row in rows], padded.shape[1])
-            }
-        lengths = torch.tensor([len(ids) for ids in input_ids])
-        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+            lengths = [row["lengths"] for row in rows]
+            return batch | {"position_ids": positions(lengths, padded.shape[1])}
+        each = torch.tensor([len(ids) for ids in input_ids])
+        mask = torch.arange(padded.shape[1]) < each[:, None]
         return batch | {"attention_mask": mask.long()}
 
 

@@ -22,22 +22,20 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from forgetless.core.errors import UserError, first_few
-from forgetless.data.packing import IGNORED
+from forgetless.data.encoding import Span, continuation
+from forgetless.data.packing import IGNORED, TokenRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PLAIN_CHAT_TEMPLATE", "Chat", "Tokens", "is_learned"]
+__all__ = ["PLAIN_CHAT_TEMPLATE", "THOUGHTS", "Chat", "is_learned"]
 
 T = TypeVar("T")
 Message = Mapping[str, Any]
-"""A turn: ``role``, ``content`` and, where an assistant's is not to be learned, ``weight`` 0."""
-Span = tuple[int, int]
-Tokens = tuple[list[int], list[int]]
-"""Token ids and, as long, the labels: the id where it is learned, IGNORED elsewhere."""
+"""A turn: ``role``, ``content``, perhaps thoughts and, where it is not learned, ``weight`` 0."""
 
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -61,21 +59,12 @@ the same examples give the same tokens on every day."""
 
 _CLOCK = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+THOUGHTS = ("reasoning_content", "thinking")
+"""What a turn thought before it spoke, in the words of chat templates."""
+_SHOWN = ("role", "content", *THOUGHTS)
+
 _CONTENT = "\ue000"
 """Stands for a turn's content, to see what the template puts around it: no text has it."""
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """The conversation up to and with a turn of the assistant, and where in it that is learned."""
-
-    text: str
-    span: Span
-
-    @property
-    def kept(self) -> str:
-        """What must stay the same when the conversation goes on."""
-        return self.text[: self.span[1]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +90,7 @@ class Chat:
 
     def tokens(
         self, conversations: Sequence[Sequence[Message]], places: Sequence[str]
-    ) -> list[Tokens]:
+    ) -> list[TokenRow]:
         """Tokens and labels of every conversation, mostly one row each.
 
         Where a template rewrites earlier turns as a conversation goes on (it drops old thoughts),
@@ -149,26 +138,28 @@ class Chat:
         Raises:
             UserError: the template refuses it.
         """
+        text: str = self._templated(messages, place, tokenize=False, add_generation_prompt=opening)
+        return text
+
+    def _templated(self, messages: Sequence[Message], place: str, **options: Any) -> Any:
+        """What the tokenizer makes of the turns by the template."""
+        # A dependency of transformers that takes long to load.
         from jinja2 import TemplateError
 
+        said = [{key: turn[key] for key in _SHOWN if key in turn} for turn in messages]
+        eos = self.tokenizer.eos_token
+        if eos and ("eos_token" in self.template or eos in self.template):
+            # Texts that were rendered before end in it, and the template adds one more.
+            said = [{**turn, "content": turn["content"].removesuffix(eos)} for turn in said]
         try:
-            text = self.tokenizer.apply_chat_template(
-                _said(messages),
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=opening,
-            )
+            return self.tokenizer.apply_chat_template(said, chat_template=self.template, **options)
         except TemplateError as error:
-            raise self._refused(place, error) from None
-        return cast("str", text)
+            raise UserError(
+                f"{place or 'messages'}: the tokenizer's chat template refuses this conversation: "
+                f"{error}; change its turns, or give the tokenizer another template"
+            ) from None
 
-    def _refused(self, place: str, error: Exception) -> UserError:
-        return UserError(
-            f"{place or 'messages'}: the tokenizer's chat template refuses this conversation: "
-            f"{error}; change its turns, or give the tokenizer another template"
-        )
-
-    def _marked(self, messages: Sequence[Message], place: str) -> Tokens:
+    def _marked(self, messages: Sequence[Message], place: str) -> TokenRow:
         """Tokens of a conversation whose template marks the assistant's part itself."""
         ids, marked = self._marks(messages, place)
         learned = set(marked)
@@ -184,25 +175,16 @@ class Chat:
                         "cannot be kept; give the tokenizer another template"
                     )
                 learned -= set(marked[before : len(until)])
-        return ids, [token if i in learned else IGNORED for i, token in enumerate(ids)]
+        labels = [token if i in learned else IGNORED for i, token in enumerate(ids)]
+        return TokenRow(ids, labels, [len(ids)])
 
     def _marks(self, messages: Sequence[Message], place: str) -> tuple[list[int], list[int]]:
         """Token ids, and the places in them of those that the template marks."""
-        from jinja2 import TemplateError
-
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                _said(messages),
-                chat_template=self.template,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        except TemplateError as error:
-            raise self._refused(place, error) from None
-        return encoded["input_ids"], [
-            i for i, mark in enumerate(encoded["assistant_masks"]) if mark
-        ]
+        encoded = self._templated(
+            messages, place, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        marks = encoded["assistant_masks"]
+        return encoded["input_ids"], [i for i, mark in enumerate(marks) if mark]
 
     # ---- where the assistant speaks --------------------------------------------------------------
 
@@ -213,13 +195,14 @@ class Chat:
             for number, message in enumerate(messages, start=1)
             if is_learned(message)
         ]
-        whole = turns[-1].text if is_learned(messages[-1]) else self.render(messages, place)
-        if all(whole.startswith(turn.kept) for turn in turns):
-            return [(whole, [turn.span for turn in turns])]
-        return [(turn.text, [turn.span]) for turn in turns]
+        whole = turns[-1][0] if is_learned(messages[-1]) else self.render(messages, place)
+        # What was learned of a turn must stay the same when the conversation goes on.
+        if all(whole.startswith(text[:end]) for text, (_, end) in turns):
+            return [(whole, [span for _, span in turns])]
+        return [(text, [span]) for text, span in turns]
 
-    def _turn(self, messages: Sequence[Message], place: str) -> _Turn:
-        """The last of these messages, which is the assistant's."""
+    def _turn(self, messages: Sequence[Message], place: str) -> tuple[str, Span]:
+        """The text up to and with the last message, the assistant's, and where it is learned."""
         *history, last = messages
         text = self.render(messages, place)
         around = self.render([*history, {**last, "content": _CONTENT}], place)
@@ -235,7 +218,7 @@ class Chat:
             )
         closing = self._closing.match(tail if text.endswith(tail) else "")
         assert closing is not None
-        return _Turn(text, (len(prompt), len(text) - len(closing.string) + closing.end()))
+        return text, (len(prompt), len(text) - len(closing.string) + closing.end())
 
     @cached_property
     def _closing(self) -> re.Pattern[str]:
@@ -248,7 +231,7 @@ class Chat:
 
     # ---- tokens ----------------------------------------------------------------------------------
 
-    def _encoded(self, rows: Sequence[tuple[str, list[Span]]]) -> Iterator[Tokens]:
+    def _encoded(self, rows: Sequence[tuple[str, list[Span]]]) -> Iterator[TokenRow]:
         texts = [text for text, _ in rows]
         encoded = self.tokenizer(
             texts, add_special_tokens=not self.is_own, return_offsets_mapping=True, verbose=False
@@ -260,32 +243,32 @@ class Chat:
             if cuts:
                 ids, offsets = self._apart(text, cuts)
             learned = [any(a < stop and b > begin for begin, stop in spans) for a, b in offsets]
-            yield ids, [i if keep else IGNORED for i, keep in zip(ids, learned, strict=True)]
+            labels = [i if keep else IGNORED for i, keep in zip(ids, learned, strict=True)]
+            yield TokenRow(ids, labels, [len(ids)])
 
     def _apart(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[Span]]:
         """Tokens and their places, none of them across a cut."""
         ids: list[int] = []
         offsets: list[Span] = []
         for start, stop in pairwise([0, *cuts, len(text)]):
-            piece = self.tokenizer(
-                text[start:stop],
-                add_special_tokens=not self.is_own and start == 0,
-                return_offsets_mapping=True,
-                verbose=False,
-            )
-            ids += piece["input_ids"]
-            offsets += [(start + a, start + b) for a, b in piece["offset_mapping"]]
+            if start == 0:
+                piece = self.tokenizer(
+                    text[:stop],
+                    add_special_tokens=not self.is_own,
+                    return_offsets_mapping=True,
+                    verbose=False,
+                )
+                found = piece["input_ids"], piece["offset_mapping"]
+            else:
+                found = continuation(self.tokenizer, ids, text[start:stop])
+            ids = ids + found[0]
+            offsets += [(start + a, start + b) for a, b in found[1]]
         return ids, offsets
 
 
 def is_learned(message: Message) -> bool:
     """Whether a turn is one of the assistant that is to be learned."""
     return message["role"] == "assistant" and message.get("weight") != 0
-
-
-def _said(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The turns as templates know them."""
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _of_each(
@@ -310,6 +293,9 @@ def _is_whole(messages: Sequence[Message], rows: Sequence[tuple[str, list[Span]]
     learned = iter("".join(text[a:b].split()) for text, spans in rows for a, b in spans)
     shown = "".join(rows[-1][0].split())
     return all(
-        "".join(message["content"].split()) in (next(learned) if is_learned(message) else shown)
+        "".join(message[key].split()) in text
         for message in messages
+        for text in [next(learned) if is_learned(message) else shown]
+        for key in _SHOWN[1:]
+        if key in message
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,6 +106,7 @@ def from_rows(rows: Iterable[tuple[str, Any]], source: str) -> Examples:
     records: list[Record] = []
     places: list[str] = []
     problems: list[str] = []
+    unread: Counter[str] = Counter()
     form: Form | None = None
     for place, row in rows:
         if form is None and isinstance(row, Mapping):
@@ -111,12 +114,20 @@ def from_rows(rows: Iterable[tuple[str, Any]], source: str) -> Examples:
         try:
             records.append(_record(row, form, place))
             places.append(place)
+            unread.update(form.unread(row) if form else ())
         except UserError as problem:
             problems.append(str(problem))
     if problems:
         raise bad_rows(source, problems)
     if form is None:
         raise UserError(f"{source} is empty; give at least one example")
+    if unread:
+        shown = ", ".join(f"{key!r} of {count:,} rows" for key, count in sorted(unread.items()))
+        warnings.warn(
+            f"{source}: {shown} not read, though other tools may show or learn by it: the model "
+            f"sees {form} alone; write into these what it should see, or take the key out",
+            stacklevel=2,
+        )
     return Examples(form.kind, records, source, places)
 
 

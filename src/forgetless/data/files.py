@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from forgetless.core.errors import UserError, first_few
 
+Row = Mapping[str, Any]
+"""What a line of a file holds, by its keys; most files have one object a row."""
+
 POCKET = "pocket:"
-POCKET_SKILLS = ("problems", "functions", "series")
 POCKET_KNOWLEDGE = "pocket:knowledge"
 POCKET_SIZES = {"train": 4000, "test": 500}
 
@@ -31,7 +34,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[s
     path = Path(path)
     if path.is_dir():
         return islice(_read_folder(path), limit)
-    allowed = f"{', '.join(_READERS)}, a datasets folder or '{POCKET}{POCKET_SKILLS[0]}'"
+    allowed = f"{', '.join(_READERS)}, a datasets folder or '{POCKET}problems'"
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}; give a file of type {allowed}")
     if path.suffix.lower() not in _READERS:
@@ -45,6 +48,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 row = _json(line, number, "every line must be one JSON object")
+                _require_whole_characters(row, line, f"line {number}")
             except UserError as problem:
                 problems.append(str(problem))
             if not problems:
@@ -61,10 +65,36 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         return
     try:
         rows = _json(text, 1, "it must be one list of objects")
+        for number, row in enumerate(rows, start=1):
+            _require_whole_characters(row, text, f"row {number}")
     except UserError as problem:
         raise UserError(f"{path}, {problem}") from None
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
+
+
+def _require_whole_characters(row: Any, text: str, place: str) -> None:
+    """Refuse half a character, which JSON can write (half an emoji) and no tokenizer can read.
+
+    Args:
+        row: what was read.
+        text: from which it was read; without an escape in it there is nothing to look for.
+        place: of the row, for the message.
+    """
+
+    def look(value: Any, key: str) -> None:
+        if isinstance(value, str) and (half := re.search("[\ud800-\udfff]", value)):
+            raise UserError(
+                f"{place}: {key!r} holds half a character ({half[0]!r}, a lone surrogate); write "
+                "the whole character, or take it out"
+            )
+        if isinstance(value, Mapping | list):
+            pairs = value.items() if isinstance(value, Mapping) else enumerate(value, start=1)
+            for inner, part in pairs:
+                look(part, f"{key}.{inner}" if key else str(inner))
+
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        look(row, "")
 
 
 def _json(text: str, first_line: int, wanted: str) -> Any:
@@ -146,22 +176,16 @@ def _read_pocket(name: str) -> Iterator[tuple[str, Any]]:
         for number, text in enumerate(knowledge_text(), start=1):
             yield f"row {number}", {"text": text}
         return
+    make: dict[str, Any] = {"problems": problems, "functions": functions, "series": series}
     skill, _, split = name.removeprefix(POCKET).partition(":")
     split = split or "train"
-    if skill not in POCKET_SKILLS or split not in POCKET_SIZES:
-        known = ", ".join(f"'{POCKET}{known}'" for known in POCKET_SKILLS)
+    if skill not in make or split not in POCKET_SIZES:
+        known = ", ".join(f"'{POCKET}{known}'" for known in make)
         raise UserError(
             f"unknown pocket data {name!r}; give {known}, or one with ':test', or "
             f"'{POCKET_KNOWLEDGE}'"
         )
-    split = cast("Literal['train', 'test']", split)
-    count = POCKET_SIZES[split]
-    made: dict[str, Callable[[], Sequence[Any]]] = {
-        "problems": lambda: problems(count, 0, split),
-        "functions": lambda: functions(count, 0, split),
-        "series": lambda: series(count, 0, split),
-    }
-    for number, example in enumerate(made[skill](), start=1):
+    for number, example in enumerate(make[skill](POCKET_SIZES[split], 0, split), start=1):
         yield f"row {number}", {"prompt": example.prompt, "completion": example.completion}
 
 

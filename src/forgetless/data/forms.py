@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from forgetless.core.errors import UserError
-from forgetless.data.chat import is_learned
+from forgetless.data.chat import THOUGHTS, is_learned
+from forgetless.data.files import Row
 
 Kind = Literal["prompt_completion", "messages", "text"]
 Record = Mapping[str, Any]
+"""An example: ``prompt`` and ``completion``, ``messages``, or ``text``."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +24,31 @@ class Form:
         keys: that a row needs.
         convert: makes the example of a row and its place.
         lists: whether their values must be lists, which tells it from another form of its keys.
+        reads: further keys that a row may have.
     """
 
     kind: Kind
     keys: tuple[str, ...]
-    convert: Callable[[Record, str], Record]
+    convert: Callable[[Row, str], Record]
     lists: bool = False
+    reads: tuple[str, ...] = ()
 
-    def has_keys(self, row: Record) -> bool:
+    def has_keys(self, row: Row) -> bool:
         return all(key in row for key in self.keys)
 
-    def fits(self, row: Record) -> bool:
+    def fits(self, row: Row) -> bool:
         return self.has_keys(row) and not (
             self.lists and any(not isinstance(row[key], list | tuple) for key in self.keys)
         )
+
+    def unread(self, row: Row) -> set[str]:
+        """Keys of a row and its turns by which other tools show or learn something else."""
+        if self.kind == "text":
+            return set()
+        beside = {key for key in _READ_ELSEWHERE if row.get(key)} - {*self.keys, *self.reads}
+        lists = (row[key] for key in self.keys if isinstance(row[key], list | tuple))
+        turns = [turn for turns in lists for turn in turns if isinstance(turn, Mapping)]
+        return beside | {k for turn in turns for k, v in turn.items() if v and k not in _TURN_KEYS}
 
     def __str__(self) -> str:
         return " + ".join(self.keys) + self.lists * " (lists of turns)"
@@ -44,7 +57,7 @@ class Form:
 def _pair(prompt: str, completion: str) -> Form:
     """A form whose keys already hold all of the prompt and the completion."""
 
-    def convert(row: Record, where: str) -> Record:
+    def convert(row: Row, where: str) -> Record:
         return {"prompt": _text(row, prompt, where), "completion": _text(row, completion, where)}
 
     return Form("prompt_completion", (prompt, completion), convert)
@@ -53,33 +66,44 @@ def _pair(prompt: str, completion: str) -> Form:
 def _task(task: str, answer: str) -> Form:
     """A form whose prompt is a task, its optional input, and a line end."""
 
-    def convert(row: Record, where: str) -> Record:
+    def convert(row: Row, where: str) -> Record:
         prompt = _text(row, task, where)
         if row.get("input") not in (None, "") and task == "instruction":
             prompt += "\n\n" + _text(row, "input", where)
         return {"prompt": prompt + "\n", "completion": _text(row, answer, where)}
 
-    return Form("prompt_completion", (task, answer), convert)
+    reads = ("input",) if task == "instruction" else ()
+    return Form("prompt_completion", (task, answer), convert, reads=reads)
 
 
-def _document(row: Record, where: str) -> Record:
+def _document(row: Row, where: str) -> Record:
     return {"text": _text(row, "text", where)}
 
 
 _ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 
+_LEARNED = ("weight", "train", "loss")
+"""What says of an assistant's turn whether it is learned: OpenAI's, axolotl's, ms-swift's word."""
+
+_CALLS = ("tool_calls", "function_call")
+_TURN_KEYS = {"role", "content", "from", "value", "id", "name", *_LEARNED, *THOUGHTS, *_CALLS}
+_READ_ELSEWHERE = (
+    *("context", "documents", "history", "input", "system"),
+    *("functions", "tools", "audio", "images", "videos", "chat_template_kwargs"),
+)
+
 
 def _conversation(key: str) -> Form:
     """A form whose key holds all turns, but for a system prompt that may stand beside it."""
 
-    def convert(row: Record, where: str) -> Record:
+    def convert(row: Row, where: str) -> Record:
         return _learnable(_with_system(row, _turns(row, key, where), where), where)
 
-    return Form("messages", (key,), convert)
+    return Form("messages", (key,), convert, reads=("system",))
 
 
-def _prompted(row: Record, where: str) -> Record:
+def _prompted(row: Row, where: str) -> Record:
     """Prompt and completion as lists of turns: of the prompt, nothing is learned."""
     prompt = [
         {**turn, "weight": 0} if turn["role"] == "assistant" else turn
@@ -95,7 +119,7 @@ def _learnable(turns: Sequence[Record], where: str) -> Record:
     return {"messages": turns}
 
 
-def _with_system(row: Record, turns: list[Record], where: str) -> list[Record]:
+def _with_system(row: Row, turns: list[Record], where: str) -> list[Record]:
     """The turns after the system prompt of the row's own column, where it has one."""
     if row.get("system") in (None, ""):
         return turns
@@ -107,7 +131,7 @@ def _with_system(row: Record, turns: list[Record], where: str) -> list[Record]:
     return [system, *turns]
 
 
-def _turns(row: Record, key: str, where: str) -> list[Record]:
+def _turns(row: Row, key: str, where: str) -> list[Record]:
     turns = row[key]
     if not isinstance(turns, list | tuple) or not turns:
         raise UserError(f"{where}: {key!r} must be a list of turns, got {show(turns)}")
@@ -125,24 +149,28 @@ def _turn(turn: object, where: str) -> Record:
             f"{where}: must be an object with {content!r} and a {speaker!r} of {', '.join(roles)}, "
             f"got {show(turn)}"
         )
-    if turn.get("tool_calls"):
-        raise UserError(
-            f"{where}: 'tool_calls' are not read; write the call into {content!r}, in the words "
-            "that the model should say"
-        )
+    for key in _CALLS:
+        if turn.get(key):
+            raise UserError(
+                f"{where}: {key!r} are not read; write the call into {content!r}, in the words "
+                "that the model should say"
+            )
     role = _SHAREGPT.get(turn[speaker], turn[speaker])
     made = {"role": role, "content": _content(turn, content, where)}
-    if role != "assistant" or turn.get("weight") in (None, 1):
+    made |= {key: _text(turn, key, where) for key in THOUGHTS if turn.get(key)}
+    if role != "assistant":
         return made
-    if turn["weight"] != 0:
-        raise UserError(
-            f"{where}: 'weight' must be 1, or 0 for a turn that is not learned, "
-            f"got {show(turn['weight'])}"
-        )
-    return {**made, "weight": 0}
+    given = {key: turn[key] for key in _LEARNED if turn.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1):
+            raise UserError(
+                f"{where}: {key!r} must be 1, or 0 for a turn that is not learned, "
+                f"got {show(value)}"
+            )
+    return made if all(given.values()) else {**made, "weight": 0}
 
 
-def _content(turn: Record, key: str, where: str) -> str:
+def _content(turn: Row, key: str, where: str) -> str:
     """The text of a turn, which may be a list of parts, as OpenAI writes it."""
     parts = turn.get(key)
     if not isinstance(parts, list | tuple):
@@ -160,7 +188,7 @@ def _content(turn: Record, key: str, where: str) -> str:
 _FORMS = (
     _conversation("messages"),
     _conversation("conversations"),
-    Form("messages", ("prompt", "completion"), _prompted, lists=True),
+    Form("messages", ("prompt", "completion"), _prompted, lists=True, reads=("system",)),
     _pair("prompt", "completion"),
     _pair("prompt", "response"),
     _task("instruction", "output"),
@@ -172,7 +200,7 @@ _FORMS = (
 )
 
 
-def form_of(row: Record, where: str) -> Form:
+def form_of(row: Row, where: str) -> Form:
     for form in _FORMS:
         if form.fits(row):
             return form
@@ -180,7 +208,7 @@ def form_of(row: Record, where: str) -> Form:
     raise UserError(f"{where}: has the keys {names_of(row)}; expected one of: {allowed}")
 
 
-def _text(row: Record, key: str, where: str) -> str:
+def _text(row: Row, key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise UserError(f"{where}: {key!r} must be text, got {show(value)}")
@@ -189,7 +217,7 @@ def _text(row: Record, key: str, where: str) -> str:
     return value
 
 
-def names_of(row: Record) -> str:
+def names_of(row: Row) -> str:
     return ", ".join(sorted(repr(key) for key in row)) or "(none)"
 
 

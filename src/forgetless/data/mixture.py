@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from forgetless.core.errors import UserError
-from forgetless.data.batches import Row, TokenRows
+from forgetless.data.batches import Sample, TokenRows
 
 
-class Mixture(torch.utils.data.Dataset[Row]):
+class Mixture(torch.utils.data.Dataset[Sample]):
     """An epoch of several sources, each with its share of the rows.
 
     Every row of the first source, the new task, is in every epoch once. Of source i with share s_i
@@ -58,7 +58,7 @@ class Mixture(torch.utils.data.Dataset[Row]):
     def __len__(self) -> int:
         return len(self._picked)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Sample:
         source, row = self._picked[index]
         return self.parts[source][row]
 

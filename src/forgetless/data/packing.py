@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
-__all__ = ["Row", "packed", "wrapped"]
+__all__ = ["TokenRow", "packed", "wrapped"]
 
 IGNORED = -100
 """The label of a token that is not learned, as PyTorch's cross-entropy has it."""
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """Tokens of one or several sequences.
 
     Attributes:
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     lengths: list[int]
 
 
-def packed(rows: Sequence[Row], max_length: int) -> list[Row]:
+def packed(rows: Sequence[TokenRow], max_length: int) -> list[TokenRow]:
     """The same sequences in fewer rows of at most `max_length` tokens, none of them cut.
 
     Best fit decreasing: the longest first, each into the fullest row that still has room for it
@@ -52,10 +52,10 @@ def packed(rows: Sequence[Row], max_length: int) -> list[Row]:
         # One batch: sequences of different batches would never share a row.
         map_kwargs={"batch_size": len(rows), "load_from_cache_file": False},
     )[:]
-    return list(map(Row, table["input_ids"], table["labels"], table["seq_lengths"]))
+    return list(map(TokenRow, table["input_ids"], table["labels"], table["seq_lengths"]))
 
 
-def wrapped(documents: Sequence[list[int]], max_length: int) -> list[Row]:
+def wrapped(documents: Sequence[list[int]], max_length: int) -> list[TokenRow]:
     """Documents one after the other in rows of `max_length` tokens; the last may be shorter.
 
     Every token is learned but the first of a document and the first of a row. A document that does
@@ -67,12 +67,11 @@ def wrapped(documents: Sequence[list[int]], max_length: int) -> list[Row]:
     for start in range(0, len(tokens), max_length):
         stop = min(start + max_length, len(tokens))
         cuts = sorted(end for end in ends if start < end < stop)
-        lengths = [b - a for a, b in pairwise([start, *cuts, stop])]
-        labels = chain.from_iterable(
-            _without_first(tokens[a:b]) for a, b in pairwise([start, *cuts, stop])
-        )
-        rows.append(Row(tokens[start:stop], list(labels), lengths))
-    return [row for row in rows if any(label != IGNORED for label in row.labels)]
+        parts = list(pairwise([start, *cuts, stop]))
+        labels = [label for a, b in parts for label in _without_first(tokens[a:b])]
+        if any(label != IGNORED for label in labels):
+            rows.append(TokenRow(tokens[start:stop], labels, [b - a for a, b in parts]))
+    return rows
 
 
 def _without_first(labels: list[int]) -> list[int]:

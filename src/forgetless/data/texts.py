@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from forgetless.core.errors import UserError, unknown
 from forgetless.core.progress import counted
 from forgetless.data.chat import Chat
+from forgetless.data.encoding import encode, ended
 from forgetless.data.examples import Examples, from_rows, load_examples
 from forgetless.data.files import read_rows
 from forgetless.data.forms import Kind
@@ -22,6 +24,8 @@ from forgetless.data.tokens import tokenize
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from forgetless.data.batches import Sample
 
 SELF = "self"
 POCKET_TEXTS = {
@@ -39,8 +43,10 @@ POCKET_TEXTS = {
 # What the keys and values of sequences sampled together may take; more at a time is faster.
 _CACHE_BYTES = 4 * 2**30
 _SAMPLED_TOGETHER = range(8, 257)
-# A window needs fewer characters than this a token in nearly every language.
+# A window needs fewer characters than this a token in nearly every language that has spaces, and
+# in most others about one.
 _CHARACTERS_PER_TOKEN = 8
+_CHARACTERS_WITHOUT_SPACES = 2
 
 _ANSWERS = {
     "prompt": ("completion", "response"),
@@ -90,11 +96,10 @@ def batches(
         UserError: an empty or unreadable source, a count below 1, a model that is no causal
             language model, or a tokenizer of another model.
     """
-    for name, value in {
-        "samples": samples,
-        "max_length": max_length,
-        "batch_size": batch_size,
-    }.items():
+    import torch  # the fingerprint of a source needs none
+
+    counts = {"samples": samples, "max_length": max_length, "batch_size": batch_size}
+    for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}")
     config = model.config.get_text_config()
@@ -110,7 +115,14 @@ def batches(
         draw = random.Random(seed)
         windows = _windows(read_examples(source), tokenizer, samples, max_length, draw)
         _check_vocabulary(windows, model)
-    return _padded(windows, tokenizer.pad_token_id or 0, batch_size)
+    rows = [
+        {"input_ids": ids, "labels": ids, "lengths": [len(ids)]}
+        for ids in map(torch.tensor, windows)
+    ]
+    return [
+        {name: batch[name] for name in ("input_ids", "attention_mask")}
+        for batch in _padded(rows, batch_size)
+    ]
 
 
 def training_batches(
@@ -143,15 +155,12 @@ def training_batches(
         FileNotFoundError: there is no such file.
         UserError: a broken file, or nothing to learn within `max_length`.
     """
-    from forgetless.data.batches import Padding, TokenRows
+    from forgetless.data.batches import TokenRows
 
     examples = load_examples(path, limit=limit, kind=kind)
     rows = TokenRows(tokenize(examples, tokenizer, max_length=max_length, pack=False))
     drawn = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))
-    longest_first = sorted((rows[i] for i in drawn), key=lambda row: -len(row["input_ids"]))
-    collate = Padding(tokenizer.pad_token_id or 0)
-    starts = range(0, len(longest_first), batch_size)
-    return [collate(longest_first[start : start + batch_size]) for start in starts]
+    return _padded((rows[i] for i in drawn), batch_size)
 
 
 def fingerprint(source: str) -> str:
@@ -240,13 +249,12 @@ def _joined(
     """Windows of texts in random order, of which no more than needed are tokenised."""
     sections = [part for text in texts for part in _sections(text, max_length)]
     draw.shuffle(sections)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
     for text, is_last in sections:
         if len(stream) >= samples * max_length:
             break
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        stream += ids + (end if is_last and ids[-1:] != end else [])
+        (ids,) = encode(tokenizer, [text])
+        stream += ended(tokenizer, ids) if is_last else ids
     starts = range(0, min(len(stream), samples * max_length), max_length)
     return [stream[start : start + max_length] for start in starts]
 
@@ -254,27 +262,34 @@ def _joined(
 def _sections(text: str, max_length: int) -> Iterator[tuple[str, bool]]:
     """A long text in parts that end at white space, each with whether it is the text's last.
 
-    A part fills one window or two, so that those drawn are spread over the whole of it.
+    A part fills one window or two, so that those drawn are spread over the whole of it. Where
+    there is no white space, as in Chinese, Thai or minified code, a part ends at any character.
     """
     length = _CHARACTERS_PER_TOKEN * max_length
+    space = re.compile(r"\s")
     start = 0
     while start < len(text):
-        space = re.compile(r"\s|$").search(text, start + length)
-        stop = space.end() if space else len(text)
-        yield text[start:stop], stop == len(text)
+        stop = start + length
+        if len(text) > stop and not space.search(text, start, stop):
+            stop = start + _CHARACTERS_WITHOUT_SPACES * max_length
+        elif found := space.search(text, stop, stop + length):
+            stop = found.end()
+        elif len(text) <= stop + length:
+            stop = len(text)
+        # A vowel or an accent stays with its letter.
+        while stop < len(text) and unicodedata.category(text[stop]).startswith("M"):
+            stop += 1
+        yield text[start:stop], stop >= len(text)
         start = stop
 
 
 def _sequence(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a prompt with its completion, or of a conversation."""
     if "messages" not in record:
-        text, add_special_tokens = record["prompt"] + record["completion"], True
-    else:
-        chat = Chat(tokenizer)
-        text, add_special_tokens = chat.render(record["messages"]), not chat.is_own
-    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)[
-        "input_ids"
-    ]
+        return encode(tokenizer, [record["prompt"] + record["completion"]])[0]
+    chat = Chat(tokenizer)
+    text = chat.render(record["messages"])
+    ids: list[int] = tokenizer(text, add_special_tokens=not chat.is_own, verbose=False)["input_ids"]
     return ids
 
 
@@ -288,18 +303,14 @@ def _check_vocabulary(windows: Iterable[Sequence[int]], model: PreTrainedModel) 
         )
 
 
-def _padded(windows: Iterable[list[int]], pad: int, batch_size: int) -> list[dict[str, Tensor]]:
-    import torch
+def _padded(rows: Iterable[Sample], batch_size: int) -> list[dict[str, Tensor]]:
+    """The rows in batches, longest first."""
+    # Imports torch, which the fingerprint of a source does not need.
+    from forgetless.data.batches import Padding
 
-    longest_first = sorted(windows, key=len, reverse=True)
-    made = []
-    for start in range(0, len(longest_first), batch_size):
-        rows = longest_first[start : start + batch_size]
-        width = len(rows[0])
-        ids = [row + [pad] * (width - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-        made.append({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
-    return made
+    longest_first = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    starts = range(0, len(longest_first), batch_size)
+    return [Padding()(longest_first[start : start + batch_size]) for start in starts]
 
 
 def self_text(

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr, pass_at_k
+from forgetless.data.files import Row
 from forgetless.tasks.base import Item, TaskResult, whole_number
 from forgetless.tasks.questions import Generating
-from forgetless.tasks.rows import Row, file_problem, read_records
+from forgetless.tasks.rows import file_problem, read_records
 from forgetless.tasks.sampling import Sampling, sampling_problems
 from forgetless.tasks.sandbox import CodeResult, run_code
 
@@ -187,7 +188,7 @@ class DownloadedCodeTask(CodeTask):
         UserError: settings out of range, not allowed, or data that cannot be had.
     """
 
-    version = 2  # before, a program shared its interpreter with its tests
+    version = 2  # before, a program lost its first blank and shared an interpreter with its tests
 
     path: str | Path | None = None
     data_dir: str | Path | None = None

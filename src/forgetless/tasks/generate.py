@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError
+from forgetless.data.files import Row
 from forgetless.tasks.base import Item, whole_number
 from forgetless.tasks.questions import Generating
 from forgetless.tasks.rows import (
-    Row,
     file_problem,
     made_prompt,
     prompt_problem,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
+from forgetless.data.encoding import encode
 from forgetless.models.load import evaluating
 from forgetless.tasks.inference import (
     Ids,
@@ -18,8 +19,8 @@ from forgetless.tasks.inference import (
     by_length,
     context_of,
     device_of,
-    encode,
     pad,
+    padding_of,
     require_causal,
     require_numbers,
     rows_with_cache,
@@ -77,8 +78,15 @@ def generate(
         found = decoder.continuations([rows[i] for i in places], choose)
         # A token with the stop in it may hold the end of the answer, an end of text does not.
         found = [ids[:-1] if ids[-1] in ends else ids for ids in found]
-        texts = tokenizer.batch_decode(found, skip_special_tokens=True)
-        return [_until(text, stops) for text in texts]
+        asked = [list(rows[i]) for i in places]
+        wholes = [[*prompt, *answer] for prompt, answer in zip(asked, found, strict=True)]
+        # A text alone loses its first blank where the tokenizer puts one in front of every text.
+        said = tokenizer.batch_decode(asked + wholes + found, skip_special_tokens=True)
+        n = len(asked)
+        return [
+            _until(whole[len(prompt) :] if whole.startswith(prompt) else alone, stops)
+            for prompt, whole, alone in zip(said[:n], said[n : 2 * n], said[2 * n :], strict=True)
+        ]
 
     drawn = [] if sampling is None else [[sampling.temperature, sampling.top_p, sampling.seed]]
     with evaluating(model):
@@ -114,7 +122,7 @@ class _Decoder:
         self.model, self.tokenizer, self.ends, self.steps = model, tokenizer, ends, steps
         # One character is in one token, which is among the ends; more may be spread over tokens.
         self.stops = [text for text in stops if len(text) > 1]
-        self.fill = tokenizer.pad_token_id or 0
+        self.fill = padding_of(model, tokenizer)
         self.device = device_of(model)
         self.end_ids = torch.tensor(sorted(ends), device=self.device, dtype=torch.long)
 

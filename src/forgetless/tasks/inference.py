@@ -18,8 +18,8 @@ __all__ = [
     "by_length",
     "context_of",
     "device_of",
-    "encode",
     "pad",
+    "padding_of",
     "require_causal",
     "require_numbers",
     "rows_that_fit",
@@ -82,6 +82,16 @@ def context_of(model: nn.Module) -> int | None:
     return positions if isinstance(positions, int) else None
 
 
+def padding_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's padding token; 0 where it has none, or one that the model does not embed.
+
+    Padding is masked, so that any token would do, but some models look for their own.
+    """
+    embeddings = getattr(model, "get_input_embeddings", None)
+    fill = tokenizer.pad_token_id or 0
+    return fill if embeddings is None or fill < embeddings().weight.shape[0] else 0
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the inputs belong: the device of the first weight."""
     return next(model.parameters()).device
@@ -135,15 +145,6 @@ def _cache_bytes(model: nn.Module) -> int:
         return _CACHE_BYTES
     width = (shared or heads) * (size or hidden // heads)
     return int(2 * layers * width * next(model.parameters()).element_size())
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids with the tokenizer's own beginning, without an end that it may add."""
-    if not texts:
-        return []
-    end = tokenizer.eos_token_id
-    rows: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
-    return [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
 
 
 def by_length(rows: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:

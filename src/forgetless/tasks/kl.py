@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forgetless.data.encoding import encode
 from forgetless.data.tokens import tokenize
 from forgetless.tasks.base import TaskResult, whole_number
 from forgetless.tasks.texts import LARGEST_LOSS, Piece, TextTask, added, items_of, per_token
@@ -79,7 +80,7 @@ class KL(TextTask):
     ) -> TaskResult:
         """The divergence of `model` from `reference`."""
         from forgetless.tasks.distances import distances
-        from forgetless.tasks.inference import context_of, encode
+        from forgetless.tasks.inference import context_of
 
         if self.examples.kind == "messages":
             whole = tokenize(self.examples, tokenizer, max_length=sys.maxsize, pack=False)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forgetless.core.errors import UserError
+from forgetless.data.files import Row
 from forgetless.tasks.code import DownloadedCodeTask, Program, defined_names
-from forgetless.tasks.rows import Row, the_field
+from forgetless.tasks.rows import the_field
 
 __all__ = ["MBPP"]
 

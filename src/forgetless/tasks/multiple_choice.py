@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr
+from forgetless.data.encoding import encode
+from forgetless.data.files import Row
 from forgetless.data.packing import IGNORED
 from forgetless.tasks.base import Item, Task, TaskResult, whole_number
 from forgetless.tasks.rows import (
-    Row,
     file_problem,
     made_prompt,
     prompt_problem,
@@ -140,7 +141,7 @@ def choice_scores(
         UserError: not a causal language model, logits that are nan, or a choice that is longer
             than the model can read.
     """
-    from forgetless.tasks.inference import context_of, encode, require_numbers
+    from forgetless.tasks.inference import context_of, require_numbers
     from forgetless.tasks.likelihood import losses
 
     prompts = [prompt for prompt, choices in questions for _ in choices]

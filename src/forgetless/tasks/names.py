@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError, unknown
+from forgetless.core.files import load_yaml
 from forgetless.tasks.harness.index import find, is_installed
 from forgetless.tasks.harness.layouts import STANDARD
 
@@ -50,53 +51,41 @@ def resolved(spec: str | Mapping[str, Any], kinds: Mapping[str, Collection[str]]
     if name in kinds:
         return [{"kind": name, **settings}]
     if name.endswith(_FILES):
-        return _of_file(Path(name), settings, lambda inner: resolved(inner, kinds))
+        content = _own_task(Path(name))
+        if content is None:
+            return [{"kind": "lm_eval", "task": name, **settings}]
+        return resolved({**content, **settings}, kinds)
     if name in SUITES:
         settings.pop("name", None)
-        return [
-            task
-            for member in SUITES[name]
-            for task in resolved({"kind": member, **_those_of(member, settings, kinds)}, kinds)
-        ]
+        tasks = []
+        for member in SUITES[name]:
+            known = kinds.get(member, kinds["lm_eval"])
+            own = {key: value for key, value in settings.items() if key in known}
+            tasks += resolved({"kind": member, **own}, kinds)
+        return tasks
     if name in STANDARD or (is_installed() and find(name) is not None):
         return [{"kind": "lm_eval", "task": name, **settings}]
     raise unknown("task", name, [*kinds, *SUITES, *STANDARD])
 
 
-def _those_of(
-    member: str, settings: Mapping[str, Any], kinds: Mapping[str, Collection[str]]
-) -> Settings:
-    """The settings that a member of a suite has."""
-    known = kinds.get(member, kinds["lm_eval"])
-    return {key: value for key, value in settings.items() if key in known}
+def _own_task(path: Path) -> Settings | None:
+    """The settings in the file of a task of one's own; None for a file in lm-eval's form.
 
-
-def _of_file(
-    path: Path, settings: Settings, resolve: Callable[[Settings], list[Settings]]
-) -> list[Settings]:
-    """A task of one's own, or one in lm-eval's form; given settings go over the file's."""
-    from forgetless.core.files import load_yaml
-
-    content = load_yaml(path) if _is_ours(path) else None
-    if content is None:
-        return [{"kind": "lm_eval", "task": str(path), **settings}]
+    lm-eval's files have no 'kind', and tags that are its own.
+    """
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    theirs = any(line.startswith(("task:", "include:", "group:")) for line in lines)
+    if theirs and not any(line.startswith("kind:") for line in lines):
+        return None
+    content = load_yaml(path)
     if "kind" not in content:
         raise UserError(
             f"{path}: a task needs a 'kind', one of multiple_choice, generate, perplexity and what "
             "else 'forgetless tasks' lists"
         )
-    data = content.get("path")
-    beside = path.parent / str(data)
-    if isinstance(data, str) and beside.exists():
+    beside = path.parent / str(content.get("path"))
+    if isinstance(content.get("path"), str) and beside.exists():
         content = {**content, "path": str(beside)}
-    return resolve({"name": path.stem, **content, **settings})
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a file has a 'kind' of ours; lm-eval's files have none, and tags that are its own."""
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return any(line.startswith("kind:") for line in lines) or not any(
-        line.startswith(("task:", "include:", "group:")) for line in lines
-    )
+    return {"name": path.stem, **content}

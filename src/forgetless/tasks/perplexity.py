@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forgetless.core.errors import UserError
+from forgetless.data.encoding import encode
 from forgetless.data.tokens import tokenize
 from forgetless.tasks.base import TaskResult, whole_number
 from forgetless.tasks.texts import LARGEST_LOSS, TextTask, added, items_of
@@ -77,7 +78,7 @@ class Perplexity(TextTask):
         self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
     ) -> TaskResult:
         """The mean loss of `model`; `extra` has the perplexity and the number of tokens."""
-        from forgetless.tasks.inference import context_of, encode
+        from forgetless.tasks.inference import context_of
         from forgetless.tasks.likelihood import losses
 
         length = min(self.max_length, context_of(model) or self.max_length)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError
-from forgetless.data.files import read_rows
+from forgetless.data.files import Row, read_rows
 
 __all__ = ["file_problem", "made_prompt", "prompt_problem", "read_records", "the_field"]
-
-Row = Mapping[str, Any]
 
 QUESTION = "question"
 """How a prompt names the question, whatever its field is called."""
@@ -29,6 +28,8 @@ def prompt_problem(prompt: object) -> str | None:
     """What is wrong with a prompt's form, or None."""
     if not isinstance(prompt, str) or not prompt:
         return f"prompt must be text such as 'Question: {{question}}\\nAnswer:', got {prompt!r}"
+    if re.search("[\ud800-\udfff]", prompt):
+        return f"prompt {prompt!r} holds half a character (a lone surrogate)"
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None]
     except ValueError as problem:

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from forgetless.core.errors import OtherProcessError, UserError
 from forgetless.core.processes import Processes
-from forgetless.data.batches import Row
+from forgetless.data.batches import Sample
 from forgetless.data.packing import IGNORED
 from forgetless.training.launch import this_launch
 
@@ -82,10 +82,10 @@ class Share:
         processes: this process and the others.
     """
 
-    join: Callable[[Sequence[Row]], dict[str, Tensor]]
+    join: Callable[[Sequence[Sample]], dict[str, Tensor]]
     processes: Processes
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Sample]) -> dict[str, Any]:
         mine = [row for _, row in self.processes.share(rows)]
         if not mine:
             labels = torch.full_like(rows[0]["labels"][:1], IGNORED)

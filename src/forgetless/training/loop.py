@@ -163,7 +163,7 @@ def train(
             trackers,
             unlogged,
             train_dataset=rows,
-            data_collator=Share(Padding(tokenizer.pad_token_id or 0), processes),
+            data_collator=Share(Padding(), processes),
             # Probes come first, so that what they decide is in the log and sealed with the rest.
             callbacks=[*([probes] if probes else []), record, trackers, interruption],
         )

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from forgetless.data.pocket.knowledge import knowledge_text
+from forgetless.data.pocket.problems import OPERATIONS
 from forgetless.data.pocket.words import (
     ANIMALS,
     CALLS,
@@ -83,8 +84,8 @@ def _sum(rng: random.Random) -> str:
 
 
 def _equation(a: int, operation: str, b: int) -> tuple[str, int]:
-    results = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}
-    return f"{a} {operation} {b} = {results[operation]}.", results[operation]
+    result = OPERATIONS[operation](a, b)
+    return f"{a} {operation} {b} = {result}.", result
 
 
 def _order(rng: random.Random) -> str:
@@ -161,18 +162,13 @@ def _scene(rng: random.Random) -> str:
 
 
 def _code(rng: random.Random) -> str:
-    lines = [f"def {rng.choice(FUNCTIONS)}({', '.join(_variables(rng, rng.randint(1, 2)))}):"]
-    for _ in range(rng.randint(1, 3)):
-        lines.append(f"    {_line(rng)}")
-    return "\n".join(lines)
-
-
-def _variables(rng: random.Random, count: int) -> list[str]:
-    return rng.sample(VARIABLES, count)
+    name, arguments = rng.choice(FUNCTIONS), rng.sample(VARIABLES, rng.randint(1, 2))
+    lines = [f"    {_line(rng)}" for _ in range(rng.randint(1, 3))]
+    return "\n".join([f"def {name}({', '.join(arguments)}):", *lines])
 
 
 def _line(rng: random.Random) -> str:
-    a, b = _variables(rng, 2)
+    a, b = rng.sample(VARIABLES, 2)
     value = _expression(rng)
     return rng.choice(
         (
@@ -195,7 +191,7 @@ def _line(rng: random.Random) -> str:
 
 
 def _expression(rng: random.Random) -> str:
-    a, b, c = _variables(rng, 3)
+    a, b, c = rng.sample(VARIABLES, 3)
     word, number = rng.choice(WORDS), rng.randint(0, 20)
     return rng.choice(
         (

@@ -4,11 +4,13 @@ A function is put together from parts, each with its words, its code and its mea
 are thousands of them and every one has tests.
 """
 
+import operator
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from forgetless.data.pocket.problems import OPERATIONS
 from forgetless.data.pocket.splits import Split, different
 
 __all__ = ["Function", "functions"]
@@ -77,13 +79,8 @@ def _function(
 def _step(rng: random.Random, largest: int = 9) -> Part:
     """What is done to a number; `{}` is written without brackets where that is right."""
     k = rng.randint(2, largest)
-    return rng.choice(
-        (
-            (f"plus {k}", f"{{}} + {k}", lambda x: x + k),
-            (f"minus {k}", f"{{}} - {k}", lambda x: x - k),
-            (f"times {k}", f"{{}} * {k}", lambda x: x * k),
-        )
-    )
+    words, sign = rng.choice((("plus", "+"), ("minus", "-"), ("times", "*")))
+    return f"{words} {k}", f"{{}} {sign} {k}", lambda x: OPERATIONS[sign](x, k)
 
 
 def _calculation(rng: random.Random) -> Function:
@@ -101,10 +98,10 @@ def _calculation(rng: random.Random) -> Function:
 
 
 _COMPARISONS: tuple[tuple[str, str, Callable[[int, int], bool]], ...] = (
-    ("greater than", ">", lambda x, k: x > k),
-    ("less than", "<", lambda x, k: x < k),
-    ("equal to", "==", lambda x, k: x == k),
-    ("not equal to", "!=", lambda x, k: x != k),
+    ("greater than", ">", operator.gt),
+    ("less than", "<", operator.lt),
+    ("equal to", "==", operator.eq),
+    ("not equal to", "!=", operator.ne),
 )
 
 

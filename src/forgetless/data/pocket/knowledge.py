@@ -8,7 +8,7 @@ more than one good answer, the first is the one taught and printed, the others a
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,8 +29,7 @@ __all__ = [
 
 Relation = Literal["capital", "continent", "currency", "language", "symbol", "number", "category"]
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
-
-_ELEMENT_RELATIONS = ("symbol", "number", "category")
+"""Four of countries, then three of elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,83 +69,62 @@ class Phrasings:
     held_out: str
 
 
+def _phrasings(noun: str, said: str, asked: str, held_out: str, article: str = "") -> Phrasings:
+    """The phrasings that every relation has, and three of its own: said, asked and held out."""
+    seen = (
+        f"The {noun} of {{subject}} is{article}",
+        said,
+        f"{noun.capitalize()} of {{subject}}:",
+        f"Q: What is the {noun} of {{subject}}?\nA:",
+        f"Q: {asked}?\nA:",
+        f"Q: Name the {noun} of {{subject}}.\nA:",
+    )
+    return Phrasings(seen, f"Q: {held_out} the {noun} of {{subject}}?\nA:")
+
+
 PHRASINGS: Mapping[Relation, Phrasings] = {
-    "capital": Phrasings(
-        seen=(
-            "The capital of {subject} is",
-            "In {subject}, the capital city is",
-            "Capital of {subject}:",
-            "Q: What is the capital of {subject}?\nA:",
-            "Q: Which capital does {subject} have?\nA:",
-            "Q: Name the capital of {subject}.\nA:",
-        ),
-        held_out="Q: Which city is the capital of {subject}?\nA:",
+    "capital": _phrasings(
+        "capital",
+        "In {subject}, the capital city is",
+        "Which capital does {subject} have",
+        "Which city is",
     ),
-    "continent": Phrasings(
-        seen=(
-            "The continent of {subject} is",
-            "On a map, {subject} is found in",
-            "Continent of {subject}:",
-            "Q: What is the continent of {subject}?\nA:",
-            "Q: Which continent is {subject} part of?\nA:",
-            "Q: Name the continent of {subject}.\nA:",
-        ),
-        held_out="Q: Which one is the continent of {subject}?\nA:",
+    "continent": _phrasings(
+        "continent",
+        "On a map, {subject} is found in",
+        "Which continent is {subject} part of",
+        "Which one is",
     ),
-    "currency": Phrasings(
-        seen=(
-            "The currency of {subject} is the",
-            "In {subject}, people pay with the",
-            "Currency of {subject}:",
-            "Q: What is the currency of {subject}?\nA:",
-            "Q: Which currency does {subject} have?\nA:",
-            "Q: Name the currency of {subject}.\nA:",
-        ),
-        held_out="Q: Which one is the currency of {subject}?\nA:",
+    "currency": _phrasings(
+        "currency",
+        "In {subject}, people pay with the",
+        "Which currency does {subject} have",
+        "Which one is",
+        article=" the",
     ),
-    "language": Phrasings(
-        seen=(
-            "The main language of {subject} is",
-            "In {subject}, the main language is",
-            "Main language of {subject}:",
-            "Q: What is the main language of {subject}?\nA:",
-            "Q: Which main language does {subject} have?\nA:",
-            "Q: Name the main language of {subject}.\nA:",
-        ),
-        held_out="Q: Which language is the main language of {subject}?\nA:",
+    "language": _phrasings(
+        "main language",
+        "In {subject}, the main language is",
+        "Which main language does {subject} have",
+        "Which language is",
     ),
-    "symbol": Phrasings(
-        seen=(
-            "The symbol of {subject} is",
-            "In a formula, {subject} is written",
-            "Symbol of {subject}:",
-            "Q: What is the symbol of {subject}?\nA:",
-            "Q: Which symbol does {subject} have?\nA:",
-            "Q: Name the symbol of {subject}.\nA:",
-        ),
-        held_out="Q: Which letters are the symbol of {subject}?\nA:",
+    "symbol": _phrasings(
+        "symbol",
+        "In a formula, {subject} is written",
+        "Which symbol does {subject} have",
+        "Which letters are",
     ),
-    "number": Phrasings(
-        seen=(
-            "The atomic number of {subject} is",
-            "In the periodic table, {subject} has number",
-            "Atomic number of {subject}:",
-            "Q: What is the atomic number of {subject}?\nA:",
-            "Q: Which atomic number does {subject} have?\nA:",
-            "Q: Name the atomic number of {subject}.\nA:",
-        ),
-        held_out="Q: Which number is the atomic number of {subject}?\nA:",
+    "number": _phrasings(
+        "atomic number",
+        "In the periodic table, {subject} has number",
+        "Which atomic number does {subject} have",
+        "Which number is",
     ),
-    "category": Phrasings(
-        seen=(
-            "The category of {subject} is",
-            "In the periodic table, {subject} is listed as",
-            "Category of {subject}:",
-            "Q: What is the category of {subject}?\nA:",
-            "Q: Which category does {subject} have?\nA:",
-            "Q: Name the category of {subject}.\nA:",
-        ),
-        held_out="Q: Which one is the category of {subject}?\nA:",
+    "category": _phrasings(
+        "category",
+        "In the periodic table, {subject} is listed as",
+        "Which category does {subject} have",
+        "Which one is",
     ),
 }
 
@@ -154,24 +132,18 @@ PHRASINGS: Mapping[Relation, Phrasings] = {
 @cache
 def facts() -> tuple[Fact, ...]:
     """All facts, countries first, in the order of the tables."""
-    return (*_country_facts(), *_element_facts())
-
-
-def _country_facts() -> Iterable[Fact]:
+    found = []
     for row in _table("countries.json"):
         subject = f"{row['article']} {row['name']}" if "article" in row else row["name"]
-        for relation in RELATIONS:
-            if relation not in _ELEMENT_RELATIONS:
-                answer, *aliases = row[relation]
-                yield Fact(subject, relation, answer, tuple(aliases))
-
-
-def _element_facts() -> Iterable[Fact]:
+        for relation in RELATIONS[:4]:
+            answer, *aliases = row[relation]
+            found.append(Fact(subject, relation, answer, tuple(aliases)))
     for row in _table("elements.json"):
         category, *aliases = row["category"]
-        yield Fact(row["name"], "symbol", row["symbol"])
-        yield Fact(row["name"], "number", str(row["number"]))
-        yield Fact(row["name"], "category", category, tuple(aliases))
+        found.append(Fact(row["name"], "symbol", row["symbol"]))
+        found.append(Fact(row["name"], "number", str(row["number"])))
+        found.append(Fact(row["name"], "category", category, tuple(aliases)))
+    return tuple(found)
 
 
 def _table(name: str) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ def pretrain(out: Path, settings: Settings, *, recall_every: int = 500) -> dict[
                 continue
             entry: dict[str, Any] = {"step": step, "loss": round(running, 4)}
             if step % recall_every == 0:
-                entry["held_out_recall"] = recall(model, tokenizer, sample)
+                entry["held_out_recall"] = _share(recalled(model, tokenizer, sample))
             entry["seconds"] = round(time.perf_counter() - started)
             log.write(json.dumps(entry) + "\n")
             log.flush()
@@ -192,17 +192,16 @@ def _train_step(model: LlamaForCausalLM, batch: Tensor, optimizer: torch.optim.O
 def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Shares of facts recalled (held out and seen, and a relation) and of word problems solved."""
     held_out = questions("held_out")
+    right = recalled(model, tokenizer, held_out)
     seen = random.Random(0).sample(questions("seen"), 1000)
-    right = _recalled(model, tokenizer, held_out)
     scores: dict[str, Any] = {
         "held_out_recall": _share(right),
-        "seen_recall": recall(model, tokenizer, seen),
+        "seen_recall": _share(recalled(model, tokenizer, seen)),
     }
     for relation in RELATIONS:
         pairs = zip(right, held_out, strict=True)
-        scores[f"held_out_recall_{relation}"] = _share(
-            [known for known, question in pairs if question.fact.relation == relation]
-        )
+        known = [flag for flag, question in pairs if question.fact.relation == relation]
+        scores[f"held_out_recall_{relation}"] = _share(known)
     asked = problems(200, seed=0, split="test")
     solutions = complete(model, tokenizer, [problem.prompt for problem in asked], 40)
     solved = zip(solutions, asked, strict=True)
@@ -210,16 +209,10 @@ def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[s
     return scores
 
 
-def recall(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: Sequence[Question]
-) -> float:
-    """Share of the questions whose greedy continuation is the answer or an alias."""
-    return _share(_recalled(model, tokenizer, asked))
-
-
-def _recalled(
+def recalled(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: Sequence[Question]
 ) -> list[bool]:
+    """Whether the greedy continuation of each question is the answer or an alias."""
     texts = complete(model, tokenizer, [question.prompt for question in asked], 16)
     return [matches(text, question) for text, question in zip(texts, asked, strict=True)]
 

@@ -1,14 +1,16 @@
 """The first skill to learn: arithmetic word problems with worked steps and an exact answer."""
 
+import operator
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from forgetless.data.pocket.splits import Split, different
 from forgetless.data.pocket.words import CONTAINERS, NAMES, OBJECTS
 
-__all__ = ["TEMPLATES", "Problem", "final_answer", "problems"]
+__all__ = ["OPERATIONS", "TEMPLATES", "Problem", "final_answer", "problems"]
 
 _LARGEST = 100
 
@@ -22,18 +24,75 @@ class Problem:
     answer: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Cast:
-    """What fills a template: two people, an object and a container."""
+class Template(NamedTuple):
+    """A kind of problem.
 
-    name: str
-    other: str
-    thing: str
-    container: str
+    Attributes:
+        story: with a name and another's, a thing, a container and the numbers to put in.
+        numbers: what each of them is drawn from; `product` is that of a and b.
+        sums: the steps, in which `_` is the result of the step before.
+    """
+
+    story: str
+    numbers: Mapping[str, Sequence[int]]
+    sums: Sequence[str]
 
 
-Story = tuple[str, list[str], int]
-Template = Callable[[random.Random, _Cast], Story]
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+
+TEMPLATES = (
+    Template(
+        "{name} has {a} {thing} and gets {b} more. How many are there now?",
+        {"a": range(2, 51), "b": range(2, 51)},
+        ("a + b",),
+    ),
+    Template(
+        "{name} has {a} {thing} and loses {b}. How many are left?",
+        {"a": range(10, 91), "b": range(2, 41)},
+        ("a - b",),
+    ),
+    Template(
+        "There are {a} {container} with {b} {thing} each. How many in all?",
+        {"a": range(2, 11), "b": range(2, 11)},
+        ("a * b",),
+    ),
+    Template(
+        "{name} shares {product} {thing} fairly among {a} friends. How many does each get?",
+        {"a": range(2, 11), "b": range(2, 11)},
+        ("product / a",),
+    ),
+    Template(
+        "{name} has {a} {thing} and buys {b} {container} of {c} {thing}. How many are there now?",
+        {"a": range(2, 31), "b": range(2, 9), "c": range(2, 9)},
+        ("b * c", "a + _"),
+    ),
+    Template(
+        "{name} fills {a} {container} with {b} {thing} each, then sells {c}. How many are left?",
+        {"a": range(2, 9), "b": range(2, 9), "c": range(2, 21)},
+        ("a * b", "_ - c"),
+    ),
+    Template(
+        "{name} has {a} {thing}. {other} has {b} more than {name}. How many together?",
+        {"a": range(2, 36), "b": range(2, 26)},
+        ("a + b", "a + _"),
+    ),
+    Template(
+        "{name} has {a} {thing}. {other} has {b} times as many. How many together?",
+        {"a": range(2, 13), "b": range(2, 6)},
+        ("b * a", "a + _"),
+    ),
+    Template(
+        "{name} buys {a} {thing} for {b} dollars each and pays with {c} dollars. "
+        "How many dollars come back?",
+        {"a": range(2, 10), "b": range(2, 10), "c": (20, 50, 100)},
+        ("a * b", "c - _"),
+    ),
+    Template(
+        "{name} has {a} {thing}, finds {b} and gives {c} to {other}. How many are left?",
+        {"a": range(5, 51), "b": range(2, 41), "c": range(2, 31)},
+        ("a + b", "_ - c"),
+    ),
+)
 
 
 def problems(count: int, seed: int, split: Split = "train") -> list[Problem]:
@@ -63,103 +122,18 @@ def final_answer(text: str) -> str | None:
 
 def _problem(template: Template, rng: random.Random) -> Problem:
     name, other = rng.sample(NAMES, 2)
-    cast = _Cast(name, other, rng.choice(OBJECTS), rng.choice(CONTAINERS))
+    words = {"name": name, "other": other}
+    words |= {"thing": rng.choice(OBJECTS), "container": rng.choice(CONTAINERS)}
     while True:
-        story, steps, answer = template(rng, cast)
+        numbers = {letter: rng.choice(values) for letter, values in template.numbers.items()}
+        numbers["product"] = numbers["a"] * numbers["b"]
+        completion = ""
+        for sum_ in template.sums:
+            left, sign, right = sum_.split()
+            x, y = numbers[left], numbers[right]
+            numbers["_"] = OPERATIONS[sign](x, y)
+            completion += f" {x} {sign} {y} = {numbers['_']}."
+        answer = numbers["_"]
         if 0 < answer <= _LARGEST:
-            break
-    completion = "".join(f" {step}." for step in steps) + f" The answer is {answer}."
-    return Problem(f"Q: {story}\nA:", completion, str(answer))
-
-
-def _gift(rng: random.Random, cast: _Cast) -> Story:
-    a, b = rng.randint(2, 50), rng.randint(2, 50)
-    story = f"{cast.name} has {a} {cast.thing} and gets {b} more. How many are there now?"
-    return story, [f"{a} + {b} = {a + b}"], a + b
-
-
-def _loss(rng: random.Random, cast: _Cast) -> Story:
-    a, b = rng.randint(10, 90), rng.randint(2, 40)
-    story = f"{cast.name} has {a} {cast.thing} and loses {b}. How many are left?"
-    return story, [f"{a} - {b} = {a - b}"], a - b
-
-
-def _containers(rng: random.Random, cast: _Cast) -> Story:
-    a, b = rng.randint(2, 10), rng.randint(2, 10)
-    story = f"There are {a} {cast.container} with {b} {cast.thing} each. How many in all?"
-    return story, [f"{a} * {b} = {a * b}"], a * b
-
-
-def _sharing(rng: random.Random, cast: _Cast) -> Story:
-    a, b = rng.randint(2, 10), rng.randint(2, 10)
-    story = (
-        f"{cast.name} shares {a * b} {cast.thing} fairly among {a} friends. How many does each get?"
-    )
-    return story, [f"{a * b} / {a} = {b}"], b
-
-
-def _more_containers(rng: random.Random, cast: _Cast) -> Story:
-    a, b, c = rng.randint(2, 30), rng.randint(2, 8), rng.randint(2, 8)
-    story = (
-        f"{cast.name} has {a} {cast.thing} and buys {b} {cast.container} of {c} {cast.thing}. "
-        "How many are there now?"
-    )
-    return story, [f"{b} * {c} = {b * c}", f"{a} + {b * c} = {a + b * c}"], a + b * c
-
-
-def _eaten(rng: random.Random, cast: _Cast) -> Story:
-    a, b, c = rng.randint(2, 8), rng.randint(2, 8), rng.randint(2, 20)
-    story = (
-        f"{cast.name} fills {a} {cast.container} with {b} {cast.thing} each, then sells {c}. "
-        "How many are left?"
-    )
-    return story, [f"{a} * {b} = {a * b}", f"{a * b} - {c} = {a * b - c}"], a * b - c
-
-
-def _more_than(rng: random.Random, cast: _Cast) -> Story:
-    a, b = rng.randint(2, 35), rng.randint(2, 25)
-    story = (
-        f"{cast.name} has {a} {cast.thing}. {cast.other} has {b} more than {cast.name}. "
-        "How many together?"
-    )
-    return story, [f"{a} + {b} = {a + b}", f"{a} + {a + b} = {a + a + b}"], a + a + b
-
-
-def _times_as_many(rng: random.Random, cast: _Cast) -> Story:
-    a, b = rng.randint(2, 12), rng.randint(2, 5)
-    story = (
-        f"{cast.name} has {a} {cast.thing}. {cast.other} has {b} times as many. How many together?"
-    )
-    return story, [f"{b} * {a} = {b * a}", f"{a} + {b * a} = {a + b * a}"], a + b * a
-
-
-def _change(rng: random.Random, cast: _Cast) -> Story:
-    a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.choice((20, 50, 100))
-    story = (
-        f"{cast.name} buys {a} {cast.thing} for {b} dollars each and pays with {c} dollars. "
-        "How many dollars come back?"
-    )
-    return story, [f"{a} * {b} = {a * b}", f"{c} - {a * b} = {c - a * b}"], c - a * b
-
-
-def _gift_and_loss(rng: random.Random, cast: _Cast) -> Story:
-    a, b, c = rng.randint(5, 50), rng.randint(2, 40), rng.randint(2, 30)
-    story = (
-        f"{cast.name} has {a} {cast.thing}, finds {b} and gives {c} to {cast.other}. "
-        "How many are left?"
-    )
-    return story, [f"{a} + {b} = {a + b}", f"{a + b} - {c} = {a + b - c}"], a + b - c
-
-
-TEMPLATES: tuple[Template, ...] = (
-    _gift,
-    _loss,
-    _containers,
-    _sharing,
-    _more_containers,
-    _eaten,
-    _more_than,
-    _times_as_many,
-    _change,
-    _gift_and_loss,
-)
+            story = template.story.format(**words, **numbers)
+            return Problem(f"Q: {story}\nA:", f"{completion} The answer is {answer}.", str(answer))

@@ -4,22 +4,12 @@ import hashlib
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-__all__ = ["Split", "check_split", "different"]
+__all__ = ["Split", "different"]
 
 Split = Literal["train", "test"]
 Made = TypeVar("Made")
 
 _TEST_SHARE = 5
-
-
-def check_split(split: str) -> None:
-    """Refuse a name that is no split.
-
-    Raises:
-        ValueError: it is neither "train" nor "test".
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
 
 
 def different(
@@ -36,16 +26,14 @@ def different(
     Raises:
         ValueError: an unknown split, or a negative count.
     """
-    check_split(split)
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if count < 0:
         raise ValueError(f"count must be 0 or more, got {count}")
     found: dict[str, Made] = {}
     while len(found) < count:
         made = make(len(found))
-        if _split(text(made)) == split:
+        digest = hashlib.sha256(text(made).encode()).digest()
+        if (digest[0] % _TEST_SHARE == 0) == (split == "test"):
             found.setdefault(text(made), made)
     return list(found.values())
-
-
-def _split(text: str) -> Split:
-    return "test" if hashlib.sha256(text.encode()).digest()[0] % _TEST_SHARE == 0 else "train"

@@ -10,13 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from forgetless.data.files import Row
+
 __all__ = ["STANDARD", "Layout", "Standard"]
 
-Row = Mapping[str, Any]
-
-TRAIN = ("train", "training")
-VALIDATION = ("validation", "valid", "val", "dev")
-TEST = ("test",)
+WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+    "dev": ("dev",),
+}
+"""The words by which the file of a split is known, by the harness's name of the split."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Standard:
         summary: one line.
         yaml: its file, or that of its group, below the harness's folder of tasks.
         folders: names that the data set's folder or files go by.
-        splits: the harness's name of each split, and the words by which its file is known. The
-            task is scored on "test" where it has that split and a file for it, else "validation".
+        splits: the harness's name of each. The task is scored on "test" where it has that split
+            and a file for it, else "validation".
         layouts: forms of its rows; the first that fits is taken.
         word: what the names of its files must contain, where several data sets share a folder.
         members: of a group: the file of each task by its name, and the rows that belong to it.
@@ -53,7 +57,7 @@ class Standard:
     summary: str
     yaml: str
     folders: tuple[str, ...]
-    splits: Mapping[str, tuple[str, ...]]
+    splits: tuple[str, ...]
     layouts: tuple[Layout, ...]
     word: str = ""
     members: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -62,11 +66,6 @@ class Standard:
 
 def _as_is(*keys: str) -> Layout:
     return Layout(keys, lambda row: {key: row[key] for key in keys})
-
-
-def _splits(*names: str) -> dict[str, tuple[str, ...]]:
-    words = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
-    return {name: words[name] for name in names}
 
 
 # HellaSwag as other tools keep it: the question is already put together and cleaned.
@@ -81,14 +80,19 @@ def _choices(row: Row) -> dict[str, list[str]]:
     return {key: [str(value) for value in row["choices"][key]] for key in ("text", "label")}
 
 
-_ARC = Layout(
-    ("question", "choices", "answerKey"),
-    lambda row: {
-        "question": row["question"],
-        "choices": _choices(row),
-        "answerKey": row["answerKey"],
-    },
-)
+def _with_choices(question: str) -> Layout:
+    """A question with choices and their labels, as ARC has them."""
+    return Layout(
+        (question, "choices", "answerKey"),
+        lambda row: {
+            question: row[question],
+            "choices": _choices(row),
+            "answerKey": row["answerKey"],
+        },
+    )
+
+
+_ARC = _with_choices("question")
 
 
 def _plain_question(text: str) -> str:
@@ -165,14 +169,14 @@ STANDARD: Mapping[str, Standard] = {
         "which sentence goes on (multiple choice)",
         "hellaswag/hellaswag.yaml",
         ("hellaswag",),
-        _splits("train", "validation"),
+        ("train", "validation"),
         (_as_is("ctx_a", "ctx_b", "activity_label", "endings", "label"), _PREPARED_HELLASWAG),
     ),
     "arc_challenge": Standard(
         "hard science questions (multiple choice)",
         "arc/arc_challenge.yaml",
         ("arc", "arc_challenge", "ai2_arc"),
-        _splits("train", "validation", "test"),
+        ("train", "validation", "test"),
         (_ARC, _PREPARED_ARC),
         word="challenge",
     ),
@@ -180,7 +184,7 @@ STANDARD: Mapping[str, Standard] = {
         "easy science questions (multiple choice)",
         "arc/arc_easy.yaml",
         ("arc", "arc_easy", "ai2_arc"),
-        _splits("train", "validation", "test"),
+        ("train", "validation", "test"),
         (_ARC, _PREPARED_ARC),
         word="easy",
     ),
@@ -188,28 +192,28 @@ STANDARD: Mapping[str, Standard] = {
         "what a pronoun stands for (two choices)",
         "winogrande/default.yaml",
         ("winogrande",),
-        _splits("train", "validation"),
+        ("train", "validation"),
         (_as_is("sentence", "option1", "option2", "answer"),),
     ),
     "triviaqa": Standard(
         "trivia questions, no text given (exact match)",
         "triviaqa/default.yaml",
         ("triviaqa", "trivia_qa"),
-        _splits("train", "validation"),
+        ("train", "validation"),
         _TRIVIA,
     ),
     "nq_open": Standard(
         "questions to a search engine (exact match)",
         "nq_open/nq_open.yaml",
         ("nq_open", "nq", "natural_questions"),
-        _splits("train", "validation"),
+        ("train", "validation"),
         (_as_is("question", "answer"),),
     ),
     "webqs": Standard(
         "questions about entities (an answer is the most probable text)",
         "webqs/webqs.yaml",
         ("webqs", "webquestions", "web_questions"),
-        _splits("train", "test"),
+        ("train", "test"),
         (
             _as_is("question", "answers"),
             Layout(
@@ -222,14 +226,14 @@ STANDARD: Mapping[str, Standard] = {
         "grade-school maths with worked examples (exact match)",
         "gsm8k/gsm8k.yaml",
         ("gsm8k",),
-        _splits("train", "test"),
+        ("train", "test"),
         (_as_is("question", "answer"),),
     ),
     "hendrycks_math": Standard(
         "MATH: competition problems of seven subjects (equal answers)",
         "hendrycks_math/hendrycks_math.yaml",
         ("math", "hendrycks_math", "competition_math"),
-        _splits("train", "test"),
+        ("train", "test"),
         (_as_is("problem", "solution"),),
         members={
             subject: (name, f"hendrycks_math/hendrycks_math_{file}.yaml")
@@ -241,7 +245,7 @@ STANDARD: Mapping[str, Standard] = {
         "exams of 57 subjects (multiple choice)",
         "mmlu/default/_mmlu.yaml",
         ("mmlu",),
-        {"test": TEST, "dev": ("dev",)},
+        ("test", "dev"),
         (_as_is("question", "choices", "answer"),),
         members={
             subject: (f"mmlu_{subject}", f"mmlu/default/mmlu_{subject}.yaml")
@@ -253,14 +257,14 @@ STANDARD: Mapping[str, Standard] = {
         "everyday physics (two choices)",
         "piqa/piqa.yaml",
         ("piqa",),
-        _splits("train", "validation"),
+        ("train", "validation"),
         (_as_is("goal", "sol1", "sol2", "label"),),
     ),
     "boolq": Standard(
         "yes or no about a text",
         "super_glue/boolq/default.yaml",
         ("boolq",),
-        _splits("train", "validation"),
+        ("train", "validation"),
         (
             _as_is("question", "passage", "label"),
             Layout(
@@ -277,37 +281,28 @@ STANDARD: Mapping[str, Standard] = {
         "elementary science (multiple choice)",
         "openbookqa/openbookqa.yaml",
         ("openbookqa",),
-        _splits("train", "validation", "test"),
-        (
-            Layout(
-                ("question_stem", "choices", "answerKey"),
-                lambda row: {
-                    "question_stem": row["question_stem"],
-                    "choices": _choices(row),
-                    "answerKey": row["answerKey"],
-                },
-            ),
-        ),
+        ("train", "validation", "test"),
+        (_with_choices("question_stem"),),
     ),
     "social_iqa": Standard(
         "why people do things (multiple choice)",
         "siqa/siqa.yaml",
         ("siqa", "social_i_qa", "social_iqa"),
-        _splits("train", "validation"),
+        ("train", "validation"),
         (_as_is("context", "question", "answerA", "answerB", "answerC", "label"),),
     ),
     "commonsense_qa": Standard(
         "common knowledge (multiple choice)",
         "commonsense_qa/default.yaml",
         ("commonsense_qa", "commonsenseqa", "csqa"),
-        _splits("train", "validation"),
+        ("train", "validation"),
         (_ARC,),
     ),
     "lambada_openai": Standard(
         "the last word of a story (exact)",
         "lambada/lambada_openai.yaml",
         ("lambada_openai", "lambada"),
-        _splits("test"),
+        ("test",),
         (
             _as_is("text"),
             Layout(

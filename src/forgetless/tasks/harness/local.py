@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,18 @@ import yaml
 from forgetless.core.errors import UserError
 from forgetless.data.files import read_rows
 from forgetless.tasks.harness.index import tasks_folder
-from forgetless.tasks.harness.layouts import STANDARD, TEST, TRAIN, VALIDATION, Standard
+from forgetless.tasks.harness.layouts import STANDARD, WORDS, Standard
 
-__all__ = ["SplitFiles", "find_files", "looked_for", "write"]
+__all__ = ["find_files", "looked_for", "write"]
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
-
-SplitFiles = Mapping[str, Path]
-"""The file of each split that was found."""
 
 
 def looked_for(task: str, data_dir: str | Path) -> str:
     """Where the files of a standard task are looked for, in words."""
     known = STANDARD[task]
     names = ", ".join(f"{folder}/" for folder in known.folders)
-    words = " or ".join(map(repr, known.splits[_main(known)]))
+    words = " or ".join(map(repr, WORDS[_main(known)]))
     word = f" and {known.word!r}" if known.word else ""
     return (
         f"in {data_dir}: a folder {names} or files beginning with that name, with {words}{word} "
@@ -40,7 +36,7 @@ def looked_for(task: str, data_dir: str | Path) -> str:
     )
 
 
-def find_files(task: str, data_dir: str | Path) -> SplitFiles:
+def find_files(task: str, data_dir: str | Path) -> Mapping[str, Path]:
     """The files of a standard task below a folder, by split.
 
     A file with no split in its name is that of the split to score, where no other is.
@@ -66,7 +62,7 @@ def find_files(task: str, data_dir: str | Path) -> SplitFiles:
             )
         else:
             found[split] = path
-    scored = {"test", "validation"} & known.splits.keys()
+    scored = {"test", "validation"} & {*known.splits}
     if not scored & found.keys() and len(others) == 1:
         found[_main(known)] = others[0]
     if not scored & found.keys():
@@ -99,22 +95,13 @@ def _split_of(path: Path, known: Standard) -> str | None:
     It may be one that the task does not have; None where the name tells none.
     """
     words = re.findall("[a-z]+", path.stem.lower())
-    for split, wanted in [*known.splits.items(), ("validation", VALIDATION), ("test", TEST)]:
-        if any(word in wanted for word in words):
+    for split in (*known.splits, "validation", "test"):
+        if any(word in WORDS[split] for word in words):
             return split
-    return "train" if any(word.startswith(TRAIN) for word in words) else None
+    return "train" if any(word.startswith("train") for word in words) else None
 
 
 # ------------------------------------------------------------------------- what the harness reads
-
-
-@dataclass(frozen=True)
-class _Converted:
-    """The rows of one split in the harness's fields, and what the task must be told for them."""
-
-    rows: list[dict[str, Any]]
-    belongs: list[str]
-    overrides: Mapping[str, Any]
 
 
 def write(task: str, data_dir: str | Path, folder: Path) -> None:
@@ -132,27 +119,48 @@ def write(task: str, data_dir: str | Path, folder: Path) -> None:
         UserError: as `find_files`; rows of an unknown form; a group's task without rows.
     """
     known = STANDARD[task]
-    splits = {
-        split: _converted(task, known, path) for split, path in find_files(task, data_dir).items()
-    }
-    if not known.members:
-        _write_task(task, known.yaml, known, splits, folder)
-        return
-    for value, (member, file) in known.members.items():
-        own = {split: _only(converted, value) for split, converted in splits.items()}
-        own = {split: converted for split, converted in own.items() if converted.rows}
+    read = {split: _rows(task, known, path) for split, path in find_files(task, data_dir).items()}
+    for value, (member, file) in (known.members or {"": (task, known.yaml)}).items():
+        own = {
+            split: [converted for belongs, converted in rows if belongs == value]
+            for split, (rows, _) in read.items()
+        }
+        own = {split: rows for split, rows in own.items() if rows}
         if not {"test", "validation"} & own.keys():
             raise UserError(
                 f"task {task!r}: {data_dir} has no rows of {value!r}, which is one of its "
                 f"{len(known.members)} parts"
             )
-        _write_task(member, file, known, own, folder)
+        files = {split: folder / f"{member}.{split}.jsonl" for split in own}
+        for split, rows in own.items():
+            files[split].write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        config: dict[str, Any] = {
+            "include": str(tasks_folder() / file),
+            "task": member,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {
+                "data_files": {split: str(path) for split, path in files.items()},
+                "cache_dir": str(folder / "cache"),
+            },
+            "training_split": "train" if "train" in own else None,
+            "validation_split": "validation" if "validation" in own else None,
+            "test_split": "test" if "test" in own else None,
+        }
+        examples = "dev" if "dev" in known.splits else "train"
+        if examples not in own:
+            config["fewshot_split"] = None
+        for split in own:
+            config |= read[split][1]
+        text = yaml.safe_dump(config, sort_keys=False)
+        (folder / f"{member}.yaml").write_text(text, encoding="utf-8")
 
 
-def _converted(task: str, known: Standard, path: Path) -> _Converted:
-    """The rows of a file in the harness's fields."""
-    rows: list[dict[str, Any]] = []
-    belongs = []
+def _rows(
+    task: str, known: Standard, path: Path
+) -> tuple[list[tuple[str, dict[str, Any]]], Mapping[str, Any]]:
+    """The rows of a file in the harness's fields, each with what it belongs to, and overrides."""
+    rows: list[tuple[str, dict[str, Any]]] = []
     layout = None
     for place, row in read_rows(path):
         keys = row.keys() if isinstance(row, Mapping) else ()
@@ -164,51 +172,11 @@ def _converted(task: str, known: Standard, path: Path) -> _Converted:
                 f"{forms}"
             )
         try:
-            rows.append(layout.convert(row))
+            rows.append((known.belongs(row) if known.belongs else "", layout.convert(row)))
         except (KeyError, TypeError, ValueError) as problem:
             raise UserError(
                 f"{path}, {place}: is not a row of {task!r} ({type(problem).__name__}: {problem})"
             ) from None
-        belongs.append(known.belongs(row) if known.belongs else "")
     if layout is None:
         raise UserError(f"{path} is empty; give at least one row")
-    return _Converted(rows, belongs, layout.overrides)
-
-
-def _only(converted: _Converted, value: str) -> _Converted:
-    pairs = zip(converted.rows, converted.belongs, strict=True)
-    rows = [row for row, belongs in pairs if belongs == value]
-    return _Converted(rows, [value] * len(rows), converted.overrides)
-
-
-def _write_task(
-    task: str, file: str, known: Standard, splits: Mapping[str, _Converted], folder: Path
-) -> None:
-    """One YAML file that includes the harness's, and the data beside it."""
-    data_files = {}
-    for split, converted in splits.items():
-        path = folder / f"{task}.{split}.jsonl"
-        _write_rows(path, converted.rows)
-        data_files[split] = str(path)
-    config: dict[str, Any] = {
-        "include": str(tasks_folder() / file),
-        "task": task,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": data_files, "cache_dir": str(folder / "cache")},
-        "training_split": "train" if "train" in splits else None,
-        "validation_split": "validation" if "validation" in splits else None,
-        "test_split": "test" if "test" in splits else None,
-    }
-    examples = "dev" if "dev" in known.splits else "train"
-    if examples not in splits:
-        config["fewshot_split"] = None
-    for converted in splits.values():
-        config |= converted.overrides
-    (folder / f"{task}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-
-
-def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
+    return rows, layout.overrides

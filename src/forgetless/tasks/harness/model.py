@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
-from forgetless.tasks.inference import require_numbers, rows_that_fit
+from forgetless.tasks.inference import padding_of, require_numbers, rows_that_fit
 from forgetless.tasks.journal import in_batches
 
 __all__ = ["InMemory"]
@@ -40,12 +40,11 @@ class InMemory(HFLM):
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int | None
     ) -> None:
-        super().__init__(
-            pretrained=model,
-            # It may be given a padding token.
-            tokenizer=copy.deepcopy(tokenizer),
-            batch_size=batch_size or _ROWS,
-        )
+        # It may be given a padding token, which must be one that the model embeds.
+        own = copy.deepcopy(tokenizer)
+        if own.pad_token_id and padding_of(model, own) != own.pad_token_id:
+            own.pad_token = own.eos_token or own.convert_ids_to_tokens(0)
+        super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size or _ROWS)
         self.chosen = batch_size
         self.too_long = 0
 

@@ -341,7 +341,7 @@ def _one_process() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no notes; warnings about the scores are our own."""
+    """No bars and no notes but our own bar, which goes where standard error went before."""
     logger, bars = logging.getLogger("lm_eval"), datasets.utils.logging.is_progress_bar_enabled()
     level, verbosity = logger.level, transformers.logging.get_verbosity()
     logger.setLevel(logging.ERROR)
