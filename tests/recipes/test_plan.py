@@ -18,10 +18,9 @@ from forgetless.cli import main
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json, write_json
 from forgetless.recipes.checking import check as check_recipe
-from forgetless.recipes.plan.advice import RATE, Advice, Wishes, advise, rounded
+from forgetless.recipes.plan.advice import RATE, Advice, Base, Rows, Wishes, advise, rounded
 from forgetless.recipes.plan.plan import Plan, plan
 from forgetless.recipes.plan.showing import recipe_text, render
-from forgetless.recipes.plan.subject import Base, Rows
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.run import run
 

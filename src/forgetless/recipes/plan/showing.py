@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from forgetless.recipes.plan.advice import ASKED, Advice
-from forgetless.recipes.plan.fitting import show_bytes
-from forgetless.recipes.plan.plan import Plan
+from forgetless.recipes.plan.plan import Plan, show_bytes
 from forgetless.recipes.recipe import Recipe
 
 _LABELS = {
