@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
+from forgetless.cli.demo import definition
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.hashing import content_hash
 from forgetless.core.settings import parse_assignments, with_overrides
 from forgetless.recipes import identity
 from forgetless.recipes.checking import check, load_recipe
 from forgetless.recipes.recipe import Recipe
+from forgetless.recipes.study import StudyRecipe
 from tests.tiny import recipe_of, save_base, save_files
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -169,6 +171,19 @@ def test_full_fine_tuning_has_no_adapter_settings(tiny_recipe: dict[str, Any]) -
 def test_calibration_counts_where_the_method_reads_it(tiny_recipe: dict[str, Any]) -> None:
     null = {"adapter.method": "lora_null_v1"}
     assert run_id(tiny_recipe, **null) != run_id(tiny_recipe, **null, **{"calibration.samples": 3})
+
+
+def test_the_runs_of_the_demo_keep_their_ids() -> None:
+    """An id once given finds its run in every later version, as long as the pocket base stays."""
+    assert set(StudyRecipe.parse(definition()).recipes()) == {
+        "full-4a2653b6f2",
+        "intermediate-04b8270e3a",
+        "lora-62ef1d3cc4",
+        "lora_null_v1-3b777c587d",
+        "lora_null_v2-3e26d13ff0",
+        "milora-dc733d506c",
+        "pissa-fb31306932",
+    }
 
 
 def test_the_id_is_the_same_in_another_process(tiny_recipe: dict[str, Any]) -> None:

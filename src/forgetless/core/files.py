@@ -307,7 +307,7 @@ def held_by(path: Path) -> str:
     try:
         found = read_json(_holder(path))
         return "process {process} on {host} holds since {since}".format(**found)
-    except (UserError, KeyError):  # it has just taken it, or let go of it
+    except (UserError, KeyError):  # it has just taken it, or released it
         return "another process holds"
 
 

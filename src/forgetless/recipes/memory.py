@@ -327,7 +327,7 @@ def _fake(like: Tensor, trained: bool) -> Tensor:
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of every storage, from when it is made to when it is let go.
+    """Counts the bytes of every storage, from when it is made to when it is freed.
 
     What is there `before` is not counted, and neither are views of it.
     """

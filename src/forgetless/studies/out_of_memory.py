@@ -27,7 +27,7 @@ def out_of_memory(error: BaseException) -> str | None:
     """What an error says of memory that ran out, of whatever device; None of any other error."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     if known or (isinstance(error, RuntimeError) and _NO_ROOM.search(str(error))):
-        # CUDA goes on for many sentences after what was asked for and what there is.
+        # CUDA adds many sentences to what was asked for and what there is.
         sentences = str(error).partition("\n")[0].split(". ")[:3]
         return ". ".join(sentences).rstrip(".") or type(error).__name__
     return None

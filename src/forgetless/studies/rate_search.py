@@ -66,7 +66,7 @@ def find_rate(
     """Train briefly at several rates and take the highest stable one, see `training.rates`.
 
     What was tried lies in the study's ``shared/rates``; the same call reads it from there, and one
-    that was stopped goes on.
+    that was stopped is resumed.
 
     Args:
         recipe: the recipe, whose own rate is the centre of the rates where none are given.

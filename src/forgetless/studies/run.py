@@ -95,8 +95,8 @@ def run(
 
     Raises:
         RecipeError: everything that is wrong with the recipe, before any weight is loaded.
-        Exception: what went wrong in a stage; it is kept in run.json, and a new call goes on from
-            the last finished stage.
+        Exception: what went wrong in a stage; it is kept in run.json, and a new call resumes at
+            the first unfinished stage.
     """
     checked, processes = load_recipe(recipe), join()
     problems = processes.first(lambda: check(checked))

@@ -77,7 +77,7 @@ SMALL_INPUT = 1024
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in a run, for whoever watches.
+    """Something that happened in a run, for a listener.
 
     Attributes:
         run_id, name: which run.

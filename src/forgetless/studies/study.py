@@ -2,7 +2,7 @@
 
 A lock a run keeps two processes from doing the same one, so that further processes, also on other
 machines that share the folder, may join by the same command. Each call asks for every run once
-(``requested`` in run.json), and whoever comes first answers for all.
+(``requested`` in run.json), and the first process to take it does it for all.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def study(
 ) -> Study:
     """Do every run of a study that is not done yet, and write its results.csv.
 
-    A run that fails keeps its folder with the reason, and the others go on. A study that was
-    stopped, by whatever means, is continued by the same call. Two calls at once, also on two
+    A run that fails keeps its folder with the reason, and the others are done. A study that was
+    stopped, by whatever means, is resumed by the same call. Two calls at once, also on two
     machines, share the runs.
 
     Args:
@@ -119,7 +119,7 @@ def _lay_out(folder: Path, definition: StudyRecipe, listen: Listener) -> list[Ru
             try:
                 prepare(run, recipe)
                 run.update(requested=True)
-            except UserError as damage:  # of its run.json; the others go on
+            except UserError as damage:  # of its run.json; the other runs are done
                 listen(Event(run.path.name, recipe.name or "", "failed", str(damage)))
     return list(runs)
 
@@ -151,13 +151,13 @@ def _try_to_do(run: RunFolder, session: str, threads: int | None, listen: Listen
         record = run.read()
         if record.get("session") == session and not record.get("requested"):
             # It was begun by a worker of this study, and nobody is at it.
-            reason = "the worker process died; perhaps the system ended it for want of memory"
+            reason = "the worker process died; perhaps it ran out of memory"
             run.update(status="failed", reason=reason)
             listen(Event(run.path.name, record.get("name") or "", "failed", reason))
             return True
         try:
             execute(run, threads=threads, session=session, listen=listen)
-        except Exception as error:  # the study goes on; the reason is in run.json
+        except Exception as error:  # the reason is in run.json
             if not _is_over(run):
                 reason = f"{type(error).__name__}: {error}"
                 run.update(status="failed", reason=reason, requested=False)

@@ -73,7 +73,7 @@ class Base:
 
     @property
     def largest_rank(self) -> int:
-        """The shortest side of the layers that an adapter goes on."""
+        """The shortest side of the layers that an adapter is for."""
         return min(min(weight_shape(layer)) for layer in target_layers(self.model).values())
 
 
