@@ -18,6 +18,7 @@ from forgetless.models.load import target_layers
 from forgetless.statistics.collection import collect
 from forgetless.statistics.collector import Collector
 from forgetless.statistics.moments import LayerStatistics, Statistics
+from forgetless.statistics.padding import TokenRows
 from tests.families import FAMILIES, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than they have inputs")
@@ -634,3 +635,12 @@ def test_statistics_are_a_mapping() -> None:
     with pytest.raises(KeyError):
         statistics["lm_head"]
     assert repr(statistics) == "<Statistics of 8 layers, 8 matrices, 27 tokens>"
+
+
+def test_a_batch_of_one_token_a_row_keeps_the_tokens_alone() -> None:
+    """Its inputs have the shape of pooled ones, whose rows all count."""
+    mask = torch.tensor([[True], [False], [True]])
+    x = torch.arange(6.0).reshape(3, 2)
+    assert torch.equal(TokenRows(mask).of("layer", x), x[[0, 2]])
+    pooled = TokenRows(torch.tensor([[True, False]] * 3)).of("layer", x)
+    assert torch.equal(pooled, x)

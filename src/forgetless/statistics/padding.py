@@ -13,11 +13,20 @@ from forgetless.core.errors import UserError
 
 
 class TokenRows:
-    """Which rows of a layer's input are tokens and not padding, for one batch."""
+    """Which rows of a layer's input are tokens and not padding, for one batch.
+
+    Args:
+        encoder: a (batch, tokens) mask; None where every row is a token.
+        decoder: the same for an encoder-decoder's decoder.
+    """
 
     def __init__(self, encoder: Tensor | None = None, decoder: Tensor | None = None) -> None:
-        self._encoder = _Mask(encoder)
-        self._decoder = _Mask(decoder)
+        self._encoder, self._decoder = (
+            None
+            if mask is None or bool(mask.all())
+            else (mask.shape, mask.flatten().nonzero().squeeze(1))
+            for mask in (encoder, decoder)
+        )
         self._in_decoder = False
         self._encoder_states: Tensor | None = None
 
@@ -26,30 +35,15 @@ class TokenRows:
 
     def of(self, name: str, x: Tensor) -> Tensor:
         """The rows that count, (tokens, in)."""
-        states = self._encoder_states
+        states, rows = self._encoder_states, x.reshape(-1, x.shape[-1])
         is_cross = states is not None and states.data_ptr() == x.data_ptr()
         mask = self._decoder if self._in_decoder and not is_cross else self._encoder
-        return mask.select(name, x)
-
-
-class _Mask:
-    """A (batch, tokens) mask, reduced to what selecting rows needs."""
-
-    def __init__(self, mask: Tensor | None) -> None:
-        self._shape = None if mask is None else tuple(mask.shape)
-        self._kept = None  # indices of real tokens; None when every token is real
-        if mask is not None and not bool(mask.all()):
-            self._kept = mask.flatten().nonzero().squeeze(1)
-
-    def select(self, name: str, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if self._shape is None or self._kept is None:
+        if mask is None:
             return rows
-        batch, tokens = self._shape
-        leading = tuple(x.shape[:-1])
-        if leading in ((batch, tokens), (batch * tokens,)):
-            return rows[self._kept.to(rows.device)]
-        if leading == (batch,):
+        (batch, tokens), kept = mask
+        if tuple(x.shape[:-1]) in ((batch, tokens), (batch * tokens,)):
+            return rows[kept.to(rows.device)]
+        if tuple(x.shape[:-1]) == (batch,):  # pooled: one row a sequence
             return rows
         raise UserError(
             f"layer {name!r} gets inputs of shape {tuple(x.shape)}, which cannot be matched to the "
@@ -82,14 +76,19 @@ def prepare(
     accepted = inspect.signature(base.forward).parameters
     device, dtype = device_and_dtype(base)
     anything = not any(p.kind == p.POSITIONAL_OR_KEYWORD for p in accepted.values())
-    given = {n: _moved(n, v, device, dtype) for n, v in batch.items() if anything or n in accepted}
+    given: dict[str, Any] = {n: v for n, v in batch.items() if anything or n in accepted}
+    for name, value in given.items():
+        if isinstance(value, Tensor):  # real-valued inputs, not masks, in the model's dtype
+            cast = value.is_floating_point() and not name.endswith("mask")
+            given[name] = value.to(device, dtype if cast else value.dtype)
     is_pair = is_encoder_decoder(base)
     if not is_pair and not for_loss:
         given.pop("labels", None)
     rows = _pad_right(given, is_pair, skip_first)
     if "use_cache" in accepted:
         given["use_cache"] = False
-    if "logits_to_keep" in accepted and not for_loss and _output_head(base) not in targets:
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    if "logits_to_keep" in accepted and not for_loss and head not in targets:
         given["logits_to_keep"] = 1
     return given, rows
 
@@ -104,22 +103,8 @@ def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     return weight.device if not weight.is_meta else torch.device("cpu"), weight.dtype
 
 
-def _moved(name: str, value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A value on the model's device; real-valued inputs, not masks, in the model's dtype."""
-    if not isinstance(value, Tensor):
-        return value
-    cast = value.is_floating_point() and not name.endswith("mask")
-    return value.to(device, dtype if cast else value.dtype)
-
-
 def is_encoder_decoder(base: nn.Module) -> bool:
     return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-
-
-def _output_head(base: nn.Module) -> nn.Module | None:
-    getter = getattr(base, "get_output_embeddings", None)
-    head: nn.Module | None = getter() if getter else None
-    return head
 
 
 def _pad_right(given: dict[str, Any], is_pair: bool, skip_first: int) -> TokenRows:
