@@ -1,0 +1,459 @@
+"""`repair`: a trained adapter that forgets less of what is to be kept, in closed form.
+
+Each layer's A is replaced by A T (T + strength C)⁻¹, see `forgetless.core.projection`; B, the rank,
+the scaling and the names stay, so that the result is the plain LoRA that it was. Layers that read
+the same inputs are solved for together, one group of them in memory at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from forgetless.adapters.anchored import is_anchored
+from forgetless.adapters.attachment import _task_type
+from forgetless.adapters.folders import (
+    _CHANGES_THE_BASE,
+    CONFIG_FILE,
+    _lora_config,
+    _other_kinds,
+    _read_config,
+    export,
+    load,
+    save,
+)
+from forgetless.adapters.foreign import require_usable
+from forgetless.adapters.layer import StartConfig, adapted_layers, add_adapter
+from forgetless.adapters.ranks import LayerRank, patterns
+from forgetless.core.errors import UserError, first_few
+from forgetless.core.method import Factors
+from forgetless.core.progress import counted
+from forgetless.core.projection import best_of_rank, repaired
+from forgetless.core.spectra import output_energy
+from forgetless.models.load import base_of, load_model
+from forgetless.models.weights import is_linear, linear_weight, weight_shape
+from forgetless.statistics.moments import Statistics
+
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""The strengths that "auto" chooses among; half a decade apart."""
+
+MISSED = 0.01
+"""Most of the update's effect on the task, in energy, that "auto" gives away by its forecast."""
+
+Strength = float | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a strength does to the update of a layer, by the second moments alone.
+
+    Attributes:
+        kept: ‖delta_W' X‖² / ‖delta_W X‖² on the text to keep: the share of the disturbance left.
+        missed: ‖(delta_W' - delta_W) X‖² / ‖delta_W X‖² on the task's text: the share of what the
+            update did for the task that it no longer does.
+    """
+
+    kept: float
+    missed: float
+
+
+class Repairs:
+    """One adapter at several strengths, each of which is solved for once.
+
+    Args:
+        adapter: the folder of an adapter, or a PeftModel.
+        base: the untouched model, or its name; see `repair`.
+        keep: activations on text to keep.
+        task: those on the new task's text.
+        strengths: which to solve for; 0, the adapter as it is, is always there.
+        adapter_name: of the adapter in a PeftModel, and in the result.
+
+    Raises:
+        UserError: as `repair`.
+    """
+
+    def __init__(
+        self,
+        adapter: str | Path | PeftModel,
+        base: nn.Module | str,
+        keep: Statistics,
+        task: Statistics | None = None,
+        strengths: Iterable[float] = STRENGTHS,
+        *,
+        adapter_name: str = "default",
+    ) -> None:
+        wanted = sorted({_checked(strength) for strength in strengths} - {0.0})
+        self.model, self.adapter_name = _on_base(adapter, base, adapter_name)
+        self._layers = adapted_layers(self.model, self.adapter_name)
+        _require_statistics(self._layers, keep, task)
+        self._solved: dict[float, dict[str, Tensor]] = {
+            0.0: {name: self._A(name).detach().clone() for name in self._layers}
+        }
+        self.forecasts: dict[float, dict[str, Forecast]] = {
+            0.0: dict.fromkeys(self._layers, Forecast(1.0, 0.0))
+        }
+        for strength in wanted:
+            self._solved[strength], self.forecasts[strength] = {}, {}
+        groups = list(_groups(self._layers, keep, task)) if wanted else []
+        for group in counted(groups, "repairing", "inputs"):
+            self._solve(group, keep, task, wanted)
+
+    @property
+    def strengths(self) -> list[float]:
+        """All of them, ascending, 0 among them."""
+        return sorted(self._solved)
+
+    @torch.no_grad()
+    def set(self, strength: float) -> PeftModel:
+        """The model, whose adapter is now repaired with a strength; 0 restores it bit for bit."""
+        for name, A in self._solved[strength].items():
+            self._A(name).copy_(A)
+        return self.model
+
+    def forecast(self, strength: float) -> Forecast:
+        """What a strength does, as the mean over layers."""
+        of_layers = self.forecasts[strength].values()
+        count = max(1, len(of_layers))
+        return Forecast(
+            kept=sum(each.kept for each in of_layers) / count,
+            missed=sum(each.missed for each in of_layers) / count,
+        )
+
+    def foreseen(self, missed: float = MISSED) -> float:
+        """The largest strength whose forecast misses no more than so much of the task's energy."""
+        return max(s for s in self.strengths if self.forecast(s).missed <= missed)
+
+    def _A(self, name: str) -> Tensor:
+        weight: Tensor = self._layers[name].lora_A[self.adapter_name].weight
+        return weight
+
+    @torch.no_grad()
+    def _solve(
+        self,
+        group: Sequence[str],
+        keep: Statistics,
+        task: Statistics | None,
+        strengths: Sequence[float],
+    ) -> None:
+        """All strengths for layers that read the same inputs, whose moments are read once."""
+        C, T = _moments(group, keep, task, weight_shape(self._layers[group[0]])[1])
+        rows = _where_float64_is(torch.cat([self._A(name) for name in group])).double()
+        ranks = [len(self._A(name)) for name in group]
+        for strength in strengths:
+            made = repaired(rows, C, T, strength)
+            parts = zip(group, torch.split(rows, ranks), torch.split(made, ranks), strict=True)
+            for name, before, after in parts:
+                B = self._layers[name].lora_B[self.adapter_name].weight.to(rows)
+                self.forecasts[strength][name] = _forecast(before, after, B, C, T)
+                self._solved[strength][name] = after.to(self._A(name))
+
+
+def repair(
+    adapter: str | Path | PeftModel | nn.Module,
+    base: nn.Module | str,
+    keep: Statistics,
+    task: Statistics | None = None,
+    strength: Strength = 0.1,
+    *,
+    rank: int | None = None,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """The base with the adapter on it, repaired: it does to the text to keep as little as it can.
+
+    Every layer's update delta_W = scaling · B A becomes delta_W T (T + strength C)⁻¹, the minimiser
+    of ‖(delta_W' - delta_W) T^½‖² + strength ‖delta_W' C^½‖², by changing A alone; nothing is
+    trained. C and T are second moments as they were collected, not divided by anything.
+
+    Args:
+        adapter: the folder of a LoRA, whoever trained it, or a PeftModel; an anchored one is
+            exported first, exactly, at twice its rank. Also a model that was tuned in whole, or
+            its folder.
+        base: the untouched model that gets the repaired adapter, or its name or folder. Where it
+            is the model that a given PeftModel stands on, the repaired adapter comes beside the
+            old one, as "repaired", and is the active one.
+        keep: activations of the base on text to keep, from `collect`; of every adapted layer.
+        task: those on the new task's text; without it every direction of the inputs counts alike.
+        strength: 0 or more. 0 gives the adapter back, bit for bit; 0.1 is a good start, 1 keeps
+            more and learns less. "auto" takes the largest of `STRENGTHS` that by the moments leaves
+            99 % of what the update does on the task's text.
+        rank: for a model that was tuned in whole: of the LoRA that comes out, the best of that
+            rank. None gives the repaired model itself.
+        adapter_name: of the adapter in a PeftModel, and in the result.
+
+    Returns:
+        A PeftModel in evaluation mode, which `save` and `export` write as a plain LoRA; for a
+        model tuned in whole and no rank, that model with repaired linear layers.
+
+    Raises:
+        UserError: an adapter that is not for this base or changes nothing, a DoRA or another kind
+            of LoRA, layers without statistics, or a strength out of range.
+
+    Example:
+        >>> keep, task = fl.collect(base, old_text), fl.collect(base, new_text)  # doctest: +SKIP
+        >>> fl.save(fl.repair("adapter/", base, keep, task), "healed/")  # doctest: +SKIP
+    """
+    auto = isinstance(strength, str)
+    if auto and strength != "auto":
+        raise UserError(f"strength must be a number from 0, or 'auto', got {strength!r}")
+    given = STRENGTHS if isinstance(strength, str) else (_checked(strength),)
+    if _is_tuned(adapter):
+        if isinstance(strength, str):
+            raise UserError("strength 'auto' is for adapters; give a number for a tuned model")
+        return _repair_tuned(adapter, base, keep, task, _checked(strength), rank, adapter_name)
+    if rank is not None:
+        raise UserError("rank is for models that were tuned in whole; an adapter keeps its own")
+    made = Repairs(adapter, base, keep, task, given, adapter_name=adapter_name)
+    return made.set(made.foreseen() if isinstance(strength, str) else _checked(strength))
+
+
+def _checked(strength: object) -> float:
+    number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    if not number or not 0 <= strength < float("inf"):  # type: ignore[operator]
+        raise UserError(f"strength must be a number from 0, or 'auto', got {strength!r}")
+    return float(strength)  # type: ignore[arg-type]
+
+
+def _where_float64_is(M: Tensor) -> Tensor:
+    """The matrix itself, or on the CPU where its device has no float64."""
+    return M.cpu() if M.device.type == "mps" else M
+
+
+def _forecast(before: Tensor, after: Tensor, B: Tensor, C: Tensor, T: Tensor | None) -> Forecast:
+    C = C.to(before)
+    task = C.diagonal().mean() * torch.eye(len(C)).to(C) if T is None else T.to(before)
+
+    def energy(A: Tensor, moment: Tensor) -> float:
+        return output_energy(Factors(A=A, B=B), moment)
+
+    disturbed, learned = energy(before, C), energy(before, task)
+    return Forecast(
+        kept=energy(after, C) / disturbed if disturbed else 0.0,
+        missed=energy(after - before, task) / learned if learned else 0.0,
+    )
+
+
+def _groups(
+    layers: Iterable[str], keep: Statistics, task: Statistics | None
+) -> Iterator[list[str]]:
+    """The layers that read the same inputs in both statistics, in the model's order."""
+    firsts = [
+        {name: group[0] for group in statistics.shared_inputs for name in group}
+        for statistics in (keep, task)
+        if statistics is not None
+    ]
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in layers:
+        found.setdefault(tuple(first[name] for first in firsts), []).append(name)
+    yield from found.values()
+
+
+def _moments(
+    group: Sequence[str], keep: Statistics, task: Statistics | None, size: int
+) -> tuple[Tensor, Tensor | None]:
+    """C and T of layers that read the same inputs; read from the disk where they lie there."""
+    C = keep[group[0]].second_moment
+    T = None if task is None else task[group[0]].second_moment
+    for moment in (C, T):
+        if moment is not None and len(moment) != size:
+            raise UserError(
+                f"the statistics of layer {group[0]!r} are of {len(moment)} inputs, and it has "
+                f"{size}; collect them on this base"
+            )
+    return C, T
+
+
+def _require_statistics(layers: Iterable[str], keep: Statistics, task: Statistics | None) -> None:
+    problems = [
+        f"there are no statistics of the {kind} for layer {name!r}"
+        for kind, statistics in (("text to keep", keep), ("new task", task))
+        for name in layers
+        if statistics is not None and name not in statistics
+    ]
+    if problems:
+        raise UserError(
+            f"{first_few(problems)}; collect them on this base with target_modules= the adapter's "
+            "layers"
+        )
+
+
+# --- the adapter, as a plain LoRA on the base ---------------------------------------------------
+
+
+def _on_base(
+    adapter: str | Path | PeftModel, base: nn.Module | str, adapter_name: str
+) -> tuple[PeftModel, str]:
+    """The base with a plain copy of the adapter on it, and its name there."""
+    model = load_model(base) if isinstance(base, str) else base
+    if isinstance(adapter, PeftModel) and base_of(adapter) is base_of(model):
+        model = adapter
+    with tempfile.TemporaryDirectory(prefix="forgetless-repair-") as place:
+        folder = _plain_folder(adapter, model, adapter_name, Path(place))
+        found = require_usable(folder, model)
+        for note in found.notes:
+            warnings.warn(f"{adapter}: {note}", stacklevel=4)
+        if found.besides:
+            warnings.warn(
+                "what is trained beside the A and B of linear layers is left as it is: "
+                + first_few(found.besides),
+                stacklevel=4,
+            )
+        taken = isinstance(model, PeftModel) and adapter_name in model.peft_config
+        name = "repaired" if taken else adapter_name
+        loaded = load(model, folder, adapter_name=name)
+    loaded.peft_config[name].start = None  # it is no start of a training any more
+    return loaded, name
+
+
+def _plain_folder(
+    adapter: str | Path | PeftModel, base: nn.Module, adapter_name: str, place: Path
+) -> Path:
+    """A folder with the plain LoRA that the adapter is."""
+    if isinstance(adapter, PeftModel):
+        _require_repairable(_lora_config(adapter, adapter_name))
+        layers = adapted_layers(adapter, adapter_name).values()
+        anchored = any(is_anchored(layer, adapter_name) for layer in layers)
+        (export if anchored else save)(adapter, place, adapter_name=adapter_name)
+        return place
+    folder = Path(adapter)
+    config = _read_config(folder)
+    _require_repairable(config)
+    if not (config.start or {}).get("anchored"):
+        return folder
+    loaded = load(base, folder, adapter_name="native")
+    export(loaded, place, adapter_name="native")
+    if isinstance(base, PeftModel):
+        loaded.delete_adapter("native")
+    else:
+        loaded.unload()
+    return place
+
+
+def _require_repairable(config: LoraConfig) -> None:
+    """Refuse adapters whose update is no B A on this base, with what can be done instead."""
+    if config.use_dora:
+        raise UserError(
+            "a DoRA adapter stretches the rows of the weight, so that its update is no B A and no "
+            "A can repair it; merge it into the base (merge_and_unload, save_pretrained) and "
+            "repair that model, with rank= for a LoRA; or turn it down by forgetless.dial"
+        )
+    if str(config.init_lora_weights).startswith(_CHANGES_THE_BASE):
+        raise UserError(
+            f"init_lora_weights={config.init_lora_weights!r} has changed the base of this adapter; "
+            "save it with path_initial_model_for_weight_conversion, and repair that folder on "
+            "the original base"
+        )
+    if more := _other_kinds(config):
+        raise UserError(
+            "this adapter is more than a plain LoRA: "
+            + ", ".join(f"{key} = {value}" for key, value in more.items())
+            + "; what cannot be exported cannot be repaired"
+        )
+
+
+# --- models that were tuned in whole ------------------------------------------------------------
+
+
+def _is_tuned(adapter: str | Path | nn.Module) -> bool:
+    if isinstance(adapter, nn.Module):
+        return not isinstance(adapter, PeftModel)
+    folder = Path(adapter)
+    return (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file()
+
+
+@torch.no_grad()
+def _repair_tuned(
+    tuned: str | Path | nn.Module,
+    base: nn.Module | str,
+    keep: Statistics,
+    task: Statistics | None,
+    strength: float,
+    rank: int | None,
+    adapter_name: str,
+) -> Any:
+    """The tuned model with repaired linear layers, or the base with a LoRA that is nearly that."""
+    model = load_model(base) if isinstance(base, str) else base_of(base)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    other: Any = (
+        copy.deepcopy(tuned)
+        if isinstance(tuned, nn.Module)
+        else load_model(str(tuned), dtype=dtype)
+    )
+    before, after = _linear_layers(model, keep), _linear_layers(other, keep)
+    different = [
+        n for n in before if n not in after or weight_shape(before[n]) != weight_shape(after[n])
+    ]
+    if different or not before:
+        raise UserError(
+            f"the model was not tuned from this base: {first_few(different or list(keep))}"
+        )
+    _require_statistics(before, keep, task)
+    factors: dict[str, Factors] = {}
+    for group in counted(list(_groups(before, keep, task)), "repairing", "inputs"):
+        C, T = _moments(group, keep, task, weight_shape(before[group[0]])[1])
+        for name in group:
+            old, new = linear_weight(before[name]), linear_weight(after[name])
+            delta = _where_float64_is(new).double() - _where_float64_is(old).double()
+            if rank is not None:
+                most = min(rank, *delta.shape)
+                factors[name] = best_of_rank(delta, most, C, T, strength)
+            elif strength > 0:
+                made = repaired(delta, C, T, strength).to(new.device)
+                new.copy_(old.double().to(made) + made)
+    if rank is None:
+        return other.eval()
+    _warn_of_lost(model, other, before)
+    return _with_factors(model, factors, rank, adapter_name)
+
+
+def _linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    return {name: modules[name] for name in names if name in modules and is_linear(modules[name])}
+
+
+def _warn_of_lost(base: nn.Module, tuned: nn.Module, layers: Iterable[str]) -> None:
+    """Name what was tuned and is in no linear layer, which an adapter does not hold."""
+    weights, held = dict(base.named_parameters()), {f"{name}.weight" for name in layers}
+    lost = [
+        name
+        for name, weight in tuned.named_parameters()
+        if name not in held and not torch.equal(weight, weights[name].to(weight))
+    ]
+    if lost:
+        warnings.warn(
+            f"the adapter holds linear layers alone; {len(lost)} other tuned weights are the "
+            f"base's again: {first_few(lost)}",
+            stacklevel=4,
+        )
+
+
+def _with_factors(
+    base: nn.Module, factors: Mapping[str, Factors], rank: int, adapter_name: str
+) -> PeftModel:
+    """The base with a LoRA of these factors, whose scaling is 1."""
+    ranks = {name: LayerRank(len(made.A), len(made.A)) for name, made in factors.items()}
+    largest = max(layer.rank for layer in ranks.values())
+    config = StartConfig(
+        r=largest,
+        lora_alpha=largest,
+        **patterns(ranks, largest, largest),
+        target_modules=list(factors),
+        fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in factors),
+        task_type=_task_type(base),
+        inference_mode=True,
+    )
+    model = add_adapter(base, config, adapter_name)
+    for name, module in adapted_layers(model, adapter_name).items():
+        module.lora_A[adapter_name].weight.copy_(factors[name].A)
+        module.lora_B[adapter_name].weight.copy_(factors[name].B)
+    model.set_requires_grad(adapter_name, requires_grad=False)
+    return model.eval()
