@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from forgetless.adapters.folders import export, load, save
 from forgetless.adapters.layer import adapted_layers, delta_weights
-from forgetless.adapters.repair import STRENGTHS, Repairs, repair
+from forgetless.adapters.repair import STRENGTHS, Repairs, factors_of, put, repair, repair_folder
 from forgetless.core.errors import UserError
 from forgetless.core.projection import repaired
 from forgetless.core.spectra import output_energy
@@ -242,23 +242,41 @@ def test_the_result_is_saved_and_exported_as_a_plain_lora(tmp_path: Path) -> Non
         torch.testing.assert_close(logits(alone, "llama"), logits(healed, "llama"))
 
 
+def test_a_folder_is_repaired_without_a_weight_of_its_base(tmp_path: Path) -> None:
+    from_peft(use_rslora=True).save_pretrained(tmp_path / "theirs")
+    made, chosen = repair_folder(
+        tmp_path / "theirs", tmp_path / "healed", base().to("meta"), keep(), task(), 0.3
+    )
+    assert (made.strengths, chosen) == ([0, 0.3], 0.3)
+    with_base = repair(tmp_path / "theirs", base(), keep(), task(), 0.3)
+    alone = PeftModel.from_pretrained(base(), tmp_path / "healed")
+    assert torch.equal(logits(alone, "llama"), logits(with_base, "llama"))
+    repair_folder(tmp_path / "theirs", tmp_path / "same", base().to("meta"), keep(), strength=0)
+    assert (tmp_path / "same" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "theirs" / "adapter_model.safetensors"
+    ).read_bytes()
+    save(trained("llama", "pissa"), tmp_path / "native")
+    with pytest.raises(UserError, match="forgetless export"):
+        repair_folder(tmp_path / "native", tmp_path / "out", base(), keep())
+
+
 # --- several strengths at once ------------------------------------------------------------------
 
 
 def test_each_of_several_strengths_is_the_one_alone() -> None:
     model = from_peft()
-    repairs = Repairs(model, base(), keep(), task(), [1, 0.1, 0.1])
+    repairs = Repairs(factors_of(model), keep(), task(), [1, 0.1, 0.1])
     assert repairs.strengths == [0, 0.1, 1]
     for strength in (1, 0, 0.1):
-        alone = updates(repair(model, base(), keep(), task(), strength))
-        found = updates(repairs.set(strength))
+        alone = updates(repair(from_peft(), base(), keep(), task(), strength))
+        found = updates(put(model, repairs.A(strength)))
         assert all(torch.equal(delta, alone[layer]) for layer, delta in found.items())
 
 
 def test_the_forecast_is_what_happens_to_the_outputs() -> None:
     model = from_peft()
-    repairs = Repairs(model, base(), keep(), task(), [0.3])
-    before, after = updates(model), updates(repairs.set(0.3))
+    repairs = Repairs(factors_of(model), keep(), task(), [0.3])
+    before, after = updates(model), updates(put(model, repairs.A(0.3)))
     for layer, foreseen in repairs.forecasts[0.3].items():
         C, T = keep()[layer].second_moment, task()[layer].second_moment
         kept = output_energy(after[layer], C) / output_energy(before[layer], C)
@@ -269,13 +287,14 @@ def test_the_forecast_is_what_happens_to_the_outputs() -> None:
 
 def test_auto_is_the_strongest_that_spares_the_task() -> None:
     model = from_peft()
-    repairs = Repairs(model, base(), keep(), task())
+    repairs = Repairs(factors_of(model), keep(), task())
     chosen = repairs.foreseen()
     assert repairs.forecast(chosen).missed <= 0.01
     stronger = [strength for strength in STRENGTHS if strength > chosen]
     assert all(repairs.forecast(strength).missed > 0.01 for strength in stronger)
     found = updates(repair(model, base(), keep(), task(), "auto"))
-    assert all(torch.equal(d, updates(repairs.set(chosen))[layer]) for layer, d in found.items())
+    expected = updates(put(model, repairs.A(chosen)))
+    assert all(torch.equal(delta, expected[layer]) for layer, delta in found.items())
 
 
 # --- models tuned in whole ----------------------------------------------------------------------

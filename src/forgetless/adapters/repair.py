@@ -8,6 +8,7 @@ the same inputs are solved for together, one group of them in memory at a time.
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +27,7 @@ from forgetless.adapters.attachment import _task_type
 from forgetless.adapters.folders import (
     _CHANGES_THE_BASE,
     CONFIG_FILE,
+    WEIGHTS_FILE,
     _lora_config,
     _other_kinds,
     _read_config,
@@ -32,14 +35,13 @@ from forgetless.adapters.folders import (
     load,
     save,
 )
-from forgetless.adapters.foreign import require_usable
-from forgetless.adapters.layer import StartConfig, adapted_layers, add_adapter
+from forgetless.adapters.foreign import AdapterCheck, require_usable
+from forgetless.adapters.layer import PREFIX, StartConfig, adapted_layers, add_adapter
 from forgetless.adapters.ranks import LayerRank, patterns
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.method import Factors
 from forgetless.core.progress import counted
 from forgetless.core.projection import best_of_rank, repaired
-from forgetless.core.spectra import output_energy
 from forgetless.models.load import base_of, load_model
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 from forgetless.statistics.moments import Statistics
@@ -68,57 +70,54 @@ class Forecast:
 
 
 class Repairs:
-    """One adapter at several strengths, each of which is solved for once.
+    """The factors of an adapter at several strengths, solved for with each moment read once.
+
+    No model is needed, and one group of layers is in memory at a time: two moments, their sum and
+    its Cholesky factor, four float64 matrices of (in, in).
 
     Args:
-        adapter: the folder of an adapter, or a PeftModel.
-        base: the untouched model, or its name; see `repair`.
+        factors: A and B of every layer, without the scaling, see `factors_of`.
         keep: activations on text to keep.
         task: those on the new task's text.
         strengths: which to solve for; 0, the adapter as it is, is always there.
-        adapter_name: of the adapter in a PeftModel, and in the result.
+        device: to solve on; None for where the factors are.
+
+    Attributes:
+        forecasts: strength -> layer -> what the strength does to it.
 
     Raises:
-        UserError: as `repair`.
+        UserError: layers without statistics or with those of another model, or a strength out of
+            range.
     """
 
     def __init__(
         self,
-        adapter: str | Path | PeftModel,
-        base: nn.Module | str,
+        factors: Mapping[str, Factors],
         keep: Statistics,
         task: Statistics | None = None,
         strengths: Iterable[float] = STRENGTHS,
         *,
-        adapter_name: str = "default",
+        device: torch.device | None = None,
     ) -> None:
         wanted = sorted({_checked(strength) for strength in strengths} - {0.0})
-        self.model, self.adapter_name = _on_base(adapter, base, adapter_name)
-        self._layers = adapted_layers(self.model, self.adapter_name)
-        _require_statistics(self._layers, keep, task)
-        self._solved: dict[float, dict[str, Tensor]] = {
-            0.0: {name: self._A(name).detach().clone() for name in self._layers}
-        }
-        self.forecasts: dict[float, dict[str, Forecast]] = {
-            0.0: dict.fromkeys(self._layers, Forecast(1.0, 0.0))
-        }
+        self._device = device
+        _require_statistics(factors, keep, task)
+        self._A = {0.0: {name: layer.A.detach().clone() for name, layer in factors.items()}}
+        self.forecasts = {0.0: dict.fromkeys(factors, Forecast(1.0, 0.0))}
         for strength in wanted:
-            self._solved[strength], self.forecasts[strength] = {}, {}
-        groups = list(_groups(self._layers, keep, task)) if wanted else []
+            self._A[strength], self.forecasts[strength] = {}, {}
+        groups = list(_groups(factors, keep, task)) if wanted else []
         for group in counted(groups, "repairing", "inputs"):
-            self._solve(group, keep, task, wanted)
+            self._solve({name: factors[name] for name in group}, keep, task, wanted)
 
     @property
     def strengths(self) -> list[float]:
         """All of them, ascending, 0 among them."""
-        return sorted(self._solved)
+        return sorted(self._A)
 
-    @torch.no_grad()
-    def set(self, strength: float) -> PeftModel:
-        """The model, whose adapter is now repaired with a strength; 0 restores it bit for bit."""
-        for name, A in self._solved[strength].items():
-            self._A(name).copy_(A)
-        return self.model
+    def A(self, strength: float) -> dict[str, Tensor]:
+        """A' of every layer, (rank, in), in its own dtype; at 0 the adapter's own, bit for bit."""
+        return self._A[strength]
 
     def forecast(self, strength: float) -> Forecast:
         """What a strength does, as the mean over layers."""
@@ -133,29 +132,42 @@ class Repairs:
         """The largest strength whose forecast misses no more than so much of the task's energy."""
         return max(s for s in self.strengths if self.forecast(s).missed <= missed)
 
-    def _A(self, name: str) -> Tensor:
-        weight: Tensor = self._layers[name].lora_A[self.adapter_name].weight
-        return weight
-
     @torch.no_grad()
     def _solve(
         self,
-        group: Sequence[str],
+        group: Mapping[str, Factors],
         keep: Statistics,
         task: Statistics | None,
         strengths: Sequence[float],
     ) -> None:
         """All strengths for layers that read the same inputs, whose moments are read once."""
-        C, T = _moments(group, keep, task, weight_shape(self._layers[group[0]])[1])
-        rows = _where_float64_is(torch.cat([self._A(name) for name in group])).double()
-        ranks = [len(self._A(name)) for name in group]
+        stacked = torch.cat([layer.A for layer in group.values()]).to(self._device)
+        rows = _where_float64_is(stacked).double()
+        C, T = _moments(next(iter(group)), keep, task, rows.shape[1])
+        ranks = [len(layer.A) for layer in group.values()]
         for strength in strengths:
             made = repaired(rows, C, T, strength)
             parts = zip(group, torch.split(rows, ranks), torch.split(made, ranks), strict=True)
             for name, before, after in parts:
-                B = self._layers[name].lora_B[self.adapter_name].weight.to(rows)
+                B = group[name].B.to(rows)
                 self.forecasts[strength][name] = _forecast(before, after, B, C, T)
-                self._solved[strength][name] = after.to(self._A(name))
+                self._A[strength][name] = after.to(group[name].A)
+
+
+def factors_of(model: PeftModel, adapter_name: str = "default") -> dict[str, Factors]:
+    """A and B of every layer of a plain LoRA on a model, without the scaling."""
+    return {
+        name: Factors(A=layer.lora_A[adapter_name].weight, B=layer.lora_B[adapter_name].weight)
+        for name, layer in adapted_layers(model, adapter_name).items()
+    }
+
+
+@torch.no_grad()
+def put(model: PeftModel, A: Mapping[str, Tensor], adapter_name: str = "default") -> PeftModel:
+    """The model, whose adapter now has these A."""
+    for name, layer in adapted_layers(model, adapter_name).items():
+        layer.lora_A[adapter_name].weight.copy_(A[name])
+    return model
 
 
 def repair(
@@ -202,18 +214,17 @@ def repair(
         >>> keep, task = fl.collect(base, old_text), fl.collect(base, new_text)  # doctest: +SKIP
         >>> fl.save(fl.repair("adapter/", base, keep, task), "healed/")  # doctest: +SKIP
     """
-    auto = isinstance(strength, str)
-    if auto and strength != "auto":
-        raise UserError(f"strength must be a number from 0, or 'auto', got {strength!r}")
-    given = STRENGTHS if isinstance(strength, str) else (_checked(strength),)
+    given = STRENGTHS if strength == "auto" else (_checked(strength),)
     if _is_tuned(adapter):
-        if isinstance(strength, str):
+        if strength == "auto":
             raise UserError("strength 'auto' is for adapters; give a number for a tuned model")
         return _repair_tuned(adapter, base, keep, task, _checked(strength), rank, adapter_name)
     if rank is not None:
         raise UserError("rank is for models that were tuned in whole; an adapter keeps its own")
-    made = Repairs(adapter, base, keep, task, given, adapter_name=adapter_name)
-    return made.set(made.foreseen() if isinstance(strength, str) else _checked(strength))
+    model, name = on_base(adapter, base, adapter_name)
+    made = Repairs(factors_of(model, name), keep, task, given)
+    chosen = made.foreseen() if strength == "auto" else _checked(strength)
+    return put(model, made.A(chosen), name)
 
 
 def _checked(strength: object) -> float:
@@ -230,10 +241,13 @@ def _where_float64_is(M: Tensor) -> Tensor:
 
 def _forecast(before: Tensor, after: Tensor, B: Tensor, C: Tensor, T: Tensor | None) -> Forecast:
     C = C.to(before)
-    task = C.diagonal().mean() * torch.eye(len(C)).to(C) if T is None else T.to(before)
+    level, task = float(C.diagonal().mean()), None if T is None else T.to(before)
+    gram = B.mT @ B
 
-    def energy(A: Tensor, moment: Tensor) -> float:
-        return output_energy(Factors(A=A, B=B), moment)
+    def energy(A: Tensor, moment: Tensor | None) -> float:
+        """tr(B A M Aᵀ Bᵀ)."""
+        read = level * A if moment is None else A @ moment
+        return float(((read @ A.mT) * gram).sum().clamp(min=0))
 
     disturbed, learned = energy(before, C), energy(before, task)
     return Forecast(
@@ -258,15 +272,15 @@ def _groups(
 
 
 def _moments(
-    group: Sequence[str], keep: Statistics, task: Statistics | None, size: int
+    name: str, keep: Statistics, task: Statistics | None, size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """C and T of layers that read the same inputs; read from the disk where they lie there."""
-    C = keep[group[0]].second_moment
-    T = None if task is None else task[group[0]].second_moment
+    """C and T of a layer; read from the disk where they lie there."""
+    C = keep[name].second_moment
+    T = None if task is None else task[name].second_moment
     for moment in (C, T):
         if moment is not None and len(moment) != size:
             raise UserError(
-                f"the statistics of layer {group[0]!r} are of {len(moment)} inputs, and it has "
+                f"the statistics of layer {name!r} are of {len(moment)} inputs, and it has "
                 f"{size}; collect them on this base"
             )
     return C, T
@@ -289,29 +303,35 @@ def _require_statistics(layers: Iterable[str], keep: Statistics, task: Statistic
 # --- the adapter, as a plain LoRA on the base ---------------------------------------------------
 
 
-def _on_base(
-    adapter: str | Path | PeftModel, base: nn.Module | str, adapter_name: str
+def on_base(
+    adapter: str | Path | PeftModel, base: nn.Module | str, adapter_name: str = "default"
 ) -> tuple[PeftModel, str]:
-    """The base with a plain copy of the adapter on it, and its name there."""
+    """The base with a plain copy of the adapter on it, and its name there; see `repair`."""
     model = load_model(base) if isinstance(base, str) else base
     if isinstance(adapter, PeftModel) and base_of(adapter) is base_of(model):
         model = adapter
     with tempfile.TemporaryDirectory(prefix="forgetless-repair-") as place:
         folder = _plain_folder(adapter, model, adapter_name, Path(place))
-        found = require_usable(folder, model)
-        for note in found.notes:
-            warnings.warn(f"{adapter}: {note}", stacklevel=4)
-        if found.besides:
-            warnings.warn(
-                "what is trained beside the A and B of linear layers is left as it is: "
-                + first_few(found.besides),
-                stacklevel=4,
-            )
+        _look_at(folder, model)
         taken = isinstance(model, PeftModel) and adapter_name in model.peft_config
         name = "repaired" if taken else adapter_name
         loaded = load(model, folder, adapter_name=name)
     loaded.peft_config[name].start = None  # it is no start of a training any more
     return loaded, name
+
+
+def _look_at(folder: Path, base: nn.Module) -> AdapterCheck:
+    """Refuse an adapter that cannot be used, and say what is odd about one that can."""
+    found = require_usable(folder, base)
+    for note in found.notes:
+        warnings.warn(f"{folder}: {note}", stacklevel=4)
+    if found.besides:
+        warnings.warn(
+            "what is trained beside the A and B of linear layers is left as it is: "
+            + first_few(found.besides),
+            stacklevel=4,
+        )
+    return found
 
 
 def _plain_folder(
@@ -360,6 +380,53 @@ def _require_repairable(config: LoraConfig) -> None:
         )
 
 
+def repair_folder(
+    source: str | Path,
+    out: str | Path,
+    base: nn.Module,
+    keep: Statistics,
+    task: Statistics | None = None,
+    strength: Strength = 0.1,
+) -> tuple[Repairs, float]:
+    """Repair the folder of a plain LoRA into a new one, without a weight of the base.
+
+    Args:
+        source: of PEFT, or written by `export`.
+        out: a new or empty folder.
+        base: the model; on the meta device will do, for only its names and shapes are asked.
+        keep: as in `repair`.
+        task: likewise.
+        strength: likewise.
+
+    Returns:
+        What was solved, and the strength that was taken.
+
+    Raises:
+        UserError: as `repair`, or an anchored adapter, which `export` makes a plain one of.
+    """
+    source, out = Path(source), Path(out)
+    config = _read_config(source)
+    _require_repairable(config)
+    if (config.start or {}).get("anchored"):
+        raise UserError(f"{source} is an anchored adapter; 'forgetless export' makes it a LoRA")
+    layers = _look_at(source, base).layers
+    state = load_file(source / WEIGHTS_FILE)
+    keys = {name: f"{PREFIX}{name}.lora_" for name in layers}
+    factors = {
+        name: Factors(A=state[f"{key}A.weight"], B=state[f"{key}B.weight"])
+        for name, key in keys.items()
+    }
+    given = STRENGTHS if strength == "auto" else (_checked(strength),)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    made = Repairs(factors, keep, task, given, device=accelerator)
+    chosen = made.foreseen() if strength == "auto" else _checked(strength)
+    state |= {f"{keys[name]}A.weight": A for name, A in made.A(chosen).items()}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(state, out / WEIGHTS_FILE, metadata={"format": "pt"})
+    shutil.copyfile(source / CONFIG_FILE, out / CONFIG_FILE)
+    return made, chosen
+
+
 # --- models that were tuned in whole ------------------------------------------------------------
 
 
@@ -399,7 +466,7 @@ def _repair_tuned(
     _require_statistics(before, keep, task)
     factors: dict[str, Factors] = {}
     for group in counted(list(_groups(before, keep, task)), "repairing", "inputs"):
-        C, T = _moments(group, keep, task, weight_shape(before[group[0]])[1])
+        C, T = _moments(group[0], keep, task, weight_shape(before[group[0]])[1])
         for name in group:
             old, new = linear_weight(before[name]), linear_weight(after[name])
             delta = _where_float64_is(new).double() - _where_float64_is(old).double()

@@ -17,7 +17,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forgetless.core.linalg import Triples, complete_spectrum, eigen_slice, svd_end, symmetric
+from forgetless.core.cache import once
+from forgetless.core.linalg import (
+    CompleteSpectrum,
+    Triples,
+    complete_spectrum,
+    eigen_slice,
+    svd_end,
+)
 from forgetless.core.method import Factors
 
 Update = Tensor | Factors
@@ -88,6 +95,11 @@ def singular_values(M: Update) -> Tensor:
     """
     S: Tensor = torch.linalg.svdvals(_core(M) if isinstance(M, Factors) else M.double())
     return S
+
+
+def weight_spectrum(W: Tensor) -> Tensor:
+    """The singular values of a weight, from the cache where one is open; descending, float64."""
+    return _spectrum(W).S
 
 
 def activation_spectrum(second_moment: Tensor) -> Tensor:
@@ -311,8 +323,13 @@ def _core(factors: Factors) -> Tensor:
     return core
 
 
+def _spectrum(W: Tensor) -> CompleteSpectrum:
+    """The SVD of W; within `shared_inputs` the same tensor is decomposed once."""
+    return once(W, "spectrum", lambda: complete_spectrum(W))
+
+
 def _triples(W: Tensor, count: int) -> Triples:
-    return complete_spectrum(W).components(slice(0, count))
+    return _spectrum(W).components(slice(0, count))
 
 
 def _shape(M: Update) -> tuple[int, int]:
@@ -334,7 +351,7 @@ def _check_count(name: str, count: int, W: Tensor) -> None:
 def _moment(C: Tensor, size: int) -> Tensor:
     if tuple(C.shape) != (size, size):
         raise ValueError(f"the second moment must be {(size, size)}, got {tuple(C.shape)}")
-    return symmetric(C).double()
+    return C.double()
 
 
 def _singular(S: Tensor) -> Tensor:

@@ -1,0 +1,114 @@
+"""Repair at true sizes: seconds and memory for single inputs, and what a whole model comes to.
+
+    python benchmarks/repair_speed.py --model llama-2-7b --out repair.json
+
+The second moments are made up, written to a file each and read from there one group at a time, as
+`forgetless repair` does; the time of making them is not counted. Every kind of input of the model
+is solved for once or `--repeat` times, for all layers that read it, and the whole model's time is
+the sum over its blocks. Peak memory is the process's own, of the largest group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from forgetless.adapters.repair import Repairs
+from forgetless.core.method import Factors
+from forgetless.statistics.moments import OnDisk, Statistics
+
+# (in, the out of every layer that reads it) of one block, and how many blocks.
+MODELS: dict[str, tuple[int, list[tuple[int, list[int]]]]] = {
+    "tiny": (2, [(64, [64, 64, 64]), (64, [64]), (64, [176, 176]), (176, [64])]),
+    "llama-2-7b": (
+        32,
+        [(4096, [4096] * 3), (4096, [4096]), (4096, [11008, 11008]), (11008, [4096])],
+    ),
+    "llama-3.1-8b": (
+        32,
+        [(4096, [4096, 1024, 1024]), (4096, [4096]), (4096, [14336, 14336]), (14336, [4096])],
+    ),
+}
+
+
+def made_up_moment(size: int, seed: int, file: Path, name: str) -> None:
+    """Of falling energy, as activations have; full rank. Written without a copy in memory."""
+    from safetensors.torch import save_file
+
+    draw = torch.Generator().manual_seed(seed)
+    X = torch.randn(size // 8, size, generator=draw)
+    X *= torch.arange(1, size + 1) ** -0.5
+    C = (X.T @ X / len(X)).double()
+    C.diagonal().add_(1e-3 * C.diagonal().mean())
+    save_file({name: C}, file)
+
+
+def statistics(folder: Path, size: int, names: list[str], seed: int) -> Statistics:
+    """One input that all these layers read, on the disk."""
+    file = folder / f"{seed}.safetensors"
+    made_up_moment(size, seed, file, names[0])
+    return Statistics.of(
+        OnDisk({names[0]: file}), dict.fromkeys(names, names[0]), dict.fromkeys(names, 1), {}
+    )
+
+
+def factors(size: int, outs: list[int], rank: int) -> Iterator[tuple[str, Factors]]:
+    """A and B of every layer that reads one input."""
+    for number, out in enumerate(outs):
+        A: Tensor = torch.randn(rank, size) / size**0.5
+        yield f"layer {number}", Factors(A=A, B=torch.randn(out, rank))
+
+
+def main(arguments: list[str] | None = None) -> dict[str, object]:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args(arguments)
+    blocks, inputs = MODELS[asked.model]
+    rows: list[dict[str, object]] = []
+    seconds: dict[int, float] = {}
+    torch.manual_seed(0)
+    for size, outs in inputs:
+        layers = dict(factors(size, outs, asked.rank))
+        for _ in range(asked.repeat if size not in seconds else 0):
+            with tempfile.TemporaryDirectory() as folder:
+                keep = statistics(Path(folder), size, list(layers), 0)
+                task = statistics(Path(folder), size, list(layers), 1)
+                began = time.perf_counter()
+                Repairs(layers, keep, task, [0.1], device=torch.device(asked.device))
+                took = time.perf_counter() - began
+            seconds[size] = min(took, seconds.get(size, took))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        rows.append({"inputs": size, "layers": len(outs), "seconds": seconds[size], "peak": peak})
+        print(f"{size:6} inputs, {len(outs)} layers: {seconds[size]:7.2f} s", file=sys.stderr)
+    total = blocks * sum(seconds[size] for size, _ in inputs)
+    found: dict[str, object] = {
+        "model": asked.model,
+        "rank": asked.rank,
+        "device": asked.device,
+        "threads": torch.get_num_threads(),
+        "groups": rows,
+        "blocks": blocks,
+        "whole_model_seconds": total,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    print(json.dumps(found, indent=2))
+    if asked.out is not None:
+        asked.out.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main()
