@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from forgetless.adapters.attachment import attach
+    from forgetless.adapters.dial import dial
     from forgetless.adapters.folders import ExportReport, export, load, save
+    from forgetless.adapters.repair import repair
+    from forgetless.adapters.spectra import Spectra, spectra
     from forgetless.core.continual import continual_metrics
     from forgetless.core.method import Decomposition, Factors, Method
     from forgetless.methods import METHODS, decompose
@@ -37,6 +40,7 @@ _HOME = {
     "Recipe": "recipes.recipe",
     "Run": "studies.run",
     "Scores": "tasks.evaluation",
+    "Spectra": "adapters.spectra",
     "Statistics": "statistics.moments",
     "Study": "studies.study",
     "attach": "adapters.attachment",
@@ -44,12 +48,15 @@ _HOME = {
     "compare": "scores.comparison",
     "continual_metrics": "core.continual",
     "decompose": "methods",
+    "dial": "adapters.dial",
     "evaluate": "tasks.evaluation",
     "export": "adapters.folders",
     "load": "adapters.folders",
+    "repair": "adapters.repair",
     "report": "reports",
     "run": "studies.run",
     "save": "adapters.folders",
+    "spectra": "adapters.spectra",
     "study": "studies.study",
 }
 
@@ -64,6 +71,7 @@ __all__ = [
     "Recipe",
     "Run",
     "Scores",
+    "Spectra",
     "Statistics",
     "Study",
     "attach",
@@ -71,12 +79,15 @@ __all__ = [
     "compare",
     "continual_metrics",
     "decompose",
+    "dial",
     "evaluate",
     "export",
     "load",
+    "repair",
     "report",
     "run",
     "save",
+    "spectra",
     "study",
 ]
 

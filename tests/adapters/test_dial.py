@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from forgetless.adapters.dial import dial
 from forgetless.adapters.layer import delta_weights
 from forgetless.core.errors import UserError
-from forgetless.models.load import target_layers
+from forgetless.models.load import adapter_off, target_layers
 from forgetless.models.weights import linear_weight
 from tests.adapters.test_attachment import ATTACHABLE, logits, train, trained
 from tests.adapters.test_switches import KINDS, SWITCHES, attached
@@ -113,6 +113,19 @@ def test_dials_within_dials_multiply() -> None:
         assert torch.equal(logits(model, "llama"), quarter)
     with dial(model, 0.5), dial(model, 0), dial(model, 2):
         assert torch.equal(logits(model, "llama"), logits(FAMILIES["llama"].model(), "llama"))
+
+
+@pytest.mark.parametrize("switches", [{}, {"use_dora": True}])
+def test_switching_the_adapter_off_within_it_does_not_undo_it(switches: dict[str, Any]) -> None:
+    model = attached("pissa", **switches)
+    train(model, "llama", steps=2)
+    base = logits(FAMILIES["llama"].model(), "llama")
+    for scale in (0, 0.5):
+        with dial(model, scale):
+            turned = logits(model, "llama")
+            with adapter_off(model):
+                assert torch.equal(logits(model, "llama"), base)
+            assert torch.equal(logits(model, "llama"), turned)
 
 
 def test_only_the_active_adapter_is_turned() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from forgetless.adapters.anchored import AnchoredVariant
+from forgetless.adapters.folders import WEIGHTS_FILE
 from forgetless.core.errors import UserError, first_few
+from forgetless.core.files import new_file
 
 
 @contextmanager
@@ -65,6 +69,25 @@ def dial(model: nn.Module, scale: float, *, base: nn.Module | None = None) -> It
             )
 
 
+def scale_folder(folder: str | Path, scale: float) -> None:
+    """Make the plain LoRA in a folder the one that `dial` gives at a scale, by its B.
+
+    Raises:
+        UserError: a DoRA, or modules that were trained in whole: no scale of B turns those.
+    """
+    folder = Path(folder)
+    state = load_file(folder / WEIGHTS_FILE)
+    more = [key for key in state if ".lora_A." not in key and ".lora_B." not in key]
+    if more:
+        raise UserError(
+            f"this adapter at the scale {scale:g} is no LoRA, for it has {first_few(more)}; use it "
+            "with forgetless.dial, or merge it within the dial (merge_and_unload)"
+        )
+    scaled = {key: t * scale if ".lora_B." in key else t for key, t in state.items()}
+    with new_file(folder / WEIGHTS_FILE) as file:
+        save_file(scaled, file, metadata={"format": "pt"})
+
+
 def _turn_adapters(model: nn.Module, scale: float, undo: ExitStack) -> None:
     """Scale every active LoRA adapter, and what was trained in whole beside it."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -106,10 +129,11 @@ def _check_turnable(model: nn.Module, layers: list[LoraLayer], scale: float) -> 
 
 
 def _turn_layer(layer: LoraLayer, name: str, scale: float, undo: ExitStack) -> None:
-    if scale == 0:  # not times zero: then the layer's output is the base's own, whatever its dtype
+    if scale == 0:
+        # Off, not only times zero: so the layer's output is the base's own, whatever its dtype.
+        # Times zero as well, for PEFT's disable_adapter turns all layers on again when it ends.
         undo.callback(setattr, layer, "_disable_adapters", layer._disable_adapters)
         layer._disable_adapters = True
-        return
     variant = layer.lora_variant.get(name)
     if variant is None or isinstance(variant, AnchoredVariant):
         undo.callback(layer.scaling.__setitem__, name, layer.scaling[name])

@@ -99,7 +99,7 @@ class Repairs:
         *,
         device: torch.device | None = None,
     ) -> None:
-        wanted = sorted({_checked(strength) for strength in strengths} - {0.0})
+        wanted = sorted({checked_strength(strength) for strength in strengths} - {0.0})
         self._device = device
         _require_statistics(factors, keep, task)
         self._A = {0.0: {name: layer.A.detach().clone() for name, layer in factors.items()}}
@@ -214,20 +214,25 @@ def repair(
         >>> keep, task = fl.collect(base, old_text), fl.collect(base, new_text)  # doctest: +SKIP
         >>> fl.save(fl.repair("adapter/", base, keep, task), "healed/")  # doctest: +SKIP
     """
-    given = STRENGTHS if strength == "auto" else (_checked(strength),)
-    if _is_tuned(adapter):
+    given = STRENGTHS if strength == "auto" else (checked_strength(strength),)
+    if is_tuned(adapter):
         if strength == "auto":
             raise UserError("strength 'auto' is for adapters; give a number for a tuned model")
-        return _repair_tuned(adapter, base, keep, task, _checked(strength), rank, adapter_name)
+        return _repair_tuned(adapter, base, keep, task, checked_strength(strength), rank, adapter_name)
     if rank is not None:
         raise UserError("rank is for models that were tuned in whole; an adapter keeps its own")
     model, name = on_base(adapter, base, adapter_name)
     made = Repairs(factors_of(model, name), keep, task, given)
-    chosen = made.foreseen() if strength == "auto" else _checked(strength)
+    chosen = made.foreseen() if strength == "auto" else checked_strength(strength)
     return put(model, made.A(chosen), name)
 
 
-def _checked(strength: object) -> float:
+def checked_strength(strength: object) -> float:
+    """The strength as a number, if it can be one.
+
+    Raises:
+        UserError: it is no finite number from 0.
+    """
     number = isinstance(strength, int | float) and not isinstance(strength, bool)
     if not number or not 0 <= strength < float("inf"):  # type: ignore[operator]
         raise UserError(f"strength must be a number from 0, or 'auto', got {strength!r}")
@@ -416,10 +421,10 @@ def repair_folder(
         name: Factors(A=state[f"{key}A.weight"], B=state[f"{key}B.weight"])
         for name, key in keys.items()
     }
-    given = STRENGTHS if strength == "auto" else (_checked(strength),)
+    given = STRENGTHS if strength == "auto" else (checked_strength(strength),)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     made = Repairs(factors, keep, task, given, device=accelerator)
-    chosen = made.foreseen() if strength == "auto" else _checked(strength)
+    chosen = made.foreseen() if strength == "auto" else checked_strength(strength)
     state |= {f"{keys[name]}A.weight": A for name, A in made.A(chosen).items()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(state, out / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -430,7 +435,7 @@ def repair_folder(
 # --- models that were tuned in whole ------------------------------------------------------------
 
 
-def _is_tuned(adapter: str | Path | nn.Module) -> bool:
+def is_tuned(adapter: str | Path | nn.Module) -> bool:
     if isinstance(adapter, nn.Module):
         return not isinstance(adapter, PeftModel)
     folder = Path(adapter)

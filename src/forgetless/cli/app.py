@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from forgetless.cli import adapters, choosing, recipes, scores
+from forgetless.cli import adapters, aftercare, choosing, recipes, scores
 from forgetless.core.errors import UserError
 from forgetless.training.launch import process_index, this_launch
 
@@ -65,6 +65,9 @@ app.command("init")(adapters.init)
 app.command("eval")(scores.eval_)
 app.command("compare")(scores.compare)
 app.command("export")(adapters.export)
+app.command("repair")(aftercare.repair)
+app.command("dial")(aftercare.dial)
+app.command("spectra")(aftercare.spectra)
 app.command("plan")(choosing.plan)
 app.command("methods")(choosing.methods)
 app.command("tasks")(choosing.tasks)

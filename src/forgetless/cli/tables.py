@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from forgetless.adapters.spectra import Spectra
+    from forgetless.cli.commands.aftercare import Adjusted
     from forgetless.cli.commands.measuring import Measurement
     from forgetless.scores.comparison import Comparison
     from forgetless.studies.rate_search import RateSearch
@@ -160,6 +162,81 @@ def print_measurement(found: Measurement, items: int) -> None:
     ]
     numbers = ["score", "stderr", "n"]
     print_table(["task", "metric", *numbers], rows, numbers)
+
+
+def print_adjusted(found: Adjusted, items: int) -> None:
+    """What every setting leaves and gives up, which is taken, and what that changes by name."""
+    from forgetless.scores.comparison import compare
+    from forgetless.studies.aftercare import BASE, TRAINED
+
+    tasks = list(dict.fromkeys(name for point in found.points for name in point.scores))
+    names = {BASE: "base", TRAINED: "as trained"}
+    shares = "drift left", "given up"
+    numbers = ["strength", "scale", "KL", "loss", *shares, *tasks]
+    rows = [
+        [
+            names.get(point.setting, ""),
+            f"{point.setting.strength:g}",
+            f"{point.setting.scale:g}",
+            _number(point.kl),
+            _number(point.loss),
+            f"{100 * point.drift:.3g} %",
+            f"{100 * point.given_up:.3g} %",
+            *(_number(point.scores[t].value if t in point.scores else None) for t in tasks),
+            "<- taken"
+            if found.chosen is not None and point.setting == found.chosen.setting
+            else "",
+        ]
+        for point in found.points
+    ]
+    print_table(["", *numbers, " "], rows, numbers)
+    print()
+    print_text(
+        "KL: nats per token between the base and the model, on held-out text to keep; drift left: "
+        "the share of it that is left. loss: nats per token on held-out text of the new task; "
+        "given up: the share of what was learned of it that is lost again. Where a text was not "
+        "given, the two shares are told by the second moments."
+    )
+    trained = next((p for p in found.points if p.setting == TRAINED), None)
+    if found.chosen is not None and found.chosen.scores and trained is not None and trained.scores:
+        print("\nFrom the adapter as trained to the one that is taken:")
+        print_comparison(compare(trained.scores, found.chosen.scores), items)
+    if found.folder is not None:
+        print(f"\n{found.folder}: a plain adapter, with aftercare.json on how it was chosen")
+
+
+def print_spectra(found: Spectra) -> None:
+    """The means over the layers of every kind of module."""
+    columns = {
+        "layers": "layers",
+        "relative_update": "size",
+        "update_rank_at_90": "r90 dW",
+        "weight_rank_effective": "erank W",
+        "activations_rank_effective": "erank X",
+        "rotation": "turned",
+        "intruders": "new",
+        "output_change": "output",
+        "update_on_inputs_last": "tail",
+    }
+    rows = {**found.by_module, "all": found.overall}
+    shown = {
+        column: head
+        for column, head in columns.items()
+        if any(row.get(column) is not None for row in rows.values())
+    }
+    cells = [
+        [name, *(_number(row[c], "{:.3g}".format) for c in shown)] for name, row in rows.items()
+    ]
+    print_table(["module", *shown.values()], cells, list(shown.values()))
+    print()
+    print_text(
+        "Means over layers; --out and --json have every layer, and more. size: ||dW|| / ||W||; "
+        "r90: directions of the update dW with 90 % of its energy; erank: effective rank (Roy and "
+        "Vetterli) by singular values, of the weight W and of the inputs X on the text to keep; "
+        "turned: share of dW that turns W's singular directions instead of rescaling them; new: "
+        "intruder dimensions among the ten largest of W + dW; output: ||dW X|| / ||W X||; tail: "
+        "share of dW that reads the weakest tenth of the directions of X."
+    )
 
 
 def _number(value: float | None, show: Callable[[float], str] = "{:.4g}".format) -> str:

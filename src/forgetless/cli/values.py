@@ -23,6 +23,14 @@ def rates_of(text: str) -> list[float]:
         raise typer.BadParameter(message) from None
 
 
+def numbers_of(option: str, text: str) -> list[float]:
+    """Numbers with commas between: ``0,0.5,1``."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} takes numbers with commas between, got {text!r}") from None
+
+
 def rank_of(text: str) -> str | int:
     """``exact``, ``requested`` or a number."""
     if text in ("exact", "requested"):

@@ -1,0 +1,235 @@
+"""The verbs repair, dial and spectra on files, as a user has them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from forgetless.adapters.repair import repair
+from forgetless.models.load import load_model
+from tests.cli.test_cli import forgetless  # noqa: F401 - a fixture
+
+pytest_plugins = ["tests.tiny_fixtures"]
+
+
+@pytest.fixture
+def adapter(tiny_base: Path, tmp_path: Path) -> Path:
+    """A LoRA that PEFT wrote, with no word of where its base lies now."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(str(tiny_base), dtype="float32"), config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1 * torch.randn(weight.shape))
+    model.save_pretrained(str(tmp_path / "theirs"))
+    return tmp_path / "theirs"
+
+
+@pytest.fixture
+def texts(tiny_files: Path) -> list[object]:
+    keep, task = tiny_files / "old.txt", tiny_files / "train.jsonl"
+    return ["--keep", keep, "--task", task, "--max-length", 32, "--samples", 16]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(folder / "adapter_model.safetensors")
+    return found
+
+
+def test_repair_measures_chooses_and_writes_a_plain_adapter(
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    tiny_files: Path,
+    adapter: Path,
+    texts: list[object],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "healed"
+    done = forgetless(
+        "repair", adapter, "--base", tiny_base, *texts, "--out", out,
+        "--tasks", f"perplexity:{tiny_files / 'old.txt'}",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.out.count("<- taken") == 1
+    assert "From the adapter as trained to the one that is taken" in done.out
+    old, new = tensors(adapter), tensors(out)
+    assert old.keys() == new.keys()
+    changed = {key for key in old if not torch.equal(old[key], new[key])}
+    assert changed == {key for key in old if ".lora_A." in key}
+    PeftModel.from_pretrained(load_model(str(tiny_base), dtype="float32"), out)
+    told = json.loads((out / "aftercare.json").read_text())
+    assert len(told["points"]) == 10
+    assert told["chosen"] in told["points"]
+    assert len(told["layers"]) == 14
+
+
+def test_a_budget_decides_the_strength(
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    adapter: Path,
+    texts: list[object],
+    tmp_path: Path,
+) -> None:
+    asked = ["repair", adapter, "--base", tiny_base, *texts, "--json"]
+    found = json.loads(forgetless(*asked).out)["points"]
+    kls = sorted(point["kl"] for point in found if point["strength"] > 0)
+    budget = kls[len(kls) // 2]
+    within = forgetless(*asked, "--max-kl", budget, "--out", tmp_path / "healed")
+    chosen = json.loads(within.out)["chosen"]
+    assert 0 < chosen["kl"] <= budget
+    cheaper = [p for p in found if p["given_up"] < chosen["given_up"] and p["scale"] == 1]
+    assert all(point["kl"] > budget for point in cheaper)
+    refused = forgetless(*asked, "--max-kl", 0, "--out", tmp_path / "none")
+    assert (refused.code, (tmp_path / "none").exists()) == (2, False)
+    assert "the least is" in refused.err
+
+
+def test_one_strength_by_saved_statistics_needs_no_weights(
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    tiny_files: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = forgetless(
+        "stats", tiny_base, "--calibration", tiny_files / "old.txt", "--out", tmp_path / "stats",
+        "--max-length", 32,
+    )  # fmt: skip
+    assert made.code == 0, made.err
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the base's weights were loaded")
+
+    monkeypatch.setattr("forgetless.cli.commands.aftercare.load_model", refuse)
+    for strength, name in (("0.5", "one"), ("auto", "auto")):
+        done = forgetless(
+            "repair", adapter, "--base", tiny_base, "--keep", tmp_path / "stats",
+            "--strength", strength, "--out", tmp_path / name,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+    monkeypatch.undo()
+    base = load_model(str(tiny_base), dtype="float32")
+    from forgetless.statistics.moments import Statistics
+
+    healed = repair(adapter, base, Statistics.load(tmp_path / "stats"), strength=0.5)
+    for name, layer in healed.named_parameters():
+        if "lora_A" in name:
+            key = name.replace(".default", "")
+            assert torch.equal(tensors(tmp_path / "one")[key], layer)
+
+
+def test_dial_shows_the_curve_and_writes_the_scale_within_a_budget(
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    tiny_files: Path,
+    adapter: Path,
+    tmp_path: Path,
+) -> None:
+    asked = [
+        "dial", adapter, "--base", tiny_base, "--scales", "-1,0,0.25,0.5,1", "--json",
+        "--keep", tiny_files / "old.txt", "--task", tiny_files / "test.jsonl",
+    ]  # fmt: skip
+    found = {p["scale"]: p for p in json.loads(forgetless(*asked).out)["points"]}
+    assert found[0]["kl"] == 0
+    assert list(found) == [0, 1, -1, 0.25, 0.5]
+    budget = found[0.5]["kl"]
+    out = tmp_path / "turned"
+    done = forgetless(*asked, "--max-kl", budget, "--out", out)
+    scale = json.loads(done.out)["chosen"]["scale"]
+    assert found[scale]["kl"] <= budget
+    old, new = tensors(adapter), tensors(out)
+    factor = {"lora_A": 1.0, "lora_B": scale * 2}  # an export has the scaling in B
+    for key, tensor in old.items():
+        expected = tensor * factor["lora_B" if "lora_B" in key else "lora_A"]
+        torch.testing.assert_close(new[key], expected)
+
+
+def test_dial_by_tasks_alone_shows_and_takes_nothing(
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    tiny_files: Path,
+    adapter: Path,
+) -> None:
+    task = f"perplexity:{tiny_files / 'old.txt'}"
+    done = forgetless("dial", adapter, "--base", tiny_base, "--scales", "0,0.5", "--tasks", task)
+    assert done.code == 0, done.err
+    assert "perplexity_old" in done.out
+    assert "<- taken" not in done.out
+
+
+def test_a_tuned_model_is_repaired_as_a_model_or_a_lora(
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    texts: list[object],
+    tmp_path: Path,
+) -> None:
+    model = load_model(str(tiny_base), dtype="float32")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight.add_(0.05 * torch.randn(weight.shape))
+    model.save_pretrained(tmp_path / "tuned")
+    asked = ["repair", tmp_path / "tuned", "--base", tiny_base, *texts, "--strength", "0.1,1"]
+    whole = forgetless(*asked, "--out", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    load_model(str(tmp_path / "whole"), dtype="float32")
+    lora = forgetless(*asked, "--rank", 4, "--out", tmp_path / "lora")
+    assert lora.code == 0, lora.err
+    PeftModel.from_pretrained(load_model(str(tiny_base), dtype="float32"), tmp_path / "lora")
+
+
+def test_spectra_by_module_and_by_layer(
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    tiny_files: Path,
+    adapter: Path,
+    tmp_path: Path,
+) -> None:
+    asked = ["spectra", adapter, "--base", tiny_base]
+    done = forgetless(*asked, "--keep", tiny_files / "old.txt", "--out", tmp_path / "s.csv")
+    assert done.code == 0, done.err
+    assert all(word in done.out for word in ("q_proj", "down_proj", "erank W", "erank X", "turned"))
+    with (tmp_path / "s.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 14
+    assert float(rows[0]["output_change"]) > 0
+    quick = json.loads(forgetless(*asked, "--no-weights", "--json").out)
+    assert quick["layers"][0]["rotation"] is None
+    assert quick["layers"][0]["update"]["at_90"] <= 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["repair", "ADAPTER", "--base", "BASE"], "a repair needs the text to keep"),
+        (["repair", "ADAPTER", "--base", "BASE", "--strength", "much"], "numbers with commas"),
+        (["repair", "ADAPTER", "--base", "BASE", "--strength", "-1", "--keep", "self"], "from 0"),
+        (["repair", "ADAPTER", "--base", "BASE", "--keep", "self", "--max-drop", "x=1"], "none of"),
+        (["dial", "ADAPTER", "--base", "BASE"], "give --keep, --task or --tasks"),
+        (["dial", "ADAPTER", "--base", "BASE", "--keep", "nowhere.txt"], "nowhere.txt"),
+        (["spectra", "ADAPTER", "--base", "BASE", "--out", "s.txt"], "a .json or .csv file"),
+        (["spectra", "BASE"], "does not say which base"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    forgetless: Any,  # noqa: F811
+    arguments: list[str],
+    said: str,
+    tiny_base: Path,
+    adapter: Path,
+) -> None:
+    real = {"ADAPTER": str(adapter), "BASE": str(tiny_base)}
+    done = forgetless(*(real.get(word, word) for word in arguments))
+    assert done.code == 2
+    assert said in done.err
+    assert done.err.startswith("error: ")
