@@ -19,6 +19,7 @@ from forgetless.models.load import load_model, load_tokenizer, target_layers
 from forgetless.models.weights import linear_weight
 from forgetless.scores.gates import parse_limits
 from forgetless.statistics.collection import collect
+from forgetless.statistics.moments import is_statistics
 from forgetless.studies.aftercare import (
     BASE,
     TRAINED,
@@ -28,9 +29,8 @@ from forgetless.studies.aftercare import (
     Reading,
     Setting,
     choose,
-    is_statistics,
 )
-from forgetless.tasks import KL, Perplexity
+from forgetless.tasks import Task, make_task
 from forgetless.tasks.evaluation import evaluate
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -107,10 +107,11 @@ def test_a_tuned_model_is_set_likewise(tiny_base: Path, tmp_path: Path) -> None:
     keep = statistics(tiny_base, 1)
     for given in (model, tmp_path / "tuned"):
         found = Adjustable(given, base, keep, None, [0.5])
-        assert found.reference is base
+        reference: Any = found.reference
+        assert reference is base
         with found.at(BASE) as turned:
             assert torch.equal(logits(turned), logits(base))
-        healed = repair(tuned(tiny_base), base, keep, strength=0.5)
+        healed: Any = repair(tuned(tiny_base), base, keep, strength=0.5)
         with found.at(Setting(0.5, 0.5)) as turned, dial(healed, 0.5, base=base):
             assert torch.equal(logits(turned), logits(healed))
         with found.at(TRAINED) as turned:
@@ -126,6 +127,10 @@ def tuned(base: Path) -> Any:
     return model
 
 
+def loss_on(path: Path, name: str) -> Task:
+    return make_task({"kind": "perplexity", "name": name, "path": str(path), "limit": 64})
+
+
 # --- measuring ----------------------------------------------------------------------------------
 
 
@@ -135,14 +140,14 @@ def test_a_point_is_what_the_tasks_say(tiny_base: Path, tiny_files: Path) -> Non
     keep, task = statistics(tiny_base, 1), statistics(tiny_base, 2)
     found = Adjustable(model, model.get_base_model(), keep, task, [0.3])
     bench = Bench(found, tokenizer, old, new)
-    point = bench.measure(Setting(0.3), [Perplexity(old, name="prose")])
+    point = bench.measure(Setting(0.3), [loss_on(old, "prose")])
     healed = repair(
         adapted(tiny_base), load_model(str(tiny_base), dtype="float32"), keep, task, 0.3
     )
     tasks: list[Any] = [
-        KL(old, limit=64),
-        Perplexity(new, name="loss", limit=64),
-        Perplexity(old, name="prose"),
+        make_task({"kind": "kl", "path": str(old), "limit": 64}),
+        loss_on(new, "loss"),
+        loss_on(old, "prose"),
     ]
     alone = evaluate(healed, tasks, tokenizer)
     assert point.kl is not None
@@ -237,7 +242,7 @@ def test_a_limit_of_a_task_is_against_the_adapter_as_trained(
 ) -> None:
     model = adapted(tiny_base)
     bench = Bench(Adjustable(model, model.get_base_model()), load_tokenizer(str(tiny_base)))
-    task = Perplexity(tiny_files / "old.txt", name="prose")
+    task = loss_on(tiny_files / "old.txt", "prose")
     measured = bench.curve([TRAINED, *(Setting(scale=s) for s in (0.9, 0.5, 0, 2))], [task])
     before = measured[0].scores["prose"].value
     for size in (0.001, 0.05):

@@ -218,7 +218,9 @@ def repair(
     if is_tuned(adapter):
         if strength == "auto":
             raise UserError("strength 'auto' is for adapters; give a number for a tuned model")
-        return _repair_tuned(adapter, base, keep, task, checked_strength(strength), rank, adapter_name)
+        return _repair_tuned(
+            adapter, base, keep, task, checked_strength(strength), rank, adapter_name
+        )
     if rank is not None:
         raise UserError("rank is for models that were tuned in whole; an adapter keeps its own")
     model, name = on_base(adapter, base, adapter_name)

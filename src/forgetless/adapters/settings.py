@@ -60,3 +60,39 @@ class ExportSettings(Section):
         if value in ("exact", "requested") or (type(value) is int and value >= 1):
             return value  # type: ignore[no-any-return]
         raise ValueError("must be 'exact', 'requested' or a whole number of at least 1")
+
+
+class RepairSettings(Section):
+    """Repair of the trained adapter, measured beside it; see `forgetless.repair`.
+
+    ``strength`` is a number, a list of them, each of which is measured, or ``auto``, which measures
+    the usual ones on held-out parts of the texts and takes one: the cheapest within ``max_kl``
+    nats per token, or the strongest that gives up at most the share ``max_drop`` of what was
+    learned, or the one at the knee. ``keep`` is the text to keep, that of the calibration if it is
+    left out; ``task`` the new task's, ``data`` for the training data, null for none. ``scales``
+    turn the repaired update as well.
+    """
+
+    strength: Any = "auto"
+    keep: Name | None = None
+    task: Name | None = "data"
+    scales: list[float] = [1.0]
+    max_kl: Annotated[float, Field(ge=0)] | None = None
+    max_drop: Annotated[float, Field(ge=0)] | None = None
+
+    @field_validator("strength")
+    @classmethod
+    def _auto_or_numbers(cls, value: Any) -> str | list[float]:
+        if value == "auto":
+            return "auto"
+        numbers = value if isinstance(value, list) else [value]
+        plain = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+        if numbers and plain and all(0 <= n < float("inf") for n in numbers):
+            return [float(number) for number in numbers]
+        raise ValueError("must be 'auto', a number from 0, or a list of them")
+
+
+class DialSettings(Section):
+    """Scales at which the trained update is measured as well; see `forgetless.dial`."""
+
+    scales: Annotated[list[float], Field(min_length=1)] = [0.25, 0.5, 0.75]

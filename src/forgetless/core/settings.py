@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -103,7 +103,8 @@ def _in_words(model: type[BaseModel], error: ErrorDetails) -> str:
 def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """The keys of the section at ``location``."""
     for part in location:
-        section = model.model_fields[str(part)].annotation
+        section: Any = model.model_fields[str(part)].annotation
+        section = (get_args(section) or (section,))[0]  # of a section that may be left out
         if not (isinstance(section, type) and issubclass(section, BaseModel)):
             return []
         model = section

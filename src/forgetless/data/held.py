@@ -25,7 +25,7 @@ class HeldOut(NamedTuple):
     held: Path
 
 
-def hold_out(source: str | Path, folder: Path) -> HeldOut:
+def hold_out(source: str | Path, folder: Path, limit: int | None = None) -> HeldOut:
     """Share the examples of a source out between two files: one in five is held out.
 
     Raw texts are cut into pieces at white space first, into ten at the least, so that a single
@@ -35,12 +35,13 @@ def hold_out(source: str | Path, folder: Path) -> HeldOut:
         source: what `forgetless.data.texts.read_examples` reads: a file, or one of the pocket
             world's; not "self".
         folder: where the two files go.
+        limit: of the first so many examples only.
 
     Raises:
         FileNotFoundError: there is no such file.
         UserError: a broken file, or too little text to share out.
     """
-    examples = read_examples(source)
+    examples = read_examples(source, limit)
     records = list(examples)
     if examples.kind == "text":
         total = sum(len(record["text"]) for record in records)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from forgetless.adapters.ranks import layer_ranks
 from forgetless.adapters.settings import AdapterSettings
-from forgetless.core.errors import RecipeError
+from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import with_overrides
 from forgetless.data.chat import Chat
@@ -21,6 +21,7 @@ from forgetless.methods import METHODS, find
 from forgetless.models.load import load_tokenizer, meta_model, target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
+from forgetless.statistics.moments import is_statistics
 from forgetless.tasks import make_tasks
 from forgetless.training.forgetting import from_settings
 from forgetless.training.launch import this_launch
@@ -54,6 +55,7 @@ class Checker:
                 penalties=bool(recipe.penalties),
                 probes=recipe.probes != ProbeSettings(),
             ),
+            *self._aftercare(recipe),
             *self._tasks(recipe),
         ]
         return list(dict.fromkeys(found))
@@ -113,6 +115,23 @@ class Checker:
             for source, _ in recipe.calibration.sources:
                 if source != DATA:
                     yield from self._problem("calibration.source", fingerprint, source)
+
+    def _aftercare(self, recipe: Recipe) -> Iterator[str]:
+        """What is wrong with the texts of the repair, the dial and the spectra."""
+        wanted = recipe.repair
+        if wanted is None and recipe.dial is None and not recipe.spectra:
+            return
+        try:
+            if not is_statistics(recipe.text_to_keep):
+                yield from self._problem("repair.keep", fingerprint, recipe.text_to_keep)
+        except UserError as problem:
+            yield f"repair.keep: {problem}"
+        if wanted is None:
+            return
+        if wanted.task not in (None, DATA) and not is_statistics(str(wanted.task)):
+            yield from self._problem("repair.task", load_examples, wanted.task)
+        if recipe.adapter.use_dora and recipe.adapter.method != "full":
+            yield "repair: a DoRA adapter has no A to repair; leave use_dora or the repair out"
 
     def _penalties(self, recipe: Recipe) -> Iterator[str]:
         for position, spec in enumerate(recipe.penalties):

@@ -13,11 +13,16 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field
 
-from forgetless.adapters.settings import AdapterSettings, ExportSettings
-from forgetless.core.errors import RecipeError
+from forgetless.adapters.settings import (
+    AdapterSettings,
+    DialSettings,
+    ExportSettings,
+    RepairSettings,
+)
+from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import Name, Section, validated, with_overrides
-from forgetless.data.settings import CalibrationSettings, DataSettings
+from forgetless.data.settings import DATA, CalibrationSettings, DataSettings
 from forgetless.tasks.settings import TaskSettings
 from forgetless.training.settings import ProbeSettings, TrainingSettings
 
@@ -39,6 +44,9 @@ class Recipe(Section):
     probes: ProbeSettings = ProbeSettings()
     penalties: list[dict[str, Any]] = []
     export: ExportSettings = ExportSettings()
+    repair: RepairSettings | None = None
+    dial: DialSettings | None = None
+    spectra: bool = False
     tasks: TaskSettings = TaskSettings()
 
     @classmethod
@@ -67,6 +75,22 @@ class Recipe(Section):
     def override(self, overrides: Mapping[str, Any]) -> Self:
         """A copy with dotted keys replaced, such as ``{"training.steps": 10}``."""
         return self.parse(self.model_dump(), overrides, source=self.name or "recipe")
+
+    @property
+    def text_to_keep(self) -> str:
+        """The text that the repair, the dial and the spectra are about.
+
+        Raises:
+            UserError: the recipe names none, or several.
+        """
+        if self.repair is not None and self.repair.keep is not None:
+            return self.repair.keep
+        sources = [source for source, _ in self.calibration.sources("lora")]
+        if len(sources) != 1 or sources[0] == DATA:
+            raise UserError(
+                "the calibration names no single text to keep; give repair.keep, a file or 'self'"
+            )
+        return sources[0]
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that ``load`` reads back to an equal one."""

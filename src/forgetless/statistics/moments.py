@@ -220,6 +220,12 @@ class Statistics(Mapping[str, LayerStatistics]):
         )
 
 
+def is_statistics(source: str | Path) -> bool:
+    """Whether there are saved statistics at a path, by its name alone."""
+    path = Path(source)
+    return path.suffix == ".safetensors" or _FORMAT.file(path).is_file()
+
+
 class OnDisk(Mapping[str, Tensor]):
     """Matrices in safetensors files, mapped into memory one at a time when asked for."""
 

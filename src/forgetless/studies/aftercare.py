@@ -36,9 +36,9 @@ from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.data.texts import SELF, self_text
 from forgetless.models.load import load_model
 from forgetless.scores.gates import Limit
-from forgetless.statistics.moments import Statistics
+from forgetless.statistics.moments import Statistics, is_statistics
 from forgetless.studies.inputs import Collecting
-from forgetless.tasks import KL, Perplexity, Task, TaskResult
+from forgetless.tasks import Task, TaskResult, make_task
 from forgetless.tasks.evaluation import Scores, evaluate
 
 HELD_TEXTS = 64
@@ -209,9 +209,10 @@ class Bench:
         self.trained, self.tokenizer, self.batch_size = trained, tokenizer, batch_size
         self._held: dict[str, Task] = {}
         if keep is not None:
-            self._held["kl"] = KL(keep, limit=HELD_TEXTS)
+            self._held["kl"] = make_task({"kind": "kl", "path": str(keep), "limit": HELD_TEXTS})
         if task is not None:
-            self._held["loss"] = Perplexity(task, name="loss", limit=HELD_TEXTS)
+            of_task = {"kind": "perplexity", "name": "loss", "path": str(task)}
+            self._held["loss"] = make_task({**of_task, "limit": HELD_TEXTS})
         self._seen: dict[tuple[Setting, str], TaskResult] = {}
 
     def measure(self, setting: Setting, tasks: Sequence[Task] = ()) -> Point:
@@ -388,7 +389,7 @@ class Reading:
         """The new task's text, read as training reads it; or saved statistics."""
         if is_statistics(source):
             return Read(Statistics.load(source), None)
-        parts = hold_out(source, folder)
+        parts = hold_out(source, folder, self.data.limit)
         return Read(self._collected("task_moment", parts.rest), parts.held)
 
     def measured(self, source: str, folder: Path) -> Read:
@@ -426,9 +427,3 @@ class Reading:
         found = collecting.collect(need, self.base, self.tokenizer)
         assert isinstance(found, Statistics)
         return found
-
-
-def is_statistics(source: str) -> bool:
-    """Whether a source is a file or a folder that `forgetless stats` wrote."""
-    path = Path(source)
-    return path.suffix == ".safetensors" or (path / "statistics.safetensors").is_file()

@@ -38,6 +38,13 @@ CURVE_COLUMNS = (
 )  # fmt: skip
 """The columns of curve.csv, one row a run, measured step and task."""
 
+AFTERCARE_COLUMNS = (
+    "study", "run_id", "arm", "method", "rank", "learning_rate", "seed", "steps", "setting",
+    "strength", "scale", "taken", "kl", "loss", "drift", "given_up", "task", "kind", "metric",
+    "higher_is_better", "base_score", "score", "stderr", "n", "retention", "status",
+)  # fmt: skip
+"""The columns of aftercare.csv, one row a run, setting of its repair or dial, and task."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -54,6 +61,9 @@ class RunFolder:
     scores/ items/  {base,step0,final}/<task>.json and .jsonl
     analysis.json   how far the weights moved
     points/<step>/  weights, scores and items of a step on the way, named as above
+    points/<label>/ scores and items at a setting of the repair or the dial
+    aftercare.json  these settings, on held-out text; repaired/ has the adapter of the one taken
+    spectra.json    what the update of every layer is
     """
 
     path: Path
@@ -68,6 +78,9 @@ class RunFolder:
     model = property(lambda self: self.path / "model")
     adapter = property(lambda self: self.path / "adapter")
     analysis = property(lambda self: self.path / "analysis.json")
+    aftercare = property(lambda self: self.path / "aftercare.json")
+    repaired = property(lambda self: self.path / "repaired")
+    spectra = property(lambda self: self.path / "spectra.json")
     lock = property(lambda self: self.path / ".lock")
 
     def scores(self, phase: Phase, task: str) -> Path:
@@ -78,8 +91,11 @@ class RunFolder:
         """What was asked, expected and answered, one line an item."""
         return items_file(self.path, phase, task)
 
-    def point(self, step: int) -> RunFolder:
-        """The folder of a step on the way, laid out like a run's; its scores are final ones."""
+    def point(self, step: int | str) -> RunFolder:
+        """The folder of a step on the way, or of a setting, laid out like a run's.
+
+        Its scores are final ones.
+        """
         return RunFolder(self.path / "points" / str(step))
 
     @property
@@ -135,6 +151,11 @@ def curve(study_folder: str | Path) -> list[dict[str, Any]]:
     return [row for folder in _existing_runs(study_folder) for row in curve_rows(folder)]
 
 
+def aftercare(study_folder: str | Path) -> list[dict[str, Any]]:
+    """One row per run, setting and task with the columns of `AFTERCARE_COLUMNS`."""
+    return [row for folder in _existing_runs(study_folder) for row in aftercare_rows(folder)]
+
+
 def _existing_runs(study_folder: str | Path) -> list[RunFolder]:
     if not Path(study_folder).is_dir():
         raise FileNotFoundError(f"no study folder {study_folder}")
@@ -169,6 +190,21 @@ def curve_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
                 score = _score(folder if step == last else folder.point(step), "final", task)
             found = _task_columns(task, kind, {"base": base, "step0": {}, "final": score})
             yield {key: (common | place | found).get(key) for key in CURVE_COLUMNS}
+
+
+def aftercare_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """The rows of `aftercare` of one run, the adapter as trained first; none without a repair."""
+    known = read_json(folder.aftercare, damaged_as_missing=True)
+    record = folder.read()
+    common = _run_columns(folder, record) if known else {}
+    for label in ["trained", *known.get("scored", ())] if common else ():
+        place = {"setting": label, "taken": label == known.get("repaired")} | known["points"][label]
+        for task, kind in record.get("tasks", {}).items():
+            measured = folder if label == "trained" else folder.point(label)
+            base, final = _score(folder, "base", task), _score(measured, "final", task)
+            found = _task_columns(task, kind, {"base": base, "step0": {}, "final": final})
+            row = common | place | found
+            yield {key: row.get(key) for key in AFTERCARE_COLUMNS}
 
 
 def _score(folder: RunFolder, phase: Phase, task: str) -> dict[str, Any]:
@@ -233,11 +269,17 @@ def _task_columns(
 def write_tables(
     study_folder: Path, rows: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Write results.csv and, where a run was measured on its way, curve.csv beside the page."""
+    """Write results.csv beside the page, and curve.csv and aftercare.csv where they have rows.
+
+    Runs that were measured on their way have a curve; those that were repaired or turned down,
+    their aftercare.
+    """
     report = study_folder / "report"
     write_csv(report / "results.csv", rows)
     if points:
         write_csv(report / "curve.csv", points, CURVE_COLUMNS)
+    if settings := aftercare(study_folder):
+        write_csv(report / "aftercare.csv", settings, AFTERCARE_COLUMNS)
 
 
 def write_csv(

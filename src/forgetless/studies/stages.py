@@ -8,8 +8,9 @@
     evaluate      scores/final/    what the trained model can do
     analyse       analysis.json    how far the weights moved
 
-Every stage reads what it needs from the disk, so a run that was killed and continued computes the
-same numbers as one that was not.
+A recipe may ask for two more, see `beside`: aftercare (repairs and the dial, measured beside the
+trained weights) and spectra. Every stage reads what it needs from the disk, so a run that was
+killed and continued computes the same numbers as one that was not.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from forgetless.recipes.recipe import Recipe
 from forgetless.scores.cache import ScoreCache, digest
 from forgetless.scores.files import Phase
 from forgetless.statistics.moments import Statistics
+from forgetless.studies.beside import Beside
 from forgetless.studies.card import write_run_card
 from forgetless.studies.folder import RunFolder, planned
 from forgetless.studies.inputs import Collecting, load_inputs
@@ -125,7 +127,11 @@ class Stages:
         self._timed("export", self.export)
         if evaluate:
             self._timed("evaluate", self.evaluate)
+            if self.recipe.repair is not None or self.recipe.dial is not None:
+                self._timed("aftercare", partial(self._alone, Beside(self).aftercare))
         self._timed("analyse", self.analyse)
+        if self.recipe.spectra:
+            self._timed("spectra", partial(self._alone, Beside(self).spectra))
         self.processes.first(lambda: write_run_card(self.folder))
 
     def _timed(self, stage: str, work: Callable[[], str | None], *, together: bool = False) -> None:
@@ -137,6 +143,12 @@ class Stages:
             seconds = round(time.perf_counter() - started, 3)
             self._note(lambda: {"seconds": {**self.record.get("seconds", {}), stage: seconds}})
             self.tell(stage, f"{message} ({seconds:.1f} s)")
+
+    def _alone(self, work: Callable[[], str | None]) -> str | None:
+        """Work that one process does by itself, with nobody else's statistics to wait for."""
+        if self.processes.count > 1:
+            return "left for one process: run the same recipe again without a launcher"
+        return work()
 
     def _note(self, changes: Callable[[], Mapping[str, Any]]) -> None:
         """Change entries of run.json."""

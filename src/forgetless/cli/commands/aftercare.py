@@ -20,7 +20,7 @@ from forgetless.core.files import new_folder, read_json, write_json
 from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.models.load import load_model, load_tokenizer, meta_model
 from forgetless.scores.gates import Limit, parse_limits
-from forgetless.statistics.moments import Statistics
+from forgetless.statistics.moments import Statistics, is_statistics
 from forgetless.studies.aftercare import (
     BASE,
     TRAINED,
@@ -31,7 +31,6 @@ from forgetless.studies.aftercare import (
     Reading,
     Setting,
     choose,
-    is_statistics,
 )
 from forgetless.studies.folder import write_csv
 from forgetless.tasks import make_tasks

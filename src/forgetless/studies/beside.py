@@ -1,0 +1,241 @@
+"""What a run measures beside its trained weights: repairs, turns of the dial, and spectra.
+
+    points/<label>/     scores and items at one setting, laid out like a step on the way
+    aftercare.json      every setting with its drift and what it gives up, and the one taken
+    repaired/           the adapter at the setting that was taken, a plain LoRA; of a model that was
+                        tuned in whole, the model
+    spectra.json        what the update of every layer is
+
+The texts, one part to learn from and one held out, and the activations on the first part lie in
+shared/aftercare/, for all runs of the study.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forgetless.adapters.dial import scale_folder
+from forgetless.adapters.folders import save
+from forgetless.adapters.repair import STRENGTHS, put
+from forgetless.adapters.spectra import spectra
+from forgetless.core.errors import UserError
+from forgetless.core.files import lock, new_folder, read_json, remove, write_json
+from forgetless.core.hashing import source_hash
+from forgetless.data.settings import DATA
+from forgetless.data.texts import fingerprint
+from forgetless.recipes.identity import base_hash
+from forgetless.recipes.recipe import Recipe
+from forgetless.scores.cache import digest
+from forgetless.statistics.moments import Statistics, is_statistics
+from forgetless.studies.aftercare import (
+    BASE,
+    TRAINED,
+    Adjustable,
+    Bench,
+    Point,
+    Read,
+    Reading,
+    Setting,
+    choose,
+)
+
+if TYPE_CHECKING:
+    from forgetless.studies.stages import Stages
+
+_log = logging.getLogger(__name__)
+
+
+def settings_of(recipe: Recipe) -> tuple[list[Setting], list[Setting]]:
+    """The settings of a recipe's repair and of its dial, without the adapter as trained."""
+    repairs: list[Setting] = []
+    if recipe.repair is not None:
+        strengths = STRENGTHS if recipe.repair.strength == "auto" else recipe.repair.strength
+        repairs = [Setting(float(s), c) for s in strengths for c in recipe.repair.scales]
+    turned = [Setting(scale=scale) for scale in (recipe.dial.scales if recipe.dial else ())]
+    return [s for s in repairs if s != TRAINED], [s for s in turned if s != TRAINED]
+
+
+class Beside:
+    """What is measured beside the trained weights of one run."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages, self.recipe, self.run = stages, stages.recipe, stages.folder
+
+    # ------------------------------------------------------------------- repairs and the dial
+
+    def aftercare(self) -> str | None:
+        """Measure the settings that are not measured yet; how many scores that were, in words."""
+        repairs, turned = settings_of(self.recipe)
+        known, key = read_json(self.run.aftercare, damaged_as_missing=True), self._key()
+        if known.get("key") != key:
+            for label in known.get("points", ()):
+                remove(self.run.point(label).path)
+        elif not any(self.stages._missing("final", self.run.point(n)) for n in known["scored"]):
+            return None
+        adjustable, bench = self._bench
+        held = bench.curve([BASE, TRAINED, *repairs, *turned])
+        taken = self._taken([p for p in held if p.setting in {TRAINED, *repairs}], repairs)
+        scored = [*repairs, *turned]
+        if self.recipe.repair is not None and self.recipe.repair.strength == "auto":
+            scored = [*({taken} if taken else ()), *turned]
+        scored = [setting for setting in dict.fromkeys(scored) if setting != TRAINED]
+        if taken is not None:
+            self._write(adjustable, taken)
+        count = sum(self._score(adjustable, setting) for setting in scored)
+        content = {
+            "key": key,
+            "points": {p.setting.label: self._described(adjustable, p) for p in held},
+            "scored": [setting.label for setting in scored],
+            "repaired": taken.label if taken else None,
+        }
+        write_json(self.run.aftercare, content)
+        self.stages._held = None  # the model has one more adapter now
+        return f"{count} measurements at {len(scored)} settings"
+
+    def _taken(self, points: Sequence[Point], repairs: Sequence[Setting]) -> Setting | None:
+        """The only repair that was asked for, or the one to take; None where there is none."""
+        wanted = self.recipe.repair
+        if wanted is None or not repairs:
+            return None
+        if len(repairs) == 1:
+            return repairs[0]
+        try:
+            return choose(points, max_kl=wanted.max_kl, max_drop=wanted.max_drop).setting
+        except UserError as problem:  # the points are worth having all the same
+            _log.warning("%s: no repair is taken: %s", self.run.path, problem)
+            return None
+
+    def _score(self, adjustable: Adjustable, setting: Setting) -> int:
+        """Score the recipe's tasks at a setting where they are missing; how many."""
+        folder = self.run.point(setting.label)
+        missing = self.stages._missing("final", folder)
+        if missing:
+            weights = self.stages._weights(self.run)
+            with adjustable.at(setting) as model:
+                for task, kind in missing:
+                    self.stages._measure(folder, "final", task, kind, model, weights)
+        return len(missing)
+
+    def _described(self, adjustable: Adjustable, point: Point) -> dict[str, Any]:
+        foreseen = adjustable.forecast(point.setting)
+        values = point.to_json()
+        del values["scores"]
+        return {**values, "kept_by_moments": foreseen.kept, "missed_by_moments": foreseen.missed}
+
+    def _write(self, adjustable: Adjustable, setting: Setting) -> None:
+        """Write what was taken as a plain adapter, or as the model where there is none."""
+        with new_folder(self.run.repaired) as folder:
+            if adjustable.reference is not None:
+                with adjustable.at(setting) as model:
+                    model.save_pretrained(folder)
+                self.stages.tokenizer.save_pretrained(folder)
+                return
+            if adjustable.repairs is not None:
+                put(adjustable.model, adjustable.repairs.A(setting.strength), adjustable.repaired)
+                save(adjustable.model, folder, adjustable.repaired)
+                if setting.scale != 1:
+                    scale_folder(folder, setting.scale)
+
+    @cached_property
+    def _bench(self) -> tuple[Adjustable, Bench]:
+        """The trained weights, and what measures them on held-out text."""
+        repairs, _ = settings_of(self.recipe)
+        trained, base = self.stages._trained_model(self.run), None
+        if self.stages.full:
+            base = self.stages._load_base()
+        keep, task = self._texts(base if base is not None else trained)
+        adjustable = Adjustable(
+            trained,
+            base if base is not None else trained,
+            keep.statistics,
+            task.statistics,
+            [setting.strength for setting in repairs],
+        )
+        return adjustable, Bench(adjustable, self.stages.tokenizer, keep.held, task.held)
+
+    def _texts(self, model: Any) -> tuple[Read, Read]:
+        """The text to keep and the new task's."""
+        reading, wanted = self._reading(model), self.recipe.repair
+        keep = self._read(self.recipe.text_to_keep, "keep", reading.keep)
+        if wanted is not None and wanted.task is None:
+            return keep, Read(None, None)
+        return keep, self._read(self._task_text(), "task", reading.task)
+
+    def _task_text(self) -> str:
+        wanted = self.recipe.repair.task if self.recipe.repair is not None else DATA
+        return self.recipe.data.sources[0][0] if wanted in (None, DATA) else str(wanted)
+
+    # -------------------------------------------------------------------------------- spectra
+
+    def spectra(self) -> str | None:
+        """Look into the update of every layer."""
+        if read_json(self.run.spectra, damaged_as_missing=True):
+            return None
+        trained = self.stages._trained_model(self.run)
+        base = self.stages._load_base() if self.stages.full else trained
+        read = self._read(self.recipe.text_to_keep, "keep", self._reading(base).keep)
+        with self.stages._spectra():
+            found = spectra(trained, base if self.stages.full else None, read.statistics)
+        write_json(self.run.spectra, found.to_json())
+        return f"{len(found)} layers"
+
+    # ------------------------------------------------------------------------------ the texts
+
+    def _reading(self, model: Any) -> Reading:
+        recipe = self.recipe
+        return Reading(
+            model,
+            self.stages.tokenizer,
+            recipe.adapter.target_modules,
+            recipe.calibration,
+            recipe.data,
+            recipe.seed,
+        )
+
+    def _read(self, source: str, kind: str, read: Callable[[str, Path], Read]) -> Read:
+        """A text, read once for all runs of the study that keep to it."""
+        if is_statistics(source):
+            return Read(Statistics.load(source), None)
+        key = json.dumps(self._text_key(source, kind), sort_keys=True)
+        folder = self.stages.shared / "aftercare" / digest(key)
+        with lock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                with new_folder(folder) as new:
+                    statistics = read(source, new).statistics
+                    assert statistics is not None
+                    statistics.save(new)
+        return Read(Statistics.load(folder), folder / "held.jsonl")
+
+    def _text_key(self, source: str, kind: str) -> dict[str, Any]:
+        recipe = self.recipe
+        how = recipe.calibration.model_dump(exclude={"source", "memory_budget", "batch_size"})
+        task = recipe.data.model_dump(include={"format", "max_length", "limit"})
+        return {
+            "kind": kind,
+            "base": base_hash(recipe.base),
+            "dtype": recipe.dtype,
+            "target_modules": recipe.adapter.target_modules,
+            "seed": recipe.seed,
+            "source": source_hash(source, fingerprint),
+            **how,
+            **(task if kind == "task" else {}),
+        }
+
+    def _key(self) -> str:
+        """What decides the settings and their measurement on held-out text."""
+        wanted, turned = self.recipe.repair, self.recipe.dial
+        content = {
+            "repair": wanted and wanted.model_dump(exclude={"keep", "task"}),
+            "dial": turned and turned.model_dump(),
+            "keep": self._source_key(self.recipe.text_to_keep, "keep"),
+            "task": wanted and wanted.task and self._source_key(self._task_text(), "task"),
+        }
+        return digest(json.dumps(content, sort_keys=True))
+
+    def _source_key(self, source: str, kind: str) -> Any:
+        return source if is_statistics(source) else self._text_key(source, kind)

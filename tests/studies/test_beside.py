@@ -1,0 +1,189 @@
+"""A run that repairs and dials what it trained: points beside its weights, measured once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from forgetless.adapters.folders import load
+from forgetless.adapters.repair import STRENGTHS, repair
+from forgetless.core.errors import RecipeError
+from forgetless.core.files import read_json
+from forgetless.models.load import load_model
+from forgetless.recipes.recipe import Recipe
+from forgetless.statistics.moments import Statistics
+from forgetless.studies.folder import RunFolder, aftercare_rows
+from forgetless.studies.run import run
+from forgetless.studies.study import study
+from forgetless.tasks import make_task
+from tests.tiny import recipe_of
+
+pytest_plugins = ["tests.tiny_fixtures"]
+
+
+@pytest.fixture
+def recipe(tiny_base: Path, tiny_files: Path) -> dict[str, Any]:
+    changes: dict[str, Any] = {
+        "repair": {"strength": [0.1, 1], "scales": [1.0, 0.5]},
+        "dial": {"scales": [0.5, 0.0]},
+        "spectra": True,
+    }
+    return recipe_of(tiny_base, tiny_files, **changes)
+
+
+def scores(folder: RunFolder) -> dict[tuple[str, str], float]:
+    return {(row["setting"], row["task"]): row["score"] for row in aftercare_rows(folder)}
+
+
+@pytest.mark.parametrize("method", ["pissa", "full"])
+def test_every_setting_is_scored_as_what_it_is(
+    method: str, recipe: dict[str, Any], tiny_files: Path, tmp_path: Path
+) -> None:
+    recipe["adapter"]["method"] = method
+    folder = RunFolder(run(recipe, tmp_path).folder)
+    found = scores(folder)
+    settings = ["trained", "repair-0.1", "repair-0.1-dial-0.5", "repair-1", "repair-1-dial-0.5"]
+    assert list(dict.fromkeys(s for s, _ in found)) == [*settings, "dial-0.5", "dial-0"]
+    base = {task: read_json(folder.scores("base", task))["value"] for _, task in found}
+    assert all(found["dial-0", task] == pytest.approx(value) for task, value in base.items())
+    assert len({found[setting, "kl"] for setting in (*settings, "dial-0.5")}) == 6
+    keep, task = (
+        Statistics.load(path.parent)
+        for path in sorted(
+            folder.path.parent.glob("shared/aftercare/*/statistics.safetensors"),
+            key=lambda path: "prompt" in (path.parent / "rest.jsonl").read_text()[:12],
+        )
+    )
+    fresh = load_model(recipe["base"])
+    weights: Any = folder.model
+    if method != "full":
+        weights = load(load_model(recipe["base"]), folder.native)
+    healed: Any = repair(weights, fresh, keep, task, 1)
+    told = make_task({"kind": "perplexity", "name": "prose", "path": str(tiny_files / "old.txt")})
+    from forgetless.models.load import load_tokenizer
+
+    alone = told.evaluate(healed, load_tokenizer(recipe["base"])).value
+    assert found["repair-1", "prose"] == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_run_that_is_done_measures_nothing_again(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(run(recipe, tmp_path).folder)
+    before = (folder.aftercare.read_text(), folder.spectra.read_text())
+    with monkeypatch.context() as patch:
+        for name in ("Adjustable", "spectra"):
+            patch.setattr(f"forgetless.studies.beside.{name}", None)
+        assert run(recipe, tmp_path).folder == folder.path
+    assert (folder.aftercare.read_text(), folder.spectra.read_text()) == before
+    damaged = folder.point("repair-1").scores("final", "prose")
+    was = damaged.read_text()
+    damaged.unlink()
+    run(recipe, tmp_path)
+    again, then = json.loads(damaged.read_text()), json.loads(was)
+    assert again["value"] == then["value"]
+
+
+def test_another_text_to_keep_measures_all_anew_and_trains_nothing(
+    recipe: dict[str, Any], tiny_files: Path, tmp_path: Path
+) -> None:
+    first = run(recipe, tmp_path)
+    folder = RunFolder(first.folder)
+    weights, before = folder.native.stat().st_mtime_ns, scores(folder)
+    recipe["repair"]["keep"] = str(tiny_files / "test.jsonl")
+    assert run(recipe, tmp_path).folder == first.folder
+    assert folder.native.stat().st_mtime_ns == weights
+    after = scores(folder)
+    assert before["dial-0.5", "prose"] == after["dial-0.5", "prose"]
+    assert before["repair-1", "prose"] != after["repair-1", "prose"]
+
+
+def test_auto_takes_one_and_scores_that_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["repair"] = {"strength": "auto", "max_drop": 1e9}
+    folder = RunFolder(run(recipe, tmp_path).folder)
+    known = read_json(folder.aftercare)
+    points = known["points"]
+    assert {f"repair-{s:g}" for s in STRENGTHS} | {"trained", "dial-0", "dial-0.5"} == set(points)
+    repairs = {label: p for label, p in points.items() if p["scale"] == 1}
+    assert known["repaired"] == min(repairs, key=lambda label: repairs[label]["drift"])
+    assert known["scored"] == [known["repaired"], "dial-0.5", "dial-0"]
+    alone = PeftModel.from_pretrained(load_model(recipe["base"]), folder.repaired)
+    assert alone.peft_config["default"].r == 4  # twice the anchored start's
+    old, new = (
+        load_file(folder.adapter / "adapter_model.safetensors"),
+        load_file(folder.repaired / "adapter_model.safetensors"),
+    )
+    assert old.keys() == new.keys()
+    assert not all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_a_budget_that_nothing_meets_leaves_the_points(
+    recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe["repair"] = {"strength": "auto", "max_kl": 0.0, "max_drop": 0.0}
+    done = run(recipe, tmp_path)
+    assert done.status == "done"
+    known = read_json(RunFolder(done.folder).aftercare)
+    assert known["repaired"] is None
+    assert len(known["points"]) == len(STRENGTHS) + 3
+    assert "no repair is taken" in caplog.text
+
+
+def test_runs_of_a_study_read_each_text_once_and_have_their_table(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe["repair"]["strength"] = 0.3
+    axes = {"adapter.method": ["lora", "pissa"]}
+    studied = study({"name": "both", "recipe": recipe, "axes": axes}, tmp_path)
+    folder = Path(studied.folder)
+    assert len(list(folder.glob("shared/aftercare/*/held.jsonl"))) == 2
+    with (folder / "report" / "aftercare.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["method"] for row in rows} == {"lora", "pissa"}
+    taken = {(row["run_id"], row["setting"]) for row in rows if row["taken"] == "True"}
+    assert len(taken) == 2
+    assert {row["strength"] for row in rows} == {"0.0", "0.3"}
+    assert len(rows) == 2 * 3 * len({row["setting"] for row in rows})
+
+
+def test_spectra_of_a_run(recipe: dict[str, Any], tmp_path: Path) -> None:
+    folder = RunFolder(run(recipe, tmp_path).folder)
+    found = read_json(folder.spectra)
+    assert len(found["layers"]) == 14
+    assert found["modules"]["q_proj"]["activations_rank_effective"] > 1
+    assert found["overall"]["rotation"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"repair": {"strength": -1}}, "repair.strength: must be 'auto', a number from 0"),
+        ({"repair": {"strenght": 1}}, "did you mean 'strength'"),
+        ({"repair": {"keep": "nowhere.txt"}}, "repair.keep: "),
+        ({"repair": {"task": "nowhere.jsonl"}}, "repair.task: "),
+        ({"repair": {}, "calibration.source": "data"}, "names no single text to keep"),
+        ({"repair": {}, "adapter.use_dora": True}, "a DoRA adapter has no A to repair"),
+        ({"dial": {"scales": []}}, "dial.scales: "),
+    ],
+)
+def test_mistakes_are_told_before_any_weight_is_loaded(
+    changes: dict[str, Any], said: str, tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as raised:
+        run(recipe_of(tiny_base, tiny_files, **changes), tmp_path)
+    assert said in str(raised.value)
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_the_aftercare_does_not_change_the_run_id(recipe: dict[str, Any]) -> None:
+    from forgetless.recipes.identity import run_id
+
+    plain = {k: v for k, v in recipe.items() if k not in ("repair", "dial", "spectra")}
+    assert run_id(Recipe.parse(recipe)) == run_id(Recipe.parse(plain))
