@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,16 +29,15 @@ from forgetless.adapters.folders import (
     _CHANGES_THE_BASE,
     CONFIG_FILE,
     WEIGHTS_FILE,
-    _lora_config,
-    _other_kinds,
     _read_config,
     export,
     load,
     save,
 )
 from forgetless.adapters.foreign import AdapterCheck, require_usable
-from forgetless.adapters.layer import PREFIX, StartConfig, adapted_layers, add_adapter
-from forgetless.adapters.ranks import LayerRank, patterns
+from forgetless.adapters.layer import PREFIX, StartConfig, adapted_layers
+from forgetless.adapters.plain import lora_config
+from forgetless.adapters.tuner import add_adapter
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.method import Factors
 from forgetless.core.progress import counted
@@ -53,6 +53,12 @@ MISSED = 0.01
 """Most of the update's effect on the task, in energy, that "auto" gives away by its forecast."""
 
 Strength = float | Literal["auto"]
+
+_OTHER_KINDS = (
+    *("alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "kasa_config"),
+    "target_parameters",
+)
+"""Settings of PEFT under which A and B do not act as a plain LoRA's."""
 
 
 @dataclass(frozen=True)
@@ -346,7 +352,7 @@ def _plain_folder(
 ) -> Path:
     """A folder with the plain LoRA that the adapter is."""
     if isinstance(adapter, PeftModel):
-        _require_repairable(_lora_config(adapter, adapter_name))
+        _require_repairable(lora_config(adapter, adapter_name))
         layers = adapted_layers(adapter, adapter_name).values()
         anchored = any(is_anchored(layer, adapter_name) for layer in layers)
         (export if anchored else save)(adapter, place, adapter_name=adapter_name)
@@ -379,11 +385,11 @@ def _require_repairable(config: LoraConfig) -> None:
             "save it with path_initial_model_for_weight_conversion, and repair that folder on "
             "the original base"
         )
-    if more := _other_kinds(config):
+    more = [f"{kind} = {value}" for kind in _OTHER_KINDS if (value := getattr(config, kind, None))]
+    if more:
         raise UserError(
-            "this adapter is more than a plain LoRA: "
-            + ", ".join(f"{key} = {value}" for key, value in more.items())
-            + "; what cannot be exported cannot be repaired"
+            f"this adapter is more than a plain LoRA: {', '.join(more)}; what cannot be exported "
+            "cannot be repaired"
         )
 
 
@@ -513,13 +519,14 @@ def _warn_of_lost(base: nn.Module, tuned: nn.Module, layers: Iterable[str]) -> N
 def _with_factors(
     base: nn.Module, factors: Mapping[str, Factors], rank: int, adapter_name: str
 ) -> PeftModel:
-    """The base with a LoRA of these factors, whose scaling is 1."""
-    ranks = {name: LayerRank(len(made.A), len(made.A)) for name, made in factors.items()}
-    largest = max(layer.rank for layer in ranks.values())
+    """The base with a LoRA of these factors, whose scaling is 1.
+
+    A layer that is smaller than the rank is filled up with zeros, since readers of adapters do not
+    agree on what a layer's own rank means for its scaling.
+    """
     config = StartConfig(
-        r=largest,
-        lora_alpha=largest,
-        **patterns(ranks, largest, largest),
+        r=rank,
+        lora_alpha=rank,
         target_modules=list(factors),
         fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in factors),
         task_type=_task_type(base),
@@ -527,7 +534,9 @@ def _with_factors(
     )
     model = add_adapter(base, config, adapter_name)
     for name, module in adapted_layers(model, adapter_name).items():
-        module.lora_A[adapter_name].weight.copy_(factors[name].A)
-        module.lora_B[adapter_name].weight.copy_(factors[name].B)
+        A, B = factors[name].A, factors[name].B
+        missing = rank - len(A)
+        module.lora_A[adapter_name].weight.copy_(F.pad(A, (0, 0, 0, missing)))
+        module.lora_B[adapter_name].weight.copy_(F.pad(B, (0, missing)))
     model.set_requires_grad(adapter_name, requires_grad=False)
     return model.eval()
