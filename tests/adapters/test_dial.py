@@ -10,8 +10,8 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from forgetless.adapters.dial import dial
-from forgetless.adapters.layer import delta_weights
+from forgetless.adapters.dial import dial, residual
+from forgetless.adapters.layer import adapted_layers, delta_weights
 from forgetless.core.errors import UserError
 from forgetless.models.load import adapter_off, target_layers
 from forgetless.models.weights import linear_weight
@@ -263,6 +263,33 @@ def test_a_tuned_classifier_keeps_its_head() -> None:
 def test_another_base_is_refused() -> None:
     with pytest.raises(UserError, match="did not come from this base"):
         dial(tuned("llama"), 0.5, base=FAMILIES["gpt2"].model()).__enter__()
+
+
+# --- the base without the start ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora_null_v1"])
+@pytest.mark.parametrize("switches", [{}, {"use_rslora": True}])
+def test_the_residual_is_the_base_without_the_start(method: str, switches: dict[str, Any]) -> None:
+    model = attached(method, **switches)
+    train(model, "llama", steps=2)
+    now = logits(model, "llama")
+    by_hand: nn.Module = FAMILIES["llama"].model()
+    with torch.no_grad():
+        for name, layer in adapted_layers(model).items():
+            anchor = layer.lora_anchor["default"]
+            start = layer.scaling["default"] * anchor.anchor_B @ anchor.anchor_A
+            linear_weight(target_layers(by_hand)[name]).sub_(start)
+    with residual(model) as alone:
+        torch.testing.assert_close(
+            logits(alone, "llama"), logits(by_hand, "llama"), atol=1e-4, rtol=1e-4
+        )
+    assert torch.equal(logits(model, "llama"), now)
+
+
+def test_without_an_anchor_there_is_no_residual() -> None:
+    with pytest.raises(UserError, match="no anchored start"):
+        residual(trained("llama", "lora")).__enter__()
 
 
 # --- mistakes -----------------------------------------------------------------------------------

@@ -153,12 +153,26 @@ def test_runs_of_a_study_read_each_text_once_and_have_their_table(
     assert len(rows) == 2 * 3 * len({row["setting"] for row in rows})
 
 
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_the_residual_is_scored_on_request(
+    method: str, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = {**recipe, "repair": None, "dial": None, "residual": True, "spectra": False}
+    recipe["adapter"]["method"] = method
+    folder = RunFolder(run(recipe, tmp_path).folder)
+    found = scores(folder)
+    base = read_json(folder.scores("base", "prose"))["value"]
+    assert (found["residual", "prose"] == pytest.approx(base)) == (method == "lora")
+    assert read_json(folder.aftercare)["scored"] == ["residual"]
+
+
 def test_spectra_of_a_run(recipe: dict[str, Any], tmp_path: Path) -> None:
     folder = RunFolder(run(recipe, tmp_path).folder)
     found = read_json(folder.spectra)
     assert len(found["layers"]) == 14
     assert found["modules"]["q_proj"]["activations_rank_effective"] > 1
     assert found["overall"]["rotation"] > 0
+    assert 0 < found["overall"]["shared_energy"] < 1
 
 
 @pytest.mark.parametrize(
@@ -170,6 +184,7 @@ def test_spectra_of_a_run(recipe: dict[str, Any], tmp_path: Path) -> None:
         ({"repair": {"task": "nowhere.jsonl"}}, "repair.task: "),
         ({"repair": {}, "calibration.source": "data"}, "names no single text to keep"),
         ({"repair": {}, "adapter.use_dora": True}, "a DoRA adapter has no A to repair"),
+        ({"residual": True, "adapter.method": "mica"}, "a start of 'mica' is not kept"),
         ({"dial": {"scales": []}}, "dial.scales: "),
     ],
 )

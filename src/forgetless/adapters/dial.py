@@ -22,8 +22,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forgetless.adapters.anchored import AnchoredVariant
+from forgetless.adapters.anchored import AnchoredVariant, is_anchored
 from forgetless.adapters.folders import WEIGHTS_FILE
+from forgetless.adapters.layer import adapted_layers
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.files import new_file
 
@@ -67,6 +68,35 @@ def dial(model: nn.Module, scale: float, *, base: nn.Module | None = None) -> It
                 "the adapter was merged while it was dialled; call model.unmerge_adapter() before "
                 "the dial ends, or keep the merged copy of model.merge_and_unload()"
             )
+
+
+@contextmanager
+def residual(model: PeftModel, adapter_name: str = "default") -> Iterator[PeftModel]:
+    """Within it, the model is its base without the adapter's start: W - scaling · B0 A0.
+
+    What the papers call the residual model: the weights that their methods freeze, alone.
+
+    Raises:
+        UserError: the adapter has no start to take away: its start is zero, or, where A or B is
+            frozen, it was never kept.
+
+    Reference:
+        Tang et al. 2025, "LoRA-Null", arXiv:2503.02659, figure 5.
+    """
+    layers = adapted_layers(model, adapter_name).values()
+    if not all(is_anchored(layer, adapter_name) for layer in layers):
+        raise UserError(
+            f"adapter {adapter_name!r} has no anchored start, so there is no residual to look at; "
+            "those of pissa, milora, intermediate, lora_null_v1 and their like have one"
+        )
+    with ExitStack() as undo:
+        for layer in layers:
+            A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+            undo.callback(setattr, A, "data", A.data)
+            undo.callback(setattr, B, "data", B.data)
+            # dB (A0 + dA) + B0 dA with dA = 0 and dB = -B0 is -B0 A0.
+            A.data, B.data = torch.zeros_like(A), -layer.lora_anchor[adapter_name].anchor_B
+        yield model
 
 
 def scale_folder(folder: str | Path, scale: float) -> None:

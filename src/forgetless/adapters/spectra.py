@@ -85,6 +85,8 @@ class LayerSpectra:
             inputs, the tenth with most activation first.
         A_on_inputs: the same of the adapter's A, which is LoRA-Null's figure 4; None for an update
             that has no A.
+        shared_energy: share of the new task's activation energy in the space that holds 90 % of
+            the kept text's; None without statistics of both.
     """
 
     layer: str
@@ -103,6 +105,7 @@ class LayerSpectra:
     output_change: float | None = None
     update_on_inputs: tuple[float, ...] | None = None
     A_on_inputs: tuple[float, ...] | None = None
+    shared_energy: float | None = None
 
     def row(self) -> dict[str, Any]:
         """All of it as one row of a table, whatever was not measured as None."""
@@ -177,6 +180,7 @@ def spectra(
     base: nn.Module | str | None = None,
     stats: Statistics | None = None,
     *,
+    task_stats: Statistics | None = None,
     of_weights: bool = True,
     adapter_name: str = "default",
 ) -> Spectra:
@@ -187,6 +191,7 @@ def spectra(
             folder. It is left as it is.
         base: the untouched model, or its name; None for the one that a PeftModel stands on.
         stats: activations on the text to keep, for what the update does to it.
+        task_stats: those on the new task's text, for what the two share.
         of_weights: whether to decompose the base's weights too, which takes nearly all the time:
             without, a LoRA's own ranks come from its factors at once.
         adapter_name: of the adapter in a PeftModel.
@@ -207,7 +212,10 @@ def spectra(
             made = {name: updates[name]() for name in group}
             more: dict[str, dict[str, Any]] = {name: {} for name in group}
             if stats is not None and group[0] in stats:
-                more = _on_inputs(model, made, stats[group[0]].second_moment)
+                task = None
+                if task_stats is not None and group[0] in task_stats:
+                    task = task_stats[group[0]].second_moment
+                more = _on_inputs(model, made, stats[group[0]].second_moment, task)
             for name, update in made.items():
                 with shared_inputs():  # so that its weight is decomposed once
                     found[name] = _layer(model, name, update, of_weights, more[name])
@@ -255,17 +263,22 @@ def _layer(
 
 
 def _on_inputs(
-    base: nn.Module, updates: Mapping[str, _Update], second_moment: Tensor
+    base: nn.Module,
+    updates: Mapping[str, _Update],
+    second_moment: Tensor,
+    task_moment: Tensor | None,
 ) -> dict[str, dict[str, Any]]:
     """What the second moment tells of the layers that read these inputs; decomposed once."""
     found = {}
     with shared_inputs():
         C = second_moment.double()
         activations = Ranks.of(of.activation_spectrum(C))
+        shared = None if task_moment is None else of.shared_energy(C, task_moment)
         for name, update in updates.items():
             W, delta = linear_weight(base.get_submodule(name)).detach().to(C), update.delta
             found[name] = {
                 "activations": activations,
+                "shared_energy": shared,
                 "output_change": of.output_change(W, _to(delta, C), C),
                 "update_on_inputs": _tenths(of.energy_on_eigenbasis(_to(delta, C), C)),
             }

@@ -170,6 +170,7 @@ def spectra(
     source: Source,
     base: OfBase = None,
     keep: Keep = None,
+    task: NewTask = None,
     weights: Annotated[
         bool,
         typer.Option(
@@ -197,6 +198,7 @@ def spectra(
         source,
         base,
         keep,
+        task,
         calibration=calibration_of("the text to keep", samples, max_length, batch_size),
         of_weights=weights,
         dtype=dtype,

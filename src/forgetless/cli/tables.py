@@ -217,6 +217,7 @@ def print_spectra(found: Spectra) -> None:
         "intruders": "new",
         "output_change": "output",
         "update_on_inputs_last": "tail",
+        "shared_energy": "shared",
     }
     rows = {**found.by_module, "all": found.overall}
     shown = {
@@ -235,7 +236,8 @@ def print_spectra(found: Spectra) -> None:
         "Vetterli) by singular values, of the weight W and of the inputs X on the text to keep; "
         "turned: share of dW that turns W's singular directions instead of rescaling them; new: "
         "intruder dimensions among the ten largest of W + dW; output: ||dW X|| / ||W X||; tail: "
-        "share of dW that reads the weakest tenth of the directions of X."
+        "share of dW that reads the weakest tenth of the directions of X; shared: share of the new "
+        "task's activation energy within the space that holds 90 % of the kept text's."
     )
 
 

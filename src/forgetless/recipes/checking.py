@@ -118,8 +118,10 @@ class Checker:
 
     def _aftercare(self, recipe: Recipe) -> Iterator[str]:
         """What is wrong with the texts of the repair, the dial and the spectra."""
-        wanted = recipe.repair
-        if wanted is None and recipe.dial is None and not recipe.spectra:
+        wanted, method = recipe.repair, METHODS.get(recipe.adapter.method)
+        if recipe.residual and method is not None and method.trains != ("A", "B"):
+            yield f"residual: a start of {method.name!r} is not kept, so none can be taken away"
+        if wanted is None and recipe.dial is None and not (recipe.spectra or recipe.residual):
             return
         try:
             if not is_statistics(recipe.text_to_keep):

@@ -46,6 +46,7 @@ class Recipe(Section):
     export: ExportSettings = ExportSettings()
     repair: RepairSettings | None = None
     dial: DialSettings | None = None
+    residual: bool = False
     spectra: bool = False
     tasks: TaskSettings = TaskSettings()
 

@@ -1,4 +1,4 @@
-"""What a run measures beside its trained weights: repairs, turns of the dial, and spectra.
+"""What a run measures beside its trained weights: repairs, turns of the dial, residual, spectra.
 
     points/<label>/     scores and items at one setting, laid out like a step on the way
     aftercare.json      every setting with its drift and what it gives up, and the one taken
@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgetless.adapters.dial import scale_folder
+from forgetless.adapters.dial import residual, scale_folder
 from forgetless.adapters.folders import save
 from forgetless.adapters.repair import STRENGTHS, put
 from forgetless.adapters.spectra import spectra
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from forgetless.studies.stages import Stages
 
 _log = logging.getLogger(__name__)
+
+RESIDUAL = "residual"
+"""The label of the base without the start."""
 
 
 def settings_of(recipe: Recipe) -> tuple[list[Setting], list[Setting]]:
@@ -86,16 +90,23 @@ class Beside:
         scored = [setting for setting in dict.fromkeys(scored) if setting != TRAINED]
         if taken is not None:
             self._write(adjustable, taken)
-        count = sum(self._score(adjustable, setting) for setting in scored)
+        count = sum(self._score(s.label, adjustable.at(s)) for s in scored)
+        labels = [setting.label for setting in scored]
+        if self.recipe.residual:
+            start = adjustable.model.peft_config[adjustable.own].start or {}
+            # Without a start the residual is the base.
+            alone = residual(adjustable.model) if start.get("anchored") else adjustable.at(BASE)
+            count += self._score(RESIDUAL, alone)
+            labels.append(RESIDUAL)
         content = {
             "key": key,
             "points": {p.setting.label: self._described(adjustable, p) for p in held},
-            "scored": [setting.label for setting in scored],
+            "scored": labels,
             "repaired": taken.label if taken else None,
         }
         write_json(self.run.aftercare, content)
         self.stages._held = None  # the model has one more adapter now
-        return f"{count} measurements at {len(scored)} settings"
+        return f"{count} measurements at {len(labels)} settings"
 
     def _taken(self, points: Sequence[Point], repairs: Sequence[Setting]) -> Setting | None:
         """The only repair that was asked for, or the one to take; None where there is none."""
@@ -110,13 +121,13 @@ class Beside:
             _log.warning("%s: no repair is taken: %s", self.run.path, problem)
             return None
 
-    def _score(self, adjustable: Adjustable, setting: Setting) -> int:
+    def _score(self, label: str, setting: AbstractContextManager[Any]) -> int:
         """Score the recipe's tasks at a setting where they are missing; how many."""
-        folder = self.run.point(setting.label)
+        folder = self.run.point(label)
         missing = self.stages._missing("final", folder)
         if missing:
             weights = self.stages._weights(self.run)
-            with adjustable.at(setting) as model:
+            with setting as model:
                 for task, kind in missing:
                     self.stages._measure(folder, "final", task, kind, model, weights)
         return len(missing)
@@ -178,9 +189,14 @@ class Beside:
             return None
         trained = self.stages._trained_model(self.run)
         base = self.stages._load_base() if self.stages.full else trained
-        read = self._read(self.recipe.text_to_keep, "keep", self._reading(base).keep)
+        keep, task = self._texts(base)
         with self.stages._spectra():
-            found = spectra(trained, base if self.stages.full else None, read.statistics)
+            found = spectra(
+                trained,
+                base if self.stages.full else None,
+                keep.statistics,
+                task_stats=task.statistics,
+            )
         write_json(self.run.spectra, found.to_json())
         return f"{len(found)} layers"
 
@@ -232,6 +248,7 @@ class Beside:
         content = {
             "repair": wanted and wanted.model_dump(exclude={"keep", "task"}),
             "dial": turned and turned.model_dump(),
+            "residual": self.recipe.residual,
             "keep": self._source_key(self.recipe.text_to_keep, "keep"),
             "task": wanted and wanted.task and self._source_key(self._task_text(), "task"),
         }

@@ -198,7 +198,9 @@ def aftercare_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
     record = folder.read()
     common = _run_columns(folder, record) if known else {}
     for label in ["trained", *known.get("scored", ())] if common else ():
-        place = {"setting": label, "taken": label == known.get("repaired")} | known["points"][label]
+        place = {"setting": label, "taken": label == known.get("repaired")} | known["points"].get(
+            label, {}
+        )
         for task, kind in record.get("tasks", {}).items():
             measured = folder if label == "trained" else folder.point(label)
             base, final = _score(folder, "base", task), _score(measured, "final", task)

@@ -127,7 +127,8 @@ class Stages:
         self._timed("export", self.export)
         if evaluate:
             self._timed("evaluate", self.evaluate)
-            if self.recipe.repair is not None or self.recipe.dial is not None:
+            asked = self.recipe.repair, self.recipe.dial, self.recipe.residual or None
+            if asked != (None, None, None):
                 self._timed("aftercare", partial(self._alone, Beside(self).aftercare))
         self._timed("analyse", self.analyse)
         if self.recipe.spectra:

@@ -197,6 +197,7 @@ def look_into(
     source: str,
     base: str | None,
     keep: str | None,
+    task: str | None = None,
     *,
     calibration: CalibrationSettings,
     of_weights: bool = True,
@@ -208,7 +209,7 @@ def look_into(
     trained, name = _found(asked)
     model = load_model(name, dtype=dtype)
     adapter: Any = load(model, trained.folder) if trained.is_adapter else str(trained.folder)
-    stats = None
+    stats = of_task = None
     if keep is not None:
         on: Any = adapter if trained.is_adapter else model
         layers: Any = list(adapted_layers(adapter)) if trained.is_adapter else "all-linear"
@@ -217,7 +218,9 @@ def look_into(
                 on, load_tokenizer(name), layers, calibration, DataSettings(train="-"), seed
             )
             stats = reading.whole(keep, Path(place))
-    return spectra(adapter, model, stats, of_weights=of_weights)
+            if task is not None:
+                of_task = reading.task(task, Path(place)).statistics
+    return spectra(adapter, model, stats, task_stats=of_task, of_weights=of_weights)
 
 
 def _found(asked: Asked) -> tuple[Trained, str]:
