@@ -86,7 +86,7 @@ class Recipe(Section):
         """
         if self.repair is not None and self.repair.keep is not None:
             return self.repair.keep
-        sources = [source for source, _ in self.calibration.sources("lora")]
+        sources = [source for source, _ in self.calibration.sources]
         if len(sources) != 1 or sources[0] == DATA:
             raise UserError(
                 "the calibration names no single text to keep; give repair.keep, a file or 'self'"
