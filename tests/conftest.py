@@ -10,10 +10,13 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["FORGETLESS_CACHE"] = tempfile.mkdtemp(prefix="forgetless-tests-")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from forgetless.core import progress
 
 # Two threads on two busy cores are several times slower than one.
 torch.set_num_threads(1)
@@ -40,3 +43,11 @@ def seeded() -> int:
     """A fixed global seed for tests that draw random tensors."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(autouse=True)
+def no_bar_is_left() -> Iterator[None]:
+    """Work that a test stops in the middle leaves its bar, and the command line its console."""
+    yield
+    progress.clear()
+    progress._console = None

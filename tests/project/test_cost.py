@@ -46,8 +46,6 @@ class Nothing(Penalty):
 
     def __call__(self, model, step):
         return next(model.parameters()).sum() * 0
-
-PENALTY = Nothing
 '''
 
 RECIPE = (
@@ -109,7 +107,9 @@ def test_a_task_costs_one_file_and_one_line(package: Path) -> None:
 def test_a_penalty_costs_one_file_and_one_line(package: Path) -> None:
     (package / "training" / "penalties" / "nothing.py").write_text(PENALTY)
     add_line(
-        package / "training" / "penalties" / "__init__.py", '    "l2_start",\n', '    "nothing",\n'
+        package / "training" / "penalties" / "__init__.py",
+        '    "l2_start": "L2Start",\n',
+        '    "nothing": "Nothing",\n',
     )
     code = RECIPE + (
         "from forgetless.recipes.checking import check;"

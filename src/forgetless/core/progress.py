@@ -63,7 +63,9 @@ class Bar:
         self, what: str, total: int | None, unit: str = "", *, done: int = 0, unasked: bool = False
     ) -> None:
         global _current
-        self.console = _console or Console(file=sys.stderr)
+        # Whoever redirected standard error may have closed what it was by then.
+        is_open = _console is not None and not _console.file.closed
+        self.console = _console if _console and is_open else Console(file=sys.stderr)
         self._left = None if total is None else total - done
         self._progress: Progress | None = None
         self._what, self._total, self._unit, self._first = what, total, unit, done

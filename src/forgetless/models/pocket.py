@@ -1,10 +1,15 @@
-"""The small base model that is shipped with the package. No torch."""
+"""The small base models that are shipped with the package. No torch."""
 
 from pathlib import Path
 
-__all__ = ["base_path"]
+__all__ = ["base_path", "image_base_path"]
 
 
 def base_path() -> Path:
     """Folder of the shipped base model, readable by `AutoModelForCausalLM` and `AutoTokenizer`."""
     return Path(__file__).parents[1] / "data" / "pocket" / "base"
+
+
+def image_base_path() -> Path:
+    """Folder of the shipped image classifier, readable by `AutoModelForImageClassification`."""
+    return Path(__file__).parents[1] / "data" / "pocket" / "vision"

@@ -113,9 +113,7 @@ class Pictures:
     labels: tuple[str, ...]
 
 
-def pictures(
-    classes: Sequence[str], split: ImageSplit, per_class: int, first: int = 0
-) -> Pictures:
+def pictures(classes: Sequence[str], split: ImageSplit, per_class: int, first: int = 0) -> Pictures:
     """`per_class` pictures of each class of a split, class after class.
 
     The scans of a digit are used again, with other colours and places, where there are fewer.
@@ -257,4 +255,5 @@ def _pattern_mask(name: str, random: Any) -> NDArray[np.float64]:
 
 def _averaged(large: NDArray[np.float64]) -> NDArray[np.float64]:
     """A drawing at its final size: the mean over each pixel."""
-    return large.reshape(SIZE, _SCALE, SIZE, _SCALE).mean((1, 3))
+    small: NDArray[np.float64] = large.reshape(SIZE, _SCALE, SIZE, _SCALE).mean((1, 3))
+    return small

@@ -67,11 +67,11 @@ def pretrain(out: Path, settings: Settings) -> dict[str, float]:
             losses = []
             # New pictures every time: the scans of the digits are few.
             pixels, labels = _tensors("train", settings.per_class, epoch * settings.per_class)
-            for rows in torch.randperm(len(labels)).split(settings.batch_size):
+            for rows in torch.split(torch.randperm(len(labels)), settings.batch_size):
                 logits = model(pixel_values=pixels[rows]).logits
                 loss = functional.cross_entropy(logits, labels[rows])
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
@@ -110,7 +110,7 @@ def score(model: ViTForImageClassification, per_class: int = 40) -> dict[str, fl
     """Accuracy on pictures of the test split: of all, of the digits and of the shapes."""
     model.eval()
     pixels, labels = _tensors("test", per_class)
-    parts = [model(pixel_values=part).logits.argmax(-1) for part in pixels.split(256)]
+    parts = [model(pixel_values=part).logits.argmax(-1) for part in torch.split(pixels, 256)]
     right = (torch.cat(parts) == labels).float()
     halves = {"digits": right[labels < 10], "shapes": right[labels >= 10]}
     return {
