@@ -12,6 +12,7 @@ import pytest
 
 from forgetless.reports import report, write_evaluation
 
+from .test_aftercare import with_aftercare
 from .test_course import study
 from .test_page import Sheet, facts, make_study, probed, scored, two_sheets
 
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 WIDTHS = (390, 1400)
-KINDS = ("durations", "rates", "evaluation", "one run", "no curves")
-PLANES = ("durations", "rates", "one run", "no curves")
+KINDS = ("durations", "rates", "evaluation", "one run", "no curves", "aftercare")
+PLANES = ("durations", "rates", "one run", "no curves", "aftercare")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "one run": probed(root / "one"),
         "no curves": make_study(root / "bare", rates, ["lora", "pissa"]),
         "evaluation": root / "evaluation",
+        "aftercare": with_aftercare(make_study(root / "after", rates, ["lora", "pissa"])),
     }
     for log in folders["no curves"].glob("*/log.jsonl"):
         log.unlink()
@@ -109,6 +111,7 @@ def test_pages_load_without_an_error_and_fit_the_width(
     assert ("course-chart" in charts) == (kind == "durations")
     assert ("curves-chart" in charts) == (kind not in ("evaluation", "no curves"))
     assert ("probes-chart" in charts) == (kind == "one run")
+    assert ("aftercare-chart" in charts) == ("layers-chart" in charts) == (kind == "aftercare")
 
 
 @pytest.mark.parametrize("kind", PLANES)

@@ -110,12 +110,12 @@ class RunFiles:
             for step, values in sorted(found.items())
         ]
 
-    def score(self, phase: Phase, task: str, step: int | None = None) -> dict[str, Any]:
-        """The score file of one phase and task, or of a step on the way; empty without one."""
+    def score(self, phase: Phase, task: str, step: int | str | None = None) -> dict[str, Any]:
+        """The score file of one phase and task, of a step or a setting; empty without one."""
         folder = self.folder if step is None else self.folder.point(step)
         return read_json(folder.scores(phase, task), damaged_as_missing=True)
 
-    def result(self, phase: Phase, task: str, step: int | None = None) -> TaskResult | None:
+    def result(self, phase: Phase, task: str, step: int | str | None = None) -> TaskResult | None:
         """As `score`, with the items where these were kept; None where it was not measured."""
         score = self.score(phase, task, step)
         if number(score.get("value")) is None:

@@ -55,6 +55,7 @@ def draw(content: Mapping[str, Any], folder: Path) -> dict[str, str]:
     charts: dict[str, Callable[..., Any]] = {
         "plane": _pairs,
         "course": _pairs,
+        "aftercare": _pairs,
         "curves": _curves,
         "probes": _probes,
     }

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 import forgetless
-from forgetless.reports import provenance
+from forgetless.reports import aftercare, provenance
 from forgetless.reports.changes import find_averages, find_tries
 from forgetless.reports.findings import Findings
 from forgetless.reports.numbers import amount, count_words, interval_words
@@ -53,6 +53,9 @@ def page(
         charts=content.keys(),
         course=found.course,
         matched=found.matched,
+        used=aftercare.settings(arms, evidence.tasks),
+        regained=aftercare.regained(arms, evidence.tasks),
+        spectra=aftercare.spectra_rows(aftercare.spectra_of(arms)),
         changes=found.changes,
         averages=find_averages(found.changes),
         tries=find_tries(evidence.tasks, arms),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from forgetless.reports.aftercare import RESIDUAL, TRAINED, Used, layers_chart, settings, spectra_of
 from forgetless.reports.arms import Arm
 from forgetless.reports.changes import FlippedItem, TaskChanges
 from forgetless.reports.durations import Course
@@ -28,6 +29,8 @@ def payload(found: Findings) -> dict[str, Any]:
         "arms": list(places),
         "plane": _plane(found.evidence.tasks, arms),
         "course": course_chart(found.course) if found.course else None,
+        "aftercare": _aftercare(settings(arms, found.evidence.tasks), found, places),
+        "layers": layers_chart(spectra_of(arms), places),
         "curves": [
             {"arm": i, "best": setting is arm.best, "points": points}
             for i, arm in enumerate(arms)
@@ -108,6 +111,41 @@ def course_chart(course: Course) -> dict[str, Any]:
         "kept": [_axis(task, f"Kept: {unit(task)} →") for task in course.forgetting],
         "points": points,
         "bases": bases,
+        "rules": False,
+    }
+
+
+def _aftercare(
+    used: Sequence[Used], found: Findings, places: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """What the arms learned and kept at every setting of their repair and dial."""
+    learning, forgetting = (
+        [task for task in found.evidence.tasks if task.kind == kind]
+        for kind in ("learning", "forgetting")
+    )
+    if not (used and learning and forgetting):
+        return None
+    points = []
+    for each in used:
+        if each.setting == RESIDUAL:  # on no way between more and less of the update
+            continue
+        size = 17 if each.setting == TRAINED else 12 if each.taken else 9
+        learned, kept = (
+            {task: each.scores.get(task.name) for task in tasks} for tasks in (learning, forgetting)
+        )
+        named = each.setting == TRAINED
+        rows = [("setting", each.words)]
+        points.append(_point(places[each.arm], each.arm, rows, size, learned, kept, named=named))
+    bases = (_plane(found.evidence.tasks, found.arms) or {"bases": []})["bases"]
+    known = {t.name: found.arms[0].best.measured[t.name].base for t in forgetting}
+    return {
+        "learned": [_learned_axis(task) for task in learning],
+        "kept": [_axis(task, f"Kept: {unit(task)} →") for task in forgetting],
+        "points": points,
+        "bases": [
+            {**base, "kept": {t.name: _estimate(e, t) for t in forgetting if (e := known[t.name])}}
+            for base in bases[:1]
+        ],
         "rules": False,
     }
 

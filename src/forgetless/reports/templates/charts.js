@@ -15,8 +15,8 @@ function taskAxis(task, values, title) {
   return { title, share: task.share, range: task.higher ? [low, high] : [high, low] };
 }
 
-// Learned against kept: of every arm and rate in the plane, of every step in the course.
-for (const id of ["plane", "course"]) define(id, (tools) => {
+// Learned against kept: of every arm and rate in the plane, of every step in the course, of every setting afterwards.
+for (const id of ["plane", "course", "aftercare"]) define(id, (tools) => {
   const { learned: learning, kept: forgetting, points } = data[id], isPlane = id === "plane";
   const state = { learned: learning[0], kept: forgetting[0], seeds: true, rates: true, bars: true, base: true };
   const hasRates = points.some((p) => p.minor);
@@ -89,6 +89,30 @@ define("curves", (tools) => {
         const rows = means.filter(([, loss]) => Number.isFinite(loss)).sort((a, b) => a[1] - b[1]);
         return { title: `step ${step}`, rows: rows.map(([label, loss]) => [label, loss.toFixed(3)]) };
       },
+    };
+  };
+});
+
+// Numbers of the updates by block, one kind of module at a time.
+define("layers", (tools) => {
+  const { rows, titles } = data.layers, names = Object.keys(titles);
+  const modules = [...new Set(rows.map((row) => row.module))];
+  let [name] = names, [module] = modules;
+  choice(tools, "Show", names.map((n) => titles[n]), (i) => (name = names[i]));
+  choice(tools, "of", modules, (i) => (module = modules[i]));
+  return () => {
+    const marks = shown(rows).filter((row) => row.module === module && row.values[name] !== null).map((row) => ({
+      arm: row.arm, x: row.block, y: row.values[name], size: 9, title: data.arms[row.arm],
+      rows: [["block", String(row.block)], ["module", module], [titles[name], String(Number(row.values[name].toPrecision(3)))]],
+    }));
+    const values = marks.length ? marks : [{ x: 0, y: 0 }, { x: 1, y: 1 }];
+    const [low, high] = extent(values.map((m) => m.y), 0.08), last = Math.max(...values.map((m) => m.x));
+    const own = [...new Set(marks.map((m) => m.arm))].map((arm) => marks.filter((m) => m.arm === arm));
+    return {
+      x: { title: "block →", range: [0, last || 1], last },
+      y: { title: `↑ ${titles[name]}`, range: [Math.max(0, low), high] },
+      lines: own.map((o) => ({ points: o.map((m) => [m.x, m.y]), arm: o[0].arm, kind: "curve" })),
+      marks, ends: own.map((o) => ({ arm: o[0].arm, x: o.at(-1).x, y: o.at(-1).y })),
     };
   };
 });
