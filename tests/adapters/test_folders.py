@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from forgetless.adapters import folders
+from forgetless.adapters import attachment, folders
 from forgetless.adapters.attachment import attach
 from forgetless.adapters.folders import export, load, save
 from forgetless.core.errors import UserError
@@ -195,6 +195,28 @@ def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> None:
         load(first, tmp_path / "damaged", adapter_name="second")
     second = load(first, tmp_path / "whole", adapter_name="second")
     assert torch.equal(logits(second, "llama"), wanted)
+
+
+def test_an_attach_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise UserError("no start fits this layer")
+
+    monkeypatch.setattr(attachment, "install", refused)
+    base = FAMILIES["llama"].model()
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(UserError, match="no start fits"):
+        attach(base, "lora", 2)
+    assert [name for name, _ in base.named_modules()] == names
+
+    monkeypatch.undo()
+    first, wanted = put_on(base, "pissa", 1), made("pissa")[1]
+    monkeypatch.setattr(attachment, "install", refused)
+    with pytest.raises(UserError, match="no start fits"):
+        attach(first, "lora", 2, adapter_name="second")
+    assert set(first.peft_config) == {"default"}
+    assert first.active_adapter == "default"
+    assert not any("second" in name for name, _ in first.named_modules())
+    assert torch.equal(logits(first, "llama"), wanted)
 
 
 # ---- two writers into one folder -----------------------------------------------------------------

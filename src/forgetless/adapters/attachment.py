@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, TaskType
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from forgetless.adapters.anchored import Anchor
-from forgetless.adapters.layer import Start, StartConfig, adapted_layers, install
+from forgetless.adapters.layer import Start, StartConfig, adapted_layers, at_step_zero, install
 from forgetless.adapters.ranks import LayerRank, layer_ranks, patterns
-from forgetless.adapters.tuner import add_adapter, check_addable
+from forgetless.adapters.tuner import add_adapter, check_addable, take_off
 from forgetless.core.cache import shared_inputs
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.linalg import eigen_top
@@ -30,7 +29,7 @@ from forgetless.core.method import Decomposition, Factors, Method
 from forgetless.core.progress import counted
 from forgetless.data.texts import batches
 from forgetless.methods import decompose, find
-from forgetless.models.load import Targets, base_of, find_targets, load_tokenizer
+from forgetless.models.load import Targets, as_base, base_of, find_targets, load_tokenizer
 from forgetless.models.weights import is_offloaded, linear_weight, unreadable, weight_shape
 from forgetless.statistics.collection import collect
 from forgetless.statistics.gradients import Gradients
@@ -148,10 +147,15 @@ def attach(
     start = Start(
         method=method.name,
         trains=method.trains,
-        anchored=method.trains == ("A", "B") and any(map(_is_not_zero, factors.values())),
+        anchored=method.trains == ("A", "B")
+        and any(bool(each.A.any()) and bool(each.B.any()) for each in factors.values()),
         seed=seed,
         options=options,
     )
+    base, task_type = base_of(model), None
+    if isinstance(base, PreTrainedModel) and base.can_generate():
+        pair = base.config.is_encoder_decoder
+        task_type = TaskType.SEQ_2_SEQ_LM if pair else TaskType.CAUSAL_LM
     config = StartConfig(
         r=rank,
         lora_alpha=alpha,
@@ -161,35 +165,38 @@ def attach(
         target_modules=names,
         lora_dropout=dropout,
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers.values()),
-        task_type=_task_type(model),
+        task_type=task_type,
         start=asdict(start),
     )
-    model = add_adapter(model, config, adapter_name)
-    for name, module in adapted_layers(model, adapter_name).items():
-        install(module, adapter_name, start, *_parameters(factors[name], start))
-    return model
+    adapted = add_adapter(model, config, adapter_name)
+    try:
+        for name, module in adapted_layers(adapted, adapter_name).items():
+            A, B = factors[name].A, factors[name].B
+            install(module, adapter_name, start, *at_step_zero(A, B, start))
+    except UserError:
+        take_off(adapted, adapter_name, model)
+        raise
+    return adapted
 
 
 def _statistics_of(
     keep: str | Path, model: nn.Module, target_modules: str | Sequence[str]
 ) -> Statistics:
     """The activations of the base on a text, or on what a source of texts holds."""
-    base: Any = base_of(model)
-    name = getattr(base, "name_or_path", "")
+    name = getattr(base_of(model), "name_or_path", "")
     if not name:
         raise UserError(
             "keep= needs the base's tokenizer, and this model was loaded from nowhere; pass "
             "stats=forgetless.collect(model, batches)"
         )
-    tokenizer = load_tokenizer(name)
-    with TemporaryDirectory() as folder:
-        source = str(keep)
-        named = os.path.exists(source) or re.search(r"\.(txt|jsonl?|csv|parquet)\Z", source)
+    source, tokenizer = str(keep), load_tokenizer(name)
+    named = os.path.exists(source) or re.search(r"\.(txt|jsonl?|csv|parquet)\Z", source)
+    with TemporaryDirectory() as folder, as_base(model) as base:
         if isinstance(keep, str) and len(keep.split()) > 1 and not named:
-            file = Path(folder) / "keep.txt"
-            file.write_text(keep, encoding="utf-8")
-            source = str(file)
-        return collect(base, batches(source, base, tokenizer), target_modules)
+            source = str(Path(folder) / "keep.txt")
+            Path(source).write_text(keep, encoding="utf-8")
+        texts = batches(source, cast(PreTrainedModel, base), tokenizer)
+    return collect(model, texts, target_modules)
 
 
 def _sources(
@@ -199,35 +206,24 @@ def _sources(
     gradients: Mapping[str, Tensor] | None,
 ) -> dict[str, Source]:
     """Where each of the method's needs is read from."""
-    given = {
-        "second_moment": _moments(stats),
-        "task_moment": _moments(task_stats),
-        "gradient": _gradients(gradients),
-    }
-    sources: dict[str, Source] = {}
-    for need in sorted(method.needs):
-        source = given[need]
-        if source is None:
-            raise UserError(f"method {method.name!r} needs {_HOW_TO_GET[need]}")
-        sources[need] = source
-    return sources
+    given: dict[str, Source] = {}
+    for need, found in (("second_moment", stats), ("task_moment", task_stats)):
+        if found is not None:
+            given[need] = _moments(found)
+    if isinstance(gradients, Gradients):
+        given["gradient"] = Source(gradients.__getitem__, gradients.shape)
+    elif gradients is not None:
+        given["gradient"] = Source(gradients.__getitem__, lambda n: tuple(gradients[n].shape))
+    for need in sorted(method.needs - given.keys()):
+        raise UserError(f"method {method.name!r} needs {_HOW_TO_GET[need]}")
+    return {need: given[need] for need in sorted(method.needs)}
 
 
-def _moments(stats: Statistics | None) -> Source | None:
+def _moments(stats: Statistics) -> Source:
     """The second moments; those on disk are read once for neighbours that share one."""
-    if stats is None:
-        return None
     first = {name: group[0] for group in stats.shared_inputs for name in group}
     read = lru_cache(maxsize=1)(lambda name: stats[name].second_moment)
     return Source(lambda name: read(first[name]), stats.shape)
-
-
-def _gradients(gradients: Mapping[str, Tensor] | None) -> Source | None:
-    if gradients is None:
-        return None
-    if isinstance(gradients, Gradients):
-        return Source(gradients.__getitem__, gradients.shape)
-    return Source(gradients.__getitem__, lambda name: tuple(gradients[name].shape))
 
 
 def _check_layers(
@@ -260,7 +256,15 @@ def _check_layers(
             )
         for need, source in sources.items():
             wanted = (out_features if need == "gradient" else in_features, in_features)
-            problems += _source_problems(name, need, source, wanted)
+            try:
+                shape = source.shape(name)
+            except KeyError:
+                problems.append(f"there is no {need} of layer {name!r}; collect it on this model")
+                continue
+            if shape != wanted:
+                problems.append(
+                    f"the {need} of layer {name!r} is {shape}, the layer needs {wanted}"
+                )
     if problems:
         raise UserError(first_few(problems))
 
@@ -308,16 +312,6 @@ def _obstacles(layers: Mapping[str, nn.Module]) -> list[str]:
     ]
 
 
-def _source_problems(name: str, need: str, source: Source, wanted: tuple[int, int]) -> list[str]:
-    try:
-        shape = source.shape(name)
-    except KeyError:
-        return [f"there is no {need} of layer {name!r}; collect it on this model"]
-    if shape != wanted:
-        return [f"the {need} of layer {name!r} is {shape}, the layer needs {wanted}"]
-    return []
-
-
 def layer_seed(seed: int, name: str) -> int:
     """A seed of the layer's own, so that a start does not depend on the order of the layers."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -349,22 +343,6 @@ def _decompose_layer(
         raise UserError(f"layer {name!r}: {problem}") from problem
 
 
-def _is_not_zero(factors: Factors) -> bool:
-    return bool(factors.A.any()) and bool(factors.B.any())
-
-
-def _parameters(factors: Factors, start: Start) -> tuple[Tensor, Tensor, Anchor | None]:
-    """Values of lora_A and lora_B at step 0, and the anchor; the table is in `anchored`."""
-    A, B = factors.A, factors.B
-    if start.anchored:
-        return torch.zeros_like(A), torch.zeros_like(B), Anchor(A, B)
-    if start.trains == ("B",):
-        return A, torch.zeros_like(B), None
-    if start.trains == ("A",):
-        return torch.zeros_like(A), B, None
-    return A, B, None
-
-
 def _warn_of_the_rest(model: nn.Module, targets: Targets) -> None:
     """Say which tensors an adapter on all linear layers does not reach, and what is used twice."""
     if targets.skipped:
@@ -379,8 +357,9 @@ def _warn_of_the_rest(model: nn.Module, targets: Targets) -> None:
         name = ".".join(part for part in name.split(".") if part not in _WRAPPED)
         adapted = first.get(module, name)
         # A layer inside of a shared block has several names too, but the adapter then is shared.
-        if name != adapted and _parent(base, name) is not _parent(base, adapted):
-            again.append((name, adapted))
+        if name != adapted:
+            here, there = (base.get_submodule(n.rpartition(".")[0]) for n in (name, adapted))
+            again += [(name, adapted)] if here is not there else []
     if again:
         name, adapted = again[0]
         warnings.warn(
@@ -388,14 +367,3 @@ def _warn_of_the_rest(model: nn.Module, targets: Targets) -> None:
             "alone, and merging would change both",
             stacklevel=3,
         )
-
-
-def _parent(base: nn.Module, name: str) -> nn.Module:
-    return base.get_submodule(name.rpartition(".")[0])
-
-
-def _task_type(model: nn.Module) -> TaskType | None:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(base, PreTrainedModel) or not base.can_generate():
-        return None
-    return TaskType.SEQ_2_SEQ_LM if base.config.is_encoder_decoder else TaskType.CAUSAL_LM

@@ -147,19 +147,26 @@ def install(
         module._freeze_non_trainable_peft_weights(adapter_name)
 
 
+def at_step_zero(A: Tensor, B: Tensor, start: Start) -> tuple[Tensor, Tensor, Anchor | None]:
+    """What lora_A, lora_B and the anchor are at step 0 of a start; the table is in `anchored`."""
+    if start.anchored:
+        return torch.zeros_like(A), torch.zeros_like(B), Anchor(A, B)
+    if start.trains == ("A", "B"):
+        return A, B, None
+    return (
+        (A, torch.zeros_like(B), None) if start.trains == ("B",) else (torch.zeros_like(A), B, None)
+    )
+
+
 def copy_start(module: LoraLayer, adapter_name: str, to: str, start: Start) -> None:
     """Put one adapter's start on another, which has PEFT's own in this layer."""
-    A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
     if start.anchored:
         anchor = module.lora_anchor[adapter_name]
-        anchor = Anchor(anchor.anchor_A.clone(), anchor.anchor_B.clone())
-        install(module, to, start, torch.zeros_like(A), torch.zeros_like(B), anchor)
-    elif start.trains == ("A", "B"):
-        install(module, to, start, module.lora_A[to].weight, module.lora_B[to].weight, None)
+        A, B = anchor.anchor_A, anchor.anchor_B
     else:
-        frozen_A = "lora_A" in start.frozen
-        A, B = (A, torch.zeros_like(B)) if frozen_A else (torch.zeros_like(A), B)
-        install(module, to, start, A, B, None)
+        has_it = to if start.trains == ("A", "B") else adapter_name
+        A, B = module.lora_A[has_it].weight, module.lora_B[has_it].weight
+    install(module, to, start, *at_step_zero(A.detach().clone(), B.detach().clone(), start))
 
 
 def _refuse_merge(*_: Any, **__: Any) -> None:
