@@ -152,10 +152,6 @@ def attach(
         seed=seed,
         options=options,
     )
-    base, task_type = base_of(model), None
-    if isinstance(base, PreTrainedModel) and base.can_generate():
-        pair = base.config.is_encoder_decoder
-        task_type = TaskType.SEQ_2_SEQ_LM if pair else TaskType.CAUSAL_LM
     config = StartConfig(
         r=rank,
         lora_alpha=alpha,
@@ -165,7 +161,7 @@ def attach(
         target_modules=names,
         lora_dropout=dropout,
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers.values()),
-        task_type=task_type,
+        task_type=task_type_of(base_of(model)),
         start=asdict(start),
     )
     adapted = add_adapter(model, config, adapter_name)
@@ -367,3 +363,10 @@ def _warn_of_the_rest(model: nn.Module, targets: Targets) -> None:
             "alone, and merging would change both",
             stacklevel=3,
         )
+
+
+def task_type_of(base: nn.Module) -> TaskType | None:
+    """What PEFT calls the work of a model that generates text; None of any other."""
+    if not isinstance(base, PreTrainedModel) or not base.can_generate():
+        return None
+    return TaskType.SEQ_2_SEQ_LM if base.config.is_encoder_decoder else TaskType.CAUSAL_LM

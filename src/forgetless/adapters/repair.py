@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.anchored import is_anchored
-from forgetless.adapters.attachment import _task_type
+from forgetless.adapters.attachment import task_type_of
 from forgetless.adapters.folders import (
     _CHANGES_THE_BASE,
     CONFIG_FILE,
@@ -529,7 +529,7 @@ def _with_factors(
         lora_alpha=rank,
         target_modules=list(factors),
         fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in factors),
-        task_type=_task_type(base),
+        task_type=task_type_of(base),
         inference_mode=True,
     )
     model = add_adapter(base, config, adapter_name)
