@@ -27,8 +27,13 @@ from .test_page import facts, make_study, two_sheets, write_json
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
-SETTINGS = {"repair-0.1": 0.5, "repair-1": 0.25, "dial-0.5": 0.75}
+SETTINGS = {"repair-0.1": 0.5, "repair-1": 0.25, "dial-0.5": 0.75, "dare-0.5-seed-0": 0.6}
 """Label -> the share of what was lost that is still lost."""
+
+OF_ALL = ["dial-0.5", "trained", "repair-0.1", "repair-1", "dare-0.5-seed-0"]
+IN_WORDS = [
+    "times 0.5", "as trained", "repaired with 0.1", "repaired with 1", "DARE, 50 % dropped",
+]  # fmt: skip
 
 
 def with_aftercare(folder: Path, taken: str | None = "repair-0.1") -> Path:
@@ -36,9 +41,12 @@ def with_aftercare(folder: Path, taken: str | None = "repair-0.1") -> Path:
     for run in run_folders(folder):
         points = {"trained": point(0.0, 1.0, 1.0)}
         for label, share in SETTINGS.items():
-            kind, _, number = label.partition("-")
+            kind, number = label.split("-")[:2]
             strength, scale = (float(number), 1.0) if kind == "repair" else (0.0, float(number))
             points[label] = point(strength, scale, share)
+            if kind == "dare":
+                del points[label]["strength"], points[label]["scale"]
+                points[label] |= {"words": IN_WORDS[-1], "lost_at_rank": 0.25}
             copy_scores(run, label, share)
         content = {"key": "k", "points": points, "scored": list(SETTINGS), "repaired": taken}
         write_json(run.aftercare, content)
@@ -46,7 +54,7 @@ def with_aftercare(folder: Path, taken: str | None = "repair-0.1") -> Path:
     return folder
 
 
-def point(strength: float, scale: float, share: float) -> dict[str, float]:
+def point(strength: float, scale: float, share: float) -> dict[str, Any]:
     shares = {"drift": share, "given_up": (1 - share) / 10}
     return {"strength": strength, "scale": scale, "kl": 0.2 * share, "loss": 1.0, **shares}
 
@@ -103,11 +111,10 @@ def test_every_arm_and_setting_has_its_row_over_the_seeds(made_up: Path) -> None
     found = find(made_up)
     used = settings(found.arms, found.evidence.tasks)
     lora = [each for each in used if each.arm == found.arms[0].label]
-    assert [each.setting for each in lora] == ["dial-0.5", "trained", "repair-0.1", "repair-1"]
-    assert [each.words for each in lora] == [
-        "times 0.5", "as trained", "repaired with 0.1", "repaired with 1",
-    ]  # fmt: skip
-    assert [each.taken for each in lora] == [0, 0, 2, 0]
+    assert [each.setting for each in lora] == OF_ALL
+    assert [each.words for each in lora] == IN_WORDS
+    assert [each.taken for each in lora] == [0, 0, 2, 0, 0]
+    assert [each.lost_at_rank for each in lora] == [None] * 4 + [0.25]
     assert lora[2].values == {"kl": 0.1, "drift": 0.5, "given_up": 0.05}
     recall = {each.setting: each.scores["recall"] for each in lora}
     assert all(each.seeds == 2 for each in recall.values())
@@ -174,10 +181,9 @@ def test_spectra_by_module_and_by_block(made_up: Path) -> None:
 def test_the_chart_leads_from_less_of_the_update_to_stronger_repairs(made_up: Path) -> None:
     chart = payload(find(made_up))["aftercare"]
     lora = [p for p in chart["points"] if p["arm"] == 0]
-    assert [dict(p["rows"])["setting"] for p in lora] == [
-        "times 0.5", "as trained", "repaired with 0.1", "repaired with 1",
-    ]  # fmt: skip
-    assert [p["named"] for p in lora] == [False, True, False, False]
+    assert [dict(p["rows"])["setting"] for p in lora] == IN_WORDS
+    assert [p["named"] for p in lora] == [False, True, False, False, False]
+    assert [p["apart"] for p in lora] == [False] * 4 + [True]
     assert chart["bases"][0]["kept"]["recall"]["value"] == pytest.approx(0.9)
 
 
@@ -192,6 +198,8 @@ def test_a_page_has_these_parts_only_where_there_is_something(
     found = sections(report(made_up).read_text())
     assert "repaired with 0.1" in found["aftercare"]
     assert "Regained by the repair" in found["aftercare"]
+    assert "DARE, 50 % dropped" in found["aftercare"]
+    assert "25.0\N{NO-BREAK SPACE}% of it lost" in found["aftercare"]
     assert "up_proj" in found["inside"]
     bare = make_study(tmp_path / "bare", two_sheets({"lora": 0.8}, {"lora": 0.5}), ["lora"])
     without = sections(report(bare).read_text())
@@ -212,12 +220,20 @@ def test_a_real_study_shows_what_it_measured(
         "dial": {"scales": [0.5]},
         "residual": True,
         "spectra": True,
+        "comparators": [{"kind": "oplora", "directions": 2}, {"kind": "intruders"}],
     }
     recipe = recipe_of(tiny_base, tiny_files, **changes)
     axes = {"adapter.method": ["lora", "pissa"]}
     done = study({"name": "both", "recipe": recipe, "axes": axes}, tmp_path)
     found = sections(report(done.folder).read_text())
-    for words in ("as trained", "times 0.5", "repaired with 1", "base without the start"):
+    for words in (
+        "as trained",
+        "times 0.5",
+        "repaired with 1",
+        "base without the start",
+        "OPLoRA, 2 directions",
+        "intruders times 0.25",
+    ):
         assert found["aftercare"].count(words) == 2, words
     assert "eff. rank X" in found["inside"]
     assert "down_proj" in found["inside"]

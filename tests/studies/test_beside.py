@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from forgetless.adapters.dial import scale_folder
 from forgetless.adapters.folders import load
 from forgetless.adapters.repair import STRENGTHS, repair
 from forgetless.core.errors import RecipeError
@@ -153,6 +154,58 @@ def test_runs_of_a_study_read_each_text_once_and_have_their_table(
     assert len(rows) == 2 * 3 * len({row["setting"] for row in rows})
 
 
+COMPARATORS: list[dict[str, Any]] = [
+    {"kind": "hard_projection", "energy": 0.9},
+    {"kind": "oplora", "directions": 4},
+    {"kind": "dare", "drop": 0.5},
+    {"kind": "intruders", "keep": 0.0, "threshold": 0.9},
+]
+
+
+@pytest.mark.parametrize("method", ["pissa", "full"])
+def test_comparators_are_points_like_the_others(
+    method: str, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    other = RunFolder(run({**recipe, "seed": 1, "repair": None}, tmp_path / "other").folder)
+    added = [*COMPARATORS, {"kind": "ties", "adapters": [str(other.adapter)]}]
+    recipe = {**recipe, "repair": {"strength": 1}, "dial": {"scales": [0.5]}, "comparators": added}
+    recipe["adapter"]["method"] = method
+    folder = RunFolder(run(recipe, tmp_path).folder)
+    known, found = read_json(folder.aftercare), scores(folder)
+    labels = [wanted.label for wanted in Recipe.parse(recipe).comparators]
+    assert known["scored"] == ["repair-1", "dial-0.5", *labels]
+    assert known["repaired"] == "repair-1"
+    assert len({found[label, "kl"] for label in ("trained", *known["scored"])}) == 8
+    for label in labels:
+        assert {row["strength"] for row in aftercare_rows(folder) if row["setting"] == label} == {
+            None
+        }
+        assert known["points"][label]["kl"] > 0
+        assert folder.point(label).items("final", "prose").is_file()
+    # What the text to keep fills is no longer read: least of all settings is disturbed.
+    drifts = {label: point["kept_by_moments"] for label, point in known["points"].items()}
+    assert drifts[labels[0]] < 0.5 * drifts["trained"]
+    lost = known["points"][labels[3]]["lost_at_rank"]
+    assert (lost is None) if method == "full" else (lost > 0)
+    before = folder.aftercare.read_text()
+    assert run(recipe, tmp_path).folder == folder.path
+    assert folder.aftercare.read_text() == before
+
+
+def test_another_adapter_to_merge_with_measures_anew(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    other = RunFolder(run({**recipe, "seed": 1, "repair": None}, tmp_path / "other").folder)
+    added = [{"kind": "ties", "adapters": [str(other.adapter)]}]
+    recipe = {**recipe, "repair": None, "dial": None, "spectra": False, "comparators": added}
+    folder = RunFolder(run(recipe, tmp_path).folder)
+    before = scores(folder)
+    scale_folder(other.adapter, -1.0)
+    run(recipe, tmp_path)
+    label = read_json(folder.aftercare)["scored"][0]
+    assert scores(folder)[label, "kl"] != before[label, "kl"]
+
+
 @pytest.mark.parametrize("method", ["pissa", "lora"])
 def test_the_residual_is_scored_on_request(
     method: str, recipe: dict[str, Any], tmp_path: Path
@@ -186,6 +239,19 @@ def test_spectra_of_a_run(recipe: dict[str, Any], tmp_path: Path) -> None:
         ({"repair": {}, "adapter.use_dora": True}, "a DoRA adapter has no A to repair"),
         ({"residual": True, "adapter.method": "mica"}, "a start of 'mica' is not kept"),
         ({"dial": {"scales": []}}, "dial.scales: "),
+        ({"comparators": [{"kind": "dar"}]}, "comparators.0: "),
+        ({"comparators": [{"kind": "dare", "drop": 1}]}, "comparators.0.dare.drop: "),
+        ({"comparators": [{"kind": "dare", "dropp": 0}]}, "did you mean 'drop'?"),
+        ({"comparators": [{"kind": "ties"}]}, "comparators.0.ties.adapters: "),
+        ({"comparators": [{"kind": "dare"}] * 2}, "comparators.1: asked for twice"),
+        (
+            {"comparators": [{"kind": "oplora", "directions": 17}]},
+            "comparators.0.directions: must be at most 16",
+        ),
+        (
+            {"comparators": [{"kind": "ties", "adapters": ["nowhere"]}]},
+            "comparators.0.adapters: nowhere is no adapter",
+        ),
     ],
 )
 def test_mistakes_are_told_before_any_weight_is_loaded(
@@ -201,4 +267,5 @@ def test_the_aftercare_does_not_change_the_run_id(recipe: dict[str, Any]) -> Non
     from forgetless.recipes.identity import run_id
 
     plain = {k: v for k, v in recipe.items() if k not in ("repair", "dial", "spectra")}
+    recipe["comparators"] = COMPARATORS
     assert run_id(Recipe.parse(recipe)) == run_id(Recipe.parse(plain))

@@ -107,7 +107,7 @@ class Repairs:
     ) -> None:
         wanted = sorted({checked_strength(strength) for strength in strengths} - {0.0})
         self._device = device
-        _require_statistics(factors, keep, task)
+        require_statistics(factors, keep, task)
         self._A = {0.0: {name: layer.A.detach().clone() for name, layer in factors.items()}}
         self.forecasts = {0.0: dict.fromkeys(factors, Forecast(1.0, 0.0))}
         for strength in wanted:
@@ -299,7 +299,12 @@ def _moments(
     return C, T
 
 
-def _require_statistics(layers: Iterable[str], keep: Statistics, task: Statistics | None) -> None:
+def require_statistics(layers: Iterable[str], keep: Statistics, task: Statistics | None) -> None:
+    """Refuse statistics in which a layer is missing.
+
+    Raises:
+        UserError: naming the first few.
+    """
     problems = [
         f"there are no statistics of the {kind} for layer {name!r}"
         for kind, statistics in (("text to keep", keep), ("new task", task))
@@ -476,7 +481,7 @@ def _repair_tuned(
         raise UserError(
             f"the model was not tuned from this base: {first_few(different or list(keep))}"
         )
-    _require_statistics(before, keep, task)
+    require_statistics(before, keep, task)
     factors: dict[str, Factors] = {}
     for group in counted(list(_groups(before, keep, task)), "repairing", "inputs"):
         C, T = _moments(group[0], keep, task, weight_shape(before[group[0]])[1])

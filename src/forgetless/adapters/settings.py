@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -96,3 +98,76 @@ class DialSettings(Section):
     """Scales at which the trained update is measured as well; see `forgetless.dial`."""
 
     scales: Annotated[list[float], Field(min_length=1)] = [0.25, 0.5, 0.75]
+
+
+# ---- comparators: formulas and sources in forgetless.core.comparators ----------------------------
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class HardProjection(Section):
+    """The update projected out of the space with this share of the kept activations' energy."""
+
+    kind: Literal["hard_projection"]
+    energy: Share = 0.99
+
+    label = property(lambda self: f"hard_projection-{self.energy:g}")
+    words = property(lambda self: f"projected out of {100 * self.energy:g} % of the kept energy")
+
+
+class OPLoRA(Section):
+    """The update projected out of the weight's largest singular directions."""
+
+    kind: Literal["oplora"]
+    directions: Count = 16
+
+    label = property(lambda self: f"oplora-{self.directions}")
+    words = property(lambda self: f"OPLoRA, {self.directions} directions")
+
+
+class Dare(Section):
+    """Entries of the update dropped by chance, the others made larger."""
+
+    kind: Literal["dare"]
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    label = property(lambda self: f"dare-{self.drop:g}-seed-{self.seed}")
+    words = property(lambda self: f"DARE, {100 * self.drop:g} % dropped, seed {self.seed}")
+
+
+class Intruders(Section):
+    """The new directions among the largest of the trained weight, turned down to `keep`."""
+
+    kind: Literal["intruders"]
+    keep: Annotated[float, Field(ge=0, le=1)] = 0.25
+    top_k: Count = 10
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    label = property(lambda self: f"intruders-{self.keep:g}-of-{self.top_k}-{self.threshold:g}")
+    words = property(lambda self: f"intruders times {self.keep:g}")
+
+
+class Ties(Section):
+    """The update merged with those of further adapters of the same base, which are folders."""
+
+    kind: Literal["ties"]
+    adapters: Annotated[list[Name], Field(min_length=1)]
+    keep: Share = 0.2
+
+    @property
+    def label(self) -> str:
+        names = hashlib.sha256("\n".join(self.adapters).encode()).hexdigest()
+        return f"ties-{self.keep:g}-{names[:6]}"
+
+    @property
+    def words(self) -> str:
+        # The folders of runs are all called alike.
+        names = ", ".join("/".join(Path(folder).parts[-2:]) for folder in self.adapters)
+        return f"TIES, {100 * self.keep:g} % kept, with {names}"
+
+
+Comparator = Annotated[
+    HardProjection | OPLoRA | Dare | Intruders | Ties, Field(discriminator="kind")
+]
+"""One of them; `label` names its folder and its rows, `words` says it on the page."""

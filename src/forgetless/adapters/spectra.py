@@ -207,7 +207,7 @@ def spectra(
         >>> found.by_module["q_proj"]["update_rank_at_90"]  # doctest: +SKIP
     """
     found: dict[str, LayerSpectra] = {}
-    with torch.no_grad(), _updates(adapter, base, adapter_name) as (model, updates):
+    with torch.no_grad(), updates_of(adapter, base, adapter_name) as (model, updates):
         for group in counted(_by_input(updates, stats), "spectra", "inputs"):
             made = {name: updates[name]() for name in group}
             more: dict[str, dict[str, Any]] = {name: {} for name in group}
@@ -226,7 +226,7 @@ def spectra(
 
 
 @dataclass(frozen=True)
-class _Update:
+class LayerUpdate:
     """The update of one layer, and the adapter's A where it has one."""
 
     delta: of.Update
@@ -234,7 +234,7 @@ class _Update:
 
 
 def _layer(
-    base: nn.Module, name: str, update: _Update, of_weights: bool, more: Mapping[str, Any]
+    base: nn.Module, name: str, update: LayerUpdate, of_weights: bool, more: Mapping[str, Any]
 ) -> LayerSpectra:
     W, delta = linear_weight(base.get_submodule(name)).detach(), update.delta
     S = of.singular_values(delta)
@@ -264,7 +264,7 @@ def _layer(
 
 def _on_inputs(
     base: nn.Module,
-    updates: Mapping[str, _Update],
+    updates: Mapping[str, LayerUpdate],
     second_moment: Tensor,
     task_moment: Tensor | None,
 ) -> dict[str, dict[str, Any]]:
@@ -314,10 +314,13 @@ def _by_input(names: Mapping[str, Any], stats: Statistics | None) -> list[list[s
 
 
 @contextmanager
-def _updates(
-    adapter: str | Path | nn.Module, base: nn.Module | str | None, adapter_name: str
-) -> Iterator[tuple[nn.Module, dict[str, Callable[[], _Update]]]]:
-    """The base, and the update of every layer; an adapter that is put on it comes off again."""
+def updates_of(
+    adapter: str | Path | nn.Module, base: nn.Module | str | None, adapter_name: str = "default"
+) -> Iterator[tuple[nn.Module, dict[str, Callable[[], LayerUpdate]]]]:
+    """The base, and a function of each layer that gives its update, scaling and all.
+
+    An adapter that is put on the base for it comes off again; which one is active may have changed.
+    """
     model = load_model(base) if isinstance(base, str) else base
     if isinstance(adapter, PeftModel):
         yield base_of(adapter), _of_layers(adapter, adapter_name)
@@ -345,23 +348,23 @@ def _updates(
             loaded.unload()
 
 
-def _of_layers(model: PeftModel, adapter_name: str) -> dict[str, Callable[[], _Update]]:
+def _of_layers(model: PeftModel, adapter_name: str) -> dict[str, Callable[[], LayerUpdate]]:
     layers = adapted_layers(model, adapter_name)
     if not layers:
         raise UserError(f"this model has no adapter {adapter_name!r} on a linear layer")
     return {name: partial(_of_layer, layer, adapter_name) for name, layer in layers.items()}
 
 
-def _of_layer(layer: Any, adapter_name: str) -> _Update:
+def _of_layer(layer: Any, adapter_name: str) -> LayerUpdate:
     """The update of one adapted layer, and A as it is: A0 + dA of an anchored one."""
     A, B = plain_factors(layer, adapter_name)
     own = A[: layer.r[adapter_name]] if is_anchored(layer, adapter_name) else A
     if is_dora(layer, adapter_name):
-        return _Update(dora_update(layer, adapter_name, linear_weight(layer)), own)
-    return _Update(Factors(A=A, B=B * layer.scaling[adapter_name]), own)
+        return LayerUpdate(dora_update(layer, adapter_name, linear_weight(layer)), own)
+    return LayerUpdate(Factors(A=A, B=B * layer.scaling[adapter_name]), own)
 
 
-def _differences(tuned: nn.Module, base: nn.Module) -> dict[str, Callable[[], _Update]]:
+def _differences(tuned: nn.Module, base: nn.Module) -> dict[str, Callable[[], LayerUpdate]]:
     """The update of every linear layer of a model that was tuned in whole."""
     before, after = dict(base.named_modules()), dict(tuned.named_modules())
     layers = [name for name, module in before.items() if name and is_linear(module)]
@@ -373,8 +376,10 @@ def _differences(tuned: nn.Module, base: nn.Module) -> dict[str, Callable[[], _U
     if different or not layers:
         raise UserError(f"the model was not tuned from this base: {first_few(different)}")
 
-    def difference(name: str) -> _Update:
-        return _Update(linear_weight(after[name]).double() - linear_weight(before[name]).double())
+    def difference(name: str) -> LayerUpdate:
+        return LayerUpdate(
+            linear_weight(after[name]).double() - linear_weight(before[name]).double()
+        )
 
     return {name: partial(difference, name) for name in layers}
 

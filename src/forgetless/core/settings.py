@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -101,14 +101,24 @@ def _in_words(model: type[BaseModel], error: ErrorDetails) -> str:
 
 
 def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """The keys of the section at ``location``."""
+    """The keys of the section at ``location``, in which an entry of a list has place and kind."""
+    found = [model]
     for part in location:
-        section: Any = model.model_fields[str(part)].annotation
-        section = (get_args(section) or (section,))[0]  # of a section that may be left out
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        if isinstance(part, str) and len(found) > 1:
+            found = [m for m in found if part in get_args(m.model_fields["kind"].annotation)]
+        elif isinstance(part, str):
+            found = list(_sections(found[0].model_fields[part].annotation))
+        if not found:
             return []
-        model = section
-    return list(model.model_fields)
+    return list(found[0].model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that an annotation names, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)
 
 
 class Section(BaseModel):

@@ -168,16 +168,23 @@ def intruder_dimensions(
         Shuttleworth et al. 2024, "LoRA vs Full Fine-tuning: An Illusion of Equivalence",
         arXiv:2410.21228.
     """
+    return intruders(W, delta_W, top_k, threshold)[0]
+
+
+def intruders(
+    W: Tensor, delta_W: Update, top_k: int = 10, threshold: float = 0.5
+) -> tuple[Tensor, Triples]:
+    """`intruder_dimensions`, and the singular triples of W + delta_W there."""
     _check_shapes(W, delta_W)
     _check_count("top_k", top_k, W)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a cosine in 0..1, got {threshold}")
-    dense = delta_W.B.double() @ delta_W.A.double() if isinstance(delta_W, Factors) else delta_W
-    tuned = svd_end(W.double() + dense.double(), top_k, "largest").U
+    tuned = svd_end(W.double() + dense(delta_W), top_k, "largest")
     U, S, _ = _triples(W, min(W.shape))
     known = U[:, _ROUNDING * S[0] < S]  # the vectors of zero singular values are arbitrary
-    cosines = (known.mT @ tuned).abs()
-    return (~(cosines >= threshold).any(dim=0)).nonzero().flatten()
+    cosines = (known.mT @ tuned.U).abs()
+    found = (~(cosines >= threshold).any(dim=0)).nonzero().flatten()
+    return found, Triples(tuned.U[:, found], tuned.S[found], tuned.Vh[found])
 
 
 def head_overlap(W: Tensor, delta_W: Update, k: int) -> float:
@@ -208,6 +215,13 @@ def head_overlap(W: Tensor, delta_W: Update, k: int) -> float:
         inside = U.mT @ delta_W.double() @ Vh.mT
     size = update_norm(delta_W)
     return float(inside.norm()) / size if size > 0 else float("nan")
+
+
+def dense(delta_W: Update) -> Tensor:
+    """delta_W (out, in) in float64."""
+    if isinstance(delta_W, Factors):
+        return delta_W.B.double() @ delta_W.A.double()
+    return delta_W.double()
 
 
 def update_norm(delta_W: Update) -> float:
@@ -306,10 +320,19 @@ def shared_energy(second_moment: Tensor, task_moment: Tensor, energy: float = 0.
         ValueError: the shapes differ, or `energy` is outside of that.
     """
     T = _moment(task_moment, len(second_moment))
-    values, vectors = eigen_slice(second_moment, 0, len(second_moment))
-    Q = vectors[:, : rank_at_energy(values.clamp(min=0).sqrt(), energy)]
+    Q = kept_space(second_moment, energy)
     total = float(T.trace())
     return float(((T @ Q) * Q).sum()) / total if total > 0 else float("nan")
+
+
+def kept_space(second_moment: Tensor, energy: float = 0.9) -> Tensor:
+    """Q (in, k): the fewest eigenvectors of C, (in, in), that hold this share of tr C.
+
+    Raises:
+        ValueError: `energy` is not above 0 and at most 1.
+    """
+    values, vectors = eigen_slice(second_moment, 0, len(second_moment))
+    return vectors[:, : rank_at_energy(values.clamp(min=0).sqrt(), energy)]
 
 
 # --- shared ------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.ranks import layer_ranks
-from forgetless.adapters.settings import AdapterSettings
-from forgetless.core.errors import RecipeError, UserError
+from forgetless.adapters.settings import AdapterSettings, OPLoRA, Ties
+from forgetless.core.errors import RecipeError, UserError, first_few
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import with_overrides
 from forgetless.data.chat import Chat
@@ -117,12 +118,14 @@ class Checker:
                     yield from self._problem("calibration.source", fingerprint, source)
 
     def _aftercare(self, recipe: Recipe) -> Iterator[str]:
-        """What is wrong with the texts of the repair, the dial and the spectra."""
+        """What is wrong with the repair, the dial, the comparators, the spectra and their texts."""
         wanted, method = recipe.repair, METHODS.get(recipe.adapter.method)
         if recipe.residual and method is not None and method.trains != ("A", "B"):
             yield f"residual: a start of {method.name!r} is not kept, so none can be taken away"
-        if wanted is None and recipe.dial is None and not (recipe.spectra or recipe.residual):
+        beside = recipe.dial, recipe.comparators, recipe.spectra, recipe.residual
+        if wanted is None and not any(beside):
             return
+        yield from self._comparators(recipe)
         try:
             if not is_statistics(recipe.text_to_keep):
                 yield from self._problem("repair.keep", fingerprint, recipe.text_to_keep)
@@ -134,6 +137,36 @@ class Checker:
             yield from self._problem("repair.task", load_examples, wanted.task)
         if recipe.adapter.use_dora and recipe.adapter.method != "full":
             yield "repair: a DoRA adapter has no A to repair; leave use_dora or the repair out"
+
+    def _comparators(self, recipe: Recipe) -> Iterator[str]:
+        model, _ = self._attempt(meta_model, recipe.base)
+        try:
+            layers = target_layers(model, recipe.adapter.target_modules) if model else {}
+        except ValueError:  # which the adapter's own check tells
+            layers = {}
+        least = min((min(weight_shape(layer)) for layer in layers.values()), default=0)
+        seen: set[str] = set()
+        for position, wanted in enumerate(recipe.comparators if layers else ()):
+            where = f"comparators.{position}"
+            if wanted.label in seen:
+                yield f"{where}: asked for twice; leave one out"
+            seen.add(wanted.label)
+            if isinstance(wanted, OPLoRA) and wanted.directions > least:
+                yield (
+                    f"{where}.directions: must be at most {least}, the shortest side of the "
+                    f"layers, got {wanted.directions}"
+                )
+            for folder in wanted.adapters if isinstance(wanted, Ties) else ():
+                try:
+                    more = [n for n in require_usable(folder, model).layers if n not in layers]
+                except UserError as problem:
+                    yield f"{where}.adapters: {problem}"
+                    continue
+                if more:
+                    yield (
+                        f"{where}.adapters: {folder} changes layers that are not trained here: "
+                        f"{first_few(more)}; name them in adapter.target_modules"
+                    )
 
     def _penalties(self, recipe: Recipe) -> Iterator[str]:
         for position, spec in enumerate(recipe.penalties):

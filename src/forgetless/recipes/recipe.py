@@ -15,6 +15,7 @@ from pydantic import Field
 
 from forgetless.adapters.settings import (
     AdapterSettings,
+    Comparator,
     DialSettings,
     ExportSettings,
     RepairSettings,
@@ -46,6 +47,7 @@ class Recipe(Section):
     export: ExportSettings = ExportSettings()
     repair: RepairSettings | None = None
     dial: DialSettings | None = None
+    comparators: list[Comparator] = []
     residual: bool = False
     spectra: bool = False
     tasks: TaskSettings = TaskSettings()

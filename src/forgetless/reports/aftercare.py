@@ -1,4 +1,4 @@
-"""What a study tells of its repairs, its dial and its spectra, arm by arm at its best rate."""
+"""What a study tells of its repairs, dial, comparators and spectra, arm by arm at its best rate."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class Used:
         taken: in how many of its runs it was taken.
         values: means over the seeds of `kl`, `drift` and `given_up`, where they were measured.
         scores: by the name of the task.
+        comparator: what it is, where it is one; it has no strength and no scale.
+        lost_at_rank: for reduced intruders, mean over the seeds, see `aftercare.json`.
     """
 
     arm: str
@@ -42,6 +44,8 @@ class Used:
     taken: int
     values: Mapping[str, float | None]
     scores: Mapping[str, Estimate]
+    comparator: str = ""
+    lost_at_rank: float | None = None
 
     @property
     def words(self) -> str:
@@ -51,11 +55,11 @@ class Used:
             f"times {self.scale:g}" if self.scale != 1 else "",
         ]
         named = {TRAINED: "as trained", RESIDUAL: "base without the start"}
-        return named.get(self.setting) or ", ".join(filter(None, parts))
+        return self.comparator or named.get(self.setting) or ", ".join(filter(None, parts))
 
 
 def settings(arms: Sequence[Arm], tasks: Sequence[TaskInfo]) -> list[Used]:
-    """Every arm at every setting that was scored: less of it first, then stronger repairs."""
+    """Every arm at every setting that was scored: less of it, stronger repairs, comparators."""
     found = []
     for arm in arms:
         known = [(run, r) for run in arm.best.runs if (r := record(run))]
@@ -73,12 +77,17 @@ def settings(arms: Sequence[Arm], tasks: Sequence[TaskInfo]) -> list[Used]:
                     taken=sum(r.get("repaired") == label for _, r in own),
                     values={k: _mean(p.get(k) for p in points) for k in _VALUES},
                     scores={name: score for name, score in scores.items() if score},
+                    comparator=points[0].get("words", ""),
+                    lost_at_rank=_mean(p.get("lost_at_rank") for p in points),
                 )
             )
     order = [arm.label for arm in arms]
-    return sorted(
-        found, key=lambda u: (order.index(u.arm), u.strength, abs(u.scale - (u.strength > 0)))
-    )
+
+    def place(used: Used) -> tuple[Any, ...]:
+        by_scale = abs(used.scale - (used.strength > 0))
+        return order.index(used.arm), bool(used.comparator), used.strength, by_scale
+
+    return sorted(found, key=place)
 
 
 _VALUES = ("kl", "drift", "given_up")

@@ -26,6 +26,7 @@ NOT_THE_ARM = (
     *("seed", "training.learning_rate", "name", "tasks.", "export."),
     *("training.checkpoint_every", "training.log_every", "training.report_to"),
     *("training.measure_at", "repair", "repair.", "dial", "dial.", "residual", "spectra"),
+    "comparators",
 )
 
 

@@ -127,7 +127,8 @@ def _pairs(chart: Mapping[str, Any], labels: Sequence[str]) -> Any:
     bars: list[Sequence[tuple[float, float]]] = []
     for arm in arms:
         own = [point for point in points if point["arm"] == arm]
-        axes.plot(*zip(*map(_place, own), strict=True), color=_colour(arm), lw=1.2, alpha=0.6)
+        line = [_place(point) for point in own if not point.get("apart")]
+        axes.plot(*zip(*line, strict=True), color=_colour(arm), lw=1.2, alpha=0.6)
         for point in own:
             if point["size"]:
                 bars += _mark(axes, point, labels[arm] if point["named"] else None)

@@ -135,7 +135,8 @@ def _aftercare(
         )
         named = each.setting == TRAINED
         rows = [("setting", each.words)]
-        points.append(_point(places[each.arm], each.arm, rows, size, learned, kept, named=named))
+        point = _point(places[each.arm], each.arm, rows, size, learned, kept, named=named)
+        points.append({**point, "apart": bool(each.comparator)})
     bases = (_plane(found.evidence.tasks, found.arms) or {"bases": []})["bases"]
     known = {t.name: found.arms[0].best.measured[t.name].base for t in forgetting}
     return {

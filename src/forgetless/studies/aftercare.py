@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from forgetless.adapters.comparators import Compared, compared, updated
 from forgetless.adapters.dial import dial
 from forgetless.adapters.folders import load
 from forgetless.adapters.repair import (
@@ -28,7 +29,7 @@ from forgetless.adapters.repair import (
     put,
     repair,
 )
-from forgetless.adapters.settings import AdapterSettings
+from forgetless.adapters.settings import AdapterSettings, Comparator
 from forgetless.core.errors import UserError
 from forgetless.core.progress import counted
 from forgetless.data.held import HeldOut, hold_out, write_texts
@@ -50,19 +51,31 @@ SCALES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """One way to use what was trained: `strength` of the repair, `scale` of the dial after it."""
+    """One way to use what was trained: `strength` of the repair, `scale` of the dial after it.
+
+    Or, in place of both, the label of a `comparator`.
+    """
 
     strength: float = 0.0
     scale: float = 1.0
+    comparator: str = ""
 
     @property
     def label(self) -> str:
-        """A name for folders and tables: ``trained``, ``repair-0.1``, ``dial-0.5`` or both."""
+        """A name for folders and tables: ``trained``, ``repair-0.1``, ``dial-0.5``, or both."""
+        if self.comparator:
+            return self.comparator
         parts = [
             f"repair-{self.strength:g}" if self.strength else "",
             f"dial-{self.scale:g}" if self.scale != 1 else "",
         ]
         return "-".join(filter(None, parts)) or "trained"
+
+    def to_json(self) -> dict[str, Any]:
+        """What it is, as one mapping."""
+        if self.comparator:
+            return {"comparator": self.comparator}
+        return {"strength": self.strength, "scale": self.scale}
 
 
 TRAINED = Setting()
@@ -101,7 +114,7 @@ class Point:
     def to_json(self) -> dict[str, Any]:
         """As one mapping; of the scores their numbers, without items."""
         return {
-            **asdict(self.setting),
+            **self.setting.to_json(),
             "kl": self.kl,
             "loss": self.loss,
             "drift": self.drift,
@@ -119,6 +132,7 @@ class Adjustable:
         keep: activations on text to keep; None for the dial alone.
         task: those on the new task's text.
         strengths: of the repairs that will be asked for.
+        comparators: likewise; with `keep`.
 
     Attributes:
         model: as it was trained.
@@ -133,8 +147,11 @@ class Adjustable:
         keep: Statistics | None = None,
         task: Statistics | None = None,
         strengths: Iterable[float] = (),
+        comparators: Iterable[Comparator] = (),
     ) -> None:
         self.repairs: Repairs | None = None
+        self.comparators = {wanted.label: wanted for wanted in comparators}
+        self._told: dict[str, Compared] = {}
         self.reference: nn.Module | None = None
         wanted = [strength for strength in strengths if strength]
         self._moments = keep, task
@@ -155,6 +172,10 @@ class Adjustable:
     def at(self, setting: Setting) -> Iterator[Any]:
         """The model at a setting; as it was trained afterwards."""
         model = self.model
+        if setting.comparator:
+            with updated(model, self._compared(setting.comparator).updates, self.reference):
+                yield model
+            return
         if self.reference is not None and setting.strength:
             keep, task = self._moments
             assert keep is not None
@@ -177,8 +198,27 @@ class Adjustable:
         assert keep is not None
         return repair(self.model, self.reference, keep, task, strength, rank=rank)
 
+    def _compared(self, label: str) -> Compared:
+        """What a comparator makes of the update; the updates themselves are not kept."""
+        keep, task = self._moments
+        assert keep is not None
+        wanted, base = self.comparators[label], self.reference
+        if base is not None:
+            made = compared(wanted, self.model, base, keep, task)
+        else:
+            made = compared(wanted, self.model, self.model, keep, task, self.own)
+            self.model.set_adapter(self.own)
+        self._told[label] = replace(made, updates={})
+        return made
+
+    def told(self, setting: Setting) -> Compared:
+        """What a comparator does by the moments, without its updates."""
+        return self._told.get(setting.comparator) or self._compared(setting.comparator)
+
     def forecast(self, setting: Setting) -> Forecast:
         """By the moments: what is left of the disturbance, what is missed of the task's effect."""
+        if setting.comparator:
+            return self.told(setting).forecast
         repaired = Forecast(1.0, 0.0)
         if self.repairs is not None:
             repaired = self.repairs.forecast(setting.strength)

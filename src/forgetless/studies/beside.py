@@ -1,4 +1,4 @@
-"""What a run measures beside its trained weights: repairs, turns of the dial, residual, spectra.
+"""What a run measures beside its trained weights: repairs, dial, comparators, residual, spectra.
 
     points/<label>/     scores and items at one setting, laid out like a step on the way
     aftercare.json      every setting with its drift and what it gives up, and the one taken
@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 from forgetless.adapters.dial import residual, scale_folder
 from forgetless.adapters.folders import save
 from forgetless.adapters.repair import STRENGTHS, put
+from forgetless.adapters.settings import Comparator, Ties
 from forgetless.adapters.spectra import spectra
 from forgetless.core.errors import UserError
 from forgetless.core.files import lock, new_folder, read_json, remove, write_json
 from forgetless.core.hashing import source_hash
 from forgetless.data.settings import DATA
 from forgetless.data.texts import fingerprint
-from forgetless.recipes.identity import base_hash
+from forgetless.recipes.identity import base_hash, weights_hash
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.cache import digest
 from forgetless.statistics.moments import Statistics, is_statistics
@@ -82,11 +83,12 @@ class Beside:
         elif not any(self.stages._missing("final", self.run.point(n)) for n in known["scored"]):
             return None
         adjustable, bench = self._bench
-        held = bench.curve([BASE, TRAINED, *repairs, *turned])
+        others = [Setting(comparator=label) for label in adjustable.comparators]
+        held = bench.curve([BASE, TRAINED, *repairs, *turned, *others])
         taken = self._taken([p for p in held if p.setting in {TRAINED, *repairs}], repairs)
-        scored = [*repairs, *turned]
+        scored = [*repairs, *turned, *others]
         if self.recipe.repair is not None and self.recipe.repair.strength == "auto":
-            scored = [*({taken} if taken else ()), *turned]
+            scored = [*({taken} if taken else ()), *turned, *others]
         scored = [setting for setting in dict.fromkeys(scored) if setting != TRAINED]
         if taken is not None:
             self._write(adjustable, taken)
@@ -136,6 +138,9 @@ class Beside:
         foreseen = adjustable.forecast(point.setting)
         values = point.to_json()
         del values["scores"]
+        if wanted := adjustable.comparators.get(point.setting.comparator):
+            told = adjustable.told(point.setting)
+            values |= {"words": wanted.words, "lost_at_rank": told.lost_at_rank}
         return {**values, "kept_by_moments": foreseen.kept, "missed_by_moments": foreseen.missed}
 
     def _write(self, adjustable: Adjustable, setting: Setting) -> None:
@@ -166,6 +171,7 @@ class Beside:
             keep.statistics,
             task.statistics,
             [setting.strength for setting in repairs],
+            self.recipe.comparators,
         )
         return adjustable, Bench(adjustable, self.stages.tokenizer, keep.held, task.held)
 
@@ -252,7 +258,13 @@ class Beside:
             "keep": self._source_key(self.recipe.text_to_keep, "keep"),
             "task": wanted and wanted.task and self._source_key(self._task_text(), "task"),
         }
+        if self.recipe.comparators:
+            content["comparators"] = [self._comparator_key(c) for c in self.recipe.comparators]
         return digest(json.dumps(content, sort_keys=True))
+
+    def _comparator_key(self, wanted: Comparator) -> list[Any]:
+        folders = wanted.adapters if isinstance(wanted, Ties) else []
+        return [wanted.model_dump(), [weights_hash(folder) for folder in folders]]
 
     def _source_key(self, source: str, kind: str) -> Any:
         return source if is_statistics(source) else self._text_key(source, kind)

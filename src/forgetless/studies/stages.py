@@ -8,9 +8,9 @@
     evaluate      scores/final/    what the trained model can do
     analyse       analysis.json    how far the weights moved
 
-A recipe may ask for two more, see `beside`: aftercare (repairs and the dial, measured beside the
-trained weights) and spectra. Every stage reads what it needs from the disk, so a run that was
-killed and continued computes the same numbers as one that was not.
+A recipe may ask for two more, see `beside`: aftercare (repairs, the dial and comparators, measured
+beside the trained weights) and spectra. Every stage reads what it needs from the disk, so a run
+that was killed and continued computes the same numbers as one that was not.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class Stages:
         self._timed("export", self.export)
         if evaluate:
             self._timed("evaluate", self.evaluate)
-            asked = self.recipe.repair, self.recipe.dial, self.recipe.residual or None
-            if asked != (None, None, None):
+            recipe = self.recipe
+            if recipe.repair or recipe.dial or recipe.comparators or recipe.residual:
                 self._timed("aftercare", partial(self._alone, Beside(self).aftercare))
         self._timed("analyse", self.analyse)
         if self.recipe.spectra:

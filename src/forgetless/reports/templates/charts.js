@@ -48,7 +48,7 @@ for (const id of ["plane", "course", "aftercare"]) define(id, (tools) => {
     const marks = inSight.filter((p) => p.size), bars = state.bars ? marks.filter((p) => !p.minor) : [];
     const reach = (axis) => [...inSight, ...bases].flatMap((p) => [p[axis], ...(bars.includes(p) ? [p.ends[axis].low, p.ends[axis].high] : [])]).filter((v) => v !== null);
     const arms = [...new Set(inSight.map((p) => p.arm))];
-    const lines = arms.map((arm) => line(inSight.filter((p) => p.arm === arm), isPlane ? "track" : "curve thin", arm));
+    const lines = arms.map((arm) => line(inSight.filter((p) => p.arm === arm && !p.apart), isPlane ? "track" : "curve thin", arm));
     const best = front(marks);
     if (isPlane && best.length > 1) lines.unshift(line(best, "front"));
     const names = marks.filter((p) => p.named && (isPlane || arms.length <= 12)); // more do not fit; the legend has them all
