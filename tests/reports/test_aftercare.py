@@ -11,6 +11,7 @@ import pytest
 
 from forgetless.reports import report
 from forgetless.reports.aftercare import (
+    heat_maps,
     layers_chart,
     regained,
     settings,
@@ -92,6 +93,9 @@ def spectra() -> dict[str, Any]:
             "rotation": 0.5,
             "intruders": [0, 3],
             "output_change": None,
+            "weight": {"effective": 20.0},
+            "activations": {"effective": 5.0 + block},
+            "shared_energy": None,
         }
         for block in range(3)
         for module in ("q_proj", "up_proj")
@@ -173,9 +177,30 @@ def test_spectra_by_module_and_by_block(made_up: Path) -> None:
         "update_rank_at_90",
         "rotation",
         "intruders",
+        "narrowness",
     ]
+    assert {row["values"]["narrowness"] for row in chart["rows"]} == {0.25, 0.3, 0.35}
     assert [row["values"]["update_rank_at_90"] for row in chart["rows"][:2]] == [4, 4]
     assert {row["values"]["intruders"] for row in chart["rows"]} == {2}
+
+
+def test_maps_have_a_row_a_block_and_a_column_a_kind_of_module(made_up: Path) -> None:
+    found = find(made_up)
+    labels = [arm.label for arm in found.arms]
+    chart = layers_chart(spectra_of(found.arms), {label: i for i, label in enumerate(labels)})
+    assert chart is not None
+    chart["rows"][0]["values"]["rotation"] = None  # of the first arm's q_proj in block 0
+    chart["rows"].append(
+        {**chart["rows"][1], "values": {**chart["rows"][1]["values"], "rotation": 1}}
+    )
+    maps = heat_maps(chart, labels)
+    assert list(maps) == labels
+    rotation, rank, narrow = maps[labels[0]]
+    assert rotation.modules == ["q_proj", "up_proj"]
+    assert rotation.rows == [(0, [None, 0.75]), (1, [0.5, 0.5]), (2, [0.5, 0.5])]
+    assert rank.rows == [(0, [4, 4]), (1, [5, 5]), (2, [6, 6])]
+    assert (rotation.most, rank.most, narrow.most) == (1, 6, 0.35)
+    assert heat_maps(None, labels) == {}
 
 
 def test_the_chart_leads_from_less_of_the_update_to_stronger_repairs(made_up: Path) -> None:
@@ -236,4 +261,10 @@ def test_a_real_study_shows_what_it_measured(
     ):
         assert found["aftercare"].count(words) == 2, words
     assert "eff. rank X" in found["inside"]
-    assert "down_proj" in found["inside"]
+    # What the claims of the papers are read off: by kind of module, and by block.
+    for words in ("rank of W", "eff. rank X", "turned", "in the head", "rank of dW", "shared"):
+        assert f'class="sort">{words}<' in found["inside"], words
+    assert found["inside"].count('class="heat"') == 2 * 4
+    values = re.findall(r'<td style="--share: (\d+)%">([\d.]+)</td>', found["inside"])
+    assert len(values) == 2 * 4 * 2 * 7
+    assert all(int(share) <= 50 for share, _ in values)

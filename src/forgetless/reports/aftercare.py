@@ -167,9 +167,14 @@ INSIDE: Mapping[str, tuple[str, str]] = {
     "relative_update": ("size", "‖dW‖ / ‖W‖"),
     "update_rank_at_90": ("rank of dW", "directions with 90 % of the update’s energy"),
     "update_rank_effective": ("eff. rank dW", "effective rank by singular values"),
+    "weight_rank_at_90": ("rank of W", "directions with 90 % of the weight’s energy"),
     "weight_rank_effective": ("eff. rank W", "effective rank of the weight, by singular values"),
     "activations_rank_effective": ("eff. rank X", "of the inputs on the text to keep"),
     "rotation": ("turned", "share of dW that turns W’s singular directions"),
+    "head_overlap": (
+        "in the head",
+        "share of dW within W’s largest directions, as many as its rank",
+    ),
     "intruders": ("new", "intruder dimensions among the ten largest of W + dW"),
     "output_change": ("output", "‖dW X‖ / ‖W X‖ on the text to keep"),
     "A_on_inputs_last": ("A in the tail", "share of A in the weakest tenth of the inputs"),
@@ -184,6 +189,8 @@ BY_BLOCK: Mapping[str, str] = {
     "rotation": "share of dW that turns",
     "intruders": "intruder dimensions",
     "output_change": "‖dW X‖ / ‖W X‖",
+    "narrowness": "eff. rank X / eff. rank W",
+    "shared_energy": "share of the task’s input energy in the kept space",
 }
 """What is drawn by block, and its title."""
 
@@ -250,4 +257,59 @@ def _of_layer(layers: Sequence[Mapping[str, Any]], name: str) -> float | None:
         return _mean(layer["update"]["at_90"] for layer in layers)
     if name == "intruders":
         return _mean(len(v) for layer in layers if (v := layer["intruders"]) is not None)
+    if name == "narrowness":
+        ranks = [(layer["activations"], layer["weight"]) for layer in layers]
+        return _mean(x["effective"] / w["effective"] for x, w in ranks if x and w)
     return _mean(layer[name] for layer in layers)
+
+
+MAPPED: Mapping[str, str] = {
+    "rotation": "Share of dW that turns W’s directions",
+    "update_rank_at_90": "Rank of dW at 90 % of its energy",
+    "narrowness": "Effective rank of the inputs over W’s",
+    "shared_energy": "Share of the task’s inputs in the kept space",
+}
+"""What has a map of blocks by kinds of module, and its title."""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One number of an arm's updates, by block and kind of module.
+
+    Attributes:
+        title: what it is.
+        modules: the columns.
+        rows: a block, and a value for each column; None where there is none.
+        most: the largest over all arms, by which cells are shaded.
+    """
+
+    title: str
+    modules: Sequence[str]
+    rows: Sequence[tuple[int, Sequence[float | None]]]
+    most: float
+
+
+def heat_maps(chart: Mapping[str, Any] | None, labels: Sequence[str]) -> dict[str, list[HeatMap]]:
+    """Arm -> its maps, from what `layers_chart` gave; layers of a kind in a block are averaged."""
+    if chart is None:
+        return {}
+    layers, found = chart["rows"], {}
+    for arm in dict.fromkeys(layer["arm"] for layer in layers):
+        own = [layer for layer in layers if layer["arm"] == arm]
+        modules = list(dict.fromkeys(layer["module"] for layer in own))
+        blocks = sorted({layer["block"] for layer in own})
+        cells: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+        for layer in own:
+            cells.setdefault((layer["block"], layer["module"]), []).append(layer["values"])
+        found[labels[arm]] = [
+            HeatMap(
+                title,
+                modules,
+                [(b, [_mean(v[name] for v in cells.get((b, m), ())) for m in modules])
+                 for b in blocks],
+                max(layer["values"][name] or 0.0 for layer in layers),
+            )
+            for name, title in MAPPED.items()
+            if name in chart["titles"]
+        ]  # fmt: skip
+    return found
