@@ -33,8 +33,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# What others import, and what asks for a folder or a GPU.
+NO_BENCH := timing shapes parts aftercare on_gpu real_bases
 bench: $(READY)
-	@for file in $(filter-out benchmarks/timing.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out $(NO_BENCH:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
 
 # torch comes first and by its exact version: a loose `torch` can pull gigabytes of GPU libraries.
 $(READY): pyproject.toml constraints.txt

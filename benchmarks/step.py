@@ -2,10 +2,11 @@
 
     python benchmarks/step.py [--hidden 256 1024] [--rank 8 32 64] [--repeats 15] [--device cuda]
 
-A step is forward, backward and AdamW on one Llama block (all linear layers adapted). The sides take
-turns in one process; a ratio is the median of the ratios of neighbouring steps, which a busy moment
-hits alike. `plain` is a start that needs no anchor, and so PEFT's own layer. `floor` is what the
-multiply-adds of the second low-rank product alone would make of the ratio.
+A step is forward, backward and AdamW on one Llama block, or on `--layers` of them, with all linear
+layers adapted. The sides take turns in one process; a ratio is the median of the ratios of
+neighbouring steps, which a busy moment hits alike. `plain` is a start that needs no anchor, and so
+PEFT's own layer. `floor` is what the multiply-adds of the second low-rank product alone would make
+of the ratio.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ BARS = {"anchored": {256: 1.25, 1024: 1.10}, "plain": {256: 1.03}}
 """Side -> smallest hidden size -> what the ratio may be, at rank <= hidden / 32."""
 
 
-def block(hidden: int, device: str, dtype: torch.dtype) -> nn.Module:
-    """One Llama block of that width with a small vocabulary; the same weights at every call."""
+def blocks(hidden: int, layers: int, device: str, dtype: torch.dtype) -> nn.Module:
+    """Llama blocks of that width with a small vocabulary; the same weights at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=hidden,
         intermediate_size=11 * hidden // 4,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=max(hidden // 128, 1),
     )
-    model: nn.Module = LlamaForCausalLM(config).to(device, dtype)
+    with torch.device(device):
+        model: nn.Module = LlamaForCausalLM(config).to(dtype)
     return model
 
 
@@ -91,7 +93,7 @@ def paired(times: Mapping[str, Sequence[float]], one: str, other: str) -> float:
     return median(a / b for a, b in zip(times[one], times[other], strict=True))
 
 
-def floor(hidden: int, rank: int, tokens: int, length: int) -> float:
+def floor(hidden: int, rank: int, layers: int, length: int) -> float:
     """Multiply-adds of a step with an anchor over those of PEFT's LoRA; attention included.
 
     For each token, weight W (out, in) costs 2 out in there and back; a plain LoRA 3 rank
@@ -99,8 +101,8 @@ def floor(hidden: int, rank: int, tokens: int, length: int) -> float:
     """
     inner = 11 * hidden // 4
     shapes = [(hidden, hidden)] * 4 + [(hidden, inner)] * 3
-    base = 2 * sum(a * b for a, b in shapes) + 6 * length * hidden + 3 * 256 * hidden
-    low_rank = rank * sum(a + b for a, b in shapes)
+    base = layers * (2 * sum(a * b for a, b in shapes) + 6 * length * hidden) + 3 * 256 * hidden
+    low_rank = layers * rank * sum(a + b for a, b in shapes)
     return (base + 5 * low_rank) / (base + 3 * low_rank)
 
 
@@ -134,7 +136,8 @@ def compare(hidden: int, rank: int, options: argparse.Namespace) -> dict[str, An
     tokens = torch.randint(256, (options.batch, options.length)).to(options.device)
     dtype = getattr(torch, options.dtype)
     models = {
-        side: make(block(hidden, options.device, dtype), rank) for side, make in SIDES.items()
+        side: make(blocks(hidden, options.layers, options.device, dtype), rank)
+        for side, make in SIDES.items()
     }
     steps = {side: stepper(model, tokens, options.autocast) for side, model in models.items()}
     times = interleaved(steps, options.repeats, warmups=2, device=options.device)
@@ -143,8 +146,9 @@ def compare(hidden: int, rank: int, options: argparse.Namespace) -> dict[str, An
     }
     row: dict[str, Any] = {"hidden": hidden, "rank": rank, "hidden/rank": hidden // rank}
     row |= {f"{side} s": seconds for side, seconds in medians(times).items()}
+    row |= {f"{side} min s": min(seconds) for side, seconds in times.items()}
     row |= {side: paired(times, side, "peft") for side in ("anchored", "plain")}
-    row["floor"] = floor(hidden, rank, options.batch * options.length, options.length)
+    row["floor"] = floor(hidden, rank, options.layers, options.length)
     row["memory"] = memory["anchored"] / memory["peft"]
     return row
 
@@ -160,11 +164,12 @@ def misses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Measure every width and rank, print the table, write the JSON, name what misses its bar."""
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Anchored layer against PEFT's LoRA.")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--full", action="store_true", help="hidden sizes up to 4096")
+    parser.add_argument("--layers", type=int, default=1, help="blocks of the model")
     parser.add_argument("--rank", type=int, nargs="+", help="by default 8, hidden/32, hidden/16")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--batch", type=int, default=4)
@@ -173,7 +178,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the base's weights")
     parser.add_argument("--autocast", action="store_true", help="compute in bfloat16")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure every width and rank, print the table, write the JSON, name what misses its bar."""
+    options = options_of()
     torch.set_num_threads(options.threads)
     rows = []
     for hidden in HIDDEN if options.full else options.hidden:
@@ -181,6 +191,7 @@ def main() -> None:
             rows.append(compare(hidden, rank, options))
             gc.collect()
     settings = {
+        "layers": options.layers,
         "tokens": options.batch * options.length,
         "dtype": options.dtype,
         "autocast": options.autocast,

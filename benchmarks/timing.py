@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -75,6 +76,19 @@ def wait(device: str | torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def reset_peak(device: str | torch.device) -> None:
+    """Begin to look for the most memory of a GPU that is in use at a time."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: str | torch.device) -> float | None:
+    """The most GiB of tensors on a GPU at a time since `reset_peak`; None on the CPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
 def medians(times: Times) -> dict[str, float]:
     """Side -> its median seconds."""
     return {name: median(values) for name, values in times.items()}
@@ -86,7 +100,7 @@ def ratio(times: Times, one: str, other: str) -> float:
 
 
 def surroundings(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """The hardware and the versions that a number depends on."""
+    """The hardware, the versions and the commit that a number depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -100,8 +114,23 @@ def surroundings(device: str | torch.device = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if gpu else None,
+        "gpu GiB": torch.cuda.get_device_properties(device).total_memory / 2**30 if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if gpu
+        else None,
+        "commit": _said("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
         "versions": found,
     }
+
+
+def _said(*command: str) -> str | None:
+    """The first line that a command prints; None where there is no such command or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0].strip() or None
 
 
 def _cpu() -> str:
