@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerFast
 
 from forgetless.data.encoding import encode
 from forgetless.data.examples import from_rows
-from forgetless.data.texts import batches, training_batches
+from forgetless.data.modality import training_batches
+from forgetless.data.texts import batches
 from forgetless.data.tokens import tokenize
 from forgetless.models.load import load_model
 from forgetless.tasks.generate import ExactMatch
@@ -283,7 +284,7 @@ def test_padding_outside_the_embeddings_is_never_looked_up(
     asked.write_text("".join(json.dumps(row) + "\n" for row in questions))
     for batch in (
         *batches(str(path), model, tokenizer, samples=5, max_length=32),
-        *training_batches(str(path), tokenizer, samples=5, max_length=32),
+        *training_batches(str(path), model, tokenizer, samples=5, max_length=32),
     ):
         assert int(batch["input_ids"].max()) < tokenizer.pad_token_id
         model(**batch)

@@ -12,7 +12,6 @@ from transformers import OPTConfig, OPTForCausalLM
 from forgetless.core.errors import UserError
 from forgetless.data.batches import Padding, TokenRows, positions
 from forgetless.data.packing import IGNORED, TokenRow, packed, wrapped
-from forgetless.training.model import require_kept_apart
 from tests.families import FAMILIES, VOCAB
 
 CAUSAL = ("llama", "qwen2", "gpt2")
@@ -61,7 +60,7 @@ def test_packed_sequences_have_the_losses_of_unpacked_ones(family: str) -> None:
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_these_models_keep_packed_sequences_apart(family: str) -> None:
-    require_kept_apart(FAMILIES[family].model(), SEVERAL)
+    SEVERAL.require_fitting(FAMILIES[family].model())
 
 
 def test_models_whose_masks_ignore_the_position_ids_are_refused() -> None:
@@ -77,7 +76,7 @@ def test_models_whose_masks_ignore_the_position_ids_are_refused() -> None:
         )
     )
     with pytest.raises(UserError, match="would see each other in OPTForCausalLM"):
-        require_kept_apart(opt, SEVERAL)
+        SEVERAL.require_fitting(opt)
 
 
 def test_documents_fill_rows_and_keep_their_borders() -> None:

@@ -41,3 +41,18 @@ def private_imports() -> Iterator[str]:
             for name in node.names:
                 if name.name.startswith("_") and name.name != "__version__" and home != package:
                     yield f"{file.relative_to(PACKAGE)}:{node.lineno} takes {name.name}"
+
+
+def test_only_the_modality_is_asked_for_a_tokenizer() -> None:
+    """Data, models and tasks are of a modality; everything else is of none."""
+    of_text = {"batches", "chat", "encoding", "language", "tokens"}
+    taken = []
+    for file in PACKAGE.rglob("*.py"):
+        if file.relative_to(PACKAGE).parts[0] in ("data", "models", "tasks"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [name.name for name in node.names if "okenizer" in name.name]
+                if names or node.module.removeprefix("forgetless.data.") in of_text:
+                    taken.append(f"{file.relative_to(PACKAGE)} imports {node.module} {names}")
+    assert taken == []

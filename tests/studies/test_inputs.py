@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ import torch
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.cli.commands.starts import collect_statistics, init
 from forgetless.core.errors import UserError
+from forgetless.data.language import MODALITY
+from forgetless.data.modality import training_batches
 from forgetless.data.settings import CalibrationSettings, DataSettings
-from forgetless.data.texts import batches, training_batches
+from forgetless.data.texts import batches
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.recipes.checking import check
 from forgetless.recipes.identity import input_keys
@@ -62,8 +65,9 @@ def test_sources_that_cannot_be(source: Any) -> None:
 
 
 def test_training_batches_are_what_training_sees(tiny_base: Path, tiny_files: Path) -> None:
-    tokenizer = load_tokenizer(str(tiny_base))
-    made = training_batches(str(tiny_files / "train.jsonl"), tokenizer, samples=5, batch_size=2)
+    model, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
+    source = str(tiny_files / "train.jsonl")
+    made = training_batches(source, model, tokenizer, samples=5, batch_size=2)
     assert [len(batch["input_ids"]) for batch in made] == [2, 2, 1]
     for batch in made:
         assert set(batch) == {"input_ids", "attention_mask", "labels"}
@@ -99,7 +103,8 @@ def test_methods_of_the_task_run_from_a_recipe(
     folders = [path for path in kept.iterdir() if path.is_dir()]
     assert len(folders) == len(needs)  # and nothing unfinished is left
     model, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
-    task = training_batches(str(tiny_files / "train.jsonl"), tokenizer, samples=8, max_length=32)
+    source = str(tiny_files / "train.jsonl")
+    task = training_batches(source, model, tokenizer, samples=8, max_length=32)
     if method == "lora_ga":
         found, expected = Gradients.load(folders[0]), collect_gradients(model, task)
         assert all(torch.allclose(found[name], expected[name]) for name in expected)
@@ -137,14 +142,15 @@ def test_an_interrupted_stage_goes_on_with_the_same_text(
     collecting = Collecting.of(recipe)
     whole = collecting.collect("second_moment", model, tokenizer)
 
-    def stop(*_: Any, **__: Any) -> None:
+    def stop(*_: Any, **__: Any) -> NoReturn:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
         broken.setattr("forgetless.studies.inputs.collect", stop)
         with pytest.raises(KeyboardInterrupt):
             collecting.collect("second_moment", model, tokenizer, tmp_path / "kept")
-    monkeypatch.setattr("forgetless.studies.inputs.batches", stop)
+    deaf = replace(MODALITY, batches=stop)
+    monkeypatch.setattr("forgetless.data.language.MODALITY", deaf)
     found = collecting.collect("second_moment", model, tokenizer, tmp_path / "kept")
     assert isinstance(found, Statistics)
     assert isinstance(whole, Statistics)

@@ -111,7 +111,7 @@ def test_evaluate_refuses_before_any_work() -> None:
         fl.evaluate(model, ["nope", "kl"])
     with pytest.raises(UserError, match=r"'kl' measures the distance to the base.*reference=base"):
         fl.evaluate(model, ["pocket_recall", {"kind": "kl", "path": "pocket:held"}])
-    with pytest.raises(UserError, match="pass tokenizer="):
+    with pytest.raises(UserError, match=r"pass processor= \(its tokenizer\)"):
         fl.evaluate(model, "pocket_recall")
     with pytest.raises(UserError, match="batch_size must be a whole number of at least 1, got 0"):
         fl.evaluate(model, "pocket_recall", batch_size=0)

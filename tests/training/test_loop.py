@@ -387,9 +387,8 @@ def test_the_order_changes_with_the_epoch_and_neighbouring_seeds_share_none(tmp_
                 seen.append(index)  # noqa: B023
                 return super().__getitem__(index)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("forgetless.training.loop.TokenRows", Watched)
-            fit(lora(), tmp_path / str(seed), seed=seed, steps=4, batch_size=25)
+        rows = Watched(DATA)
+        fit(lora(), tmp_path / str(seed), data=rows, seed=seed, steps=4, batch_size=25)
         orders[seed] = [seen[:50], seen[50:100]]
     epochs = [*orders[0], *orders[1]]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel, TaskType
@@ -27,9 +27,9 @@ from forgetless.core.errors import UserError, first_few
 from forgetless.core.linalg import eigen_top
 from forgetless.core.method import Decomposition, Factors, Method
 from forgetless.core.progress import counted
-from forgetless.data.texts import batches
+from forgetless.data.modality import modality_of
 from forgetless.methods import decompose, find
-from forgetless.models.load import Targets, as_base, base_of, find_targets, load_tokenizer
+from forgetless.models.load import Targets, as_base, base_of, find_targets
 from forgetless.models.weights import is_offloaded, linear_weight, unreadable, weight_shape
 from forgetless.statistics.collection import collect
 from forgetless.statistics.gradients import Gradients
@@ -97,7 +97,7 @@ def attach(
             ignored by methods that do not need them.
         keep: instead of `stats`, what is to be kept: a text itself, a file, or
             another source of `forgetless.data.texts.batches`; 256 pieces of it are run through the
-            base, which must have a name by which its tokenizer is found.
+            base, which must have a name by which its processor is found.
         task_stats: activations on the new task's data, for `eva`, `corda_ipm` and `sc_lora`.
         gradients: layer name -> gradient of the new task's loss, (out, in), for `lora_ga`.
         dropout: probability, on the adapter's input while training.
@@ -179,19 +179,20 @@ def _statistics_of(
     keep: str | Path, model: nn.Module, target_modules: str | Sequence[str]
 ) -> Statistics:
     """The activations of the base on a text, or on what a source of texts holds."""
-    name = getattr(base_of(model), "name_or_path", "")
+    name, modality = getattr(base_of(model), "name_or_path", ""), modality_of(model)
     if not name:
         raise UserError(
-            "keep= needs the base's tokenizer, and this model was loaded from nowhere; pass "
+            f"keep= needs the base's {modality.processor_name}, and this model was loaded from "
+            "nowhere; pass "
             "stats=forgetless.collect(model, batches)"
         )
-    source, tokenizer = str(keep), load_tokenizer(name)
+    source, processor = str(keep), modality.load_processor(name)
     named = os.path.exists(source) or re.search(r"\.(txt|jsonl?|csv|parquet)\Z", source)
     with TemporaryDirectory() as folder, as_base(model) as base:
         if isinstance(keep, str) and len(keep.split()) > 1 and not named:
             source = str(Path(folder) / "keep.txt")
             Path(source).write_text(keep, encoding="utf-8")
-        texts = batches(source, cast(PreTrainedModel, base), tokenizer)
+        texts = modality.batches(source, base, processor)
     return collect(model, texts, target_modules)
 
 

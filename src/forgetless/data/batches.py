@@ -7,6 +7,7 @@ slices of one tensor cost nothing.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from forgetless.core.errors import UserError
+from forgetless.data.modality import Batch, Sample
 from forgetless.data.packing import IGNORED
-
-Sample = dict[str, Any]
-"""`input_ids` and `labels`, tensors of one length, and `lengths`, of the sequences in them."""
+from forgetless.models.load import base_of, evaluating
 
 
 class TokenRows(torch.utils.data.Dataset[Sample]):
-    """The rows of a tokenised data set, each a slice of one tensor.
+    """The rows of a tokenised data set: `input_ids` and `labels`, each a slice of one tensor.
 
     Args:
         dataset: a `datasets.Dataset` with the columns ``input_ids`` and ``labels``, and
@@ -64,11 +65,6 @@ class TokenRows(torch.utils.data.Dataset[Sample]):
         return self.flat["input_ids"].numel()
 
     @property
-    def largest_token(self) -> int:
-        """The largest token id."""
-        return int(self.flat["input_ids"].max())
-
-    @property
     def fingerprint(self) -> str:
         """SHA-256 of all tokens, labels and lengths."""
         lengths = self.parts or [[len(input_ids)] for input_ids, _ in self.rows]
@@ -76,6 +72,64 @@ class TokenRows(torch.utils.data.Dataset[Sample]):
         for flat in self.flat.values():
             digest.update(flat.numpy().data)
         return digest.hexdigest()
+
+    def join(self, rows: Sequence[Sample]) -> Batch:
+        """See `Padding`."""
+        return Padding()(rows)
+
+    def require_fitting(self, model: Any) -> None:
+        """See to it that the model has a position and a word for each token, and keeps rows apart.
+
+        A model without weights is not asked whether the sequences of a row would see each other.
+
+        Raises:
+            UserError: the rows are too long, of another tokenizer, or packed for a model in which
+                their sequences see each other.
+        """
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and self.longest > positions:
+            raise UserError(
+                f"the longest example has {self.longest} tokens, but the model has {positions} "
+                f"positions; set max_length to {positions} or less"
+            )
+        words = model.get_input_embeddings().num_embeddings
+        largest = int(self.flat["input_ids"].max())
+        if largest >= words:
+            raise UserError(
+                f"the data holds the token {largest}, but the model knows {words} tokens; "
+                "use the tokenizer of this model"
+            )
+        if all(weight.is_meta for weight in model.parameters()):
+            return
+        base = base_of(model)
+        if self.several and not _keeps_apart(base):
+            raise UserError(
+                f"packed sequences would see each other in {type(base).__name__}, which does not "
+                "keep them apart by their position ids; set data.pack to false"
+            )
+
+
+@torch.no_grad()
+def _keeps_apart(model: Any) -> bool:
+    """Whether a sequence gives the same logits after either of two others in its row.
+
+    Not every forward that takes position ids makes a mask of them, and recurrent layers need more
+    than a mask. What the two others do to the logits where they are meant to be seen is the scale.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    device = model.get_input_embeddings().weight.device
+    tokens = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4], [4, 3, 2, 1, 1, 2, 3, 4]], device=device)
+
+    def difference(sequence: int) -> float:
+        """Between the second halves of the rows, with sequences of so many tokens."""
+        places = torch.arange(sequence, device=device).repeat(2, 8 // sequence)
+        logits = model(input_ids=tokens, position_ids=places, use_cache=False).logits
+        after_one, after_other = logits[:, 4:].float()
+        return float((after_one - after_other).norm())
+
+    with evaluating(model):
+        return difference(4) <= 1e-3 * difference(8)
 
 
 class Padding:
@@ -86,7 +140,7 @@ class Padding:
     sees it, and a tokenizer's own padding token may lie outside the model's embeddings.
     """
 
-    def __call__(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Sample]) -> Batch:
         input_ids = [row["input_ids"] for row in rows]
         padded = pad_sequence(input_ids, batch_first=True, padding_value=0)
         labels = [row["labels"] for row in rows]

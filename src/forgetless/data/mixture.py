@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from forgetless.core.errors import UserError
-from forgetless.data.batches import Sample, TokenRows
+from forgetless.data.modality import Batch, Rows, Sample
 
 
 class Mixture(torch.utils.data.Dataset[Sample]):
@@ -28,7 +29,7 @@ class Mixture(torch.utils.data.Dataset[Sample]):
         UserError: a share is not positive, or so small that an epoch has no row of its source.
     """
 
-    def __init__(self, parts: Sequence[TokenRows], shares: Sequence[float], seed: int) -> None:
+    def __init__(self, parts: Sequence[Rows], shares: Sequence[float], seed: int) -> None:
         self.parts = list(parts)
         self.counts = _counts([len(part) for part in parts], shares)
         self.seed = seed
@@ -63,20 +64,10 @@ class Mixture(torch.utils.data.Dataset[Sample]):
         return self.parts[source][row]
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest row of any source."""
-        return max(part.longest for part in self.parts)
-
-    @property
     def tokens(self) -> int:
         """Tokens of an epoch, where every source has rows of its mean length."""
         mean = [part.tokens / len(part) for part in self.parts]
         return round(sum(m * count for m, count in zip(mean, self.counts, strict=True)))
-
-    @property
-    def largest_token(self) -> int:
-        """The largest token id of any source."""
-        return max(part.largest_token for part in self.parts)
 
     @property
     def several(self) -> bool:
@@ -88,6 +79,15 @@ class Mixture(torch.utils.data.Dataset[Sample]):
         """SHA-256 of all rows of all sources and of what decides the order."""
         content = [part.fingerprint for part in self.parts]
         return hashlib.sha256(str([content, self.counts, self.seed]).encode()).hexdigest()
+
+    def join(self, rows: Sequence[Sample]) -> Batch:
+        """As the sources do."""
+        return self.parts[0].join(rows)
+
+    def require_fitting(self, model: Any) -> None:
+        """Raise what of any source the model cannot read."""
+        for part in self.parts:
+            part.require_fitting(model)
 
 
 def _counts(lengths: Sequence[int], shares: Sequence[float]) -> list[int]:

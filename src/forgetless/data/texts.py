@@ -10,22 +10,18 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from forgetless.core.errors import UserError, unknown
 from forgetless.core.progress import counted
 from forgetless.data.chat import Chat
 from forgetless.data.encoding import encode, ended
-from forgetless.data.examples import Examples, from_rows, load_examples
+from forgetless.data.examples import Examples, from_rows
 from forgetless.data.files import read_rows
-from forgetless.data.forms import Kind
-from forgetless.data.tokens import tokenize
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from forgetless.data.batches import Sample
 
 SELF = "self"
 POCKET_TEXTS = {
@@ -96,7 +92,11 @@ def batches(
         UserError: an empty or unreadable source, a count below 1, a model that is no causal
             language model, or a tokenizer of another model.
     """
-    import torch  # the fingerprint of a source needs none
+    # The fingerprint of a source needs no torch.
+    import torch
+
+    from forgetless.data.batches import Padding
+    from forgetless.data.modality import longest_first
 
     counts = {"samples": samples, "max_length": max_length, "batch_size": batch_size}
     for name, value in counts.items():
@@ -119,48 +119,8 @@ def batches(
         {"input_ids": ids, "labels": ids, "lengths": [len(ids)]}
         for ids in map(torch.tensor, windows)
     ]
-    return [
-        {name: batch[name] for name in ("input_ids", "attention_mask")}
-        for batch in _padded(rows, batch_size)
-    ]
-
-
-def training_batches(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    samples: int = 256,
-    max_length: int = 512,
-    batch_size: int = 8,
-    limit: int | None = None,
-    kind: Kind | Literal["auto"] = "auto",
-    seed: int = 0,
-) -> list[dict[str, Tensor]]:
-    """Batches of training data as training sees it: one sequence a row, labels on what is learned.
-
-    Args:
-        path: what `forgetless.data.load_examples` reads.
-        tokenizer: the model's.
-        samples: how many sequences, drawn at random from a larger file.
-        max_length: tokens of the longest sequence; raw text is cut into pieces of it.
-        batch_size: sequences a batch; sequences of similar length go together.
-        limit: read no more than the first rows of the file.
-        kind: see `forgetless.data.load_examples`.
-        seed: decides which sequences are drawn.
-
-    Returns:
-        `input_ids`, `attention_mask` and `labels`, (batch, tokens), padded on the right.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: a broken file, or nothing to learn within `max_length`.
-    """
-    from forgetless.data.batches import TokenRows
-
-    examples = load_examples(path, limit=limit, kind=kind)
-    rows = TokenRows(tokenize(examples, tokenizer, max_length=max_length, pack=False))
-    drawn = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))
-    return _padded((rows[i] for i in drawn), batch_size)
+    joined = map(Padding(), longest_first(rows, batch_size))
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in joined]
 
 
 def fingerprint(source: str) -> str:
@@ -301,16 +261,6 @@ def _check_vocabulary(windows: Iterable[Sequence[int]], model: PreTrainedModel) 
             f"the text has token {largest}, but the model knows only 0..{size - 1}: the tokenizer "
             "belongs to another model"
         )
-
-
-def _padded(rows: Iterable[Sample], batch_size: int) -> list[dict[str, Tensor]]:
-    """The rows in batches, longest first."""
-    # Imports torch, which the fingerprint of a source does not need.
-    from forgetless.data.batches import Padding
-
-    longest_first = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    starts = range(0, len(longest_first), batch_size)
-    return [Padding()(longest_first[start : start + batch_size]) for start in starts]
 
 
 def self_text(

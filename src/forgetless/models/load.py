@@ -45,7 +45,9 @@ from forgetless.models.weights import (
 
 __all__ = [
     "DTYPES",
+    "HEADS",
     "POCKET",
+    "Head",
     "Targets",
     "adapter_off",
     "as_base",
@@ -55,6 +57,7 @@ __all__ = [
     "evaluating",
     "find_targets",
     "has_weights",
+    "head_of",
     "linear_weight",
     "load_model",
     "load_tokenizer",
@@ -68,6 +71,35 @@ POCKET = "pocket"
 """The name of the base model that is shipped with the package."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model answers with, which decides how it is loaded and what it reads.
+
+    Attributes:
+        modality: `forgetless.data.<modality>` prepares what it reads, see
+            `forgetless.data.modality`.
+        noun: such a model, in messages.
+        auto_class: of transformers, which loads one.
+        classes: model type -> class of the model, as transformers has them.
+    """
+
+    modality: str
+    noun: str
+    auto_class: Any
+    classes: Mapping[str, str]
+
+
+HEADS = (
+    Head(
+        "language",
+        "causal language model",
+        AutoModelForCausalLM,
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    ),
+)
+"""What a base may have: one line a modality."""
 
 _WEIGHTS = (
     "model.safetensors",
@@ -145,7 +177,7 @@ def _is_cached(hub_id: str) -> bool:
 
 
 def load_model(base: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """The base as a causal language model in evaluation mode.
+    """The base with its own head, see `HEADS`, in evaluation mode.
 
     Args:
         base: see `resolve_base`.
@@ -154,15 +186,15 @@ def load_model(base: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
         device: "auto" is the first accelerator, or the CPU where there is none; or a torch device.
 
     Raises:
-        UserError: `base` is no causal language model, its files cannot be read, or weights that
-            the architecture needs are missing from them.
+        UserError: `base` has none of the heads, its files cannot be read, or weights that the
+            architecture needs are missing from them.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     source = resolve_base(base)
-    _load_config(base, source)
+    _, head = _load_config(base, source)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = head.auto_class.from_pretrained(
             source, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except _LOADING_ERRORS as problem:
@@ -183,24 +215,38 @@ def _device(device: str) -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def _load_config(base: str, source: str) -> PretrainedConfig:
-    """The config of a causal language model; anything else is refused by name."""
+def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
+    """The config of a base and its head; one with none of `HEADS` is refused by name."""
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _LOADING_ERRORS as problem:
         raise UserError(
             f"cannot read the config of base {base!r}: {_first_line(problem)}"
         ) from None
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     stored = getattr(config, "architectures", None) or []
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
-        stored and not any(name in known for name in stored)
-    ):
-        raise UserError(
-            f"base {base!r} is a {stored[0] if stored else config.model_type}, not a causal "
-            "language model; load such a model yourself and use forgetless.attach on it"
-        )
-    return config
+    for head in HEADS:
+        known = set(head.classes.values())
+        if config.model_type in head.classes and (not stored or known.intersection(stored)):
+            return config, head
+    raise UserError(
+        f"base {base!r} is a {stored[0] if stored else config.model_type}, not a "
+        f"{' or a '.join(head.noun for head in HEADS)}; load such a model yourself and use "
+        "forgetless.attach on it"
+    )
+
+
+def head_of(base: str | nn.Module) -> Head:
+    """The head of a base by its name, or of a model by its class.
+
+    A model of a class that is none of transformers' is taken for one of the first of `HEADS`.
+
+    Raises:
+        UserError: as `load_model`, for a name.
+    """
+    if isinstance(base, str):
+        return _load_config(base, resolve_base(base, weights=False))[1]
+    names = {parent.__name__ for parent in type(base_of(base)).__mro__}
+    return next((head for head in HEADS if names.intersection(head.classes.values())), HEADS[0])
 
 
 def _first_line(problem: BaseException) -> str:
@@ -247,9 +293,10 @@ def meta_model(base: str, *, weights: bool = True) -> PreTrainedModel:
         UserError: as `load_model`.
     """
     source = resolve_base(base, weights=weights)
-    config = _load_config(base, source)
+    config, head = _load_config(base, source)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        found: PreTrainedModel = head.auto_class.from_config(config)
+    return found
 
 
 def target_layers(

@@ -14,12 +14,12 @@ from forgetless.adapters.settings import AdapterSettings, OPLoRA, Ties
 from forgetless.core.errors import RecipeError, UserError, first_few
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import with_overrides
-from forgetless.data.chat import Chat
 from forgetless.data.examples import as_kind, load_examples
+from forgetless.data.modality import load_processor, modality_of
 from forgetless.data.settings import DATA
 from forgetless.data.texts import fingerprint
 from forgetless.methods import METHODS, find
-from forgetless.models.load import load_tokenizer, meta_model, target_layers
+from forgetless.models.load import meta_model, target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.moments import is_statistics
@@ -79,7 +79,7 @@ class Checker:
     def adapter(self, base: str, settings: AdapterSettings) -> list[str]:
         """The problems of an adapter on a base."""
         found = self._problem("base", meta_model, base)
-        found = found or self._problem("base", load_tokenizer, base)
+        found = found or self._problem("base", load_processor, base)
         method, problem = self._attempt(find, settings.method)
         if problem is not None:
             return [*found, f"adapter.method: {problem}"]
@@ -93,8 +93,8 @@ class Checker:
     def _data(self, recipe: Recipe) -> Iterator[str]:
         for path, _ in recipe.data.sources:
             examples, problem = self._attempt(load_examples, path)
-            if problem is None and examples.kind == "messages":
-                _, problem = self._attempt(self._require_chats, recipe.base, path)
+            if problem is None:
+                _, problem = self._attempt(self._require_readable, recipe.base, path)
             if problem is not None:
                 yield f"data.train: {problem}"
                 continue
@@ -103,12 +103,12 @@ class Checker:
             except ValueError as misfit:
                 yield f"data.format: {misfit}"
 
-    def _require_chats(self, base: str, path: str) -> None:
-        """Raise what the base's chat template has against a file's conversations."""
+    def _require_readable(self, base: str, path: str) -> None:
+        """Raise what the base's processor has against a file's examples."""
         examples, _ = self._attempt(load_examples, path)
-        tokenizer, problem = self._attempt(load_tokenizer, base)
+        processor, problem = self._attempt(load_processor, base)
         if problem is None:
-            Chat(tokenizer).check([record["messages"] for record in examples], examples.where)
+            modality_of(base).check(examples, processor)
 
     def _calibration(self, recipe: Recipe) -> Iterator[str]:
         method = METHODS.get(recipe.adapter.method)

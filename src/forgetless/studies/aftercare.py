@@ -15,7 +15,6 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from forgetless.adapters.comparators import Compared, compared, updated
 from forgetless.adapters.dial import dial
@@ -33,8 +32,9 @@ from forgetless.adapters.settings import AdapterSettings, Comparator
 from forgetless.core.errors import UserError
 from forgetless.core.progress import counted
 from forgetless.data.held import HeldOut, hold_out, write_texts
+from forgetless.data.modality import Processor, modality_of
 from forgetless.data.settings import CalibrationSettings, DataSettings
-from forgetless.data.texts import SELF, self_text
+from forgetless.data.texts import SELF
 from forgetless.models.load import load_model
 from forgetless.scores.gates import Limit
 from forgetless.statistics.moments import Statistics, is_statistics
@@ -232,7 +232,7 @@ class Bench:
 
     Args:
         trained: what is set.
-        tokenizer: of the base.
+        processor: of the base.
         keep: held-out text to keep; None for no KL.
         task: held-out text of the new task; None for no loss.
         batch_size: texts at once; None lets each task choose.
@@ -241,18 +241,19 @@ class Bench:
     def __init__(
         self,
         trained: Adjustable,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Processor,
         keep: Path | None = None,
         task: Path | None = None,
         batch_size: int | None = None,
     ) -> None:
-        self.trained, self.tokenizer, self.batch_size = trained, tokenizer, batch_size
+        self.trained, self.processor, self.batch_size = trained, processor, batch_size
         self._held: dict[str, Task] = {}
-        if keep is not None:
-            self._held["kl"] = make_task({"kind": "kl", "path": str(keep), "limit": HELD_TEXTS})
-        if task is not None:
-            of_task = {"kind": "perplexity", "name": "loss", "path": str(task)}
-            self._held["loss"] = make_task({**of_task, "limit": HELD_TEXTS})
+        modality = modality_of(trained.model)
+        kinds = {"kl": (modality.distance_task, keep), "loss": (modality.loss_task, task)}
+        for name, (kind, text) in kinds.items():
+            if text is not None:
+                held = {"kind": kind, "name": name, "path": str(text), "limit": HELD_TEXTS}
+                self._held[name] = make_task(held)
         self._seen: dict[tuple[Setting, str], TaskResult] = {}
 
     def measure(self, setting: Setting, tasks: Sequence[Task] = ()) -> Point:
@@ -290,7 +291,7 @@ class Bench:
                 found = evaluate(
                     model,
                     missing,
-                    self.tokenizer,
+                    self.processor,
                     reference=reference,
                     batch_size=self.batch_size,
                 )
@@ -404,7 +405,7 @@ class Reading:
 
     Attributes:
         base: the model. Of a PeftModel the base is measured, adapters off.
-        tokenizer: the base's.
+        processor: the base's.
         target_modules: the layers; a list of whole names, or what `target_layers` takes.
         calibration: how much of each text; its source is not looked at.
         data: how the new task's text becomes tokens; its path is not looked at.
@@ -412,7 +413,7 @@ class Reading:
     """
 
     base: Any
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     target_modules: Any
     calibration: CalibrationSettings
     data: DataSettings
@@ -451,10 +452,9 @@ class Reading:
         if source != SELF:
             return hold_out(source, folder)
         settings = self.calibration
-        said = self_text(
-            self.base, self.tokenizer, settings.samples, settings.max_length, self.seed
+        texts = modality_of(self.base).own_texts(
+            self.base, self.processor, settings.samples, settings.max_length, self.seed
         )
-        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
         return write_texts(texts, folder)
 
     def _collected(self, need: str, text: Path) -> Statistics:
@@ -464,6 +464,6 @@ class Reading:
             self.data.model_copy(update={"train": str(text), "limit": None}),
             self.seed,
         )
-        found = collecting.collect(need, self.base, self.tokenizer)
+        found = collecting.collect(need, self.base, self.processor)
         assert isinstance(found, Statistics)
         return found

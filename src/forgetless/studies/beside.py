@@ -149,7 +149,7 @@ class Beside:
             if adjustable.reference is not None:
                 with adjustable.at(setting) as model:
                     model.save_pretrained(folder)
-                self.stages.tokenizer.save_pretrained(folder)
+                self.stages.processor.save_pretrained(folder)
                 return
             if adjustable.repairs is not None:
                 put(adjustable.model, adjustable.repairs.A(setting.strength), adjustable.repaired)
@@ -173,7 +173,7 @@ class Beside:
             [setting.strength for setting in repairs],
             self.recipe.comparators,
         )
-        return adjustable, Bench(adjustable, self.stages.tokenizer, keep.held, task.held)
+        return adjustable, Bench(adjustable, self.stages.processor, keep.held, task.held)
 
     def _texts(self, model: Any) -> tuple[Read, Read]:
         """The text to keep and the new task's."""
@@ -212,7 +212,7 @@ class Beside:
         recipe = self.recipe
         return Reading(
             model,
-            self.stages.tokenizer,
+            self.stages.processor,
             recipe.adapter.target_modules,
             recipe.calibration,
             recipe.data,

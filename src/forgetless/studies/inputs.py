@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder
 from forgetless.core.processes import Processes
 from forgetless.data.examples import load_examples
+from forgetless.data.modality import Batch, Processor, modality_of, training_batches
 from forgetless.data.settings import DATA, CalibrationSettings, DataSettings
-from forgetless.data.texts import SELF, batches, fingerprint, training_batches
+from forgetless.data.texts import SELF, fingerprint
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.collection import collect
 from forgetless.statistics.gradients import Gradients, collect_gradients
@@ -32,7 +32,7 @@ from forgetless.statistics.moments import Statistics
 ARGUMENT = {"second_moment": "stats", "task_moment": "task_stats", "gradient": "gradients"}
 """Need -> the argument of `attach` that answers it."""
 
-Batches = list[dict[str, Tensor]]
+Batches = list[Batch]
 
 
 def load_inputs(folders: Mapping[str, Path]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Collecting:
         self,
         need: str,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Processor,
         checkpoint: Path | None = None,
     ) -> Statistics | Gradients:
         """Collect one need of the method.
@@ -80,7 +80,7 @@ class Collecting:
         Args:
             need: a key of `ARGUMENT`.
             model: the base.
-            tokenizer: the base's.
+            processor: the base's.
             checkpoint: a folder from which an interrupted call is resumed; what is returned may
                 read from it.
 
@@ -90,13 +90,13 @@ class Collecting:
         targets, budget = self.adapter.target_modules, self.calibration.memory_budget
         skip_first = self.calibration.skip_first
         if need == "gradient":
-            return collect_gradients(model, self._text(DATA, model, tokenizer), targets, budget)
+            return collect_gradients(model, self._text(DATA, model, processor), targets, budget)
         parts = []
         for number, (source, weight) in enumerate(self._sources(need)):
             # Other batches have sums of their own: less at a time may be tried after a failure.
             own = f"{number}-by-{self.calibration.batch_size}"
             kept = None if checkpoint is None else checkpoint / own
-            text = self._text(source, model, tokenizer, kept if source == SELF else None)
+            text = self._text(source, model, processor, kept if source == SELF else None)
             found = collect(model, text, targets, budget, skip_first=skip_first, checkpoint=kept)
             parts.append((found, weight))
         return parts[0][0] if len(parts) == 1 else Statistics.mixture(parts)
@@ -118,7 +118,7 @@ class Collecting:
         self,
         source: str,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Processor,
         folder: Path | None = None,
     ) -> Batches:
         """The batches of a source; with a folder, those that it has from an interrupted call.
@@ -132,7 +132,8 @@ class Collecting:
             data = self._training_data()
             return training_batches(
                 data.sources[0][0],
-                tokenizer,
+                model,
+                processor,
                 max_length=data.max_length,
                 limit=data.limit,
                 kind=data.format,
@@ -142,7 +143,8 @@ class Collecting:
         length = settings.max_length
 
         def made() -> Batches:
-            return batches(source, model, tokenizer, max_length=length, seed=self.seed, **counts)
+            made_by = modality_of(model).batches
+            return made_by(source, model, processor, max_length=length, seed=self.seed, **counts)
 
         if folder is None:
             return made()
@@ -155,7 +157,7 @@ class Collecting:
                     save_file(flat, new / file.name)
 
         Processes.current().first(write)
-        kept: dict[int, dict[str, Tensor]] = {}
+        kept: dict[int, Batch] = {}
         for key, value in load_file(file).items():
             number, _, name = key.partition(".")
             kept.setdefault(int(number), {})[name] = value

@@ -138,7 +138,7 @@ def _tried(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[st
         steps = steps or some_steps(total_steps(rows, recipe.training))
         for trial in find_learning_rate(
             model,
-            stages.tokenizer,
+            stages.processor,
             rows,
             recipe.training,
             stages.folder.path / "trials",

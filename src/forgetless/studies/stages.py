@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from forgetless.adapters.attachment import attach
 from forgetless.adapters.folders import export, load, save
@@ -46,11 +45,10 @@ from forgetless.core.files import (
     write_jsonl,
 )
 from forgetless.core.processes import Processes
-from forgetless.data.batches import TokenRows
 from forgetless.data.examples import load_examples
 from forgetless.data.mixture import Mixture
-from forgetless.data.tokens import tokenize
-from forgetless.models.load import load_model, load_tokenizer, meta_model, target_layers
+from forgetless.data.modality import Batch, Modality, Processor, Rows, modality_of
+from forgetless.models.load import load_model, meta_model, target_layers
 from forgetless.models.weights import linear_weight, weight_shape
 from forgetless.recipes.identity import base_hash, input_keys
 from forgetless.recipes.recipe import Recipe
@@ -68,8 +66,6 @@ from forgetless.training.devices import gathered, is_sharded
 from forgetless.training.forgetting import from_settings
 from forgetless.training.launch import this_launch
 from forgetless.training.loop import train
-from forgetless.training.model import require_fitting, require_kept_apart
-from forgetless.training.schedules import Rows
 
 _log = logging.getLogger(__name__)
 
@@ -174,18 +170,23 @@ class Stages:
         ]
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's own tokenizer."""
-        return load_tokenizer(self.recipe.base)
+    def modality(self) -> Modality:
+        """What the base reads."""
+        return modality_of(self.recipe.base)
+
+    @cached_property
+    def processor(self) -> Processor:
+        """What reads data for the base."""
+        return self.modality.load_processor(self.recipe.base)
 
     @cached_property
     def rows(self) -> Rows:
-        """What is trained on, as the base's tokenizer reads it."""
+        """What is trained on, as the base reads it."""
         data, parts = self.recipe.data, []
+        how: dict[str, Any] = {"max_length": data.max_length, "pack": data.pack}
         for path, _ in data.sources:
             examples = load_examples(path, limit=data.limit, kind=data.format)
-            tokens = tokenize(examples, self.tokenizer, max_length=data.max_length, pack=data.pack)
-            parts.append(TokenRows(tokens))
+            parts.append(self.modality.rows(examples, self.processor, **how))
         if isinstance(data.train, str):
             return parts[0]
         return Mixture(parts, [weight for _, weight in data.sources], self.recipe.seed)
@@ -265,7 +266,7 @@ class Stages:
         reference = self._load_base() if self.full and task.needs_reference else None
         unfinished = run.scores(phase, task.name).with_suffix(".partial.jsonl")
         with resuming(unfinished, f"{task.fingerprint} {weights.stat().st_mtime_ns}"):
-            result = task.evaluate(model, self.tokenizer, reference=reference)
+            result = task.evaluate(model, self.processor, reference=reference)
         items = [item.to_json() for item in result.items]
         write_jsonl(run.items(phase, result.task), items)
         write_json(run.scores(phase, result.task), {**result.to_json(), "kind": kind})
@@ -290,7 +291,7 @@ class Stages:
         return _counted(missing, "task") if missing else None
 
     def _ask_base(self, task: Task) -> TaskResult:
-        return task.evaluate(self._base(), self.tokenizer, reference=self._base())
+        return task.evaluate(self._base(), self.processor, reference=self._base())
 
     def step0(self) -> str | None:
         """Score the adapter before its first step.
@@ -350,7 +351,7 @@ class Stages:
                 return 0
             unfinished = folder.with_suffix(".unfinished")
             collecting = Collecting.of(self.recipe)
-            found = collecting.collect(need, self._base(), self.tokenizer, unfinished)
+            found = collecting.collect(need, self._base(), self.processor, unfinished)
             self.processes.wait_for_everyone()  # until none needs what is unfinished
             if is_first:
                 with new_folder(folder) as new:
@@ -373,16 +374,16 @@ class Stages:
             name: weight_shape(layer)[1]
             for name, layer in target_layers(model, self.recipe.adapter.target_modules).items()
         }
-        tokens = _probe(model)
-        before = _logits(model, tokens)
+        probe = self.modality.probe(model)
+        before = _logits(model, probe)
         with self._spectra():
             model = attached(self.recipe.adapter, model, inputs, self.recipe.seed)
         self._held = None  # it is no longer the base
-        same = torch.equal(_logits(model.eval(), tokens), before)
+        same = torch.equal(_logits(model.eval(), probe), before)
         with new_folder(self.folder.start) as folder:
             save(model, folder)
         self.folder.update(
-            start={"equals_base": same, "probe_tokens": tokens.numel()},
+            start={"equals_base": same, "probe_tokens": before.shape[:-1].numel()},
             statistics=_summary(inputs.get("stats"), self.recipe.adapter.rank, sizes),
         )
         return "equals the base bit for bit" if same else "differs from the base"
@@ -396,9 +397,9 @@ class Stages:
         """Say at once what of the data the base cannot be trained on; measuring may take hours."""
         if self._is_trained():
             return
-        require_fitting(meta_model(self.recipe.base), self.rows)
-        if self.rows.several:
-            require_kept_apart(self._base(), self.rows)
+        self.rows.require_fitting(meta_model(self.recipe.base))
+        if self.rows.several:  # only the model itself tells whether it keeps them apart
+            self.rows.require_fitting(self._base())
 
     def to_train(self) -> tuple[Any, Rows]:
         """The model before its first step, and the rows to train it on."""
@@ -417,7 +418,7 @@ class Stages:
         recipe, (model, rows) = self.recipe, self.to_train()
         result = train(
             model,
-            self.tokenizer,
+            self.processor,
             rows,
             recipe.training,
             self.folder.path,
@@ -441,7 +442,7 @@ class Stages:
             with new_folder(self._weights(run)) as folder:
                 if self.full:
                     model.save_pretrained(folder, state_dict=weights)
-                    self.tokenizer.save_pretrained(folder)
+                    self.processor.save_pretrained(folder)
                 else:
                     save(model, folder, weights=weights)
 
@@ -512,8 +513,8 @@ def attached(
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=tokens).logits
+def _logits(model: nn.Module, inputs: Batch) -> Tensor:
+    logits: Tensor = model(**inputs).logits
     return logits
 
 
@@ -527,13 +528,6 @@ def _summary(
     small = [layer for layer in one_of_each if sizes[layer] <= SMALL_INPUT]
     tails = [statistics[layer].tail_energy(rank) for layer in small]
     return {**statistics.metadata, "tail_energy": sum(tails) / len(tails) if tails else None}
-
-
-def _probe(model: Any) -> Tensor:
-    """Random tokens, (4, 32), always the same for a vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (4, 32), generator=generator)
-    return tokens.to(next(model.parameters()).device)
 
 
 def _counted(things: Sized, noun: str) -> str:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Model: TypeAlias = nn.Module
     Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
+    from forgetless.data.modality import Processor
+
 __all__ = ["Item", "Task", "TaskResult", "settings_of", "whole_number"]
 
 _NAME = re.compile(r"[\w][\w.-]*")
@@ -249,7 +251,7 @@ class Task(ABC):
 
     @abstractmethod
     def measure(
-        self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
+        self, model: Model, processor: Processor, reference: Model | None, batch_size: int | None, /
     ) -> TaskResult:
         """The score of `model`; see `evaluate`."""
 
@@ -267,7 +269,7 @@ class Task(ABC):
     def evaluate(
         self,
         model: Model,
-        tokenizer: Tokenizer,
+        processor: Processor,
         *,
         reference: Model | None = None,
         batch_size: int | None = None,
@@ -279,16 +281,16 @@ class Task(ABC):
         score.
 
         Args:
-            model: a causal language model, or a PeftModel of one.
-            tokenizer: of the model.
+            model: of the kind that the task is for, or a PeftModel of one.
+            processor: what reads data for the model; a tokenizer where the task is of texts.
             reference: the base; None for a PeftModel, whose base is itself with the adapter off.
-            batch_size: texts at once; None picks as many as suit the model.
+            batch_size: items at once; None picks as many as suit the model.
 
         Raises:
             UserError: data that cannot be read, or a model that cannot be scored.
         """
         started = time.perf_counter()
-        found = self.measure(model, tokenizer, reference, batch_size)
+        found = self.measure(model, processor, reference, batch_size)
         return dataclasses.replace(found, seconds=time.perf_counter() - started)
 
 

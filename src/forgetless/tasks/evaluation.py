@@ -12,7 +12,8 @@ from forgetless.tasks.base import whole_number
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+
+    from forgetless.data.modality import Processor
 
 __all__ = ["Scores", "evaluate"]
 
@@ -59,8 +60,9 @@ class Scores(Mapping[str, TaskResult]):
 def evaluate(
     model: nn.Module,
     tasks: Spec | Task | Iterable[Spec | Task],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Processor | None = None,
     *,
+    tokenizer: Processor | None = None,
     reference: nn.Module | None = None,
     batch_size: int | None = None,
     as_base: bool = False,
@@ -68,12 +70,14 @@ def evaluate(
     """Score a model on tasks; the model is left as it was.
 
     Args:
-        model: a causal language model, or a PeftModel of one.
+        model: of the kind that the tasks are for, or a PeftModel of one.
         tasks: names, mappings or tasks (see `forgetless.tasks.make_task`), or one of them.
-        tokenizer: None for the one in the folder or on the hub that the model was loaded from.
+        processor: what reads data for the model, such as its tokenizer; None for that in the folder
+            or on the hub that the model was loaded from.
+        tokenizer: the same by its name for language models.
         reference: the base model, for tasks that measure a distance to it; not needed for a
             PeftModel, whose base is itself with the adapter off.
-        batch_size: texts at once, 1 or more; None lets each task choose. It does not change the
+        batch_size: items at once, 1 or more; None lets each task choose. It does not change the
             scores.
         as_base: score the base that a PeftModel stands on, by switching its adapter off.
 
@@ -82,7 +86,7 @@ def evaluate(
 
     Raises:
         UserError: everything that is wrong with the tasks, a task that needs a reference where
-            there is none, no tokenizer, or a model that is no causal language model.
+            there is none, no processor, or a model that is of another kind.
 
     Example:
         >>> before = fl.evaluate(base, ["pocket_recall"])  # doctest: +SKIP
@@ -100,7 +104,9 @@ def evaluate(
                 )
     if as_base and not hasattr(model, "disable_adapter"):
         raise UserError(f"as_base needs a PeftModel, got {type(model).__name__}: score it as it is")
-    reader = _tokenizer_of(model) if tokenizer is None else tokenizer
+    reader = tokenizer if processor is None else processor
+    if reader is None:
+        reader = _processor_of(model)
     with _adapter_off(model) if as_base else nullcontext():
         return Scores(
             task.evaluate(model, reader, reference=reference, batch_size=batch_size)
@@ -114,10 +120,14 @@ def _adapter_off(model: Any) -> AbstractContextManager[None]:
     return adapter_off(model)
 
 
-def _tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
-    from forgetless.models.load import load_tokenizer
+def _processor_of(model: nn.Module) -> Processor:
+    from forgetless.data.modality import modality_of
 
+    modality = modality_of(model)
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not source:
-        raise UserError("the model does not say where it was loaded from: pass tokenizer=")
-    return load_tokenizer(source)
+        name = modality.processor_name
+        raise UserError(
+            f"the model does not say where it was loaded from: pass processor= (its {name})"
+        )
+    return modality.load_processor(source)

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from forgetless.core.errors import OtherProcessError, UserError
 from forgetless.core.processes import Processes
-from forgetless.data.batches import Sample
+from forgetless.data.modality import Batch, Sample
 from forgetless.data.packing import IGNORED
 from forgetless.training.launch import this_launch
 
@@ -74,23 +74,22 @@ def naming_lost_processes() -> Iterator[None]:
 class Share:
     """Joins this process's part of the rows of a batch, and counts ``tokens`` in all of them.
 
-    At the end of an epoch there may be fewer rows than processes: those without one read a single
-    token that nothing is learned from.
+    At the end of an epoch there may be fewer rows than processes: those without one read a row of
+    the others, from which they learn nothing.
 
     Attributes:
         join: makes a batch of rows.
         processes: this process and the others.
     """
 
-    join: Callable[[Sequence[Sample]], dict[str, Tensor]]
+    join: Callable[[Sequence[Sample]], Batch]
     processes: Processes
 
     def __call__(self, rows: Sequence[Sample]) -> dict[str, Any]:
         mine = [row for _, row in self.processes.share(rows)]
         if not mine:
-            labels = torch.full_like(rows[0]["labels"][:1], IGNORED)
-            mine = [{"input_ids": rows[0]["input_ids"][:1], "labels": labels, "lengths": [1]}]
-        return {**self.join(mine), "tokens": sum(len(row["input_ids"]) for row in rows)}
+            mine = [{**rows[0], "labels": torch.full_like(rows[0]["labels"], IGNORED)}]
+        return {**self.join(mine), "tokens": sum(sum(row["lengths"]) for row in rows)}
 
 
 # ---- sharded weights -----------------------------------------------------------------------------

@@ -15,10 +15,10 @@ import torch
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from forgetless.core.errors import UserError
-from forgetless.models.load import load_tokenizer
+from forgetless.data.modality import Processor, modality_of
 from forgetless.tasks.base import whole_number
 from forgetless.training.forgetting_budget import Action, Exceeded, ForgettingBudget
 from forgetless.training.probes import Asked, Probes, RecordedBase
@@ -83,7 +83,9 @@ class ForgettingCallback(TrainerCallback):
         max_drop: budget.
         on_exceed: "stop" or "rollback".
         reference: the untouched base, where no adapter can be switched off.
-        tokenizer: None for the trainer's own, or that of the folder that the model is from.
+        processor: what reads the probes' data, of a language model the tokenizer; None for the
+            trainer's own, or that of the folder that the model is from.
+        tokenizer: the same by its name for language models.
 
     Attributes:
         history: every probe of the last training, in order.
@@ -107,7 +109,8 @@ class ForgettingCallback(TrainerCallback):
         max_drop: float | None = None,
         on_exceed: Action = "stop",
         reference: nn.Module | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        processor: Processor | None = None,
+        tokenizer: Processor | None = None,
     ) -> None:
         if problem := whole_number("every", every, optional=True):
             raise UserError(problem)
@@ -126,7 +129,7 @@ class ForgettingCallback(TrainerCallback):
             )
         self.every = every
         self.reference = reference
-        self.tokenizer = tokenizer
+        self.processor = tokenizer if processor is None else processor
         self.history: list[Probe] = []
         self.exceeded: Exceeded | None = None
         self._base: dict[str, float] = {}
@@ -164,7 +167,7 @@ class ForgettingCallback(TrainerCallback):
         self._model = extract_model_from_parallel(
             kwargs["model"], keep_fp32_wrapper=True, keep_torch_compile=False
         )
-        self._reader = self.tokenizer or _tokenizer_of(self._model, kwargs.get("processing_class"))
+        self._reader = self.processor or _processor_of(self._model, kwargs.get("processing_class"))
         self._kept = KeptWeights(Path(args.output_dir))
         self._several = args.world_size > 1
         self._final = None
@@ -375,18 +378,22 @@ def _trainer_of(callback: ForgettingCallback) -> Trainer | None:
     return None
 
 
-def _tokenizer_of(model: Any, processing: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer among what the trainer has, else that of the model's folder."""
-    inner = getattr(processing, "tokenizer", processing)  # a processor has one inside
-    if isinstance(inner, PreTrainedTokenizerBase):
-        return inner
-    source = getattr(model.config, "_name_or_path", "")
+def _processor_of(model: Any, processing: Any) -> Processor:
+    """The model's kind of processor among what the trainer has, else that of the model's folder."""
+    modality = modality_of(model)
+    for found in (
+        processing,
+        *getattr(processing, "__dict__", {}).values(),
+    ):  # one may hold another
+        if isinstance(found, modality.processor_type):
+            return found
+    source, name = getattr(model.config, "_name_or_path", ""), modality.processor_name
     if not source:
         raise UserError(
-            "the probes read texts, and neither the trainer nor the model says by which "
-            "tokenizer; pass tokenizer= to ForgettingCallback"
+            f"the probes read data, and neither the trainer nor the model says by which {name}; "
+            f"pass processor= (the {name}) to ForgettingCallback"
         )
-    return load_tokenizer(source)
+    return modality.load_processor(source)
 
 
 def _now(model: nn.Module) -> float:

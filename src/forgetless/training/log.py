@@ -20,9 +20,9 @@ from forgetless.core.files import new_file
 from forgetless.core.processes import Processes
 from forgetless.core.progress import Bar
 from forgetless.data.mixture import Mixture
+from forgetless.data.modality import Rows
 from forgetless.training import checkpoints
 from forgetless.training.forgetting import ForgettingCallback, Probe
-from forgetless.training.schedules import Rows
 from forgetless.training.trainer import require_finite
 
 

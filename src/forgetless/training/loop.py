@@ -13,9 +13,8 @@ from transformers.utils import logging
 
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.progress import Bar
-from forgetless.data.batches import Padding, TokenRows
 from forgetless.data.examples import Examples
-from forgetless.data.tokens import tokenize
+from forgetless.data.modality import Processor, Rows, modality_of
 from forgetless.training import checkpoints
 from forgetless.training.devices import Share, join
 from forgetless.training.forgetting import ForgettingCallback
@@ -26,13 +25,11 @@ from forgetless.training.log import Record, TrainingLog
 from forgetless.training.model import (
     compile_problems,
     prepared,
-    require_fitting,
-    require_kept_apart,
     require_trainable,
 )
 from forgetless.training.optimizers import optimizer_problems
 from forgetless.training.penalties import make_penalty
-from forgetless.training.schedules import Rows, measured_steps, total_steps
+from forgetless.training.schedules import measured_steps, total_steps
 from forgetless.training.settings import TrainingSettings, what_decides_a_training
 from forgetless.training.trackers import Trackers, tracker_problems
 from forgetless.training.trainer import ExactTrainer
@@ -41,7 +38,7 @@ from forgetless.training.weights import trained_weights
 if TYPE_CHECKING:
     import datasets
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class TrainingResult:
 
 def train(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     examples: Examples | datasets.Dataset | Rows,
     settings: TrainingSettings,
     folder: str | Path,
@@ -92,10 +89,10 @@ def train(
     then, bit for bit, those of a training that was never interrupted.
 
     Args:
-        model: a causal language model, or a `PeftModel` of one.
-        tokenizer: its tokenizer.
-        examples: tokens from `forgetless.data.tokenize`; or examples, which it is then called on;
-            or rows, such as a mixture of several sources.
+        model: a base of any modality, or a `PeftModel` of one.
+        processor: what reads its data: of a language model the tokenizer.
+        examples: what its modality makes rows of: examples, or tokens from
+            `forgetless.data.tokenize`; or rows, such as a mixture of several sources.
         settings: how to train, and how often to write checkpoints and lines of the log.
         folder: takes ``log.jsonl`` and ``checkpoints/``, of which the newest two are kept.
         seed: of the order of the examples and of dropout.
@@ -108,7 +105,7 @@ def train(
             step, with the very same weights.
 
     Raises:
-        UserError: the loss is no longer a number, the tokens do not fit the model, or `folder`
+        UserError: the loss is no longer a number, the rows do not fit the model, or `folder`
             holds checkpoints of another training.
         KeyboardInterrupt: Ctrl-C or SIGTERM came. The step was finished and saved, and the same
             call continues after it; a second Ctrl-C ends at once, and the newest checkpoint counts.
@@ -123,12 +120,11 @@ def train(
     ]
     if problems:
         raise UserError(first_few(problems))
-    if isinstance(examples, Examples):
-        examples = tokenize(examples, tokenizer)
-    rows = examples if isinstance(examples, Rows) else TokenRows(examples)
+    rows = examples
+    if not isinstance(rows, Rows):
+        rows = modality_of(model).rows(rows, processor)
     require_trainable(model, settings)
-    require_fitting(model, rows)
-    require_kept_apart(model, rows)
+    rows.require_fitting(model)
     steps = total_steps(rows, settings)
 
     terms = [make_penalty(spec) for spec in penalties]
@@ -163,12 +159,12 @@ def train(
             trackers,
             unlogged,
             train_dataset=rows,
-            data_collator=Share(Padding(), processes),
+            data_collator=Share(rows.join, processes),
             # Probes come first, so that what they decide is in the log and sealed with the rest.
             callbacks=[*([probes] if probes else []), record, trackers, interruption],
         )
         for term in terms:  # now that the model is on the device where it trains
-            term.prepare(model, tokenizer, seed)
+            term.prepare(model, processor, seed)
         trainer.penalties = terms
         with interruption.awaited():
             trainer.run(checkpoint, steps, probes)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from forgetless.core.errors import UserError
 from forgetless.data.examples import Examples
+from forgetless.data.modality import Processor
 from forgetless.data.texts import read_examples as read_texts
 from forgetless.data.texts import spread
 from forgetless.models.load import adapter_off
@@ -73,20 +73,20 @@ class Probes:
         return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
     def measure(
-        self, model: nn.Module, tokenizer: Tokenizer, reference: nn.Module | None
+        self, model: nn.Module, processor: Processor, reference: nn.Module | None
     ) -> tuple[dict[str, TaskResult], dict[str, TaskResult]]:
         """The results of the learning and of the forgetting probes; nothing random moves on."""
 
         def result(task: Task) -> TaskResult:
             base = reference if task.needs_reference else None
-            return task.evaluate(model, tokenizer, reference=base)
+            return task.evaluate(model, processor, reference=base)
 
         with generators_kept():
             learning = {name: result(task) for name, task in self.learning.items()}
             return learning, {name: result(task) for name, task in self.forgetting.items()}
 
     def of_base(
-        self, model: nn.Module, tokenizer: Tokenizer, reference: nn.Module | None
+        self, model: nn.Module, processor: Processor, reference: nn.Module | None
     ) -> dict[str, float]:
         """The base's own score on the forgetting probes that are no distance to it.
 
@@ -96,7 +96,7 @@ class Probes:
         base = model if reference is None else reference
         with generators_kept(), off:
             return {
-                name: task.evaluate(base, tokenizer).value
+                name: task.evaluate(base, processor).value
                 for name, task in self.forgetting.items()
                 if not task.needs_reference
             }

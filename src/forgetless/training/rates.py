@@ -25,6 +25,7 @@ from typing import Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json, read_jsonl, remove, write_json
+from forgetless.data.modality import Processor
 from forgetless.training.loop import train
 from forgetless.training.probes import Asked, Probes
 from forgetless.training.settings import TrainingSettings
@@ -95,7 +96,7 @@ def shortened(settings: TrainingSettings, rate: float, steps: int) -> TrainingSe
 
 def find_learning_rate(
     model: Any,
-    tokenizer: Any,
+    processor: Processor,
     examples: Any,
     settings: TrainingSettings,
     folder: str | Path,
@@ -113,7 +114,7 @@ def find_learning_rate(
 
     Args:
         model: as for `forgetless.training.train`, and likewise the next three.
-        tokenizer: its tokenizer.
+        processor: what reads its data.
         examples: what it is trained on.
         settings: of the whole training.
         folder: takes a JSON file for every finished trial.
@@ -137,12 +138,12 @@ def find_learning_rate(
                 brief = shortened(settings, rate, steps)
                 options: Any = {"seed": seed, "penalties": penalties}
                 with suppress(DivergenceError):
-                    train(model, tokenizer, examples, brief, place, **options)
+                    train(model, processor, examples, brief, place, **options)
                 lines = read_jsonl(place / "log.jsonl")
                 losses = [line["loss"] for line in lines if "loss" in line]
                 values = {}
                 if probes is not None and len(losses) == steps:
-                    _, found = probes.measure(model, tokenizer, None)
+                    _, found = probes.measure(model, processor, None)
                     values = {name: result.value for name, result in found.items()}
             finally:
                 put_back(model, before)

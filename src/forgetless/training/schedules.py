@@ -10,11 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from forgetless.data.batches import TokenRows
-from forgetless.data.mixture import Mixture
+from forgetless.data.modality import Rows
 from forgetless.training.settings import TrainingSettings
-
-Rows = TokenRows | Mixture
 
 
 def total_steps(rows: Rows, settings: TrainingSettings) -> int:

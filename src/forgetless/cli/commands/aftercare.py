@@ -17,8 +17,9 @@ from forgetless.adapters.spectra import Spectra, spectra
 from forgetless.cli.commands.folders import Trained, require_new
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder, read_json, write_json
+from forgetless.data.modality import Processor, load_processor
 from forgetless.data.settings import CalibrationSettings, DataSettings
-from forgetless.models.load import load_model, load_tokenizer, meta_model
+from forgetless.models.load import load_model, meta_model
 from forgetless.scores.gates import Limit, parse_limits
 from forgetless.statistics.moments import Statistics, is_statistics
 from forgetless.studies.aftercare import (
@@ -114,7 +115,7 @@ def adjust(asked: Asked, out: str | Path | None = None) -> Adjusted:
     unknown = [limit.task for limit in limits if limit.task not in (None, *(t.name for t in tasks))]
     if unknown:
         raise UserError(f"--max-drop names {unknown[0]!r}, which is none of --tasks")
-    model, tokenizer = load_model(base, dtype=asked.dtype), load_tokenizer(base)
+    model, processor = load_model(base, dtype=asked.dtype), load_processor(base)
     adapter: Any = str(trained.folder)
     layers: Any = "all-linear"
     if trained.is_adapter:
@@ -124,7 +125,7 @@ def adjust(asked: Asked, out: str | Path | None = None) -> Adjusted:
     with tempfile.TemporaryDirectory(prefix="forgetless-aftercare-") as place:
         reading = Reading(
             adapter if trained.is_adapter else model,
-            tokenizer,
+            processor,
             layers,
             asked.calibration,
             DataSettings(train="the new task"),
@@ -132,7 +133,7 @@ def adjust(asked: Asked, out: str | Path | None = None) -> Adjusted:
         )
         keep, task = _read(reading, asked, Path(place))
         adjustable = Adjustable(adapter, model, keep.statistics, task.statistics, asked.strengths)
-        bench = Bench(adjustable, tokenizer, keep.held, task.held, asked.batch_size)
+        bench = Bench(adjustable, processor, keep.held, task.held, asked.batch_size)
         settings = [
             Setting(strength, scale)
             for strength in asked.strengths or (0.0,)
@@ -150,7 +151,7 @@ def adjust(asked: Asked, out: str | Path | None = None) -> Adjusted:
             chosen = chosen and bench.measure(chosen.setting, tasks)
         if out is not None and chosen is not None:
             with new_folder(Path(out)) as folder:
-                _write(adjustable, chosen.setting, asked, folder, tokenizer)
+                _write(adjustable, chosen.setting, asked, folder, processor)
                 found = Adjusted(points, chosen, Path(out))
                 write_json(folder / REPORT_FILE, _provenance(asked, found, adjustable))
             return found
@@ -215,7 +216,7 @@ def look_into(
         layers: Any = list(adapted_layers(adapter)) if trained.is_adapter else "all-linear"
         with tempfile.TemporaryDirectory(prefix="forgetless-spectra-") as place:
             reading = Reading(
-                on, load_tokenizer(name), layers, calibration, DataSettings(train="-"), seed
+                on, load_processor(name), layers, calibration, DataSettings(train="-"), seed
             )
             stats = reading.whole(keep, Path(place))
             if task is not None:
@@ -269,13 +270,13 @@ def _told(chosen: Point | None) -> set[Setting]:
 
 
 def _write(
-    adjustable: Adjustable, setting: Setting, asked: Asked, folder: Path, tokenizer: Any
+    adjustable: Adjustable, setting: Setting, asked: Asked, folder: Path, processor: Processor
 ) -> None:
     """Write an adapter, or a tuned model, as it is at a setting."""
     if adjustable.reference is not None and asked.rank is None:
         with adjustable.at(setting) as model:
             model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
         return
     if adjustable.reference is not None and asked.rank is not None:
         save(adjustable.lora(setting.strength, asked.rank), folder)

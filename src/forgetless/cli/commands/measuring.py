@@ -12,7 +12,8 @@ from forgetless.adapters.folders import load
 from forgetless.cli.commands.folders import Trained
 from forgetless.core.errors import UserError
 from forgetless.core.files import write_json
-from forgetless.models.load import load_model, load_tokenizer
+from forgetless.data.modality import load_processor
+from forgetless.models.load import load_model
 from forgetless.recipes.identity import base_hash, weights_hash
 from forgetless.scores.cache import ScoreCache, default_folder
 from forgetless.scores.comparison import Comparison, compare
@@ -46,9 +47,9 @@ class _Models:
     listen: Callable[[str], None]
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def processor(self) -> Any:
         """The base's own."""
-        return load_tokenizer(self.base_name)
+        return load_processor(self.base_name)
 
     @cached_property
     def base(self) -> Any:
@@ -78,7 +79,7 @@ class _Models:
 
     def _score(self, task: Task, model: Any, reference: Any) -> TaskResult:
         found = evaluate(
-            model, task, self.tokenizer, reference=reference, batch_size=self.batch_size
+            model, task, self.processor, reference=reference, batch_size=self.batch_size
         )
         return found[task.name]
 

@@ -14,9 +14,10 @@ from forgetless.cli.commands.folders import require_new
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import new_folder
 from forgetless.core.method import Method
+from forgetless.data.modality import load_processor
 from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.methods import find
-from forgetless.models.load import load_model, load_tokenizer, meta_model, target_layers
+from forgetless.models.load import load_model, meta_model, target_layers
 from forgetless.recipes.checking import Checker
 from forgetless.statistics.moments import Statistics
 from forgetless.studies.inputs import ARGUMENT, Collecting
@@ -41,10 +42,10 @@ def collect_statistics(
     asked = AdapterSettings(target_modules=target_modules)
     collecting = Collecting(asked, settings, seed=seed)
     collecting.check_texts({"second_moment"})
-    model, tokenizer = load_model(base, dtype=dtype), load_tokenizer(base)
+    model, processor = load_model(base, dtype=dtype), load_processor(base)
     place = hashlib.sha256(repr((base, dtype, collecting)).encode()).hexdigest()[:16]
     checkpoint = None if unfinished is None else unfinished / place
-    found = collecting.collect("second_moment", model, tokenizer, checkpoint)
+    found = collecting.collect("second_moment", model, processor, checkpoint)
     assert isinstance(found, Statistics)
     return found
 
@@ -97,8 +98,8 @@ def init(
     needs = sorted(need for need in method.needs if ARGUMENT[need] not in given)
     collecting.check_texts(needs)
     model = load_model(base, dtype=dtype)
-    tokenizer = load_tokenizer(base) if needs else None
-    inputs = {ARGUMENT[need]: collecting.collect(need, model, tokenizer) for need in needs}
+    processor = load_processor(base) if needs else None
+    inputs = {ARGUMENT[need]: collecting.collect(need, model, processor) for need in needs}
     model = attached(settings, model, given | inputs, seed)
     with new_folder(out) as folder:
         save(model, folder)

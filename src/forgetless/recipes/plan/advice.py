@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from forgetless.data.batches import TokenRows
 from forgetless.data.examples import load_examples
-from forgetless.data.tokens import tokenize
-from forgetless.models.load import load_tokenizer, meta_model, target_layers
+from forgetless.data.modality import modality_of
+from forgetless.models.load import meta_model, target_layers
 from forgetless.models.weights import weight_shape
 
 # ---- what it is for ------------------------------------------------------------------------------
@@ -110,16 +109,17 @@ class Rows:
 
         Raises:
             FileNotFoundError: there is no such file.
-            UserError: broken data, or a base without a tokenizer.
+            UserError: broken data, or a base without a processor.
         """
-        examples, tokenizer = load_examples(path), load_tokenizer(base.name, weights=False)
+        examples, modality = load_examples(path), modality_of(base.model)
+        processor = modality.load_processor(base.name, weights=False)
 
-        def tokenized(max_length: int, pack: bool) -> tuple[list[int], bool]:
-            rows = TokenRows(tokenize(examples, tokenizer, max_length=max_length, pack=pack))
-            return [len(rows[i]["input_ids"]) for i in range(len(rows))], rows.several
+        def read(max_length: int, pack: bool) -> tuple[list[int], bool]:
+            rows = modality.rows(examples, processor, max_length=max_length, pack=pack)
+            return [sum(rows[index]["lengths"]) for index in range(len(rows))], rows.several
 
         most = min(base.positions or LONGEST_ROW, LONGEST_ROW)
-        whole, _ = tokenized(base.positions or 2**30, False)
+        whole, _ = read(base.positions or 2**30, False)
         if examples.kind == "text":
             length, padding, pack = max(2, min(most, sum(whole))), 0.0, True
         else:
@@ -128,7 +128,7 @@ class Rows:
             length = min(most, step * math.ceil(covering / step))
             padding = _padding([min(n, length) for n in whole])
             pack = padding > TOO_MUCH_PADDING
-        lengths, several = tokenized(length, pack)
+        lengths, several = read(length, pack)
         return cls(examples.kind, len(examples), length, pack, padding, lengths, several)
 
 

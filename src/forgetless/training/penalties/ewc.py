@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
+from forgetless.data.modality import Processor
 from forgetless.models.load import evaluating
 from forgetless.training.penalties.penalty import HeldTexts
 from forgetless.training.weights import trained_copy, trained_weights
@@ -26,9 +26,9 @@ class EWC(HeldTexts):
     the first step.
     """
 
-    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    def prepare(self, model: nn.Module, processor: Processor, seed: int) -> None:
         """Read the texts, measure F and remember the start."""
-        super().prepare(model, tokenizer, seed)
+        super().prepare(model, processor, seed)
         self._start = trained_copy(model)
         # In bfloat16 a sum of a thousand terms would lose a sixth of itself.
         self._fisher = {

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
+from forgetless.data.modality import Processor
 from forgetless.models.load import adapter_off, evaluating
 from forgetless.training.penalties.penalty import HeldTexts
 
@@ -32,9 +32,9 @@ class KLToBase(HeldTexts):
     copy of them, which takes their memory once more.
     """
 
-    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    def prepare(self, model: nn.Module, processor: Processor, seed: int) -> None:
         """Read the texts and, without an adapter, copy the base."""
-        super().prepare(model, tokenizer, seed)
+        super().prepare(model, processor, seed)
         self._base = None if isinstance(model, PeftModel) else copy.deepcopy(model).eval()
         if self._base is not None:
             self._base.requires_grad_(False)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
+from forgetless.data.modality import Processor
 from forgetless.training.penalties.penalty import Penalty
 from forgetless.training.weights import trained_copy, trained_weights
 
@@ -20,7 +20,7 @@ from forgetless.training.weights import trained_copy, trained_weights
 class L2Start(Penalty):
     """1/2 sum (w - w_start)^2 over the trained weights w."""
 
-    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    def prepare(self, model: nn.Module, processor: Processor, seed: int) -> None:
         """Remember the start."""
         self._start = trained_copy(model)
 

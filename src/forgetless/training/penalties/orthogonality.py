@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from forgetless.adapters.anchored import plain_factors
 from forgetless.adapters.folders import down_projections
 from forgetless.adapters.layer import adapted_layers
 from forgetless.core.errors import UserError
+from forgetless.data.modality import Processor
 from forgetless.training.penalties.penalty import Penalty
 
 
@@ -48,7 +48,7 @@ class Orthogonality(Penalty):
             raise UserError("the penalty 'orthogonality' needs 'adapters', folders of earlier ones")
         return [down_projections(folder) for folder in self.adapters]
 
-    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    def prepare(self, model: nn.Module, processor: Processor, seed: int) -> None:
         """Read every earlier A."""
         found = self._read(adapted=isinstance(model, PeftModel))
         assert isinstance(model, PeftModel)

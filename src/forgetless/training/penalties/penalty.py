@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetless.data.texts import batches, fingerprint
+from forgetless.data.modality import Processor, modality_of
+from forgetless.data.texts import fingerprint
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Penalty(Protocol):
         Called before any weight is loaded.
         """
 
-    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    def prepare(self, model: nn.Module, processor: Processor, seed: int) -> None:
         """Look at the model before its first step."""
 
     def __call__(self, model: nn.Module, step: int) -> Tensor:
@@ -65,12 +65,12 @@ class HeldTexts(Penalty):
         """Read the texts."""
         fingerprint(self.source)
 
-    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    def prepare(self, model: nn.Module, processor: Processor, seed: int) -> None:
         """Read the texts as this model does."""
-        found = batches(
+        found = modality_of(model).batches(
             self.source,
-            cast("PreTrainedModel", model),
-            tokenizer,
+            model,
+            processor,
             samples=self.samples,
             max_length=self.max_length,
             batch_size=self.batch_size,

@@ -1,0 +1,69 @@
+"""Causal language models: the modality whose processor is a tokenizer and whose data is text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from forgetless.data.batches import TokenRows
+from forgetless.data.chat import Chat
+from forgetless.data.examples import Examples
+from forgetless.data.modality import Batch, Modality
+from forgetless.data.texts import batches, self_text
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import load_tokenizer
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def _check(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise what the tokenizer's chat template has against conversations."""
+    if examples.kind == "messages":
+        Chat(tokenizer).check([record["messages"] for record in examples], examples.where)
+
+
+def _rows(
+    examples: Examples | datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 512,
+    pack: bool | Literal["auto"] = "auto",
+) -> TokenRows:
+    if isinstance(examples, Examples):
+        examples = tokenize(examples, tokenizer, max_length=max_length, pack=pack)
+    return TokenRows(examples)
+
+
+def _own_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    max_length: int,
+    seed: int,
+) -> list[str]:
+    said = self_text(model, tokenizer, samples, max_length, seed)
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+
+
+def _probe(model: PreTrainedModel) -> Batch:
+    """Random tokens, (4, 32), always the same for a vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (4, 32), generator=generator)
+    return {"input_ids": tokens.to(next(model.parameters()).device)}
+
+
+MODALITY = Modality(
+    processor_name="tokenizer",
+    processor_type=PreTrainedTokenizerBase,
+    load_processor=load_tokenizer,
+    check=_check,
+    rows=_rows,
+    batches=batches,
+    own_texts=_own_texts,
+    probe=_probe,
+    loss_task="perplexity",
+    distance_task="kl",
+)
