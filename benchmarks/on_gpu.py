@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import threading
@@ -75,10 +76,14 @@ def at_shapes(model: str, asked: argparse.Namespace, save: Save) -> None:
     scale = 64 if asked.tiny else 1
     save(rows := statistics(model, scale, asked))
     methods = [*FIRST, *(name for name in start.ATTACHABLE if name not in FIRST)]
-    for found in start.measure(model, scale, methods, 1, asked.device):
-        what = f"start of one block, rank {start.RANK // scale}, {found['method']}"
-        times = {"seconds": found["block s"], "peak GiB": found["peak GiB"]}
-        rows.append(dict.fromkeys(rows[0]) | {"what": what} | times)
+    for method in methods:
+        row: Row = {"what": f"start of one block, rank {start.RANK // scale}, {method}"}
+        try:
+            found = next(start.measure(model, scale, [method], 1, asked.device))
+            row |= {"seconds": found["block s"], "peak GiB": found["peak GiB"]}
+        except (RuntimeError, ValueError) as error:  # out of memory too; the others have their turn
+            row["what"] += f", failed: {error}".split("\n")[0]
+        rows.append(dict.fromkeys(rows[0]) | row)
         save(rows)
 
 
@@ -152,7 +157,8 @@ def adapters(asked: argparse.Namespace, save: Save) -> None:
                 save(run_rows(folder, recipes))
 
     workers = 1 if asked.tiny else WORKERS
-    study(definition, asked.out, workers=workers, listen=heard)
+    threads = None if asked.tiny else max(1, (os.cpu_count() or 1) // WORKERS)
+    study(definition, asked.out, workers=workers, threads=threads, listen=heard)
     save(run_rows(folder, recipes))
 
 
@@ -176,8 +182,8 @@ def the_study(asked: argparse.Namespace) -> Row:
         "dtype": "float32",
         "adapter": {"rank": 16, "alpha": 16},
         # Of the base's own words, so that what is measured on is nowhere given to a method.
-        "calibration": {"source": "self", "samples": 32 if asked.tiny else 256, "batch_size": 32,
-                        "max_length": 64 if asked.tiny else 256},
+        "calibration": {"source": "self", "samples": 32 if asked.tiny else 128, "batch_size": 32,
+                        "max_length": 64 if asked.tiny else 128},
         "data": {"train": train, "max_length": 384, "limit": 64 if asked.tiny else 1500},
         "training": {
             "steps": 4 if asked.tiny else 60,
@@ -272,7 +278,7 @@ def summary(asked: argparse.Namespace) -> str:
         rows = record["rows"]
         if name == "adapters":
             rows = means(rows, sum(map(len, _rates(asked).values())))
-        head = f"{record['status']} after {record.get('seconds')} s{reason}"
+        head = f"{record['status']} after {record.get('seconds', '?')} s{reason}"
         lines += [f"## {name}", head, f"```\n{table(rows)}\n```"]
     lines.insert(1, f"```\n{json.dumps(around, indent=2)}\n```")
     return "\n\n".join(lines) + "\n"

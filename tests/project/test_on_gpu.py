@@ -150,3 +150,35 @@ def test_means_are_over_seeds_all_of_whose_runs_are_over() -> None:
     assert found["full", "trained"]["gsm8k"] == "3.5000 ± 0.7071"
     assert found["full", "trained"]["kl"] == "–"
     assert found["full", "trained"]["seeds"] == found["base", "–"]["seeds"] == 2
+
+
+def test_the_parts_fit_into_twelve_minutes_and_tiny_into_five() -> None:
+    from on_gpu import PARTS
+
+    assert sum(part.limit for part in PARTS.values()) <= 12 * 60
+    assert sum(part.tiny_limit for part in PARTS.values()) <= 5 * 60
+
+
+def test_the_quick_parts_measure_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    import on_gpu
+    import start
+
+    asked = argparse.Namespace(tiny=True, device="cpu")
+    saved: list[list[dict[str, Any]]] = []
+    on_gpu.repair(asked, lambda rows: saved.append([*rows]))
+    *groups, whole = saved[-1]
+    assert [group["layers"] for group in groups] == [3, 1, 2, 1]
+    assert whole["layers"] == 7 * 32
+    assert whole["seconds"] == pytest.approx(32 * sum(group["seconds"] for group in groups))
+
+    def broken(layers: Any, method: str, rank: int) -> None:
+        if method == "pissa":
+            raise RuntimeError("CUDA out of memory\nof 80 GiB")
+
+    monkeypatch.setattr(start, "start", broken)
+    on_gpu.at_shapes("llama-3.1-8b", asked, lambda rows: saved.append([*rows]))
+    named = {row["what"].split(", ")[2]: row for row in saved[-1] if "start" in row["what"]}
+    assert named.keys() == set(start.ATTACHABLE)
+    assert [name for name, row in named.items() if row["seconds"] is None] == ["pissa"]
+    assert named["pissa"]["what"].endswith("pissa, failed: CUDA out of memory")
+    assert len(saved[-2]) == len(saved[-1]) - 1  # each is saved at once
