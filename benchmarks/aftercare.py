@@ -4,9 +4,11 @@
 
 Every arm is trained once a seed, then repaired and turned down for three texts to keep: `named` has
 all of the knowledge that is asked, `half` half of the countries and no element, `self` what the
-base says of itself. The comparators are trained: other rates, replay, the KL penalty. It writes
-aftercare.json and aftercare.md, and takes hours in full; `--tiny` does every part in minutes, on
-too little for any conclusion. What was done is not done again.
+base says of itself. One more arm is a LoRA that PEFT and transformers trained without this package.
+With `named`, repair and dial are combined and further comparators are measured on the same
+adapters; others are trained: other rates, replay, the KL penalty. It writes aftercare.json and
+aftercare.md, and takes two hours in full; `--tiny` does every part in minutes, on too little for
+any conclusion. What was done is not done again.
 """
 
 from __future__ import annotations
@@ -15,18 +17,27 @@ import argparse
 import csv
 import json
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from peft import LoraConfig, get_peft_model
 from scipy import stats
+from transformers import Trainer, TrainingArguments, set_seed
 
-from forgetless.core.files import write_json, write_jsonl, write_text
+from forgetless.core.files import new_file, write_json, write_jsonl, write_text
+from forgetless.data.batches import Padding, TokenRows
+from forgetless.data.examples import load_examples
 from forgetless.data.pocket.knowledge import questions, statement
+from forgetless.data.tokens import tokenize
+from forgetless.models.load import find_targets, load_model, load_tokenizer
+from forgetless.recipes.recipe import Recipe
+from forgetless.studies.aftercare import TRAINED, Adjustable, Bench, Reading, Setting
+from forgetless.studies.beside import settings_of
 from forgetless.studies.study import study
+from forgetless.tasks import make_task
 
 METHODS = {
     "lora": 3e-3,
@@ -39,15 +50,24 @@ METHODS = {
 }
 """Arm -> its learning rate, at which the pocket pilot saw it learn and forget."""
 
-STRENGTHS = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
-SCALES = [1.0, 0.9, 0.8, 0.7]
-DIAL = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
-SHARES = (0.99, 0.95, 0.9)
+STRENGTHS = [0.01, 0.03, 0.1, 0.3, 1.0]
+SCALES = [1.0, 0.9, 0.8]
+DIAL = [0.5, 0.6, 0.7, 0.8, 0.9]
+COMPARATORS: list[dict[str, Any]] = [
+    *({"kind": "hard_projection", "energy": share} for share in (0.9, 0.99)),
+    *({"kind": "oplora", "directions": k} for k in (16, 64)),
+    {"kind": "intruders", "keep": 0.25},
+    {"kind": "dare", "drop": 0.5},
+]
+SHARES = (0.95, 0.9)
 """Of the skill as trained, at which the ways are compared."""
 
+PEFT = "lora of PEFT"
 LEARNED, KEPT = "pocket_problems", "pocket_recall"
 
-Row = Mapping[str, str]
+BESIDE = ("repair", "dial", "comparators")
+
+Row = dict[str, str]
 
 
 def definition(keep: str, folder: Path, *, tiny: bool) -> dict[str, Any]:
@@ -66,10 +86,11 @@ def definition(keep: str, folder: Path, *, tiny: bool) -> dict[str, Any]:
         },
         "repair": {
             "strength": [0.1, 1.0] if tiny else STRENGTHS,
-            "scales": [1.0] if tiny else SCALES,
+            "scales": SCALES if keep == "named" and not tiny else [1.0],
             "keep": texts(folder)[keep],
         },
-        "dial": {"scales": [0.5] if tiny else DIAL},
+        "dial": {"scales": [0.5] if tiny else DIAL} if keep == "named" else None,
+        "comparators": (COMPARATORS[:2] if tiny else COMPARATORS) if keep == "named" else [],
         "tasks": {
             "learning": [{"kind": LEARNED, **limit}],
             "forgetting": [
@@ -93,7 +114,7 @@ def definition(keep: str, folder: Path, *, tiny: bool) -> dict[str, Any]:
 def trained_comparators(folder: Path, *, tiny: bool) -> dict[str, Any]:
     """Plain LoRA at other rates, with replay and with the KL penalty, without any aftercare."""
     content = definition("named", folder, tiny=tiny)
-    recipe = {k: v for k, v in content["recipe"].items() if k not in ("repair", "dial")}
+    recipe = {k: v for k, v in content["recipe"].items() if k not in BESIDE}
     recipe["adapter"] = {**recipe["adapter"], "method": "lora"}
     replay = [
         {"path": "pocket:problems", "weight": 0.9},
@@ -123,30 +144,141 @@ def texts(folder: Path) -> dict[str, str]:
     return {"named": "pocket:knowledge", "half": str(half), "self": "self"}
 
 
+# ---- an adapter from elsewhere -------------------------------------------------------------------
+
+
+def peft_lora(folder: Path, seed: int, recipe: Mapping[str, Any]) -> Path:
+    """The folder of the LoRA that PEFT and transformers' Trainer make of the same examples."""
+    out = folder / "peft" / f"seed-{seed}"
+    if (out / "adapter_config.json").exists():
+        return out
+    set_seed(seed)
+    training, base = recipe["training"], load_model("pocket", dtype="float32")
+    examples = load_examples(recipe["data"]["train"])
+    length = recipe["data"]["max_length"]
+    rows = TokenRows(tokenize(examples, load_tokenizer("pocket"), max_length=length))
+    names = list(find_targets(base).layers)
+    config = LoraConfig(r=16, lora_alpha=16, target_modules=names, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    arguments = TrainingArguments(
+        str(folder / "peft" / "trainer"),
+        max_steps=training["steps"],
+        per_device_train_batch_size=training["batch_size"],
+        learning_rate=METHODS["lora"],
+        lr_scheduler_type="cosine",
+        warmup_steps=training["steps"] // 10,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    Trainer(model, arguments, train_dataset=rows, data_collator=Padding()).train()
+    model.save_pretrained(str(out))
+    return out
+
+
+def peft_rows(folder: Path, content: Mapping[str, Any]) -> list[Row]:
+    """The rows of that arm, in the columns of aftercare.csv that are read here."""
+    recipe = Recipe.model_validate(content["recipe"])
+    found: list[Row] = []
+    for seed in content["axes"]["seed"]:
+        adapter = peft_lora(folder, seed, content["recipe"])
+        base, tokenizer = load_model("pocket", dtype="float32"), load_tokenizer("pocket")
+        layers = list(find_targets(base).layers)
+        reading = Reading(base, tokenizer, layers, recipe.calibration, recipe.data, seed)
+        assert recipe.repair is not None
+        keep = reading.keep(str(recipe.repair.keep), folder / "peft" / "keep").statistics
+        task = reading.task(recipe.data.train, folder / "peft" / "task").statistics
+        repairs, turned = settings_of(recipe)
+        strengths = [setting.strength for setting in repairs]
+        trained = Adjustable(adapter, base, keep, task, strengths, recipe.comparators)
+        others = [Setting(comparator=label) for label in trained.comparators]
+        tasks = [make_task(each) for each in content["recipe"]["tasks"]["learning"]]
+        tasks += [make_task(each) for each in content["recipe"]["tasks"]["forgetting"][:1]]
+        for point in Bench(trained, tokenizer).curve([TRAINED, *repairs, *turned, *others], tasks):
+            where = point.setting
+            for task_name, result in point.scores.items():
+                found.append(
+                    {
+                        "method": PEFT,
+                        "seed": str(seed),
+                        "setting": where.label,
+                        "strength": "" if where.comparator else str(where.strength),
+                        "scale": "" if where.comparator else str(where.scale),
+                        "task": task_name,
+                        "score": str(result.value),
+                    }
+                )
+    return found
+
+
 # ---- what came of it -----------------------------------------------------------------------------
+
+
+def points(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """(Arm, seed) -> setting -> its strength and scale (None of a comparator) and its scores."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        place = found[row["method"], row["seed"]].setdefault(row["setting"], {})
+        place["strength"] = float(row["strength"]) if row["strength"] else None
+        place["scale"] = float(row["scale"]) if row["scale"] else None
+        place[row["task"]] = float(row["score"])
+    return found
+
+
+def ways(settings: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Way -> the settings that it has; as trained, and so at no cost, is among all of them."""
+    trained, own = settings["trained"], list(settings.values())
+    found = {
+        "as trained": [trained],
+        "dial": [p for p in own if p["strength"] == 0],
+        "repair": [p for p in own if p["scale"] == 1],
+        "both": [p for p in own if p["scale"] is not None],
+    }
+    for label, point in settings.items():
+        if point["scale"] is None:
+            found.setdefault(label.partition("-")[0], [trained]).append(point)
+    return found
+
+
+def most_kept(among: Sequence[Mapping[str, Any]], skill: float) -> float | None:
+    """The most that is kept among settings with at least this skill."""
+    return max((p[KEPT] for p in among if p[LEARNED] >= skill), default=None)
 
 
 def matched(rows: Sequence[Row], share: float) -> dict[str, dict[str, dict[str, float | None]]]:
     """Arm -> way -> seed -> the most that is kept among settings with this share of the skill."""
-    points: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
-    for row in rows:
-        place = points[row["method"], row["seed"]].setdefault(row["setting"], {})
-        place |= {"strength": float(row["strength"]), "scale": float(row["scale"])}
-        place[row["task"]] = float(row["score"])
     found: dict[str, dict[str, dict[str, float | None]]] = defaultdict(lambda: defaultdict(dict))
-    for (arm, seed), settings in points.items():
+    for (arm, seed), settings in points(rows).items():
         level = share * settings["trained"][LEARNED]
-        own = list(settings.values())
-        ways = {
-            "as trained": [settings["trained"]],
-            "dial": [p for p in own if p["strength"] == 0],
-            "repair": [p for p in own if p["scale"] == 1],
-            "both": own,
-        }
-        for way, among in ways.items():
-            kept = [p[KEPT] for p in among if p[LEARNED] >= level]
-            found[arm][way][seed] = max(kept, default=None)
+        for way, among in ways(settings).items():
+            found[arm][way][seed] = most_kept(among, level)
     return found
+
+
+def against(rows: Sequence[Row], trained: Sequence[Row]) -> list[dict[str, Any]]:
+    """What was trained otherwise, and how much more plain LoRA keeps at its skill, paired."""
+    own = {seed: way for (arm, seed), way in points(rows).items() if arm == "lora"}
+    others: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in trained:
+        if row["score"] and row["task"] in (LEARNED, KEPT):
+            others[row["arm"]][row["seed"]][row["task"]] = float(row["score"])
+    lines = []
+    for arm, seeds in others.items():
+        line: dict[str, Any] = {"arm": arm}
+        for task in (LEARNED, KEPT):
+            line[task] = interval([scores[task] for scores in seeds.values()])
+        for way in ("dial", "repair", "both"):
+            pairs = [
+                (most_kept(ways(own[seed])[way], scores[LEARNED]), scores[KEPT])
+                for seed, scores in seeds.items()
+            ]
+            paired = [a - b for a, b in pairs if a is not None]
+            line[way] = interval(paired) if len(paired) == len(pairs) else None
+        lines.append(line)
+    return lines
 
 
 def interval(values: Sequence[float]) -> dict[str, float | int | None]:
@@ -162,32 +294,30 @@ def interval(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def compared(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One row an arm and share: what each way keeps, and repair less dial, paired by seed."""
+    """One row an arm and share: what each way keeps, and how much more than the dial, paired."""
     lines = []
     for share in SHARES:
-        for arm, ways in matched(rows, share).items():
-            line: dict[str, Any] = {"arm": arm, "share": share}
-            for way, seeds in ways.items():
+        for arm, found in matched(rows, share).items():
+            line: dict[str, Any] = {"arm": arm, "share": share, "more": {}}
+            for way, seeds in found.items():
                 known = [value for value in seeds.values() if value is not None]
                 line[way] = interval(known) if known else None
-            pairs = [
-                (repaired, ways["dial"][seed])
-                for seed, repaired in ways["repair"].items()
-                if repaired is not None and ways["dial"][seed] is not None
-            ]
-            paired = [a - b for a, b in pairs if b is not None]
-            line["repair - dial"] = interval(paired) if paired else None
+                pairs = [(value, found["dial"][seed]) for seed, value in seeds.items()]
+                paired = [a - b for a, b in pairs if a is not None and b is not None]
+                line["more"][way] = interval(paired) if paired else None
             lines.append(line)
     return lines
 
 
-def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The rows in Markdown, in percent of the facts."""
-    heads = ["arm", "skill left", "as trained", "dial", "repair", "both", "repair - dial"]
-    out = [heads, ["---"] * len(heads)]
+def table(lines: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> str:
+    """The rows in Markdown, in percent of the facts; what is `heads` and "- dial" is paired."""
+    out = [["arm", "skill left", *heads], ["---"] * (2 + len(heads))]
     for line in lines:
         cells = [str(line["arm"]), f"{100 * line['share']:.0f} %"]
-        out.append([*cells, *(_cell(line[head]) for head in heads[2:])])
+        for head in heads:
+            way, _, less = head.partition(" - ")
+            cells.append(_cell(line["more"].get(way) if less else line.get(way)))
+        out.append(cells)
     return "\n".join(f"| {' | '.join(row)} |" for row in out)
 
 
@@ -200,22 +330,32 @@ def _cell(found: Mapping[str, Any] | None) -> str:
     return f"{shown} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
-def trained_table(rows: Sequence[Row]) -> str:
-    """The comparators as they were trained."""
-    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["score"]:
-            scores[row["arm"]][row["task"]].append(float(row["score"]))
-    lines = [["arm", "skill", "facts kept"], ["---"] * 3]
-    for arm, by_task in scores.items():
-        cells = [_cell(interval(by_task[task])) for task in (LEARNED, KEPT)]
-        lines.append([arm, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def trained_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What was trained otherwise, and what is kept more than by it at its own skill."""
+    heads = ["trained", "skill", "facts kept", "lora, dial", "lora, repair", "lora, both"]
+    out = [heads, ["---"] * len(heads)]
+    for line in lines:
+        cells = [_cell(line[column]) for column in (LEARNED, KEPT, "dial", "repair", "both")]
+        out.append([str(line["arm"]), *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in out)
+
+
+COLUMNS = ("method", "seed", "setting", "strength", "scale", "task", "score")
+HEADS = ["as trained", "dial", "repair", "both", "repair - dial", "both - dial"]
+OTHERS = ["dial", "repair", "hard_projection", "oplora", "intruders", "dare"]
 
 
 def read(path: Path) -> list[Row]:
     with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """The columns that are read here."""
+    with new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -230,16 +370,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = ["# Repair and dial on the pocket world"]
     if asked.tiny:
         parts.append("A try of the script: ten steps and one seed, on which nothing can be built.")
+    named: list[Row] = []
     for keep in texts(out):
-        made = study(definition(keep, out, tiny=asked.tiny), out, workers=asked.workers)
+        content = definition(keep, out, tiny=asked.tiny)
         copy = out / f"aftercare-{keep}.csv"
-        shutil.copyfile(Path(made.folder) / "report" / "aftercare.csv", copy)
-        found["keep"][keep] = lines = compared(read(copy))
-        parts += [f"## Text to keep: {keep}", table(lines)]
+        if not copy.exists():
+            made = study(content, out, workers=asked.workers)
+            rows = read(Path(made.folder) / "report" / "aftercare.csv")
+            write_rows(copy, [*rows, *peft_rows(out, content)])
+        rows = read(copy)
+        named = named or rows
+        if keep != "named":  # the dial looks at no text, so it is the same for each
+            rows += [row for row in named if row["strength"] == "0.0" and row["scale"] != "1.0"]
+        found["keep"][keep] = lines = compared(rows)
+        parts += [f"## Text to keep: {keep}", table(lines, HEADS)]
+        if keep == "named":
+            parts += ["### Comparators on the same adapters", table(lines, OTHERS)]
         write_json(out / "aftercare.json", found)
     trained = study(trained_comparators(out, tiny=asked.tiny), out, workers=asked.workers)
-    rows = read(Path(trained.folder) / "report" / "results.csv")
-    parts += ["## Trained otherwise", trained_table(rows)]
+    others = read(Path(trained.folder) / "report" / "results.csv")
+    v2 = [row | {"arm": row["method"]} for row in named if row["method"] == "lora_null_v2"]
+    others += [row for row in v2 if row["setting"] == "trained"]
+    found["trained"] = lines = against(named, others)
+    write_json(out / "aftercare.json", found)
+    parts += ["## Trained otherwise", trained_table(lines)]
     write_text(out / "aftercare.md", "\n\n".join(parts) + "\n")
     print(json.dumps({"wrote": [str(out / "aftercare.json"), str(out / "aftercare.md")]}))
 
