@@ -7,7 +7,6 @@ of singular values.
 from __future__ import annotations
 
 import math
-import re
 import statistics as numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from forgetless.core.errors import UserError, first_few
 from forgetless.core.method import Factors
 from forgetless.core.progress import counted
 from forgetless.models.load import base_of, load_model
-from forgetless.models.targets import part_of
+from forgetless.models.targets import block_of, part_of
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 from forgetless.statistics.moments import Statistics
 
@@ -247,12 +246,11 @@ def _layer(
             "intruders": tuple(of.intruder_dimensions(W, delta, min(TOP_K, most)).tolist()),
             "head_overlap": of.head_overlap(W, delta, min(max(1, _rank(S)), most)),
         }
-    number = re.search(r"\.(\d+)(\.|$)", f".{name}")
     return LayerSpectra(
         layer=name,
         module=name.rpartition(".")[2],
         part=part_of(base, name),
-        block=int(number[1]) if number else None,
+        block=block_of(name),
         out_features=W.shape[0],
         in_features=W.shape[1],
         relative_update=float(S.norm()) / size if size else math.nan,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forgetless.cli.options import AsJson, Base
 from forgetless.cli.screen import hush
-from forgetless.cli.tables import console, print_json, print_table, print_text
+from forgetless.cli.tables import console, print_forecast, print_json, print_table, print_text
 from forgetless.core.errors import UserError
+
+if TYPE_CHECKING:
+    from forgetless.studies.forecast import SharedInput
 
 
 def plan(
@@ -31,6 +34,9 @@ def plan(
         str | None, typer.Option(help="What the run may take, such as 24GB; the batch is fitted.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="YAML file for the recipe.")] = None,
+    forecast: Annotated[
+        bool, typer.Option("--forecast", help="Run the base on --data and --keep: what they share.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Advise how to train a base on some data, with reasons, costs and a recipe."""
@@ -42,15 +48,26 @@ def plan(
 
     if out is not None and Path(out).exists():
         raise UserError(f"{out} is there already; give another name, or remove it")
+    if forecast and keep is None:
+        raise UserError("--forecast is about what is to be kept: give a text by --keep FILE")
     hush()
     most = None if memory is None else parse_bytes(memory, "--memory")
     made = do(base, data, Wishes(goal, method, rank, keep, test, most))
     if out is not None:
         write_text(Path(out), recipe_text(made, context.obj))
+    shared: list[SharedInput] | None = None
+    if forecast:
+        from forgetless.studies.forecast import forecast as do_forecast
+
+        shared = do_forecast(made.recipe)
     if as_json:
-        print_json(made.to_json())
+        by_layer = {name: each.share for each in shared or () for name in each.layers}
+        print_json(made.to_json() | ({"shared_energy": by_layer} if forecast else {}))
         return
     console().print(render(made))
+    if shared is not None:
+        print()
+        print_forecast(shared)
     if out is not None:
         print(f"recipe: {out}")
     else:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from forgetless.cli.commands.aftercare import Adjusted
     from forgetless.cli.commands.measuring import Measurement
     from forgetless.scores.comparison import Comparison
+    from forgetless.studies.forecast import SharedInput
     from forgetless.studies.rate_search import RateSearch
     from forgetless.studies.run import Run
 
@@ -238,6 +239,32 @@ def print_spectra(found: Spectra) -> None:
         "intruder dimensions among the ten largest of W + dW; output: ||dW X|| / ||W X||; tail: "
         "share of dW that reads the weakest tenth of the directions of X; shared: share of the new "
         "task's activation energy within the space that holds 90 % of the kept text's."
+    )
+
+
+def print_forecast(found: Sequence[SharedInput]) -> None:
+    """What the texts share, one row a block and one column an input of it."""
+    from forgetless.models.targets import block_of
+
+    cells: dict[str, dict[int | None, list[float]]] = {}
+    for each in found:
+        kind = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in each.layers))
+        cells.setdefault(kind, {}).setdefault(block_of(each.layers[0]), []).append(each.share)
+
+    def shown(values: Sequence[float]) -> str:
+        return f"{sum(values) / len(values):.0%}" if values else "–"
+
+    blocks = dict.fromkeys(block for of_kind in cells.values() for block in of_kind)
+    rows = [
+        ["–" if block is None else str(block), *(shown(c.get(block, ())) for c in cells.values())]
+        for block in blocks
+    ]
+    rows.append(["mean", *(shown([v for of in c.values() for v in of]) for c in cells.values())])
+    print_table(["block", *cells], rows, list(cells))
+    print_text(
+        "Forecast: share of the new task's activation energy in the space that holds 90 % of that "
+        "of the text to keep, by what the layers read. Where it is near 100 % whatever the task "
+        "changes moves what is to be kept too; near 0 % the two can be had together."
     )
 
 

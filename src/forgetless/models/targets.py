@@ -47,6 +47,11 @@ def part_of(base: nn.Module, name: str) -> str | None:
     return None
 
 
+def block_of(name: str) -> int | None:
+    """The number of the block that a layer lies in, the first in its name; None outside of them."""
+    return next((int(word) for word in name.split(".") if word.isdigit()), None)
+
+
 def shortest_endings(chosen: Iterable[str], everything: Iterable[str]) -> list[str]:
     """The shortest endings that the chosen names have, and no other name has, in order.
 
