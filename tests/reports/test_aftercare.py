@@ -200,7 +200,7 @@ def test_maps_have_a_row_a_block_and_a_column_a_kind_of_module(made_up: Path) ->
     assert rotation.rows == [(0, [None, 0.75]), (1, [0.5, 0.5]), (2, [0.5, 0.5])]
     assert rank.rows == [(0, [4, 4]), (1, [5, 5]), (2, [6, 6])]
     assert (rotation.most, rank.most, narrow.most) == (1, 6, 0.35)
-    assert heat_maps(None, labels) == {}
+    assert heat_maps({"rows": ()}, labels) == {}
 
 
 def test_the_chart_leads_from_less_of_the_update_to_stronger_repairs(made_up: Path) -> None:
@@ -256,8 +256,8 @@ def test_a_real_study_shows_what_it_measured(
         "times 0.5",
         "repaired with 1",
         "base without the start",
-        "OPLoRA, 2 directions",
-        "intruders times 0.25",
+        "oplora, directions 2",
+        "intruders, keep 0.25",
     ):
         assert found["aftercare"].count(words) == 2, words
     assert "eff. rank X" in found["inside"]

@@ -16,7 +16,7 @@ from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.moments import LayerStatistics, Statistics
-from forgetless.studies.forecast import forecast, shared_inputs_of
+from forgetless.studies.forecast import forecast, shared_energies
 from forgetless.studies.inputs import Collecting
 from tests.tiny import recipe_of
 
@@ -31,25 +31,22 @@ def diagonal(**layers: list[float]) -> Statistics:
 def test_shares_by_hand() -> None:
     keep = diagonal(a=[6.0, 3.0, 1.0, 0.0], b=[0.0, 0.0, 0.0, 1.0])
     task = diagonal(a=[1.0, 2.0, 4.0, 1.0], b=[1.0, 1.0, 1.0, 0.0])
-    found = shared_inputs_of(keep, task)
+    found = shared_energies(keep, task)
     # The first two directions hold 90 % of a's energy to keep, and 3 / 8 of the task's.
-    assert [each.layers for each in found] == [("a",), ("b",)]
-    assert [each.share for each in found] == pytest.approx([3 / 8, 0])
+    assert found == {("a",): pytest.approx(3 / 8), ("b",): pytest.approx(0)}
 
 
 def test_layers_that_read_the_same_input_are_one_entry_and_unknown_ones_none() -> None:
     C = torch.eye(3).double()
     keep = Statistics({n: LayerStatistics(C, 9) for n in ("q", "k")} | dict(diagonal(o=[1.0, 0.0])))
     task = Statistics({n: LayerStatistics(2 * C, 9) for n in ("q", "k")})
-    [found] = shared_inputs_of(keep, task)
-    assert found.layers == ("q", "k")
-    assert found.share == pytest.approx(1)
+    assert shared_energies(keep, task) == {("q", "k"): pytest.approx(1)}
 
 
 def test_the_same_text_shares_nine_tenths_or_more(tiny_base: Path, tiny_files: Path) -> None:
     def shares(source: str) -> list[float]:
         recipe = recipe_of(tiny_base, tiny_files, **{"calibration.source": source})
-        return [each.share for each in forecast(Recipe.parse(recipe))]
+        return list(forecast(Recipe.parse(recipe)).values())
 
     same, other = shares("data"), shares(str(tiny_files / "old.txt"))
     assert len(same) == len(other) == 2 * 4  # q, k and v read one input, gate and up another
@@ -69,8 +66,8 @@ def test_on_the_pocket_base_facts_share_more_with_facts_than_problems_do() -> No
     keep = moments("second_moment", "pocket:problems")
 
     def mean(data: str) -> float:
-        found = shared_inputs_of(keep, moments("task_moment", data))
-        return sum(each.share for each in found) / len(found)
+        found = shared_energies(keep, moments("task_moment", data))
+        return sum(found.values()) / len(found)
 
     assert mean("pocket:problems") < mean("pocket:knowledge") - 0.1
 

@@ -20,15 +20,22 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from forgetless.adapters.repair import Forecast, require_statistics
+from forgetless.adapters.foreign import require_within
+from forgetless.adapters.repair import Forecast, forecast_of, mean_of, require_statistics
 from forgetless.adapters.settings import Comparator, Dare, HardProjection, Intruders, OPLoRA, Ties
 from forgetless.adapters.spectra import updates_of
-from forgetless.core import comparators as formulas
 from forgetless.core.cache import shared_inputs
-from forgetless.core.errors import UserError, first_few
+from forgetless.core.comparators import (
+    dare,
+    hard_projection,
+    intruders_reduced,
+    lost_at_rank,
+    oplora,
+    ties,
+)
 from forgetless.core.method import Factors
 from forgetless.core.progress import counted
-from forgetless.core.spectra import Update, dense, output_energy, update_norm
+from forgetless.core.spectra import Update, dense
 from forgetless.models.load import base_of
 from forgetless.models.weights import linear_weight
 from forgetless.statistics.moments import Statistics
@@ -41,9 +48,8 @@ class Compared:
     Attributes:
         updates: delta_W of every layer, (out, in), or its factors, with the scaling.
         forecast: what that does by the moments, as the mean over layers.
-        lost_at_rank: of reduced intruders, which take more than the adapter's own rank: the share
-            ‖lost‖_F / ‖delta_W‖_F, mean over layers, that cutting them to it would lose. None for
-            the others, and for a tuned model, which has no rank.
+        lost_at_rank: of the reduced intruders of an adapter, whose factors have more than its
+            rank: the share ‖lost‖_F / ‖delta_W‖_F, mean over layers, that cutting them would lose.
     """
 
     updates: Mapping[str, Update]
@@ -80,22 +86,25 @@ def compared(
         own = {name: make().delta for name, make in found.items() if is_adapter or name in keep}
         weights = {name: linear_weight(on.get_submodule(name)).detach() for name in own}
     require_statistics(own or found, keep, task)
-    others = _others(wanted.adapters, base, own) if isinstance(wanted, Ties) else []
+    others: list[Mapping[str, Update]] = []
+    for folder in wanted.adapters if isinstance(wanted, Ties) else ():
+        require_within(folder, base, own)
+        with updates_of(folder, base) as (_, theirs):
+            others.append({name: make().delta for name, make in theirs.items()})
     draw = torch.Generator().manual_seed(wanted.seed if isinstance(wanted, Dare) else 0)
     made: dict[str, Update] = {}
     forecasts, lost = [], []
-    for name in counted(list(own), wanted.label, "layers"):
+    for name in counted(list(own), wanted.kind, "layers"):
         W, delta = weights[name], own[name]
         C = keep[name].second_moment.to(W.device)
+        T = None if task is None else task[name].second_moment.to(W.device)
         with shared_inputs():
             after = _made(wanted, W, delta, C, [each.get(name) for each in others], draw)
-        T = None if task is None else task[name].second_moment.to(W.device)
-        forecasts.append(_forecast(delta, after, C, T))
+        forecasts.append(forecast_of(delta, after, C, T))
         if isinstance(wanted, Intruders) and isinstance(delta, Factors):
-            lost.append(formulas.lost_at_rank(after, len(delta.A)))
-        made[name] = after
-    kept, missed = (fmean(getattr(f, part) for f in forecasts) for part in ("kept", "missed"))
-    return Compared(made, Forecast(kept, missed), fmean(lost) if lost else None)
+            lost.append(lost_at_rank(after, len(delta.A)))
+        made[name] = after if isinstance(after, Factors) else after.float()
+    return Compared(made, mean_of(forecasts), fmean(lost) if lost else None)
 
 
 def _made(
@@ -109,50 +118,17 @@ def _made(
     """What becomes of one layer's update."""
     match wanted:
         case HardProjection():
-            return formulas.hard_projection(delta, C, wanted.energy)
+            return hard_projection(delta, C, wanted.energy)
         case OPLoRA():
-            return formulas.oplora(W, delta, wanted.directions)
+            return oplora(W, delta, wanted.directions)
         case Dare():
-            return formulas.dare(delta, wanted.drop, draw)
+            return dare(delta, wanted.drop, draw)
         case Intruders():
             top_k = min(wanted.top_k, *W.shape)
-            return formulas.intruders_reduced(W, delta, wanted.keep, top_k, wanted.threshold)
+            return intruders_reduced(W, delta, wanted.keep, top_k, wanted.threshold)
         case Ties():
             theirs = [W.new_zeros(W.shape) if each is None else each for each in others]
-            return formulas.ties([delta, *theirs], wanted.keep)
-
-
-def _others(
-    folders: Sequence[str], base: nn.Module, own: Mapping[str, Update]
-) -> list[dict[str, Update]]:
-    """The updates of further adapters, which may change fewer layers but no others."""
-    found = []
-    for folder in folders:
-        with updates_of(folder, base) as (_, updates):
-            if more := [name for name in updates if name not in own]:
-                raise UserError(f"{folder} changes layers that were not trained: {first_few(more)}")
-            found.append({name: make().delta for name, make in updates.items()})
-    return found
-
-
-def _forecast(before: Update, after: Update, C: Tensor, T: Tensor | None) -> Forecast:
-    """As the repair's, for any update."""
-    if isinstance(before, Factors) and isinstance(after, Factors):
-        moved: Update = Factors(
-            A=torch.cat([after.A, before.A.to(after.A)]),
-            B=torch.cat([after.B, -before.B.to(after.B)], dim=1),
-        )
-    else:
-        moved = dense(after) - dense(before)
-
-    def learned(M: Update) -> float:
-        return update_norm(M) ** 2 if T is None else output_energy(M, T)
-
-    disturbed, effect = output_energy(before, C), learned(before)
-    return Forecast(
-        kept=output_energy(after, C) / disturbed if disturbed else 0.0,
-        missed=learned(moved) / effect if effect else 0.0,
-    )
+            return ties([delta, *theirs], wanted.keep)
 
 
 # ---- in place of the trained update --------------------------------------------------------------

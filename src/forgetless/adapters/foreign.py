@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,19 @@ def require_usable(folder: str | Path, base: nn.Module) -> AdapterCheck:
     if found.problems:
         raise UserError(f"{folder} cannot be used on this base: {first_few(found.problems)}")
     return found
+
+
+def require_within(folder: str | Path, base: nn.Module, layers: Container[str]) -> None:
+    """Refuse an adapter that cannot be used, or changes other layers than these.
+
+    Raises:
+        UserError: why.
+    """
+    if more := [name for name in require_usable(folder, base).layers if name not in layers]:
+        raise UserError(
+            f"{folder} changes layers that are not trained here: {first_few(more)}; name them as "
+            "target_modules"
+        )
 
 
 class _Layers:

@@ -11,7 +11,7 @@ import copy
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from forgetless.core.errors import UserError, first_few
 from forgetless.core.method import Factors
 from forgetless.core.progress import counted
 from forgetless.core.projection import best_of_rank, repaired
+from forgetless.core.spectra import Update, dense, output_energy
 from forgetless.models.load import base_of, load_model
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 from forgetless.statistics.moments import Statistics
@@ -127,12 +128,7 @@ class Repairs:
 
     def forecast(self, strength: float) -> Forecast:
         """What a strength does, as the mean over layers."""
-        of_layers = self.forecasts[strength].values()
-        count = max(1, len(of_layers))
-        return Forecast(
-            kept=sum(each.kept for each in of_layers) / count,
-            missed=sum(each.missed for each in of_layers) / count,
-        )
+        return mean_of(self.forecasts[strength].values())
 
     def foreseen(self, missed: float = MISSED) -> float:
         """The largest strength whose forecast misses no more than so much of the task's energy."""
@@ -156,7 +152,8 @@ class Repairs:
             parts = zip(group, torch.split(rows, ranks), torch.split(made, ranks), strict=True)
             for name, before, after in parts:
                 B = group[name].B.to(rows)
-                self.forecasts[strength][name] = _forecast(before, after, B, C, T)
+                told = forecast_of(Factors(A=before, B=B), Factors(A=after, B=B), C, T)
+                self.forecasts[strength][name] = told
                 self._A[strength][name] = after.to(group[name].A)
 
 
@@ -252,20 +249,38 @@ def _where_float64_is(M: Tensor) -> Tensor:
     return M.cpu() if M.device.type == "mps" else M
 
 
-def _forecast(before: Tensor, after: Tensor, B: Tensor, C: Tensor, T: Tensor | None) -> Forecast:
-    C = C.to(before)
-    level, task = float(C.diagonal().mean()), None if T is None else T.to(before)
-    gram = B.mT @ B
+def forecast_of(
+    before: Update, after: Update, second_moment: Tensor, task_moment: Tensor | None = None
+) -> Forecast:
+    """What becomes of the effects of an update when another takes its place.
 
-    def energy(A: Tensor, moment: Tensor | None) -> float:
-        """tr(B A M Aᵀ Bᵀ)."""
-        read = level * A if moment is None else A @ moment
-        return float(((read @ A.mT) * gram).sum().clamp(min=0))
-
-    disturbed, learned = energy(before, C), energy(before, task)
+    Without a moment of the task's text every direction of its inputs counts alike.
+    """
+    device = (before.A if isinstance(before, Factors) else before).device
+    C = second_moment.to(device, torch.float64)
+    T = torch.eye(len(C)).to(C) * C.diagonal().mean() if task_moment is None else task_moment.to(C)
+    if isinstance(before, Factors) and isinstance(after, Factors):
+        moved: Update = Factors(
+            A=torch.cat([after.A, before.A.to(after.A)]),
+            B=torch.cat([after.B, -before.B.to(after.B)], dim=1),
+        )
+        if after.B is before.B:
+            moved = Factors(A=after.A - before.A, B=before.B)
+    else:
+        moved = dense(after) - dense(before)
+    disturbed, learned = output_energy(before, C), output_energy(before, T)
     return Forecast(
-        kept=energy(after, C) / disturbed if disturbed else 0.0,
-        missed=energy(after - before, task) / learned if learned else 0.0,
+        kept=output_energy(after, C) / disturbed if disturbed else 0.0,
+        missed=output_energy(moved, T) / learned if learned else 0.0,
+    )
+
+
+def mean_of(forecasts: Collection[Forecast]) -> Forecast:
+    """The mean over layers; of none, that nothing is left."""
+    count = max(1, len(forecasts))
+    return Forecast(
+        kept=sum(each.kept for each in forecasts) / count,
+        missed=sum(each.missed for each in forecasts) / count,
     )
 
 

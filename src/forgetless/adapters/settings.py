@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,74 +101,64 @@ class DialSettings(Section):
     scales: Annotated[list[float], Field(min_length=1)] = [0.25, 0.5, 0.75]
 
 
-# ---- comparators: formulas and sources in forgetless.core.comparators ----------------------------
+# ---- comparators ---------------------------------------------------------------------------------
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class HardProjection(Section):
-    """The update projected out of the space with this share of the kept activations' energy."""
+class _Comparator(Section):
+    """A way to treat the trained update; see `forgetless.core.comparators`."""
 
+    kind: str
+
+    @property
+    def words(self) -> str:
+        """Kind and settings, as the page has them."""
+        parts = [self.kind.replace("_", " ")]
+        for name, value in self.model_dump(exclude={"kind"}).items():
+            if isinstance(value, list):  # the folders of runs are all called alike
+                value = "+".join("/".join(Path(folder).parts[-2:]) for folder in value)
+            parts.append(f"{name.replace('_', ' ')} {value}")
+        return ", ".join(parts)
+
+    @property
+    def label(self) -> str:
+        """The same as a name for folders and rows."""
+        name = re.sub(r"[^\w.]+", "-", self.words)
+        return name if len(name) <= 100 else f"{name[:90]}-{sha256(name.encode()).hexdigest()[:9]}"
+
+
+class HardProjection(_Comparator):
     kind: Literal["hard_projection"]
     energy: Share = 0.99
 
-    label = property(lambda self: f"hard_projection-{self.energy:g}")
-    words = property(lambda self: f"projected out of {100 * self.energy:g} % of the kept energy")
 
-
-class OPLoRA(Section):
-    """The update projected out of the weight's largest singular directions."""
-
+class OPLoRA(_Comparator):
     kind: Literal["oplora"]
     directions: Count = 16
 
-    label = property(lambda self: f"oplora-{self.directions}")
-    words = property(lambda self: f"OPLoRA, {self.directions} directions")
 
-
-class Dare(Section):
-    """Entries of the update dropped by chance, the others made larger."""
-
+class Dare(_Comparator):
     kind: Literal["dare"]
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.5
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
-    label = property(lambda self: f"dare-{self.drop:g}-seed-{self.seed}")
-    words = property(lambda self: f"DARE, {100 * self.drop:g} % dropped, seed {self.seed}")
 
-
-class Intruders(Section):
-    """The new directions among the largest of the trained weight, turned down to `keep`."""
-
+class Intruders(_Comparator):
     kind: Literal["intruders"]
     keep: Annotated[float, Field(ge=0, le=1)] = 0.25
     top_k: Count = 10
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
 
-    label = property(lambda self: f"intruders-{self.keep:g}-of-{self.top_k}-{self.threshold:g}")
-    words = property(lambda self: f"intruders times {self.keep:g}")
 
-
-class Ties(Section):
-    """The update merged with those of further adapters of the same base, which are folders."""
+class Ties(_Comparator):
+    """With further adapters of the same base, which are folders."""
 
     kind: Literal["ties"]
     adapters: Annotated[list[Name], Field(min_length=1)]
     keep: Share = 0.2
 
-    @property
-    def label(self) -> str:
-        names = hashlib.sha256("\n".join(self.adapters).encode()).hexdigest()
-        return f"ties-{self.keep:g}-{names[:6]}"
-
-    @property
-    def words(self) -> str:
-        # The folders of runs are all called alike.
-        names = ", ".join("/".join(Path(folder).parts[-2:]) for folder in self.adapters)
-        return f"TIES, {100 * self.keep:g} % kept, with {names}"
-
 
 Comparator = Annotated[
     HardProjection | OPLoRA | Dare | Intruders | Ties, Field(discriminator="kind")
 ]
-"""One of them; `label` names its folder and its rows, `words` says it on the page."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from forgetless.cli.options import AsJson, Base
 from forgetless.cli.screen import hush
 from forgetless.cli.tables import console, print_forecast, print_json, print_table, print_text
 from forgetless.core.errors import UserError
-
-if TYPE_CHECKING:
-    from forgetless.studies.forecast import SharedInput
 
 
 def plan(
@@ -45,6 +42,7 @@ def plan(
     from forgetless.recipes.plan.plan import plan as do
     from forgetless.recipes.plan.showing import recipe_text, render
     from forgetless.statistics.passes import parse_bytes
+    from forgetless.studies.forecast import forecast as foretold
 
     if out is not None and Path(out).exists():
         raise UserError(f"{out} is there already; give another name, or remove it")
@@ -55,17 +53,13 @@ def plan(
     made = do(base, data, Wishes(goal, method, rank, keep, test, most))
     if out is not None:
         write_text(Path(out), recipe_text(made, context.obj))
-    shared: list[SharedInput] | None = None
-    if forecast:
-        from forgetless.studies.forecast import forecast as do_forecast
-
-        shared = do_forecast(made.recipe)
+    shared = foretold(made.recipe) if forecast else {}
     if as_json:
-        by_layer = {name: each.share for each in shared or () for name in each.layers}
+        by_layer = {name: share for layers, share in shared.items() for name in layers}
         print_json(made.to_json() | ({"shared_energy": by_layer} if forecast else {}))
         return
     console().print(render(made))
-    if shared is not None:
+    if forecast:
         print()
         print_forecast(shared)
     if out is not None:

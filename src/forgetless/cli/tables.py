@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from forgetless.cli.commands.aftercare import Adjusted
     from forgetless.cli.commands.measuring import Measurement
     from forgetless.scores.comparison import Comparison
-    from forgetless.studies.forecast import SharedInput
     from forgetless.studies.rate_search import RateSearch
     from forgetless.studies.run import Run
 
@@ -242,14 +241,14 @@ def print_spectra(found: Spectra) -> None:
     )
 
 
-def print_forecast(found: Sequence[SharedInput]) -> None:
+def print_forecast(found: Mapping[tuple[str, ...], float]) -> None:
     """What the texts share, one row a block and one column an input of it."""
     from forgetless.models.targets import block_of
 
     cells: dict[str, dict[int | None, list[float]]] = {}
-    for each in found:
-        kind = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in each.layers))
-        cells.setdefault(kind, {}).setdefault(block_of(each.layers[0]), []).append(each.share)
+    for layers, share in found.items():
+        kind = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+        cells.setdefault(kind, {}).setdefault(block_of(layers[0]), []).append(share)
 
     def shown(values: Sequence[float]) -> str:
         return f"{sum(values) / len(values):.0%}" if values else "–"

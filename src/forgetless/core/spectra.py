@@ -176,7 +176,7 @@ def intruders(
 ) -> tuple[Tensor, Triples]:
     """`intruder_dimensions`, and the singular triples of W + delta_W there."""
     _check_shapes(W, delta_W)
-    _check_count("top_k", top_k, W)
+    check_count("top_k", top_k, W)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a cosine in 0..1, got {threshold}")
     tuned = svd_end(W.double() + dense(delta_W), top_k, "largest")
@@ -207,7 +207,7 @@ def head_overlap(W: Tensor, delta_W: Update, k: int) -> float:
         After rho_k of Xiong and Xie 2025, "OPLoRA", arXiv:2510.13003.
     """
     _check_shapes(W, delta_W)
-    _check_count("k", k, W)
+    check_count("k", k, W)
     U, _, Vh = _triples(W, k)
     if isinstance(delta_W, Factors):
         inside = singular_values(Factors(A=delta_W.A.double() @ Vh.mT, B=U.mT @ delta_W.B.double()))
@@ -364,7 +364,8 @@ def _check_shapes(W: Tensor, delta_W: Update) -> None:
         raise ValueError(f"W is {tuple(W.shape)} and its update {_shape(delta_W)}; they must agree")
 
 
-def _check_count(name: str, count: int, W: Tensor) -> None:
+def check_count(name: str, count: int, W: Tensor) -> None:
+    """Raise ValueError where a weight has not so many directions."""
     if not 1 <= count <= min(W.shape):
         raise ValueError(
             f"{name} must be in 1..{min(W.shape)} for a {tuple(W.shape)} weight, got {count}"

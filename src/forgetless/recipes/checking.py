@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from forgetless.adapters.foreign import require_usable
+from forgetless.adapters.foreign import require_within
 from forgetless.adapters.ranks import layer_ranks
 from forgetless.adapters.settings import AdapterSettings, OPLoRA, Ties
-from forgetless.core.errors import RecipeError, UserError, first_few
+from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import with_overrides
 from forgetless.data.examples import as_kind, load_examples
@@ -149,24 +149,12 @@ class Checker:
         for position, wanted in enumerate(recipe.comparators if layers else ()):
             where = f"comparators.{position}"
             if wanted.label in seen:
-                yield f"{where}: asked for twice; leave one out"
+                yield f"{where}: asked for twice, as {wanted.label}; leave one out"
             seen.add(wanted.label)
             if isinstance(wanted, OPLoRA) and wanted.directions > least:
-                yield (
-                    f"{where}.directions: must be at most {least}, the shortest side of the "
-                    f"layers, got {wanted.directions}"
-                )
+                yield f"{where}.directions: must be at most {least}, the layers' shortest side"
             for folder in wanted.adapters if isinstance(wanted, Ties) else ():
-                try:
-                    more = [n for n in require_usable(folder, model).layers if n not in layers]
-                except UserError as problem:
-                    yield f"{where}.adapters: {problem}"
-                    continue
-                if more:
-                    yield (
-                        f"{where}.adapters: {folder} changes layers that are not trained here: "
-                        f"{first_few(more)}; name them in adapter.target_modules"
-                    )
+                yield from self._problem(f"{where}.adapters", require_within, folder, model, layers)
 
     def _penalties(self, recipe: Recipe) -> Iterator[str]:
         for position, spec in enumerate(recipe.penalties):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
@@ -272,15 +272,10 @@ MAPPED: Mapping[str, str] = {
 """What has a map of blocks by kinds of module, and its title."""
 
 
-@dataclass(frozen=True)
-class HeatMap:
-    """One number of an arm's updates, by block and kind of module.
+class HeatMap(NamedTuple):
+    """One number of an arm's updates: a row a block, a column a kind of module, None for nothing.
 
-    Attributes:
-        title: what it is.
-        modules: the columns.
-        rows: a block, and a value for each column; None where there is none.
-        most: the largest over all arms, by which cells are shaded.
+    `most` is the largest over all arms, by which cells are shaded.
     """
 
     title: str
@@ -289,10 +284,8 @@ class HeatMap:
     most: float
 
 
-def heat_maps(chart: Mapping[str, Any] | None, labels: Sequence[str]) -> dict[str, list[HeatMap]]:
+def heat_maps(chart: Mapping[str, Any], labels: Sequence[str]) -> dict[str, list[HeatMap]]:
     """Arm -> its maps, from what `layers_chart` gave; layers of a kind in a block are averaged."""
-    if chart is None:
-        return {}
     layers, found = chart["rows"], {}
     for arm in dict.fromkeys(layer["arm"] for layer in layers):
         own = [layer for layer in layers if layer["arm"] == arm]

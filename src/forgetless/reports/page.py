@@ -56,7 +56,7 @@ def page(
         used=aftercare.settings(arms, evidence.tasks),
         regained=aftercare.regained(arms, evidence.tasks),
         spectra=aftercare.spectra_rows(aftercare.spectra_of(arms)),
-        maps=aftercare.heat_maps(content.get("layers"), [arm.label for arm in arms]),
+        maps=aftercare.heat_maps(content.get("layers", {"rows": ()}), [arm.label for arm in arms]),
         changes=found.changes,
         averages=find_averages(found.changes),
         tries=find_tries(evidence.tasks, arms),
