@@ -125,6 +125,24 @@ def test_auto_takes_one_and_scores_that_alone(recipe: dict[str, Any], tmp_path: 
     assert not all(torch.equal(old[key], new[key]) for key in old)
 
 
+@pytest.mark.parametrize("method", ["pissa", "full"])
+def test_a_repair_that_only_turns_is_written_too(
+    method: str, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe |= {"repair": {"strength": 0, "scales": [0.5]}, "dial": None, "spectra": False}
+    recipe["adapter"]["method"] = method
+    folder = RunFolder(run(recipe, tmp_path).folder)
+    name = "model" if method == "full" else "adapter_model"
+    before, after = (
+        load_file(where / f"{name}.safetensors")
+        for where in (folder.model if method == "full" else folder.adapter, folder.repaired)
+    )
+    for key, weight in after.items():
+        if ".lora_" in key:
+            assert torch.equal(weight, before[key] * (0.5 if ".lora_B." in key else 1))
+    assert any(not torch.equal(weight, before[key]) for key, weight in after.items())
+
+
 def test_a_budget_that_nothing_meets_leaves_the_points(
     recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

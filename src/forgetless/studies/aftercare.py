@@ -17,8 +17,8 @@ from peft import PeftModel
 from torch import nn
 
 from forgetless.adapters.comparators import Compared, compared, updated
-from forgetless.adapters.dial import dial
-from forgetless.adapters.folders import load
+from forgetless.adapters.dial import dial, scale_folder
+from forgetless.adapters.folders import export, load, save
 from forgetless.adapters.repair import (
     Forecast,
     Repairs,
@@ -191,12 +191,35 @@ class Adjustable:
             if self.reference is None:
                 model.set_adapter(self.own)
 
-    def lora(self, strength: float, rank: int) -> PeftModel:
-        """The repaired tuned model as a LoRA of this rank on the base."""
-        assert self.reference is not None
-        keep, task = self._moments
-        assert keep is not None
-        return repair(self.model, self.reference, keep, task, strength, rank=rank)
+    def write(
+        self, setting: Setting, folder: Path, processor: Processor, rank: int | None = None
+    ) -> None:
+        """Write what it is at a setting: a plain LoRA, or the model that was tuned in whole.
+
+        Args:
+            setting: without a comparator, which may be no LoRA.
+            folder: a new one.
+            processor: of the base, which a model has beside it.
+            rank: of the LoRA to make of a tuned model; None for the model itself.
+        """
+        if self.reference is not None and rank is None:
+            with self.at(setting) as model:
+                model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            return
+        if self.reference is not None:
+            keep, task = self._moments
+            assert keep is not None
+            found = repair(self.model, self.reference, keep, task, setting.strength, rank=rank)
+            save(found, folder)
+        elif setting.strength:
+            assert self.repairs is not None
+            put(self.model, self.repairs.A(setting.strength), self.repaired)
+            save(self.model, folder, self.repaired)
+        else:
+            export(self.model, folder, adapter_name=self.own)
+        if setting.scale != 1:
+            scale_folder(folder, setting.scale)
 
     def _compared(self, label: str) -> Compared:
         """What a comparator makes of the update; the updates themselves are not kept."""

@@ -20,9 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgetless.adapters.dial import residual, scale_folder
-from forgetless.adapters.folders import save
-from forgetless.adapters.repair import STRENGTHS, put
+from forgetless.adapters.dial import residual
+from forgetless.adapters.repair import STRENGTHS
 from forgetless.adapters.settings import Comparator, Ties
 from forgetless.adapters.spectra import spectra
 from forgetless.core.errors import UserError
@@ -91,7 +90,8 @@ class Beside:
             scored = [*({taken} if taken else ()), *turned, *others]
         scored = [setting for setting in dict.fromkeys(scored) if setting != TRAINED]
         if taken is not None:
-            self._write(adjustable, taken)
+            with new_folder(self.run.repaired) as folder:
+                adjustable.write(taken, folder, self.stages.processor)
         count = sum(self._score(s.label, adjustable.at(s)) for s in scored)
         labels = [setting.label for setting in scored]
         if self.recipe.residual:
@@ -142,20 +142,6 @@ class Beside:
             told = adjustable.told(point.setting)
             values |= {"words": wanted.words, "lost_at_rank": told.lost_at_rank}
         return {**values, "kept_by_moments": foreseen.kept, "missed_by_moments": foreseen.missed}
-
-    def _write(self, adjustable: Adjustable, setting: Setting) -> None:
-        """Write what was taken as a plain adapter, or as the model where there is none."""
-        with new_folder(self.run.repaired) as folder:
-            if adjustable.reference is not None:
-                with adjustable.at(setting) as model:
-                    model.save_pretrained(folder)
-                self.stages.processor.save_pretrained(folder)
-                return
-            if adjustable.repairs is not None:
-                put(adjustable.model, adjustable.repairs.A(setting.strength), adjustable.repaired)
-                save(adjustable.model, folder, adjustable.repaired)
-                if setting.scale != 1:
-                    scale_folder(folder, setting.scale)
 
     @cached_property
     def _bench(self) -> tuple[Adjustable, Bench]:

@@ -8,16 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forgetless.adapters.dial import scale_folder
-from forgetless.adapters.folders import CONFIG_FILE, export, load, save
+from forgetless.adapters.folders import CONFIG_FILE, load
 from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.layer import adapted_layers
-from forgetless.adapters.repair import checked_strength, put, repair_folder
+from forgetless.adapters.repair import checked_strength, repair_folder
 from forgetless.adapters.spectra import Spectra, spectra
 from forgetless.cli.commands.folders import Trained, require_new
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder, read_json, write_json
-from forgetless.data.modality import Processor, load_processor
+from forgetless.data.modality import load_processor
 from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.models.load import load_model, meta_model
 from forgetless.scores.gates import Limit, parse_limits
@@ -151,7 +150,7 @@ def adjust(asked: Asked, out: str | Path | None = None) -> Adjusted:
             chosen = chosen and bench.measure(chosen.setting, tasks)
         if out is not None and chosen is not None:
             with new_folder(Path(out)) as folder:
-                _write(adjustable, chosen.setting, asked, folder, processor)
+                adjustable.write(chosen.setting, folder, processor, asked.rank)
                 found = Adjusted(points, chosen, Path(out))
                 write_json(folder / REPORT_FILE, _provenance(asked, found, adjustable))
             return found
@@ -267,27 +266,6 @@ def _chosen(
 def _told(chosen: Point | None) -> set[Setting]:
     """The settings whose scores are told where they were not what was chosen by."""
     return {BASE, TRAINED} | (set() if chosen is None else {chosen.setting})
-
-
-def _write(
-    adjustable: Adjustable, setting: Setting, asked: Asked, folder: Path, processor: Processor
-) -> None:
-    """Write an adapter, or a tuned model, as it is at a setting."""
-    if adjustable.reference is not None and asked.rank is None:
-        with adjustable.at(setting) as model:
-            model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        return
-    if adjustable.reference is not None and asked.rank is not None:
-        save(adjustable.lora(setting.strength, asked.rank), folder)
-    elif setting.strength:
-        assert adjustable.repairs is not None
-        put(adjustable.model, adjustable.repairs.A(setting.strength), adjustable.repaired)
-        save(adjustable.model, folder, adjustable.repaired)
-    else:
-        export(adjustable.model, folder, adapter_name=adjustable.own)
-    if setting.scale != 1:
-        scale_folder(folder, setting.scale)
 
 
 def _settings_of(asked: Asked) -> dict[str, Any]:
