@@ -51,11 +51,11 @@ METHODS = {
 """Arm -> its learning rate, at which the pocket pilot saw it learn and forget."""
 
 STRENGTHS = [0.01, 0.03, 0.1, 0.3, 1.0]
-SCALES = [1.0, 0.9, 0.8]
+SCALES = [1.0, 0.85]
 DIAL = [0.5, 0.6, 0.7, 0.8, 0.9]
 COMPARATORS: list[dict[str, Any]] = [
-    *({"kind": "hard_projection", "energy": share} for share in (0.9, 0.99)),
-    *({"kind": "oplora", "directions": k} for k in (16, 64)),
+    {"kind": "hard_projection", "energy": 0.99},
+    {"kind": "oplora", "directions": 64},
     {"kind": "intruders", "keep": 0.25},
     {"kind": "dare", "drop": 0.5},
 ]
@@ -85,7 +85,7 @@ def definition(keep: str, folder: Path, *, tiny: bool) -> dict[str, Any]:
             "checkpoint_every": 200,
         },
         "repair": {
-            "strength": [0.1, 1.0] if tiny else STRENGTHS,
+            "strength": [0.1, 1.0] if tiny else STRENGTHS if keep == "named" else STRENGTHS[1:4],
             "scales": SCALES if keep == "named" and not tiny else [1.0],
             "keep": texts(folder)[keep],
         },

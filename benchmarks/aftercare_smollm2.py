@@ -30,9 +30,9 @@ ARMS = {
 }
 """Skill -> methods and rates: one that learns, one that overshoots, one inside the null space."""
 
-STRENGTHS, DIAL = [0.1, 1.0, 10.0], [0.5, 0.7]
+STRENGTHS, DIAL = [0.1, 1.0], [0.7]
 KEPT = ("kl", "wikitext", "lambada_openai", "arc_easy")
-EXAMPLES = {"held": 20, "wikitext": 8, "lambada": 32, "arc": 32}
+EXAMPLES = {"held": 20, "wikitext": 8, "lambada": 24, "arc": 24}
 """Of each task; a tenth of it with --tiny."""
 
 

@@ -160,12 +160,18 @@ def rounds(t: Trained, strength: float) -> Mapping[str, Factors]:
 
 
 def both_sides(t: Trained, strength: float) -> Mapping[str, Factors]:
-    """B likewise, by the second moments W C Wᵀ and W T Wᵀ of the layer's outputs."""
+    """B likewise, by the second moments W C Wᵀ and W T Wᵀ of the layer's outputs.
+
+    Where an update writes and the weight does not, both are 0 and B has to stay: so the ridge,
+    1e-4 of the mean, is on both sides of the fraction.
+    """
     found = {}
     for name, f in raw(t, strength).items():
         W = t.weight(name)
         keep, task = W @ t.C[name] @ W.mT, W @ t.T[name] @ W.mT
-        found[name] = Factors(A=f.A, B=solved(f.B.mT, keep, task, strength).mT)
+        ridge = 1e-4 * (task + keep).diagonal().mean() * torch.eye(len(task), dtype=task.dtype)
+        B = torch.linalg.solve(task + strength * keep + ridge, (task + ridge) @ f.B)
+        found[name] = Factors(A=f.A, B=B)
     return found
 
 

@@ -163,6 +163,13 @@ def test_a_base_in_low_precision_is_the_base_at_step_zero_and_with_the_adapter_o
         assert torch.equal(logits(model, family), base)
 
 
+def test_attaching_shows_no_warning_of_the_libraries(
+    family: str, method: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    attached(family, method)
+    assert [str(w.message) for w in recwarn if issubclass(w.category, FutureWarning)] == []
+
+
 def test_export_is_a_plain_lora_that_peft_loads_on_a_fresh_base(
     family: str, method: str, tmp_path: Path
 ) -> None:

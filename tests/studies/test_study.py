@@ -28,6 +28,10 @@ from forgetless.studies.stages import Event
 from forgetless.studies.study import Study, _run_workers, study
 from tests.killing import results, study_of
 
+# What a run imports is imported once, in the process that the others are forked from.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["forgetless.studies.study", "forgetless.training.loop"])
+
 pytest_plugins = ["tests.tiny_fixtures"]
 
 psutil = pytest.importorskip("psutil")  # comes with accelerate
@@ -240,10 +244,10 @@ def test_two_calls_on_one_folder_share_the_runs_and_end(
     whole: tuple[dict[str, Any], Study], tmp_path: Path
 ) -> None:
     definition, done = whole
-    context = multiprocessing.get_context("forkserver")
-    events = context.Queue()
+    events = FORKSERVER.Queue()
     calls = [
-        context.Process(target=_do_and_tell, args=(definition, tmp_path, events)) for _ in range(2)
+        FORKSERVER.Process(target=_do_and_tell, args=(definition, tmp_path, events))
+        for _ in range(2)
     ]
     for call in calls:
         call.start()
@@ -365,12 +369,10 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_numbers(
     whole: tuple[dict[str, Any], Study], tmp_path: Path
 ) -> None:
     definition, done = whole
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forgetless.studies"])
     draw = random.Random(os.environ.get("FORGETLESS_KILL_SEED", "0"))
     kills = 0
     for _ in range(40):
-        process = context.Process(target=_do, args=(definition, tmp_path))
+        process = FORKSERVER.Process(target=_do, args=(definition, tmp_path))
         process.start()
         process.join(draw.uniform(0.3, 4.0) if kills < 6 else None)
         if not process.is_alive():

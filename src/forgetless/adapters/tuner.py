@@ -8,6 +8,7 @@ or refused with the way to do it.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -197,7 +198,10 @@ def add_adapter(model: nn.Module, config: StartConfig, adapter_name: str) -> Pef
             model.add_adapter(adapter_name, config)
             model.set_adapter(adapter_name)
         else:
-            model = get_peft_model(model, config, adapter_name=adapter_name)
+            with warnings.catch_warnings():
+                # PEFT asks for it by the name before transformers 5.20.
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                model = get_peft_model(model, config, adapter_name=adapter_name)
     made: Any = model
     made.base_model.__class__ = AnchoredLoraModel
     made.peft_config[adapter_name].start = start
