@@ -191,6 +191,10 @@ def test_comparators_are_points_like_the_others(
     folder = RunFolder(run(recipe, tmp_path).folder)
     known, found = read_json(folder.aftercare), scores(folder)
     labels = [wanted.label for wanted in Recipe.parse(recipe).comparators]
+    assert labels[:4] == [
+        "hard_projection-0.9", "oplora-4", "dare-0.5-0", "intruders-0.0-10-0.9",
+    ]  # fmt: skip
+    assert labels[4] == f"ties-{other.path.name}-adapter-0.2"
     assert known["scored"] == ["repair-1", "dial-0.5", *labels]
     assert known["repaired"] == "repair-1"
     assert len({found[label, "kl"] for label in ("trained", *known["scored"])}) == 8

@@ -111,20 +111,26 @@ class _Comparator(Section):
 
     kind: str
 
+    def _settings(self) -> dict[str, str]:
+        """Of folders the last two parts, for those of runs are all called alike."""
+        return {
+            name.replace("_", " "): "+".join("/".join(Path(part).parts[-2:]) for part in value)
+            if isinstance(value, list)
+            else str(value)
+            for name, value in self.model_dump(exclude={"kind"}).items()
+        }
+
     @property
     def words(self) -> str:
         """Kind and settings, as the page has them."""
-        parts = [self.kind.replace("_", " ")]
-        for name, value in self.model_dump(exclude={"kind"}).items():
-            if isinstance(value, list):  # the folders of runs are all called alike
-                value = "+".join("/".join(Path(folder).parts[-2:]) for folder in value)
-            parts.append(f"{name.replace('_', ' ')} {value}")
-        return ", ".join(parts)
+        settings = (f"{name} {value}" for name, value in self._settings().items())
+        return ", ".join([self.kind.replace("_", " "), *settings])
 
     @property
     def label(self) -> str:
-        """The same as a name for folders and rows."""
-        name = re.sub(r"[^\w.]+", "-", self.words)
+        """The kind and, after a hyphen, the values: a name for folders and rows."""
+        name = "-".join([self.kind, *self._settings().values()])
+        name = re.sub(r"[^\w.+-]", "-", name)
         return name if len(name) <= 100 else f"{name[:90]}-{sha256(name.encode()).hexdigest()[:9]}"
 
 
