@@ -84,7 +84,6 @@ def compared(
     is_adapter = isinstance(adapter, PeftModel)
     with updates_of(adapter, base, adapter_name) as (on, found):
         own = {name: make().delta for name, make in found.items() if is_adapter or name in keep}
-        weights = {name: linear_weight(on.get_submodule(name)).detach() for name in own}
     require_statistics(own or found, keep, task)
     others: list[Mapping[str, Update]] = []
     for folder in wanted.adapters if isinstance(wanted, Ties) else ():
@@ -95,7 +94,7 @@ def compared(
     made: dict[str, Update] = {}
     forecasts, lost = [], []
     for name in counted(list(own), wanted.kind, "layers"):
-        W, delta = weights[name], own[name]
+        W, delta = linear_weight(on.get_submodule(name)).detach(), own[name]
         C = keep[name].second_moment.to(W.device)
         T = None if task is None else task[name].second_moment.to(W.device)
         with shared_inputs():

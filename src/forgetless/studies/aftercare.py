@@ -155,6 +155,7 @@ class Adjustable:
         self.reference: nn.Module | None = None
         wanted = [strength for strength in strengths if strength]
         self._moments = keep, task
+        self.own = "default"
         if is_tuned(adapter):
             dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
             is_model = isinstance(adapter, nn.Module)
@@ -225,11 +226,9 @@ class Adjustable:
         """What a comparator makes of the update; the updates themselves are not kept."""
         keep, task = self._moments
         assert keep is not None
-        wanted, base = self.comparators[label], self.reference
-        if base is not None:
-            made = compared(wanted, self.model, base, keep, task)
-        else:
-            made = compared(wanted, self.model, self.model, keep, task, self.own)
+        wanted, base = self.comparators[label], self.reference or self.model
+        made = compared(wanted, self.model, base, keep, task, self.own)
+        if self.reference is None:
             self.model.set_adapter(self.own)
         self._told[label] = replace(made, updates={})
         return made
