@@ -257,11 +257,11 @@ def means(rows: Sequence[Row], runs_a_seed: int) -> list[Row]:
 
 
 PARTS = {
-    "llama-2-7b": Part(partial(at_shapes, "llama-2-7b"), 120),
-    "llama-3.1-8b": Part(partial(at_shapes, "llama-3.1-8b"), 120),
+    "llama-2-7b": Part(partial(at_shapes, "llama-2-7b"), 115),
+    "llama-3.1-8b": Part(partial(at_shapes, "llama-3.1-8b"), 115),
     "step": Part(training_step, 45),
-    "repair": Part(repair, 65),
-    "adapters": Part(adapters, 350, tiny_limit=100),
+    "repair": Part(repair, 60),
+    "adapters": Part(adapters, 325, tiny_limit=100),
 }
 
 

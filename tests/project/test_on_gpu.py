@@ -155,7 +155,8 @@ def test_means_are_over_seeds_all_of_whose_runs_are_over() -> None:
 def test_the_parts_fit_into_twelve_minutes_and_tiny_into_five() -> None:
     from on_gpu import PARTS
 
-    assert sum(part.limit for part in PARTS.values()) <= 12 * 60
+    # A minute is left for what comes before the first part: importing on a cold disk.
+    assert sum(part.limit for part in PARTS.values()) <= 11 * 60
     assert sum(part.tiny_limit for part in PARTS.values()) <= 5 * 60
 
 
