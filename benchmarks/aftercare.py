@@ -121,7 +121,7 @@ def trained_comparators(folder: Path, *, tiny: bool) -> dict[str, Any]:
         {"path": "pocket:knowledge", "weight": 0.1},
     ]
     penalty = [{"kind": "kl", "weight": 0.1, "source": "pocket:knowledge"}]
-    rates = [1e-3] if tiny else [3e-4, 1e-3, 3e-3]
+    rates = [1e-3] if tiny else [3e-4, 1e-3]
     arms: list[dict[str, Any]] = [
         {"name": f"lora at {rate:g}", "training.learning_rate": rate} for rate in rates
     ]
@@ -330,6 +330,24 @@ def _cell(found: Mapping[str, Any] | None) -> str:
     return f"{shown} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
+def comparators_table(rows: Sequence[Row]) -> str:
+    """What each comparator leaves of the skill as trained, and what is kept, over the seeds."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for (arm, _), settings in points(rows).items():
+        for label, point in settings.items():
+            if label == "trained" or point["scale"] is None:
+                skill = point[LEARNED] / settings["trained"][LEARNED]
+                found[arm][label].append((skill, point[KEPT]))
+    labels = list(dict.fromkeys(label for by_label in found.values() for label in by_label))
+    out = [["arm", *labels], ["---"] * (1 + len(labels))]
+    for arm, by_label in found.items():
+        means = [
+            [100 * fmean(column) for column in zip(*by_label[at], strict=True)] for at in labels
+        ]
+        out.append([arm, *(f"{skill:.0f} / {kept:.1f}" for skill, kept in means)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in out)
+
+
 def trained_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """What was trained otherwise, and what is kept more than by it at its own skill."""
     heads = ["trained", "skill", "facts kept", "lora, dial", "lora, repair", "lora, both"]
@@ -342,7 +360,6 @@ def trained_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 COLUMNS = ("method", "seed", "setting", "strength", "scale", "task", "score")
 HEADS = ["as trained", "dial", "repair", "both", "repair - dial", "both - dial"]
-OTHERS = ["dial", "repair", "hard_projection", "oplora", "intruders", "dare"]
 
 
 def read(path: Path) -> list[Row]:
@@ -385,12 +402,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found["keep"][keep] = lines = compared(rows)
         parts += [f"## Text to keep: {keep}", table(lines, HEADS)]
         if keep == "named":
-            parts += ["### Comparators on the same adapters", table(lines, OTHERS)]
+            parts.append(
+                "### Comparators on the same adapters: skill left / facts kept, in percent"
+            )
+            parts.append(comparators_table(rows))
         write_json(out / "aftercare.json", found)
     trained = study(trained_comparators(out, tiny=asked.tiny), out, workers=asked.workers)
     others = read(Path(trained.folder) / "report" / "results.csv")
-    v2 = [row | {"arm": row["method"]} for row in named if row["method"] == "lora_null_v2"]
-    others += [row for row in v2 if row["setting"] == "trained"]
+    others += [row | {"arm": row["method"]} for row in named if row["setting"] == "trained"]
     found["trained"] = lines = against(named, others)
     write_json(out / "aftercare.json", found)
     parts += ["## Trained otherwise", trained_table(lines)]
