@@ -42,7 +42,7 @@ from forgetless.core.errors import UserError, first_few
 from forgetless.core.method import Factors
 from forgetless.core.progress import counted
 from forgetless.core.projection import best_of_rank, repaired
-from forgetless.core.spectra import Update, dense, output_energy
+from forgetless.core.spectra import Update, dense, output_energy, update_norm
 from forgetless.models.load import base_of, load_model
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 from forgetless.statistics.moments import Statistics
@@ -146,6 +146,8 @@ class Repairs:
         stacked = torch.cat([layer.A for layer in group.values()]).to(self._device)
         rows = _where_float64_is(stacked).double()
         C, T = _moments(next(iter(group)), keep, task, rows.shape[1])
+        # Once, and not for every layer and strength.
+        C, T = C.to(rows), None if T is None else T.to(rows)
         ranks = [len(layer.A) for layer in group.values()]
         for strength in strengths:
             made = repaired(rows, C, T, strength)
@@ -258,7 +260,13 @@ def forecast_of(
     """
     device = (before.A if isinstance(before, Factors) else before).device
     C = second_moment.to(device, torch.float64)
-    T = torch.eye(len(C)).to(C) * C.diagonal().mean() if task_moment is None else task_moment.to(C)
+    T = None if task_moment is None else task_moment.to(C)
+
+    def learned_by(M: Update) -> float:
+        if T is None:  # the identity at C's mean diagonal, without a second matrix of its size
+            return float(C.diagonal().mean()) * update_norm(M) ** 2
+        return output_energy(M, T)
+
     if isinstance(before, Factors) and isinstance(after, Factors):
         moved: Update = Factors(
             A=torch.cat([after.A, before.A.to(after.A)]),
@@ -268,10 +276,10 @@ def forecast_of(
             moved = Factors(A=after.A - before.A, B=before.B)
     else:
         moved = dense(after) - dense(before)
-    disturbed, learned = output_energy(before, C), output_energy(before, T)
+    disturbed, learned = output_energy(before, C), learned_by(before)
     return Forecast(
         kept=output_energy(after, C) / disturbed if disturbed else 0.0,
-        missed=output_energy(moved, T) / learned if learned else 0.0,
+        missed=learned_by(moved) / learned if learned else 0.0,
     )
 
 

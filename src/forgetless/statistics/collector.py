@@ -138,7 +138,7 @@ class Collector:
         for name, tokens in zip(leaders, map(sum, zip(*counts, strict=True)), strict=True):
             if tokens:
                 self.leader.setdefault(name, name)
-                self.sums[name] = processes.sum(self.sums.get(name, self._zeros(name)))
+                self.sums[name] = processes.sum(self._sum(name, "cpu"))
                 self.tokens[name] = tokens
 
     def take(self) -> Iterator[tuple[str, Tensor]]:
@@ -149,9 +149,12 @@ class Collector:
                 _mirror_lower_triangle(total)
                 yield name, total.div_(self.tokens[name]).cpu()
 
-    def _zeros(self, name: str) -> Tensor:
-        size = weight_shape(self.layers[name])[1]
-        return torch.zeros(size, size, dtype=torch.float64, device="cpu")
+    def _sum(self, name: str, device: torch.device | str) -> Tensor:
+        """The sum of a layer's inputs so far; a matrix of zeros there where it has none yet."""
+        if name not in self.sums:  # no default of a `get`: a matrix may take half a gigabyte
+            size = weight_shape(self.layers[name])[1]
+            self.sums[name] = torch.zeros(size, size, dtype=torch.float64, device=device)
+        return self.sums[name]
 
     def _forward(self, batch: Batch, number: int) -> None:
         arguments, self._rows = prepare(
@@ -203,9 +206,7 @@ class Collector:
         rows = self._rows.of(name, x)
         if rows.device.type == "mps":  # has no float64
             rows = rows.cpu()
-        if name not in self.sums:  # no default of a `get`: a matrix may take half a gigabyte
-            self.sums[name] = self._zeros(name)
-        total = self.sums[name] = self.sums[name].to(rows.device)
+        total = self.sums[name] = self._sum(name, rows.device).to(rows.device)
         for start in range(0, len(rows), _CHUNK_ROWS):
             _add_lower_triangle(total, rows[start : start + _CHUNK_ROWS].double())
         self.tokens[name] += len(rows)

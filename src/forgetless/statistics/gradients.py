@@ -196,7 +196,7 @@ class _Pass:
         if not self.tokens:
             raise UserError("there is nothing to learn: no batches, or every label is -100")
         for name in [name for name in self.layers if any(name in part[2] for part in parts)]:
-            self.sums[name] = processes.sum(self.sums.get(name, self._zeros(name)))
+            self.sums[name] = processes.sum(self._sum(name, "cpu"))
 
     def means(self) -> Iterator[tuple[str, Tensor]]:
         """Each layer's gradient of the mean loss; the sum is let go."""
@@ -258,12 +258,13 @@ class _Pass:
         product = g.mT @ x.reshape(-1, x.shape[-1]).to(precise)
         if product.device.type == "mps":  # has no float64
             product = product.cpu()
-        if name not in self.sums:
-            self.sums[name] = self._zeros(name).to(product.device)
-        self.sums[name].add_(product)
+        self._sum(name, product.device).add_(product)
 
-    def _zeros(self, name: str) -> Tensor:
-        return torch.zeros(self.shapes[name], dtype=torch.float64, device="cpu")
+    def _sum(self, name: str, device: torch.device | str) -> Tensor:
+        """The sum of a layer's gradients so far; a matrix of zeros there where it has none yet."""
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(self.shapes[name], dtype=torch.float64, device=device)
+        return self.sums[name]
 
 
 def _learned(base: nn.Module, labels: Tensor) -> int:
