@@ -96,6 +96,15 @@ def test_after_a_rollback_the_steps_are_those_of_the_weights(tmp_path: Path) -> 
     assert points == [(0, 0, 0.8), (4, 40, 0.7), (6, 60, 0.6)]
 
 
+def test_a_rollback_to_the_start_leaves_one_point(tmp_path: Path) -> None:
+    exceeded = {"step": 4, "kept_step": 0, "action": "rollback"}
+    training = {"steps": 4, "tokens": 40, "train_seconds": 1.0, "exceeded": exceeded}
+    folder = _write_run(tmp_path / "s", "lora-1", {"recall": (0.8, 0.8)}, training=training)
+    folder.point(4).native.mkdir(parents=True)
+    points = [(row["step"], row["tokens"], row["score"]) for row in curve(tmp_path / "s")]
+    assert points == [(0, 0, 0.8)]
+
+
 def test_the_curve_is_read_while_the_log_is_written(tmp_path: Path) -> None:
     folder = _write_run(tmp_path / "s", "lora-1", {"recall": (0.8, 0.6)})
     folder.point(4).native.mkdir(parents=True)

@@ -182,7 +182,8 @@ def curve_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
     trained, last = record.get("training", {}), common["steps"]
     if trained.get("steps") == last:
         tokens[last] = trained.get("tokens")
-    for step in [0, *(step for step in folder.points if step < last), last]:
+    # A rollback may go back to step 0.
+    for step in dict.fromkeys([0, *(step for step in folder.points if step < last), last]):
         place = {"step": step, "tokens": tokens.get(step)}
         for task, kind in record.get("tasks", {}).items():
             base = score = _score(folder, "base", task)
