@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -130,3 +131,38 @@ def test_a_training_setting_costs_one_field(package: Path) -> None:
     plain, changed = run(package.parent, code).splitlines()
     assert plain == before.strip()
     assert changed != plain
+
+
+MODALITY = """
+from dataclasses import replace
+
+from forgetless.data.images import MODALITY as IMAGES
+from forgetless.models.load import load_tokenizer
+
+MODALITY = replace(IMAGES, processor_name="reader", load_processor=load_tokenizer)
+"""
+
+
+def test_a_modality_costs_a_line_and_a_file(package: Path, tmp_path: Path) -> None:
+    """A task for it costs what every task costs."""
+    base = tmp_path / "bert"
+    base.mkdir()
+    config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+    (base / "config.json").write_text(json.dumps({**config, "hidden_size": 12, "vocab_size": 9}))
+    (package / "data" / "sentences.py").write_text(MODALITY)
+    line = (
+        'HEADS = (Head("sentences", "a sentence classifier", '
+        "transformers.AutoModelForSequenceClassification, AutoTokenizer, "
+        "modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES), *HEADS)\n"
+    )
+    file = package / "models" / "load.py"
+    text = file.read_text(encoding="utf-8")
+    imports = "import transformers\nfrom transformers.models.auto import modeling_auto\n"
+    head, mark, rest = text.partition("\n_WEIGHTS = (")
+    file.write_text(f"{head}\n{imports}{line}{mark}{rest}", encoding="utf-8")
+    code = (
+        "from forgetless.data.modality import modality_of; from forgetless.models.load import *;"
+        f"base = {str(base)!r};"
+        "print(modality_of(base).processor_name, modality_of('pocket').processor_name)"
+    )
+    assert run(package.parent, code).split() == ["reader", "tokenizer"]

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -220,8 +221,12 @@ def test_fisher_information_is_not_summed_in_16_bits(
 ) -> None:
     model = load_model(str(tiny_base), dtype="bfloat16")
     module = "forgetless.training.penalties.ewc"
-    monkeypatch.setattr(f"{module}.EWC._sequences", lambda _: [torch.ones(1, 2)] * 600)
-    monkeypatch.setattr(f"{module}._log_likelihood", lambda model, _: model.lm_head.weight.sum())
+    monkeypatch.setattr(f"{module}.EWC._examples", lambda _: [({}, 1)] * 600)
+
+    def forward(**_: Any) -> Any:
+        return SimpleNamespace(loss=model.lm_head.weight.sum())
+
+    monkeypatch.setattr(model, "forward", forward)
     penalty = prepared(model, tokenizer, kind="ewc", weight=1, source=str(tiny_files / "old.txt"))
     found = penalty._fisher["model.embed_tokens.weight"]  # tied
     assert torch.allclose(found, torch.ones_like(found), rtol=1e-4)
@@ -245,11 +250,11 @@ def test_a_native_folder_has_the_inputs_of_the_exported_one(
 def test_ewc_leaves_the_modes_as_they_were_when_it_fails(
     full: Any, tokenizer: Any, tiny_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(model: nn.Module, ids: Tensor) -> Tensor:
-        assert not model.training
+    def fail(*_: Any, **__: Any) -> None:
+        assert not full.training
         raise KeyError
 
-    monkeypatch.setattr("forgetless.training.penalties.ewc._log_likelihood", fail)
+    monkeypatch.setattr(full, "forward", fail)
     full.train()
     with pytest.raises(KeyError):
         prepared(full, tokenizer, kind="ewc", weight=1, source=str(tiny_files / "old.txt"))

@@ -15,14 +15,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from forgetless.core.files import read_json, write_text
 from forgetless.methods import METHODS
-from forgetless.models.pocket import base_path
+from forgetless.models.pocket import POCKETS
+
+if TYPE_CHECKING:
+    from forgetless.models.load import Head
 
 __all__ = ["CARD_FILE", "Card", "file_name", "is_ours", "pairs", "table", "write"]
 
@@ -52,6 +55,7 @@ class Card:
         settings: further rows of the table of settings.
         scores: the paragraphs on what was learned and forgotten; none where nothing was measured.
         versions: of the packages it was made with.
+        head: of the base, where it is none that PEFT has a name for.
     """
 
     base: str
@@ -63,12 +67,17 @@ class Card:
     settings: Mapping[str, str] = field(default_factory=dict)
     scores: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    head: Head | None = None
 
     @property
     def text(self) -> str:
         """The whole file."""
         base, task = _base_name(self.base), str(self.config.get("task_type"))
-        kind = _CLASSES.get(task, "AutoModel")
+        kind, reader = _CLASSES.get(task, "AutoModel"), "AutoProcessor"
+        if task in _CLASSES:
+            reader = "AutoTokenizer"
+        elif self.head is not None:
+            kind, reader = self.head.auto_class.__name__, self.head.processor_class.__name__
         ranks = dict(self.config.get("rank_pattern") or {}).values()
         rank = int(max([self.config["r"], *ranks]))
         metadata = {
@@ -107,7 +116,7 @@ class Card:
             rank=rank,
             known=METHODS.get(self.method or ""),
             kind=kind,
-            reader="AutoTokenizer" if task in _CLASSES else "AutoProcessor",
+            reader=reader,
             vllm_ranks=_VLLM_RANKS,
             vllm_rank=next((allowed for allowed in _VLLM_RANKS if allowed >= rank), None),
             settings=table(["setting", "value"], cells),
@@ -133,6 +142,7 @@ def write_export_card(
     start: Mapping[str, Any] | None = None,
     error: float | None = None,
     tied: tuple[str, str] | None = None,
+    head: Head | None = None,
 ) -> None:
     """Write the card of an adapter of which nothing but the export is known.
 
@@ -142,6 +152,7 @@ def write_export_card(
         start: how the adapter started, see `adapters.layer.Start`.
         error: relative error of the export.
         tied: see `Card`.
+        head: of the base.
     """
     known, versions = start or {}, {"python": platform.python_version()}
     for package in ("forgetless", "torch", "transformers", "peft"):
@@ -158,6 +169,7 @@ def write_export_card(
             tied=tied,
             settings={"seed": str(known["seed"])} if known else {},
             versions=versions,
+            head=head,
         ),
     )
 
@@ -180,8 +192,8 @@ def _base_name(base: str) -> str:
     >>> _base_name("/home/me/models--meta-llama--Llama-2-7b-hf/snapshots/01c7f7")
     'meta-llama/Llama-2-7b-hf'
     """
-    if base == str(base_path()):
-        return "pocket"
+    if shipped := [name for name, folder in POCKETS.items() if base == str(folder())]:
+        return shipped[0]
     if cached := _HUB_CACHE.search(base):
         return f"{cached['owner']}/{cached['name']}"
     if _HUB_ID.fullmatch(base) and not Path(base).exists():

@@ -33,7 +33,7 @@ from forgetless.adapters.plain import lora_config, plain_lora
 from forgetless.adapters.tuner import add_adapter, check_addable, take_off
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.files import new_folder, read_json, write_json
-from forgetless.models.load import base_modules
+from forgetless.models.load import base_modules, head_of
 from forgetless.models.weights import is_linear, weight_shape
 
 CONFIG_FILE = "adapter_config.json"
@@ -108,6 +108,7 @@ def export(
             start=getattr(model.peft_config[adapter_name], "start", None),
             error=plain.relative_error,
             tied=tied,
+            head=head_of(model),
         )
     return ExportReport(
         folder=Path(folder),

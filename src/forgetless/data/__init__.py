@@ -15,6 +15,7 @@ several forms fit, the first one counts:
 ``query``, ``response``               the same
 ``problem``, ``solution``             the same
 ``text``                              every token is learned
+``image``, ``label``                  an image of a class folder, and its class
 ====================================  ==========================================================
 
 A turn is ``{"role", "content"}`` with a role of system, user, assistant or tool, or ShareGPT's

@@ -6,14 +6,15 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from forgetless.core.errors import UserError
-from forgetless.data.files import bad_rows, optional_package, read_rows
+from forgetless.core.hashing import content_hash
+from forgetless.data.files import POCKET, bad_rows, optional_package, read_rows
 from forgetless.data.forms import Form, Kind, Record, form_of, names_of, show
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ class Examples:
     """Checked training examples of one kind.
 
     Attributes:
-        kind: what every record holds: ``prompt`` and ``completion``, ``messages``, or ``text``.
+        kind: what every record holds: ``prompt`` and ``completion``, ``messages``, ``text``, or
+            ``image`` and ``label``.
         records: the examples, in the order of the file.
         source: where they came from, for messages.
         places: of each record in the source (``"line 7"``), for messages; empty for its number.
@@ -53,6 +55,8 @@ class Examples:
         """SHA-256 of the content: the same for the same examples, whatever file held them."""
         digest = hashlib.sha256(self.kind.encode())
         for record in self.records:
+            if self.kind == "image" and not record["image"].startswith(POCKET):
+                record = {**record, "image": content_hash(record["image"])}
             digest.update(b"\n")
             digest.update(json.dumps(record, sort_keys=True, ensure_ascii=True).encode())
         return digest.hexdigest()
@@ -74,9 +78,11 @@ def load_examples(
 
     Args:
         path: a .jsonl, .json, .csv, .parquet or .txt file (a text file is one document), a folder
-            written by ``datasets.save_to_disk``, or a pocket skill: ``pocket:problems``,
-            ``pocket:functions``, ``pocket:series``, each also with ``:test``; or
-            ``pocket:knowledge``, the facts of the pocket world as raw text.
+            written by ``datasets.save_to_disk``, a folder with a folder of images for each class,
+            or a pocket skill: ``pocket:problems``, ``pocket:functions``, ``pocket:series``, each
+            also with ``:test``; ``pocket:knowledge``, the facts of the pocket world as raw text;
+            or images of it: ``pocket:digits``, ``pocket:shapes``, ``pocket:letters``,
+            ``pocket:patterns``, each also with ``:test``.
         limit: read no more than the first rows.
         kind: what the examples have to be; prompts with completions can be read as ``text``, in
             which every token is learned.
@@ -99,6 +105,19 @@ def as_kind(kind: Kind | Literal["auto"], examples: Examples) -> Examples:
         raise UserError(f"{kind!r} given, but {examples.source} is {examples.kind!r}")
     records = [{"text": record["prompt"] + record["completion"]} for record in examples]
     return Examples("text", records, examples.source)
+
+
+def require_kind(examples: Examples, kinds: Collection[Kind]) -> None:
+    """See to it that examples are of a kind that is read.
+
+    Raises:
+        UserError: they are of another.
+    """
+    if examples.kind not in kinds:
+        raise UserError(
+            f"{examples.source} holds examples of kind {examples.kind!r}, and here those of kind "
+            f"{' or '.join(map(repr, sorted(kinds)))} are read"
+        )
 
 
 def from_rows(rows: Iterable[tuple[str, Any]], source: str) -> Examples:

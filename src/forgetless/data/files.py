@@ -6,7 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,16 @@ from forgetless.core.errors import UserError, first_few
 
 Row = Mapping[str, Any]
 """What a line of a file holds, by its keys; most files have one object a row."""
+
+
+class Picture(str):
+    """The file of an image, or the name of one of the pocket world."""
+
+    __slots__ = ()
+
+
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
+"""Endings of the files that are images in a class folder; others are passed over."""
 
 POCKET = "pocket:"
 POCKET_KNOWLEDGE = "pocket:knowledge"
@@ -34,7 +44,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[s
     path = Path(path)
     if path.is_dir():
         return islice(_read_folder(path), limit)
-    allowed = f"{', '.join(_READERS)}, a datasets folder or '{POCKET}problems'"
+    allowed = f"{', '.join(_READERS)}, a datasets folder, class folders or '{POCKET}problems'"
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}; give a file of type {allowed}")
     if path.suffix.lower() not in _READERS:
@@ -146,13 +156,28 @@ def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a datasets folder; or the images of class folders, one of each in turn."""
+    classes = {
+        folder.name: sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES)
+        for folder in sorted(path.iterdir())
+        if folder.is_dir() and not folder.name.startswith(".")
+    }
+    if any(classes.values()):
+        if empty := [name for name, files in classes.items() if not files]:
+            raise UserError(f"{path / empty[0]} has no image of type {', '.join(sorted(IMAGES))}")
+        for files in zip_longest(*classes.values()):
+            for label, file in zip(classes, files, strict=True):
+                if file is not None:
+                    place = file.relative_to(path).as_posix()
+                    yield place, {"image": Picture(file), "label": label}
+        return
     datasets = optional_package("datasets")
     try:
         loaded = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError):
         raise UserError(
-            f"folder {path} holds no data set; give one written by datasets.save_to_disk, or a "
-            f"file of type {', '.join(_READERS)}"
+            f"folder {path} holds no data set; give one written by datasets.save_to_disk, one with "
+            f"a folder of images for each class, or a file of type {', '.join(_READERS)}"
         ) from None
     if isinstance(loaded, datasets.DatasetDict):
         splits = list(loaded)
@@ -168,6 +193,7 @@ def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_pocket(name: str) -> Iterator[tuple[str, Any]]:
     from forgetless.data.pocket.functions import functions
+    from forgetless.data.pocket.images import DOMAINS
     from forgetless.data.pocket.knowledge import knowledge_text
     from forgetless.data.pocket.problems import problems
     from forgetless.data.pocket.series import series
@@ -176,11 +202,19 @@ def _read_pocket(name: str) -> Iterator[tuple[str, Any]]:
         for number, text in enumerate(knowledge_text(), start=1):
             yield f"row {number}", {"text": text}
         return
+    domain, _, split = name.removeprefix(POCKET).partition(":")
+    if domain in DOMAINS and (split or "train") in POCKET_SIZES:
+        split = split or "train"
+        for number in range(POCKET_SIZES[split] // len(DOMAINS[domain])):
+            for label in DOMAINS[domain]:
+                picture = f"{POCKET}{label}/{split}/{number}"
+                yield picture, {"image": Picture(picture), "label": label}
+        return
     make: dict[str, Any] = {"problems": problems, "functions": functions, "series": series}
     skill, _, split = name.removeprefix(POCKET).partition(":")
     split = split or "train"
     if skill not in make or split not in POCKET_SIZES:
-        known = ", ".join(f"'{POCKET}{known}'" for known in make)
+        known = ", ".join(f"'{POCKET}{known}'" for known in (*make, *DOMAINS))
         raise UserError(
             f"unknown pocket data {name!r}; give {known}, or one with ':test', or "
             f"'{POCKET_KNOWLEDGE}'"

@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 from forgetless.core.errors import UserError
 from forgetless.data.chat import THOUGHTS, is_learned
-from forgetless.data.files import Row
+from forgetless.data.files import Picture, Row
 
-Kind = Literal["prompt_completion", "messages", "text"]
+Kind = Literal["prompt_completion", "messages", "text", "image"]
 Record = Mapping[str, Any]
-"""An example: ``prompt`` and ``completion``, ``messages``, or ``text``."""
+"""An example: ``prompt`` and ``completion``, ``messages``, ``text``, or ``image`` and ``label``."""
+
+TEXTS: frozenset[Kind] = frozenset({"prompt_completion", "messages", "text"})
+"""Kinds of examples that are text."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Form:
 
     def unread(self, row: Row) -> set[str]:
         """Keys of a row and its turns by which other tools show or learn something else."""
-        if self.kind == "text":
+        if self.kind in ("text", "image"):
             return set()
         beside = {key for key in _READ_ELSEWHERE if row.get(key)} - {*self.keys, *self.reads}
         lists = (row[key] for key in self.keys if isinstance(row[key], list | tuple))
@@ -78,6 +81,15 @@ def _task(task: str, answer: str) -> Form:
 
 def _document(row: Row, where: str) -> Record:
     return {"text": _text(row, "text", where)}
+
+
+def _image(row: Row, where: str) -> Record:
+    if not isinstance(row["image"], Picture):
+        raise UserError(
+            f"{where}: images are read from a folder with one folder of images a class, not from "
+            "the rows of a file"
+        )
+    return {"image": str(row["image"]), "label": _text(row, "label", where)}
 
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -197,6 +209,7 @@ _FORMS = (
     _task("query", "response"),
     _task("problem", "solution"),
     Form("text", ("text",), _document),
+    Form("image", ("image", "label"), _image),
 )
 
 

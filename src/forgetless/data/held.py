@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import write_jsonl
-from forgetless.data.forms import Record
+from forgetless.data.examples import require_kind
+from forgetless.data.forms import TEXTS, Record
 from forgetless.data.texts import read_examples
 
 EVERY = 5
@@ -42,6 +43,7 @@ def hold_out(source: str | Path, folder: Path, limit: int | None = None) -> Held
         UserError: a broken file, or too little text to share out.
     """
     examples = read_examples(source, limit)
+    require_kind(examples, TEXTS)
     records = list(examples)
     if examples.kind == "text":
         total = sum(len(record["text"]) for record in records)

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.data.batches import TokenRows
 from forgetless.data.chat import Chat
-from forgetless.data.examples import Examples
+from forgetless.data.examples import Examples, require_kind
+from forgetless.data.forms import TEXTS
 from forgetless.data.modality import Batch, Modality
 from forgetless.data.texts import batches, self_text
 from forgetless.data.tokens import tokenize
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def _check(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise what the tokenizer's chat template has against conversations."""
+    """Raise what is no text, or what the tokenizer's chat template has against conversations."""
+    require_kind(examples, TEXTS)
     if examples.kind == "messages":
         Chat(tokenizer).check([record["messages"] for record in examples], examples.where)
 
@@ -33,6 +35,7 @@ def _rows(
     pack: bool | Literal["auto"] = "auto",
 ) -> TokenRows:
     if isinstance(examples, Examples):
+        require_kind(examples, TEXTS)
         examples = tokenize(examples, tokenizer, max_length=max_length, pack=pack)
     return TokenRows(examples)
 
@@ -56,6 +59,7 @@ def _probe(model: PreTrainedModel) -> Batch:
 
 
 MODALITY = Modality(
+    kinds=TEXTS,
     processor_name="tokenizer",
     processor_type=PreTrainedTokenizerBase,
     load_processor=load_tokenizer,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from forgetless.data.examples import Examples, load_examples
 from forgetless.data.forms import Kind
-from forgetless.models.load import head_of
+from forgetless.models.load import HEADS, head_of
 
 __all__ = [
     "Batch",
@@ -76,42 +76,49 @@ class Modality:
     """How the models of one kind are fed and asked.
 
     Attributes:
+        kinds: of the examples that such a model reads.
         processor_name: what messages call the processor.
         processor_type: its class.
         load_processor: the processor of a base, by its name; ``weights=False`` takes a folder that
             has none.
-        check: raises what a processor has against examples, before any weight is loaded.
+        check: raises what a processor has against examples of its kinds, before any weight is
+            loaded.
         rows: of examples, or of a data set that is encoded already. ``max_length`` and ``pack`` are
             those of a recipe's data.
         batches: of what is to be kept, by a calibration source, the model and its processor;
             ``samples``, ``max_length``, ``batch_size`` and ``seed`` are a recipe's. They have
             no labels.
         own_texts: what the base says when it is asked nothing, as texts: by model, processor,
-            samples, max_length and seed.
+            samples, max_length and seed. None where a base says nothing.
         probe: inputs that are the same for every model of a config. Step 0 is compared on them.
-        loss_task: kind of the task that takes the mean loss on held-out examples.
-        distance_task: kind of the task that takes KL(base || model) on held-out examples.
+        loss_task: kind of the task that takes the mean loss on held-out examples; None where its
+            examples are not held out, so that there is no repair, dial or spectrum by a text.
+        distance_task: kind of the task that takes KL(base || model) on them; None likewise.
     """
 
+    kinds: frozenset[Kind]
     processor_name: str
     processor_type: type
     load_processor: Callable[..., Processor]
     check: Callable[[Examples, Processor], None]
     rows: Callable[..., Rows]
     batches: Callable[..., list[Batch]]
-    own_texts: Callable[[PreTrainedModel, Processor, int, int, int], list[str]]
+    own_texts: Callable[[PreTrainedModel, Processor, int, int, int], list[str]] | None
     probe: Callable[[PreTrainedModel], Batch]
-    loss_task: str
-    distance_task: str
+    loss_task: str | None
+    distance_task: str | None
 
 
 def modality_of(base: str | nn.Module) -> Modality:
     """The modality of a base by its name, or of a model by its class.
 
+    A model with another head than `HEADS` is asked as a language model.
+
     Raises:
         UserError: as `forgetless.models.load.head_of`.
     """
-    found: Modality = import_module(f"forgetless.data.{head_of(base).modality}").MODALITY
+    name = (head_of(base) or HEADS[0]).modality
+    found: Modality = import_module(f"forgetless.data.{name}").MODALITY
     return found
 
 

@@ -16,8 +16,9 @@ from forgetless.core.errors import UserError, unknown
 from forgetless.core.progress import counted
 from forgetless.data.chat import Chat
 from forgetless.data.encoding import encode, ended
-from forgetless.data.examples import Examples, from_rows
+from forgetless.data.examples import Examples, from_rows, require_kind
 from forgetless.data.files import read_rows
+from forgetless.data.forms import TEXTS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,6 +36,9 @@ POCKET_TEXTS = {
     "pocket:series:test": "the series of numbers for testing",
 }
 """The texts of the pocket world, and what they are."""
+
+POCKET_PICTURES = ("pocket:digits", "pocket:shapes", "pocket:letters", "pocket:patterns")
+"""Its images for training, ten classes each; with ``:test`` those for testing."""
 
 # What the keys and values of sequences sampled together may take; more at a time is faster.
 _CACHE_BYTES = 4 * 2**30
@@ -113,7 +117,9 @@ def batches(
         windows = self_text(model, tokenizer, samples, max_length, seed)
     else:
         draw = random.Random(seed)
-        windows = _windows(read_examples(source), tokenizer, samples, max_length, draw)
+        examples = read_examples(source)
+        require_kind(examples, TEXTS)
+        windows = _windows(examples, tokenizer, samples, max_length, draw)
         _check_vocabulary(windows, model)
     rows = [
         {"input_ids": ids, "labels": ids, "lengths": [len(ids)]}
@@ -155,7 +161,8 @@ def read_examples(source: str | Path, limit: int | None = None) -> Examples:
         held = [] if source == "pocket:knowledge" else knowledge.questions("held_out")
         texts = [question.prompt for question in held] or knowledge.knowledge_text()
         return Examples("text", [{"text": text} for text in spread(texts, limit)], source)
-    if source.startswith("pocket:") and source not in POCKET_TEXTS:
+    known = source in POCKET_TEXTS or source.removesuffix(":test") in POCKET_PICTURES
+    if source.startswith("pocket:") and not known:
         raise unknown("calibration source", source, (SELF, *POCKET_TEXTS))
     rows = ((place, _as_example(row)) for place, row in read_rows(source, limit=limit))
     return from_rows(rows, source=source)

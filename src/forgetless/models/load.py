@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,22 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoTokenizer,
+    BaseImageProcessor,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from forgetless.core.errors import UserError, unknown
-from forgetless.models.pocket import base_path
+from forgetless.models.pocket import POCKETS
 from forgetless.models.targets import PARTS, part_of, shortest_endings
 from forgetless.models.weights import (
     hold_packing,
@@ -46,7 +53,6 @@ from forgetless.models.weights import (
 __all__ = [
     "DTYPES",
     "HEADS",
-    "POCKET",
     "Head",
     "Targets",
     "adapter_off",
@@ -59,6 +65,7 @@ __all__ = [
     "has_weights",
     "head_of",
     "linear_weight",
+    "load_image_processor",
     "load_model",
     "load_tokenizer",
     "meta_model",
@@ -66,9 +73,6 @@ __all__ = [
     "target_layers",
     "weight_shape",
 ]
-
-POCKET = "pocket"
-"""The name of the base model that is shipped with the package."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -82,21 +86,37 @@ class Head:
             `forgetless.data.modality`.
         noun: such a model, in messages.
         auto_class: of transformers, which loads one.
-        classes: model type -> class of the model, as transformers has them.
+        processor_class: of transformers, which loads what prepares its inputs.
+        classes: model type -> class of the model, or several, as transformers has them.
     """
 
     modality: str
     noun: str
     auto_class: Any
-    classes: Mapping[str, str]
+    processor_class: Any
+    classes: Mapping[str, str | tuple[str, ...]]
+
+    @property
+    def names(self) -> set[str]:
+        """Of all classes."""
+        each = ((found,) if isinstance(found, str) else found for found in self.classes.values())
+        return set(chain.from_iterable(each))
 
 
 HEADS = (
     Head(
         "language",
-        "causal language model",
+        "a causal language model",
         AutoModelForCausalLM,
+        AutoTokenizer,
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    ),
+    Head(
+        "images",
+        "an image classifier",
+        AutoModelForImageClassification,
+        AutoImageProcessor,
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     ),
 )
 """What a base may have: one line a modality."""
@@ -115,21 +135,21 @@ def resolve_base(base: str, *, weights: bool = True) -> str:
     """The folder or hub id that `base` stands for, without loading or downloading anything.
 
     Args:
-        base: "pocket" for the shipped model, a folder with config.json and weights, or the id of
-            a model on the Hugging Face hub.
+        base: "pocket" or "pocket-vision" for a shipped model, a folder with config.json and
+            weights, or the id of a model on the Hugging Face hub.
         weights: whether a folder must hold them; for shapes its config.json is enough.
 
     Raises:
         UserError: a folder that is no model, a path that does not exist, a name that cannot be a
             hub id, or, when offline, a hub id that is not in the local cache.
     """
-    if base == POCKET:
-        return str(base_path())
+    if base in POCKETS:
+        return str(POCKETS[base]())
     folder = Path(base).expanduser()
     if folder.is_dir():
         _check_model_folder(folder, weights)
         return str(folder)
-    hint = f"Give {POCKET!r}, a folder with config.json and *.safetensors, or a hub id."
+    hint = "Give 'pocket', a folder with config.json and *.safetensors, or a hub id."
     if folder.is_file():
         raise UserError(f"base {base!r} is a file, not a model folder. {hint}")
     if not _HUB_ID.fullmatch(base):
@@ -225,20 +245,17 @@ def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
         ) from None
     stored = getattr(config, "architectures", None) or []
     for head in HEADS:
-        known = set(head.classes.values())
-        if config.model_type in head.classes and (not stored or known.intersection(stored)):
+        if config.model_type in head.classes and (not stored or head.names.intersection(stored)):
             return config, head
     raise UserError(
-        f"base {base!r} is a {stored[0] if stored else config.model_type}, not a "
-        f"{' or a '.join(head.noun for head in HEADS)}; load such a model yourself and use "
+        f"base {base!r} is a {stored[0] if stored else config.model_type}, not "
+        f"{' or '.join(head.noun for head in HEADS)}; load such a model yourself and use "
         "forgetless.attach on it"
     )
 
 
-def head_of(base: str | nn.Module) -> Head:
-    """The head of a base by its name, or of a model by its class.
-
-    A model of a class that is none of transformers' is taken for one of the first of `HEADS`.
+def head_of(base: str | nn.Module) -> Head | None:
+    """The head of a base by its name; or of a model by its class, None where it has none of these.
 
     Raises:
         UserError: as `load_model`, for a name.
@@ -246,7 +263,7 @@ def head_of(base: str | nn.Module) -> Head:
     if isinstance(base, str):
         return _load_config(base, resolve_base(base, weights=False))[1]
     names = {parent.__name__ for parent in type(base_of(base)).__mro__}
-    return next((head for head in HEADS if names.intersection(head.classes.values())), HEADS[0])
+    return next((head for head in HEADS if head.names & names), None)
 
 
 def _first_line(problem: BaseException) -> str:
@@ -263,14 +280,7 @@ def load_tokenizer(base: str, *, weights: bool = True) -> PreTrainedTokenizerBas
     Raises:
         UserError: the base comes without a tokenizer, or the tokenizer has no special token.
     """
-    source = resolve_base(base, weights=weights)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (*_LOADING_ERRORS, ImportError) as problem:
-        raise UserError(
-            f"base {base!r} has no tokenizer that can be loaded ({_first_line(problem)}); "
-            "save one into the folder with tokenizer.save_pretrained"
-        ) from problem
+    tokenizer: PreTrainedTokenizerBase = _load_beside(base, AutoTokenizer, "tokenizer", weights)
     if tokenizer.pad_token is None:
         pad = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
         if pad is None:
@@ -280,6 +290,28 @@ def load_tokenizer(base: str, *, weights: bool = True) -> PreTrainedTokenizerBas
             )
         tokenizer.pad_token = pad
     return tokenizer
+
+
+def load_image_processor(base: str, *, weights: bool = True) -> BaseImageProcessor:
+    """What resizes and normalises pictures for the base; with PIL where no torchvision is.
+
+    Raises:
+        UserError: the base comes without one.
+    """
+    found: BaseImageProcessor = _load_beside(base, AutoImageProcessor, "image processor", weights)
+    return found
+
+
+def _load_beside(base: str, auto_class: Any, noun: str, weights: bool) -> Any:
+    """What lies beside a base's weights, by transformers' class that loads it."""
+    source = resolve_base(base, weights=weights)
+    try:
+        return auto_class.from_pretrained(source, trust_remote_code=False)
+    except (*_LOADING_ERRORS, ImportError) as problem:
+        raise UserError(
+            f"base {base!r} has no {noun} that can be loaded ({_first_line(problem)}); "
+            f"save one into the folder with {noun.replace(' ', '_')}.save_pretrained"
+        ) from problem
 
 
 def meta_model(base: str, *, weights: bool = True) -> PreTrainedModel:
@@ -442,7 +474,7 @@ def _expert_tensors(modules: Mapping[str, nn.Module]) -> list[str]:
         for name, module in modules.items()
         if not isinstance(module, nn.modules.conv._ConvNd)
         for parameter, weight in module.named_parameters(recurse=False)
-        if weight.ndim == 3
+        if weight.ndim == 3 and len(weight) > 1  # those of a ViT's places have a batch of one
     ]
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 

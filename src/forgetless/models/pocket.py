@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["base_path", "image_base_path"]
+__all__ = ["POCKETS", "base_path", "image_base_path"]
 
 
 def base_path() -> Path:
@@ -13,3 +13,7 @@ def base_path() -> Path:
 def image_base_path() -> Path:
     """Folder of the shipped image classifier, readable by `AutoModelForImageClassification`."""
     return Path(__file__).parents[1] / "data" / "pocket" / "vision"
+
+
+POCKETS = {"pocket": base_path, "pocket-vision": image_base_path}
+"""Their names as bases -> their folders."""

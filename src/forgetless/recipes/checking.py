@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,16 @@ from forgetless.adapters.settings import AdapterSettings, OPLoRA, Ties
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import with_overrides
-from forgetless.data.examples import as_kind, load_examples
+from forgetless.data.examples import as_kind, load_examples, require_kind
 from forgetless.data.modality import load_processor, modality_of
 from forgetless.data.settings import DATA
-from forgetless.data.texts import fingerprint
+from forgetless.data.texts import SELF, fingerprint, read_examples
 from forgetless.methods import METHODS, find
-from forgetless.models.load import meta_model, target_layers
+from forgetless.models.load import head_of, meta_model, target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.moments import is_statistics
-from forgetless.tasks import make_tasks
+from forgetless.tasks import Task, make_tasks
 from forgetless.training.forgetting import from_settings
 from forgetless.training.launch import this_launch
 from forgetless.training.model import compile_problems
@@ -50,7 +50,7 @@ class Checker:
             *self._data(recipe),
             *self._calibration(recipe),
             *self._penalties(recipe),
-            *self._problem("probes", from_settings, recipe.probes),
+            *self._probes(recipe),
             *this_launch().obstacles(
                 recipe.training,
                 penalties=bool(recipe.penalties),
@@ -113,9 +113,20 @@ class Checker:
     def _calibration(self, recipe: Recipe) -> Iterator[str]:
         method = METHODS.get(recipe.adapter.method)
         if method is not None and "second_moment" in method.needs:
+            where, look = "calibration.source", self._require_kept
             for source, _ in recipe.calibration.sources:
                 if source != DATA:
-                    yield from self._problem("calibration.source", fingerprint, source)
+                    yield from self._problem(where, look, recipe.base, source)
+
+    def _require_kept(self, base: str, source: str) -> None:
+        """Raise what is wrong with what is to be kept, or that the base does not read such."""
+        modality, problem = self._attempt(modality_of, base)
+        if source != SELF:
+            examples = read_examples(source)
+            if problem is None:
+                require_kind(examples, modality.kinds)
+        elif problem is None and modality.own_texts is None:
+            raise UserError(f"base {base!r} says nothing by itself; name what it is to keep")
 
     def _aftercare(self, recipe: Recipe) -> Iterator[str]:
         """What is wrong with the repair, the dial, the comparators, the spectra and their texts."""
@@ -126,6 +137,13 @@ class Checker:
         if wanted is None and not any(beside):
             return
         yield from self._comparators(recipe)
+        modality, problem = self._attempt(modality_of, recipe.base)
+        if problem is None and modality.distance_task is None:
+            yield (
+                "repair, dial, comparators, residual and spectra hold out part of a text, and the "
+                f"base reads {' or '.join(sorted(modality.kinds))}; leave them out"
+            )
+            return
         try:
             if not is_statistics(recipe.text_to_keep):
                 yield from self._problem("repair.keep", fingerprint, recipe.text_to_keep)
@@ -164,13 +182,29 @@ class Checker:
             if problem is not None:
                 yield f"penalties.{position}: {problem}"
 
+    def _probes(self, recipe: Recipe) -> Iterator[str]:
+        yield from self._problem("probes", from_settings, recipe.probes)
+        if callback := self._attempt(from_settings, recipe.probes)[0]:
+            probes = callback.probes
+            asked = [*probes.learning.values(), *probes.forgetting.values()]
+            yield from self._for_others("probes", recipe.base, asked)
+
+    def _for_others(self, where: str, base: str, tasks: Iterable[Task]) -> Iterator[str]:
+        """Which of the tasks are for bases of another modality."""
+        head, problem = self._attempt(head_of, base)
+        for task in tasks:
+            if problem is None and task.modality != head.modality:
+                yield f"{where}: task {task.name!r} is not for {head.noun}, which base {base!r} is"
+
     def _tasks(self, recipe: Recipe) -> Iterator[str]:
         names: set[str] = set()
         for kind in ("learning", "forgetting"):
             for position, spec in enumerate(getattr(recipe.tasks, kind)):
                 where = f"tasks.{kind}.{position}"
                 yield from self._problem(where, make_tasks, spec)
-                for task in self._attempt(make_tasks, spec)[0] or ():
+                made = self._attempt(make_tasks, spec)[0] or ()
+                yield from self._for_others(where, recipe.base, made)
+                for task in made:
                     if task.name in names:
                         yield (
                             f"{where}: a second task named {task.name!r}; give it a 'name' of its "

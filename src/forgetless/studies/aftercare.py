@@ -273,6 +273,8 @@ class Bench:
         modality = modality_of(trained.model)
         kinds = {"kl": (modality.distance_task, keep), "loss": (modality.loss_task, task)}
         for name, (kind, text) in kinds.items():
+            if text is not None and kind is None:
+                raise UserError(f"{text}: there is no held-out measurement of what this base reads")
             if text is not None:
                 held = {"kind": kind, "name": name, "path": str(text), "limit": HELD_TEXTS}
                 self._held[name] = make_task(held)
@@ -474,10 +476,11 @@ class Reading:
         if source != SELF:
             return hold_out(source, folder)
         settings = self.calibration
-        texts = modality_of(self.base).own_texts(
-            self.base, self.processor, settings.samples, settings.max_length, self.seed
-        )
-        return write_texts(texts, folder)
+        own_texts = modality_of(self.base).own_texts
+        if own_texts is None:
+            raise UserError(f"this base says nothing by itself, so {SELF!r} is nothing to keep")
+        asked = settings.samples, settings.max_length, self.seed
+        return write_texts(own_texts(self.base, self.processor, *asked), folder)
 
     def _collected(self, need: str, text: Path) -> Statistics:
         collecting = Collecting(

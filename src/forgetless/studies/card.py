@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from forgetless.adapters.folders import CONFIG_FILE
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
 from forgetless.methods import METHODS
+from forgetless.models.load import head_of
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.comparison import Comparison, compare
 from forgetless.scores.files import read_scores
@@ -43,6 +45,10 @@ def write_run_card(
         scores = score_paragraphs(compare(base.scores, final.scores), base.learning)
     except UserError:  # not measured yet
         scores = []
+    head = None
+    if config.get("task_type") is None:
+        with suppress(UserError):  # the base may be gone
+            head = head_of(recipe.base)
     card = Card(
         base=recipe.base,
         config=config,
@@ -52,6 +58,7 @@ def write_run_card(
         settings=_settings(run, recipe, record.get("training", {})),
         scores=scores,
         versions=record.get("versions", {}),
+        head=head,
     )
     write(folder, card)
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import folder_name, lock, read_json, remove, write_json
+from forgetless.data.modality import modality_of
 from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF
 from forgetless.recipes.checking import check
@@ -118,7 +119,8 @@ def _kept_texts(recipe: Recipe) -> list[Any]:
     """What to measure forgetting on, where the recipe has something that costs little."""
     if recipe.probes.forgetting:
         return recipe.probes.forgetting
-    sources = [] if recipe.adapter.method == "full" else [recipe.calibration.source]
+    measured = modality_of(recipe.base).distance_task is not None
+    sources = [recipe.calibration.source] if measured and recipe.adapter.method != "full" else []
     return [s for s in sources if isinstance(s, str) and s not in (SELF, DATA, "auto")]
 
 

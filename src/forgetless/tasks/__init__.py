@@ -46,6 +46,7 @@ _KINDS = (
     "multiple_choice",
     "generate",
     "lm_eval",
+    "image_accuracy",
 )
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(

@@ -203,6 +203,7 @@ class Task(ABC):
         summary: what it measures, in one line.
         version: of its code; another one is another task.
         needs_reference: whether the score is a distance to another model, the base.
+        modality: of the models that it is for, see `forgetless.models.load.HEADS`.
         name: how scores and files call the task.
     """
 
@@ -210,6 +211,7 @@ class Task(ABC):
     summary: ClassVar[str]
     version: ClassVar[int] = 1
     needs_reference: ClassVar[bool] = False
+    modality: ClassVar[str] = "language"
     name: str
 
     def __post_init__(self) -> None:
@@ -289,6 +291,11 @@ class Task(ABC):
         Raises:
             UserError: data that cannot be read, or a model that cannot be scored.
         """
+        from forgetless.models.load import head_of  # loads torch
+
+        head = head_of(model)
+        if head is not None and head.modality != self.modality:
+            raise UserError(f"task {self.name!r} is not for {head.noun}, which this model is")
         started = time.perf_counter()
         found = self.measure(model, processor, reference, batch_size)
         return dataclasses.replace(found, seconds=time.perf_counter() - started)

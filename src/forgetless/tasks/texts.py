@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from forgetless.core.errors import unknown
 from forgetless.core.metrics import mean_stderr
-from forgetless.data.examples import Examples
+from forgetless.data.examples import Examples, require_kind
+from forgetless.data.forms import TEXTS
 from forgetless.data.texts import POCKET_TEXTS, read_examples
 from forgetless.tasks.base import Item, Task, whole_number
 
@@ -55,7 +56,9 @@ class TextTask(Task):
     @cached_property
     def examples(self) -> Examples:
         """What the task reads."""
-        return read_examples(self.path, self.limit)
+        found = read_examples(self.path, self.limit)
+        require_kind(found, TEXTS)
+        return found
 
 
 class Piece(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from forgetless.core.errors import UserError
@@ -213,6 +214,22 @@ class ExactTrainer(Trainer):
         weights = gathered(self.model)
         if self.args.should_save:
             self._save(output_dir, state_dict=weights)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Trainer's; weights keep the names that they have in memory.
+
+        By these alone Trainer reads them back, and passes over the others in silence, while
+        `save_pretrained` writes the older names of some architectures.
+        """
+        model: Any = self.model
+        if not isinstance(model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+            return
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         gathers = is_sharded(self.model) or self.zero is not None

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import modality_of
-from forgetless.models.load import meta_model, target_layers
+from forgetless.models.load import head_of, meta_model, target_layers
 from forgetless.models.weights import weight_shape
 
 # ---- what it is for ------------------------------------------------------------------------------
@@ -45,8 +46,16 @@ class Base:
 
     @classmethod
     def find(cls, name: str) -> Base:
-        """The base of a name, as `meta_model` finds it; a folder needs no weights for this."""
-        return cls(name, meta_model(name, weights=False))
+        """The base of a name, as `meta_model` finds it; a folder needs no weights for this.
+
+        Raises:
+            UserError: as `meta_model`; or no causal language model, for which all advice is.
+        """
+        model = meta_model(name, weights=False)
+        head = head_of(model)
+        if head is not None and head.modality != "language":
+            raise UserError(f"plans are for causal language models, and {name!r} is {head.noun}")
+        return cls(name, model)
 
     @property
     def parameters(self) -> int:

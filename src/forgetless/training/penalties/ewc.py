@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
-from forgetless.data.modality import Processor
+from forgetless.data.modality import Batch, Processor
+from forgetless.data.packing import IGNORED
 from forgetless.models.load import evaluating
 from forgetless.training.penalties.penalty import HeldTexts
 from forgetless.training.weights import trained_copy, trained_weights
@@ -35,27 +36,34 @@ class EWC(HeldTexts):
             name: torch.zeros_like(start, dtype=torch.promote_types(start.dtype, torch.float32))
             for name, start in self._start.items()
         }
-        sequences = self._sequences()
-        if not sequences:
-            raise UserError(f"penalty 'ewc': no text of {self.source} has two tokens or more")
+        examples = self._examples()
+        if not examples:
+            raise UserError(f"penalty 'ewc': {self.source} has nothing that the model can predict")
         with evaluating(model), torch.enable_grad():
-            for ids in sequences:
-                _log_likelihood(model, ids).backward()  # type: ignore[no-untyped-call]
+            for example, answers in examples:
+                # The loss is the mean of - log p over the answers.
+                loss = model(**example, **self.options).loss
+                (-loss * answers).backward()
                 for name, weight in trained_weights(model).items():
                     if weight.grad is not None:
                         gradient = weight.grad.to(self._fisher[name])
-                        self._fisher[name] += gradient.square() / len(sequences)
+                        self._fisher[name] += gradient.square() / len(examples)
                     weight.grad = None
         self.batches = []
 
-    def _sequences(self) -> list[Tensor]:
-        """Every text alone, (1, tokens), without padding."""
-        return [
-            ids[mask.bool()][None]
-            for batch in self.batches
-            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-            if mask.sum() > 1
-        ]
+    def _examples(self) -> list[tuple[Batch, int]]:
+        """Every example alone with the number of its answers: a text's tokens but the first one."""
+        found: list[tuple[Batch, int]] = []
+        for batch in self.batches:
+            for row in range(len(next(iter(batch.values())))):
+                if "labels" in batch:
+                    example = {name: value[row : row + 1] for name, value in batch.items()}
+                    answers = int((example["labels"] != IGNORED).sum())
+                else:  # without padding
+                    ids = batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
+                    example, answers = {"input_ids": ids, "labels": ids}, ids.numel() - 1
+                found += [(example, answers)] if answers > 0 else []
+        return found
 
     def __call__(self, model: nn.Module, step: int) -> Tensor:
         """1/2 sum F (w - w_start)^2."""
@@ -64,9 +72,3 @@ class EWC(HeldTexts):
             for name, w in trained_weights(model).items()
         ]
         return torch.stack(squares).sum() / 2
-
-
-def _log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
-    """Sum of the log-probabilities of a sequence's tokens, the first one given."""
-    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-    return -loss * (ids.numel() - 1)

@@ -26,7 +26,7 @@ six times that while it is taken."""
 
 @dataclass
 class KLToBase(HeldTexts):
-    """KL(base || model) a token, on a new batch of the texts at every step.
+    """KL(base || model) a token, or an image, on a new batch of what is kept at every step.
 
     The base is the model with its adapter off; where the weights themselves are trained, a frozen
     copy of them, which takes their memory once more.
@@ -40,11 +40,13 @@ class KLToBase(HeldTexts):
             self._base.requires_grad_(False)
 
     def __call__(self, model: nn.Module, step: int) -> Tensor:
-        """Sum over the vocabulary of p_base (log p_base - log p_model), mean over tokens."""
+        """Sum over all answers of p_base (log p_base - log p_model), mean over tokens or images."""
         batch = self.batches[step % len(self.batches)]
         base = self._base_logits(model, batch)
-        ours = model(**batch, use_cache=False).logits
-        mask = batch["attention_mask"]
+        ours = model(**batch, **self.options).logits
+        if ours.ndim == 2:  # one answer a row, and not one a token
+            ours, base = ours[:, None], base[:, None]
+        mask = batch.get("attention_mask", torch.ones(ours.shape[:2], device=ours.device))
         divergence: Tensor = _MeanKL.apply(ours, base, mask)  # type: ignore[no-untyped-call]
         return divergence
 
@@ -53,13 +55,13 @@ class KLToBase(HeldTexts):
         if self._base is not None:
             # Where accelerate has wrapped a model's forward in autocast, this is the plain one.
             mixed = hasattr(model, "_original_forward")
-            device = batch["input_ids"].device.type
+            device = next(iter(batch.values())).device.type
             with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=mixed):
-                logits = self._base(**batch, use_cache=False).logits
+                logits = self._base(**batch, **self.options).logits
         else:
             assert isinstance(model, PeftModel)
             with evaluating(model), adapter_off(model):
-                logits = model(**batch, use_cache=False).logits
+                logits = model(**batch, **self.options).logits
         return logits
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from forgetless.data.modality import Processor, modality_of
 from forgetless.data.texts import fingerprint
+from forgetless.tasks.inference import accepts
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Penalty(Protocol):
 
 @dataclass
 class HeldTexts(Penalty):
-    """Texts of the old knowledge, as batches of tokens.
+    """What is to be kept, texts or images, as batches of what the model reads.
 
     Attributes:
         weight: of the penalty.
@@ -79,6 +80,8 @@ class HeldTexts(Penalty):
         # They come sorted by length, and a penalty should not be short for a while, then long.
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
         device = next(model.parameters()).device
+        without_cache = {"use_cache": False} if accepts(model, "use_cache") else {}
+        self.options: dict[str, Any] = without_cache
         self.batches = [
             {name: value.to(device) for name, value in found[i].items()} for i in order.tolist()
         ]

@@ -1,0 +1,292 @@
+"""Image classifiers: the modality whose data is images with a class, under the base's own head."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from forgetless.core.errors import UserError
+from forgetless.data.examples import Examples, require_kind
+from forgetless.data.files import POCKET, bad_rows
+from forgetless.data.forms import Kind, Record
+from forgetless.data.modality import Batch, Modality, Sample
+from forgetless.data.packing import IGNORED
+from forgetless.data.pocket.images import pictures
+from forgetless.data.texts import SELF, read_examples
+from forgetless.models.load import evaluating, load_image_processor, meta_model
+
+__all__ = ["MODALITY", "ImageReader", "ImageRows", "classes_of"]
+
+KINDS: frozenset[Kind] = frozenset({"image"})
+
+KEPT_BYTES = 1 << 28
+"""Of decoded images that are kept in memory, for each data set."""
+
+USUAL_SIZE = 224
+"""Pixels of a side where a config names none."""
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """The processor of an image classifier: images become pixel values, classes their numbers.
+
+    Attributes:
+        processor: resizes and normalises.
+        classes: of the base's head, by name.
+        channels: of an image, 3 or 1.
+    """
+
+    processor: BaseImageProcessor
+    classes: Mapping[str, int]
+    channels: int = 3
+
+    @classmethod
+    def of(cls, processor: BaseImageProcessor | ImageReader, config: Any) -> ImageReader:
+        """The reader of a model by its config, or the one that is given."""
+        if isinstance(processor, cls):
+            return processor
+        return cls(processor, classes_of(config), getattr(config, "num_channels", 3))
+
+    @classmethod
+    def load(cls, base: str, *, weights: bool = True) -> ImageReader:
+        """The reader of a base by its name."""
+        processor = load_image_processor(base, weights=weights)
+        return cls.of(processor, meta_model(base, weights=weights).config)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the processor beside a model, whose config has the classes."""
+        self.processor.save_pretrained(folder)
+
+    def pixels(self, image: str) -> Tensor:
+        """The pixel values of an image, (channels, height, width), float32.
+
+        Args:
+            image: a file, or an image of the pocket world.
+
+        Raises:
+            UserError: a file that is no image or a damaged one, or more than 8 bits a colour.
+        """
+        with _open(image) as found:
+            try:
+                plain = found.convert("RGB" if self.channels == 3 else "L")
+            except (OSError, ValueError, SyntaxError) as problem:
+                raise UserError(f"{image} is a damaged image ({problem})") from None
+        values: Tensor = self.processor(images=[plain], return_tensors="pt")["pixel_values"][0]
+        return values
+
+    def require_known(self, examples: Examples) -> None:
+        """See to it that the head has every class.
+
+        Raises:
+            UserError: which classes it does not have, or examples that are no images.
+        """
+
+        def some(names: Iterable[str]) -> str:
+            first = [repr(name) for name in islice(names, 9)]
+            return ", ".join(first[:8]) + (", ..." if len(first) > 8 else "")
+
+        require_kind(examples, KINDS)
+        unknown = sorted({record["label"] for record in examples} - self.classes.keys())
+        if unknown:
+            raise UserError(
+                f"{examples.source}: the head of this base has no class {some(unknown)}; its "
+                f"{len(self.classes)} classes are {some(self.classes)}"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides pixel values and class numbers."""
+        content = [self.processor.to_dict(), self.classes, self.channels]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def classes_of(config: Any) -> dict[str, int]:
+    """The classes of a model's head, name -> number, in their order."""
+    return {str(name): int(number) for number, name in sorted(config.id2label.items())}
+
+
+def _open(image: str) -> Image.Image:
+    """An image whose header was read; of one of the pocket world, all of it."""
+    if image.startswith(POCKET):
+        label, split, number = image.removeprefix(POCKET).rsplit("/", 2)
+        return Image.fromarray(_drawn(label, split, int(number)))
+    try:
+        found = Image.open(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+        raise UserError(f"{image} is no image that can be read ({problem})") from None
+    odd = None
+    if found.mode.startswith(("I", "F")):
+        odd = f"more than 8 bits a colour (mode {found.mode})"
+    elif getattr(found, "is_animated", False) and found.format != "MPO":  # a camera's second view
+        odd = "several pictures"
+    if odd is not None:
+        found.close()
+        raise UserError(f"{image} has {odd}; convert it to one of 8 bits a colour")
+    return found
+
+
+@lru_cache(maxsize=1 << 15)
+def _drawn(label: str, split: Any, number: int) -> Any:
+    """One image of the pocket world: drawing it takes longer than classifying it."""
+    return pictures([label], split, 1, number).pixels[0]
+
+
+class ImageRows(torch.utils.data.Dataset[Sample]):
+    """Images with the numbers of their classes, decoded when they are first asked for.
+
+    Args:
+        examples: of kind ``image``.
+        reader: of the base.
+    """
+
+    several = False
+
+    def __init__(self, examples: Examples, reader: ImageReader) -> None:
+        self.records: Sequence[Record] = examples.records
+        self.reader = reader
+        self._content = examples.fingerprint
+        self._kept: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record, pixels = self.records[index], self._kept.get(index)
+        if pixels is None:
+            pixels = self.reader.pixels(record["image"])
+            if (len(self._kept) + 1) * pixels.nbytes <= KEPT_BYTES:
+                self._kept[index] = pixels
+        label = self.reader.classes.get(record["label"], IGNORED)
+        return {"pixel_values": pixels, "labels": torch.tensor(label), "lengths": [1]}
+
+    @property
+    def tokens(self) -> int:
+        """An image counts as one."""
+        return len(self)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the images, their classes and how both are read."""
+        return hashlib.sha256(f"{self._content} {self.reader.fingerprint}".encode()).hexdigest()
+
+    def join(self, rows: Sequence[Sample]) -> Batch:
+        """`pixel_values` (rows, channels, height, width) and `labels` (rows,)."""
+        return {
+            name: torch.stack([row[name] for row in rows]) for name in ("pixel_values", "labels")
+        }
+
+    def require_fitting(self, model: Any) -> None:
+        """Run the model, or its shapes alone, on one image.
+
+        Raises:
+            UserError: it takes images of another size or other channels.
+        """
+        pixels, weight = self[0]["pixel_values"][None], next(model.parameters())
+        try:
+            with evaluating(model):
+                model(pixel_values=pixels.to(weight.device, weight.dtype))
+        except (ValueError, RuntimeError) as problem:
+            raise UserError(
+                f"the model cannot read what its image processor makes, {tuple(pixels.shape[1:])} "
+                f"for one image: {problem}"
+            ) from None
+
+
+def _check(examples: Examples, reader: ImageReader) -> None:
+    """Raise which classes are unknown, and which files are no images."""
+    reader.require_known(examples)
+    problems = []
+    places = examples.places or [record["image"] for record in examples]
+    for place, record in zip(places, examples, strict=True):
+        try:
+            if not record["image"].startswith(POCKET):
+                _open(record["image"]).close()
+        except UserError as problem:
+            problems.append(f"{place}: {problem}")
+    if problems:
+        raise bad_rows(examples.source, problems)
+
+
+def _rows(
+    examples: Examples,
+    reader: ImageReader,
+    *,
+    max_length: int | None = None,
+    pack: bool | Literal["auto"] = "auto",
+) -> ImageRows:
+    """Images have no length to be cut at."""
+    if pack is True:
+        raise UserError("images cannot be packed; leave data.pack out")
+    if not isinstance(reader, ImageReader):
+        raise UserError(
+            "an image processor alone does not know the classes of the head; give "
+            "forgetless.data.modality.load_processor(base)"
+        )
+    reader.require_known(examples)
+    return ImageRows(examples, reader)
+
+
+def _batches(
+    source: str,
+    model: PreTrainedModel,
+    reader: ImageReader,
+    *,
+    samples: int = 256,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[Batch]:
+    """Images to keep, of which the classes may be any; `labels` are IGNORED where unknown.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        UserError: "self", no images, or a count below 1.
+    """
+    for name, value in {"samples": samples, "batch_size": batch_size}.items():
+        if value < 1:
+            raise UserError(f"{name} must be 1 or more, got {value}")
+    if source == SELF:
+        raise UserError("an image classifier says nothing by itself; give a folder of images")
+    examples = read_examples(source)
+    require_kind(examples, KINDS)
+    rows = ImageRows(examples, ImageReader.of(reader, model.config))
+    drawn = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))
+    parts = [drawn[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
+    return [rows.join([rows[index] for index in part]) for part in parts]
+
+
+def _probe(model: PreTrainedModel) -> Batch:
+    """Random pixels, (4, channels, height, width), always the same for a size."""
+    config, weight = model.config, next(model.parameters())
+    size = getattr(config, "image_size", None) or USUAL_SIZE
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    shape = 4, getattr(config, "num_channels", 3), height, width
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels.to(weight.device, weight.dtype)}
+
+
+MODALITY = Modality(
+    kinds=KINDS,
+    processor_name="image processor",
+    processor_type=ImageReader,
+    load_processor=ImageReader.load,
+    check=_check,
+    rows=_rows,
+    batches=_batches,
+    own_texts=None,
+    probe=_probe,
+    loss_task=None,
+    distance_task=None,
+)
