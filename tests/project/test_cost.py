@@ -149,9 +149,9 @@ def test_a_modality_costs_a_line_and_a_file(package: Path, tmp_path: Path) -> No
     base.mkdir()
     config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
     (base / "config.json").write_text(json.dumps({**config, "hidden_size": 12, "vocab_size": 9}))
-    (package / "data" / "sentences.py").write_text(MODALITY)
+    (package / "data" / "phrases.py").write_text(MODALITY)
     line = (
-        'HEADS = (Head("sentences", "a sentence classifier", '
+        'HEADS = (Head("phrases", "a phrase classifier", '
         "transformers.AutoModelForSequenceClassification, AutoTokenizer, "
         "modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES), *HEADS)\n"
     )

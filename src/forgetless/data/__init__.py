@@ -1,4 +1,4 @@
-"""Training examples: read from a file, brought to one of three kinds, turned into tokens.
+"""Training examples: read from a file, brought to one of five kinds, turned into tokens.
 
 A row of a file has one of these forms; keys beyond them (an id, a category) are ignored, and where
 several forms fit, the first one counts:
@@ -14,8 +14,12 @@ several forms fit, the first one counts:
 ``question``, ``answer``              prompt = the question and a line end
 ``query``, ``response``               the same
 ``problem``, ``solution``             the same
-``text``                              every token is learned
+``text``                              every token is learned; of a text classifier, the ``label``
+                                      beside it
 ``image``, ``label``                  an image of a class folder, and its class
+``sentence``, ``label``               a sentence and its class, by name or number
+``sentence1``, ``sentence2``,         a pair and its class
+``label``
 ====================================  ==========================================================
 
 A turn is ``{"role", "content"}`` with a role of system, user, assistant or tool, or ShareGPT's

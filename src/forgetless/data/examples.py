@@ -26,17 +26,20 @@ class Examples:
     """Checked training examples of one kind.
 
     Attributes:
-        kind: what every record holds: ``prompt`` and ``completion``, ``messages``, ``text``, or
-            ``image`` and ``label``.
+        kind: what every record holds: ``prompt`` and ``completion``, ``messages``, ``text``,
+            ``image`` and ``label``, or ``sentence`` (of a pair, ``pair``) and ``label``.
         records: the examples, in the order of the file.
         source: where they came from, for messages.
         places: of each record in the source (``"line 7"``), for messages; empty for its number.
+        labels: what lies beside a ``text`` as its ``label``, or None; a text classifier learns it,
+            and a language model does not see it.
     """
 
     kind: Kind
     records: Sequence[Record]
     source: str
     places: Sequence[str] = ()
+    labels: Sequence[Any] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -124,6 +127,7 @@ def from_rows(rows: Iterable[tuple[str, Any]], source: str) -> Examples:
     """Examples from raw rows, each with its place in the source (``"line 7"``)."""
     records: list[Record] = []
     places: list[str] = []
+    labels: list[Any] = []
     problems: list[str] = []
     unread: Counter[str] = Counter()
     form: Form | None = None
@@ -133,6 +137,7 @@ def from_rows(rows: Iterable[tuple[str, Any]], source: str) -> Examples:
         try:
             records.append(_record(row, form, place))
             places.append(place)
+            labels.append(row.get("label"))
             unread.update(form.unread(row) if form else ())
         except UserError as problem:
             problems.append(str(problem))
@@ -147,7 +152,8 @@ def from_rows(rows: Iterable[tuple[str, Any]], source: str) -> Examples:
             f"sees {form} alone; write into these what it should see, or take the key out",
             stacklevel=2,
         )
-    return Examples(form.kind, records, source, places)
+    beside = labels if form.kind == "text" else ()
+    return Examples(form.kind, records, source, places, beside)
 
 
 def _record(row: Any, form: Form | None, where: str) -> Record:

@@ -10,9 +10,10 @@ from forgetless.core.errors import UserError
 from forgetless.data.chat import THOUGHTS, is_learned
 from forgetless.data.files import Picture, Row
 
-Kind = Literal["prompt_completion", "messages", "text", "image"]
+Kind = Literal["prompt_completion", "messages", "text", "image", "sentence"]
 Record = Mapping[str, Any]
-"""An example: ``prompt`` and ``completion``, ``messages``, ``text``, or ``image`` and ``label``."""
+"""An example: ``prompt`` and ``completion``, ``messages``, ``text``, ``image`` and ``label``, or
+``sentence``, of a pair ``pair``, and ``label``."""
 
 TEXTS: frozenset[Kind] = frozenset({"prompt_completion", "messages", "text"})
 """Kinds of examples that are text."""
@@ -46,7 +47,7 @@ class Form:
 
     def unread(self, row: Row) -> set[str]:
         """Keys of a row and its turns by which other tools show or learn something else."""
-        if self.kind in ("text", "image"):
+        if self.kind in ("text", "image", "sentence"):
             return set()
         beside = {key for key in _READ_ELSEWHERE if row.get(key)} - {*self.keys, *self.reads}
         lists = (row[key] for key in self.keys if isinstance(row[key], list | tuple))
@@ -90,6 +91,25 @@ def _image(row: Row, where: str) -> Record:
             "the rows of a file"
         )
     return {"image": str(row["image"]), "label": _text(row, "label", where)}
+
+
+def _sentence(row: Row, where: str) -> Record:
+    return {"sentence": _text(row, "sentence", where), "label": _label(row, where)}
+
+
+def _sentences(row: Row, where: str) -> Record:
+    first, second = (_text(row, key, where) for key in ("sentence1", "sentence2"))
+    return {"sentence": first, "pair": second, "label": _label(row, where)}
+
+
+def _label(row: Row, where: str) -> str | int:
+    """The name of a class, or its number."""
+    label = row["label"]
+    if type(label) is int:
+        return label
+    if not isinstance(label, str):
+        raise UserError(f"{where}: 'label' must be a class or its number, got {show(label)}")
+    return _text(row, "label", where)
 
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -210,6 +230,8 @@ _FORMS = (
     _task("problem", "solution"),
     Form("text", ("text",), _document),
     Form("image", ("image", "label"), _image),
+    Form("sentence", ("sentence", "label"), _sentence),
+    Form("sentence", ("sentence1", "sentence2", "label"), _sentences),
 )
 
 

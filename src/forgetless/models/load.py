@@ -27,6 +27,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BaseImageProcessor,
     PretrainedConfig,
@@ -36,6 +37,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from forgetless.core.errors import UserError, unknown
@@ -117,6 +119,13 @@ HEADS = (
         AutoModelForImageClassification,
         AutoImageProcessor,
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    Head(
+        "sentences",
+        "a text classifier",
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
 )
 """What a base may have: one line a modality."""
@@ -249,8 +258,8 @@ def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
             return config, head
     raise UserError(
         f"base {base!r} is a {stored[0] if stored else config.model_type}, not "
-        f"{' or '.join(head.noun for head in HEADS)}; load such a model yourself and use "
-        "forgetless.attach on it"
+        f"{' or '.join(head.noun for head in HEADS)} with a trained head, and none is put on it; "
+        "load such a model yourself and use forgetless.attach on it"
     )
 
 

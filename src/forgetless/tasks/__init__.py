@@ -47,6 +47,7 @@ _KINDS = (
     "generate",
     "lm_eval",
     "image_accuracy",
+    "sentence_accuracy",
 )
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(

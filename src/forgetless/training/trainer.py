@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from forgetless.core.errors import UserError
+from forgetless.models.load import base_of
 from forgetless.training import checkpoints
 from forgetless.training.devices import (
     gather_optimizer,
@@ -108,6 +109,9 @@ class ExactTrainer(Trainer):
             project=trackers.project,
         )
         super().__init__(model, arguments, optimizer_cls_and_kwargs=own, **options)
+        if getattr(base_of(model), "loss_type", None) not in (None, "ForCausalLM"):
+            # Their forward takes what Trainer divides by, and their loss is a mean all the same.
+            self.model_accepts_loss_kwargs = False
 
     def run(self, checkpoint: Path | None, steps: int, probes: ForgettingCallback | None) -> None:
         """Train, from `checkpoint` on where there is one."""

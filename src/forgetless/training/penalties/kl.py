@@ -44,9 +44,11 @@ class KLToBase(HeldTexts):
         batch = self.batches[step % len(self.batches)]
         base = self._base_logits(model, batch)
         ours = model(**batch, **self.options).logits
+        mask = batch.get("attention_mask")
         if ours.ndim == 2:  # one answer a row, and not one a token
-            ours, base = ours[:, None], base[:, None]
-        mask = batch.get("attention_mask", torch.ones(ours.shape[:2], device=ours.device))
+            ours, base, mask = ours[:, None], base[:, None], None
+        if mask is None:
+            mask = torch.ones(ours.shape[:2], device=ours.device)
         divergence: Tensor = _MeanKL.apply(ours, base, mask)  # type: ignore[no-untyped-call]
         return divergence
 

@@ -1,0 +1,327 @@
+"""Text classifiers: the modality whose data is sentences, or pairs of them, with a class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from forgetless.core.errors import UserError
+from forgetless.data.examples import Examples, require_kind
+from forgetless.data.files import bad_rows
+from forgetless.data.forms import Kind, Record
+from forgetless.data.modality import Batch, Modality, Sample, longest_first
+from forgetless.data.packing import IGNORED
+from forgetless.data.texts import SELF, read_examples
+from forgetless.models.load import load_tokenizer, meta_model
+
+__all__ = ["MODALITY", "SentenceReader", "SentenceRows"]
+
+KINDS: frozenset[Kind] = frozenset({"sentence", "text"})
+
+PROBE = 4, 32
+"""Rows and tokens of the probe; fewer tokens where the model has fewer positions."""
+
+
+@dataclass(frozen=True)
+class SentenceReader:
+    """The processor of a text classifier: sentences become tokens, classes their numbers.
+
+    Attributes:
+        tokenizer: of the base.
+        classes: of the base's head, by name.
+        pad: the token of the model's config that fills a batch: a decoder pools at the last token
+            that is another one, so that the tokenizer's own would not do.
+        type_ids: whether the model tells the two sentences of a pair apart by type.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    classes: Mapping[str, int]
+    pad: int
+    type_ids: bool = False
+
+    @classmethod
+    def of(cls, processor: PreTrainedTokenizerBase | SentenceReader, config: Any) -> SentenceReader:
+        """The reader of a model by its config, or the one that is given.
+
+        Raises:
+            UserError: the head gives no single class, or batches of the model cannot be padded.
+        """
+        if isinstance(processor, SentenceReader):
+            return processor
+        problem = getattr(config, "problem_type", None)
+        if config.num_labels < 2 or problem not in (None, "single_label_classification"):
+            raise UserError(
+                f"the head of this base has {config.num_labels} outputs for {problem or 'a number'}"
+                "; only heads that give one of two or more classes are read"
+            )
+        if config.is_encoder_decoder:
+            raise UserError("this base is an encoder-decoder; give a text classifier that is none")
+        pad, words = config.pad_token_id, config.vocab_size
+        if pad is None or not 0 <= pad < words:
+            raise UserError(
+                f"the config of this base has the pad_token_id {pad}, by which its head finds the "
+                f"last token of a sentence; set it to one of 0..{words - 1} and save the config "
+                "again"
+            )
+        classes = {str(name): int(number) for number, name in sorted(config.id2label.items())}
+        given = "token_type_ids" in processor.model_input_names
+        return cls(processor, classes, pad, given and getattr(config, "type_vocab_size", 0) > 1)
+
+    @classmethod
+    def load(cls, base: str, *, weights: bool = True) -> SentenceReader:
+        """The reader of a base by its name."""
+        tokenizer = load_tokenizer(base, weights=weights)
+        return cls.of(tokenizer, meta_model(base, weights=weights).config)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer beside a model, whose config has the classes."""
+        self.tokenizer.save_pretrained(folder)
+
+    def number(self, label: str | int) -> int | None:
+        """The number of a class by its name or its number; None where the head does not have it."""
+        if isinstance(label, str) and label not in self.classes and label.strip().isdecimal():
+            label = int(label)  # as a CSV file writes it
+        if isinstance(label, int):
+            return label if label in self.classes.values() else None
+        return self.classes.get(label)
+
+    def labelled(self, examples: Examples) -> Examples:
+        """The examples, each with the name of its class.
+
+        Raises:
+            UserError: other examples, rows without a label, or classes that the head does not have.
+        """
+        require_kind(examples, KINDS)
+        found, problems = _sentences(examples), []
+        places = examples.places or [f"example {number + 1}" for number in range(len(examples))]
+        names = {number: name for name, number in self.classes.items()}
+        records: list[Record] = []
+        for place, record in zip(places, found, strict=True):
+            label = record["label"]
+            number = None if label is None else self.number(label)
+            if label is None:
+                problems.append(f"{place}: has no label, a class of the base or its number")
+            elif number is None:
+                known = ", ".join(map(repr, list(self.classes)[:8]))
+                problems.append(
+                    f"{place}: the head of this base has no class {label!r}; its "
+                    f"{len(names)} classes are {known}{', ...' * (len(names) > 8)}, or 0 to "
+                    f"{len(names) - 1}"
+                )
+            else:
+                records.append({**record, "label": names[number]})
+        if problems:
+            raise bad_rows(examples.source, problems)
+        return replace(found, records=records)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides tokens and class numbers, but for the tokenizer's words."""
+        content = [type(self.tokenizer).__name__, self.classes, self.pad, self.type_ids]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sentences(examples: Examples) -> Examples:
+    """Raw texts as sentences, with the labels that lie beside them."""
+    if examples.kind == "sentence":
+        return examples
+    labels = examples.labels or [None] * len(examples)
+    pairs = zip(examples, labels, strict=True)
+    records = [{"sentence": record["text"], "label": label} for record, label in pairs]
+    return Examples("sentence", records, examples.source, examples.places)
+
+
+class SentenceRows(torch.utils.data.Dataset[Sample]):
+    """Tokens of sentences or pairs, cut off at a length, with the numbers of their classes.
+
+    Args:
+        examples: of kind ``sentence``; a class that the head does not have is IGNORED.
+        reader: of the base.
+        max_length: tokens of the longest; of a pair, the longer sentence is cut first.
+    """
+
+    several = False
+
+    def __init__(self, examples: Examples, reader: SentenceReader, max_length: int | None) -> None:
+        self.reader = reader
+        pairs = [record["pair"] for record in examples if "pair" in record]
+        found = reader.tokenizer(
+            [record["sentence"] for record in examples],
+            pairs or None,
+            truncation=max_length is not None,
+            max_length=max_length,
+            padding=False,
+            return_token_type_ids=reader.type_ids,
+            verbose=False,
+        )
+        names = ("input_ids", "token_type_ids") if reader.type_ids else ("input_ids",)
+        self.columns = {name: [torch.tensor(ids) for ids in found[name]] for name in names}
+        numbers = [None if r["label"] is None else reader.number(r["label"]) for r in examples]
+        self.labels = torch.tensor([IGNORED if n is None else n for n in numbers])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        row: Sample = {name: column[index] for name, column in self.columns.items()}
+        return {**row, "labels": self.labels[index], "lengths": [len(row["input_ids"])]}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sentences."""
+        return sum(map(len, self.columns["input_ids"]))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all tokens and classes."""
+        digest = hashlib.sha256(self.reader.fingerprint.encode())
+        for column in self.columns.values():
+            digest.update(json.dumps([ids.tolist() for ids in column]).encode())
+        digest.update(json.dumps(self.labels.tolist()).encode())
+        return digest.hexdigest()
+
+    def join(self, rows: Sequence[Sample]) -> Batch:
+        """`input_ids`, `attention_mask` (rows, tokens), padded on the right, and `labels` (rows,).
+
+        A base that tells the sentences of a pair apart has `token_type_ids` as well.
+        """
+
+        def padded(columns: list[Tensor], fill: int) -> Tensor:
+            return pad_sequence(columns, batch_first=True, padding_value=fill)
+
+        return {
+            **{
+                name: padded([r[name] for r in rows], self.reader.pad if name == "input_ids" else 0)
+                for name in self.columns
+            },
+            "attention_mask": padded([torch.ones_like(row["input_ids"]) for row in rows], 0),
+            "labels": torch.stack([row["labels"] for row in rows]),
+        }
+
+    def require_fitting(self, model: Any) -> None:
+        """See to it that the model has a position and a word for each token.
+
+        Raises:
+            UserError: a sentence is too long, or the tokenizer belongs to another model.
+        """
+        longest, positions = max(map(len, self.columns["input_ids"])), _positions(model)
+        if positions is not None and longest > positions:
+            raise UserError(
+                f"the longest example has {longest} tokens, but the model has {positions} "
+                f"positions; set max_length to {positions} or less"
+            )
+        words = model.get_input_embeddings().num_embeddings
+        largest = max(int(ids.max()) for ids in self.columns["input_ids"])
+        if largest >= words:
+            raise UserError(
+                f"the data holds the token {largest}, but the model knows {words} tokens; "
+                "use the tokenizer of this model"
+            )
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many tokens the model has places for: in RoBERTa's table, those behind its padding."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            before = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - before
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _check(examples: Examples, reader: SentenceReader) -> None:
+    """Raise which labels are missing or unknown, and that there is but one class."""
+    found = {record["label"] for record in reader.labelled(examples)}
+    if len(found) < 2:
+        raise UserError(
+            f"{examples.source}: all {len(examples)} rows have the label {found.pop()!r}, from "
+            "which nothing but always to say that is learned; give two classes or more"
+        )
+
+
+def _rows(
+    examples: Examples,
+    reader: SentenceReader,
+    *,
+    max_length: int | None = 512,
+    pack: bool | Literal["auto"] = "auto",
+) -> SentenceRows:
+    if pack is True:
+        raise UserError("sentences with a class cannot be packed; leave data.pack out")
+    if not isinstance(reader, SentenceReader):
+        raise UserError(
+            "a tokenizer alone does not know the classes of the head; give "
+            "forgetless.data.modality.load_processor(base)"
+        )
+    return SentenceRows(reader.labelled(examples), reader, max_length)
+
+
+def _batches(
+    source: str,
+    model: PreTrainedModel,
+    reader: SentenceReader,
+    *,
+    samples: int = 256,
+    max_length: int = 256,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[Batch]:
+    """Sentences to keep, of which the classes may be any or none; `labels` are then IGNORED.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: "self", neither sentences nor raw text, or a count below 1.
+    """
+    counts = {"samples": samples, "max_length": max_length, "batch_size": batch_size}
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} must be 1 or more, got {value}")
+    if source == SELF:
+        raise UserError("a text classifier says nothing by itself; give a file of sentences")
+    examples = read_examples(source)
+    require_kind(examples, KINDS)
+    found = _sentences(examples)
+    drawn = random.Random(seed).sample(range(len(found)), min(samples, len(found)))
+    some = replace(found, records=[found.records[index] for index in drawn], places=())
+    length = min(max_length, _positions(model) or max_length)
+    rows = SentenceRows(some, SentenceReader.of(reader, model.config), length)
+    rows.require_fitting(model)
+    parts = longest_first([rows[index] for index in range(len(rows))], batch_size)
+    return [rows.join(part) for part in parts]
+
+
+def _probe(model: PreTrainedModel) -> Batch:
+    """Random tokens, (4, 32), always the same for a vocabulary; none of them is padding."""
+    rows, tokens = PROBE
+    shape = rows, min(tokens, _positions(model) or tokens)
+    words, pad = model.config.vocab_size, model.config.pad_token_id
+    ids = torch.randint(words, shape, generator=torch.Generator().manual_seed(0))
+    if pad is not None:
+        ids[ids == pad] = (pad + 1) % words
+    ids = ids.to(next(model.parameters()).device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+MODALITY = Modality(
+    kinds=KINDS,
+    processor_name="tokenizer",
+    processor_type=SentenceReader,
+    load_processor=SentenceReader.load,
+    check=_check,
+    rows=_rows,
+    batches=_batches,
+    own_texts=None,
+    probe=_probe,
+    loss_task=None,
+    distance_task=None,
+)
