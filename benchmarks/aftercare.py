@@ -259,7 +259,7 @@ def matched(rows: Sequence[Row], share: float) -> dict[str, dict[str, dict[str, 
 
 
 def against(rows: Sequence[Row], trained: Sequence[Row]) -> list[dict[str, Any]]:
-    """What was trained otherwise, and how much more plain LoRA keeps at its skill, paired."""
+    """What was trained otherwise, and how much more plain LoRA keeps at 90 % of its skill."""
     own = {seed: way for (arm, seed), way in points(rows).items() if arm == "lora"}
     others: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in trained:
@@ -272,7 +272,7 @@ def against(rows: Sequence[Row], trained: Sequence[Row]) -> list[dict[str, Any]]
             line[task] = interval([scores[task] for scores in seeds.values()])
         for way in ("dial", "repair", "both"):
             pairs = [
-                (most_kept(ways(own[seed])[way], scores[LEARNED]), scores[KEPT])
+                (most_kept(ways(own[seed])[way], SHARES[-1] * scores[LEARNED]), scores[KEPT])
                 for seed, scores in seeds.items()
             ]
             paired = [a - b for a, b in pairs if a is not None]
@@ -348,6 +348,19 @@ def comparators_table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in out)
 
 
+def texts_table(keep: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What the repair keeps by the text to keep, at the first of the shares of skill."""
+    out = [["arm", "as trained", "dial", *keep], ["---"] * (3 + len(keep))]
+    for line in next(iter(keep.values())):
+        if line["share"] == SHARES[0]:
+            cells = [str(line["arm"]), _cell(line["as trained"]), _cell(line["dial"])]
+            for lines in keep.values():
+                same = [x for x in lines if (x["arm"], x["share"]) == (line["arm"], line["share"])]
+                cells.append(_cell(same[0]["repair"]))
+            out.append(cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in out)
+
+
 def trained_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """What was trained otherwise, and what is kept more than by it at its own skill."""
     heads = ["trained", "skill", "facts kept", "lora, dial", "lora, repair", "lora, both"]
@@ -407,6 +420,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             parts.append(comparators_table(rows))
         write_json(out / "aftercare.json", found)
+    parts += [f"## Repair by the text to keep, {SHARES[0]:.0%} of the skill left"]
+    parts += [texts_table(found["keep"])]
     trained = study(trained_comparators(out, tiny=asked.tiny), out, workers=asked.workers)
     others = read(Path(trained.folder) / "report" / "results.csv")
     others += [row | {"arm": row["method"]} for row in named if row["setting"] == "trained"]

@@ -30,7 +30,7 @@ from forgetless.models.load import load_model, load_tokenizer
 from forgetless.statistics.collection import collect
 from forgetless.tasks.evaluation import evaluate
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0)
+STRENGTHS = (0.03, 0.1, 0.3)
 LEARNED, KEPT = "pocket_problems", "pocket_recall"
 
 Moments = Mapping[str, Tensor]
@@ -57,18 +57,19 @@ class Trained:
         )
         for batch in self.task_text:
             batch.pop("labels")
+        # Before the adapter is on it: PEFT puts its layers into the base itself.
+        self.C = self.moments(self.base, self.keep_text)
+        self.T = self.moments(self.base, self.task_text)
         self.model, self.name = on_base(run / "native", self.base)
         self.factors = {
             name: Factors(A=f.A.detach().double(), B=f.B.detach().double())
             for name, f in factors_of(self.model, self.name).items()
         }
-        self.C = self.moments(self.base, self.keep_text)
-        self.T = self.moments(self.base, self.task_text)
 
     def moments(self, model: Any, text: Any) -> Moments:
-        """Of every adapted layer."""
-        found = collect(model, text, target_modules=list(self.factors))
-        return {name: found[name].second_moment.double() for name in self.factors}
+        """Of every linear layer but the head."""
+        found = collect(model, text)
+        return {name: layer.second_moment.double() for name, layer in found.items()}
 
     def weight(self, name: str) -> Tensor:
         """W of a layer of the base, (out, in)."""
