@@ -16,18 +16,17 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
-from scipy import stats
 from transformers import Trainer, TrainingArguments, set_seed
 
 from forgetless.core.files import new_file, write_json, write_jsonl, write_text
+from forgetless.core.metrics import mean_stderr, t_interval
 from forgetless.data.batches import Padding, TokenRows
 from forgetless.data.examples import load_examples
 from forgetless.data.pocket.knowledge import questions, statement
@@ -283,14 +282,9 @@ def against(rows: Sequence[Row], trained: Sequence[Row]) -> list[dict[str, Any]]
 
 def interval(values: Sequence[float]) -> dict[str, float | int | None]:
     """Mean and Student's 95 % interval over the seeds."""
-    mean, n = fmean(values), len(values)
-    half = stats.t.ppf(0.975, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None
-    return {
-        "mean": mean,
-        "low": None if half is None else mean - half,
-        "high": None if half is None else mean + half,
-        "seeds": n,
-    }
+    mean, stderr, n = mean_stderr(values)
+    low, high = t_interval(mean, stderr, n - 1) if n > 1 else (None, None)
+    return {"mean": mean, "low": low, "high": high, "seeds": n}
 
 
 def compared(rows: Sequence[Row]) -> list[dict[str, Any]]:

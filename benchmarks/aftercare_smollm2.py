@@ -19,8 +19,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forgetless.core.files import load_yaml, write_json, write_jsonl, write_text
+from forgetless.core.files import (
+    load_yaml,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from forgetless.core.metrics import mean_stderr, paired_difference
+from forgetless.data.files import read_rows
 from forgetless.studies.study import study
 
 ARMS = {"gsm8k": [("lora", 3e-3), ("lora", 1e-2)], "code": [("lora", 1e-2)]}
@@ -35,29 +43,31 @@ EXAMPLES = {"held": 20, "wikitext": 8, "lambada": 24, "arc": 24}
 def data(source: Path, out: Path, skill: str) -> tuple[Path, Path]:
     """The training examples of a skill and the held-out ones, as prompts and responses."""
     if skill == "gsm8k":
-        parts = {
-            "train": _lines(source / "gsm8k/train.jsonl"),
-            "test": _lines(source / "gsm8k/test.jsonl"),
-        }
         rows = {
-            part: [{"prompt": row["question"], "response": row["answer"]} for row in found]
-            for part, found in parts.items()
+            part: [
+                {"prompt": row["question"], "response": row["answer"]}
+                for _, row in read_rows(source / f"gsm8k/{part}.jsonl")
+            ]
+            for part in ("train", "test")
         }
     else:
-        found = json.loads((source / "code_alpaca/code_alpaca_2k.json").read_text("utf-8"))
         told = [
             {
                 "prompt": f"{row['instruction']}\n{row['input']}".strip(),
                 "response": row["output"],
             }
-            for row in found
+            for _, row in read_rows(source / "code_alpaca/code_alpaca_2k.json")
             if row["output"].strip()
         ]
         rows = {"train": told[:-200], "test": told[-200:]}
+    short = {
+        part: [row for row in found if len(row["prompt"]) + len(row["response"]) < 700]
+        for part, found in rows.items()
+    }
     paths = out / f"{skill}-train.jsonl", out / f"{skill}-test.jsonl"
-    for path, part in zip(paths, rows.values(), strict=True):
-        write_jsonl(path, [r for r in part if len(r["prompt"]) + len(r["response"]) < 700])
-    write_jsonl(out / f"{skill}-moments.jsonl", _lines(paths[0])[-30:])
+    for path, part in zip(paths, short.values(), strict=True):
+        write_jsonl(path, part)
+    write_jsonl(out / f"{skill}-moments.jsonl", short["train"][-30:])
     return paths
 
 
@@ -125,11 +135,11 @@ def results(folder: Path, skill: str) -> list[dict[str, Any]]:
     for run in sorted(path.parent for path in folder.glob("*/aftercare.json")):
         recipe = load_yaml(run / "recipe.yaml")
         places = {"base": run / "items/base", "trained": run / "items/final"}
-        for label in json.loads((run / "aftercare.json").read_text("utf-8"))["scored"]:
+        for label in read_json(run / "aftercare.json")["scored"]:
             places[label] = run / "points" / label / "items/final"
         arm = f"{recipe['adapter']['method']} at {recipe['training']['learning_rate']:g}"
         for task in (skill, *KEPT):
-            items = {label: _lines(place / f"{task}.jsonl") for label, place in places.items()}
+            items = {label: read_jsonl(place / f"{task}.jsonl") for label, place in places.items()}
             scores = {label: [item["score"] for item in own] for label, own in items.items()}
             weights = [item.get("weight", 1.0) for item in items["base"]]
             for label, values in scores.items():
@@ -170,10 +180,6 @@ def table(rows: Sequence[Mapping[str, Any]], skill: str) -> str:
 def _change(found: Mapping[str, float], digits: int) -> str:
     mean, low, high = (f"{found[each]:.{digits}f}" for each in ("mean", "low", "high"))
     return f"{mean} ({low} to {high})"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,6 +24,8 @@ from forgetless.adapters.layer import adapted_layers
 from forgetless.adapters.repair import factors_of, on_base
 from forgetless.core.files import write_json
 from forgetless.core.method import Factors
+from forgetless.core.projection import repaired
+from forgetless.core.spectra import output_energy
 from forgetless.data.modality import training_batches
 from forgetless.data.texts import batches
 from forgetless.models.load import load_model, load_tokenizer
@@ -91,53 +93,44 @@ class Trained:
         return self.model
 
 
-def solved(A: Tensor, C: Tensor, T: Tensor, strength: float) -> Tensor:
-    """A T (T + strength C + ε I)⁻¹."""
-    system = T + strength * C
-    system = system + 1e-8 * system.diagonal().mean() * torch.eye(len(system), dtype=A.dtype)
-    found: Tensor = torch.linalg.solve(system, T @ A.mT).mT
-    return found
-
-
-def repaired(t: Trained, strength: float, C: Moments, T: Moments) -> dict[str, Factors]:
+def with_moments(t: Trained, strength: float, C: Moments, T: Moments | None) -> dict[str, Factors]:
+    """The package's own repair, with these moments."""
     return {
-        name: Factors(A=solved(f.A, C[name], T[name], strength), B=f.B)
+        name: Factors(A=repaired(f.A, C[name], None if T is None else T[name], strength), B=f.B)
         for name, f in t.factors.items()
     }
 
 
 def raw(t: Trained, strength: float) -> Mapping[str, Factors]:
     """As the package does it: the moments as they were collected."""
-    return repaired(t, strength, t.C, t.T)
+    return with_moments(t, strength, t.C, t.T)
 
 
 def normalised(t: Trained, strength: float) -> Mapping[str, Factors]:
     """Both moments divided by their mean diagonal, layer by layer."""
     C, T = ({n: m / m.diagonal().mean() for n, m in each.items()} for each in (t.C, t.T))
-    return repaired(t, strength, C, T)
+    return with_moments(t, strength, C, T)
 
 
 def equal_shares(t: Trained, strength: float) -> Mapping[str, Factors]:
     """Per layer: C and T in units of what the layer's update does on each of the texts."""
 
     def in_units(name: str, moment: Tensor) -> Tensor:
-        f = t.factors[name]
-        return moment / ((f.A @ moment @ f.A.mT) * (f.B.mT @ f.B)).sum()
+        return moment / output_energy(t.factors[name], moment)
 
     C = {name: in_units(name, moment) for name, moment in t.C.items()}
     T = {name: in_units(name, moment) for name, moment in t.T.items()}
-    return repaired(t, strength, C, T)
+    return with_moments(t, strength, C, T)
 
 
 def task_of_trained(t: Trained, strength: float) -> Mapping[str, Factors]:
     """T of the trained model's own activations."""
-    return repaired(t, strength, t.C, t.moments(t.merged(t.factors), t.task_text))
+    return with_moments(t, strength, t.C, t.moments(t.merged(t.factors), t.task_text))
 
 
 def identity(t: Trained, strength: float) -> Mapping[str, Factors]:
     """No task text: T is the identity at C's mean diagonal."""
-    T = {n: m.diagonal().mean() * torch.eye(len(m), dtype=m.dtype) for n, m in t.C.items()}
-    return repaired(t, strength, t.C, T)
+    return with_moments(t, strength, t.C, None)
 
 
 def rescaled(t: Trained, strength: float) -> Mapping[str, Factors]:
@@ -156,7 +149,7 @@ def rounds(t: Trained, strength: float) -> Mapping[str, Factors]:
     for _ in range(2):
         model = t.merged(found)
         C, T = t.moments(model, t.keep_text), t.moments(model, t.task_text)
-        found = repaired(t, strength, C, T)
+        found = with_moments(t, strength, C, T)
     return found
 
 

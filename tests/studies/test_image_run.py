@@ -11,23 +11,21 @@ import torch
 from peft import PeftModel
 
 import forgetless as fl
-from forgetless.adapters.attachment import attach
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_jsonl
 from forgetless.core.settings import with_overrides
-from forgetless.data.examples import load_examples
 from forgetless.data.modality import load_processor, modality_of
 from forgetless.methods import METHODS
-from forgetless.models.load import adapter_off, load_model
+from forgetless.models.load import load_model
 from forgetless.models.pocket import image_base_path
 from forgetless.recipes.checking import check
 from forgetless.recipes.identity import run_id
 from forgetless.recipes.plan.advice import Base
 from forgetless.recipes.recipe import Recipe
-from forgetless.statistics.gradients import collect_gradients
 from forgetless.studies.run import run
 from forgetless.tasks import make_task
 from forgetless.training.penalties import make_penalty
+from tests.classifiers import check_start, check_stopped
 from tests.images import save_classifier, save_images
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -62,30 +60,7 @@ def recipe_of(world: Path, method: str = "lora_null_v1", **changes: Any) -> Reci
 @pytest.mark.filterwarnings("ignore:.*saw fewer tokens")
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
 def test_every_start_is_the_base_bit_for_bit(method: str, world: Path) -> None:
-    model = load_model(str(world / "base"))
-    reader, modality = load_processor(str(world / "base")), modality_of(model)
-    probe = modality.probe(model)
-    with torch.no_grad():
-        before = model(**probe).logits
-    batches = modality.batches(str(world / "keep"), model, reader, samples=12)
-    stats = fl.collect(model, batches)
-    rows = modality.rows(load_examples(world / "train"), reader)
-    labelled = [rows.join([rows[index] for index in range(4)])]
-    needs: dict[str, Any] = {
-        "task_stats": stats,
-        "gradients": collect_gradients(model, labelled),
-    }
-    adapted = attach(model, method, rank=2, alpha=2, stats=stats, **needs)
-    with torch.no_grad():
-        assert torch.equal(adapted(**probe).logits, before)
-        adapted.train()
-        for weight in adapted.parameters():
-            if weight.requires_grad:
-                weight.add_(0.01)
-        adapted.eval()
-        assert not torch.equal(adapted(**probe).logits, before)
-        with adapter_off(adapted):
-            assert torch.equal(adapted(**probe).logits, before)
+    check_start(method, world / "base", world / "keep", world / "train")
 
 
 @pytest.mark.filterwarnings("ignore:.*saw fewer tokens")
@@ -130,18 +105,7 @@ def test_a_stopped_run_comes_to_the_same_weights(
     changes: dict[str, Any], world: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_of(world, **{**changes, "training.checkpoint_every": 2})
-    whole = run(recipe, tmp_path / "whole")
-
-    def stop(event: Any) -> None:
-        if event.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "stopped", listen=stop)
-    again = run(recipe, tmp_path / "stopped")
-    assert [row["score"] for row in again.scores] == [row["score"] for row in whole.scores]
-    for file in whole.folder.rglob("*.safetensors"):
-        assert file.read_bytes() == (again.folder / file.relative_to(whole.folder)).read_bytes()
+    check_stopped(recipe, tmp_path)
 
 
 def test_replay_and_penalties_read_images(world: Path, tmp_path: Path) -> None:

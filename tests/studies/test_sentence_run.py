@@ -10,18 +10,16 @@ import torch
 from peft import PeftModel
 
 import forgetless as fl
-from forgetless.adapters.attachment import attach
 from forgetless.core.files import read_jsonl
 from forgetless.core.settings import with_overrides
-from forgetless.data.examples import load_examples
 from forgetless.data.modality import load_processor, modality_of
 from forgetless.methods import METHODS
-from forgetless.models.load import adapter_off, load_model
+from forgetless.models.load import load_model
 from forgetless.recipes.checking import check
 from forgetless.recipes.recipe import Recipe
-from forgetless.statistics.gradients import collect_gradients
 from forgetless.studies.run import run
 from forgetless.training.penalties import make_penalty
+from tests.classifiers import check_start, check_stopped
 from tests.images import save_classifier as save_image_classifier
 from tests.images import save_images
 from tests.sentences import CLASSES, save_classifier, sentences, write_rows
@@ -61,30 +59,7 @@ def recipe_of(world: Path, family: str, method: str = "lora_null_v1", **changes:
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
 def test_every_start_is_the_base_bit_for_bit(method: str, family: str, world: Path) -> None:
-    model = load_model(str(world / family))
-    reader, modality = load_processor(str(world / family)), modality_of(model)
-    probe = modality.probe(model)
-    with torch.no_grad():
-        before = model(**probe).logits
-    batches = modality.batches(str(world / "keep.jsonl"), model, reader, samples=12, batch_size=4)
-    stats = fl.collect(model, batches)
-    rows = modality.rows(load_examples(world / "train.jsonl"), reader, max_length=64)
-    labelled = [rows.join([rows[index] for index in range(4)])]
-    needs: dict[str, Any] = {
-        "task_stats": stats,
-        "gradients": collect_gradients(model, labelled),
-    }
-    adapted = attach(model, method, rank=2, alpha=2, stats=stats, **needs)
-    with torch.no_grad():
-        assert torch.equal(adapted(**probe).logits, before)
-        adapted.train()
-        for weight in adapted.parameters():
-            if weight.requires_grad:
-                weight.add_(0.01)
-        adapted.eval()
-        assert not torch.equal(adapted(**probe).logits, before)
-        with adapter_off(adapted):
-            assert torch.equal(adapted(**probe).logits, before)
+    check_start(method, world / family, world / "keep.jsonl", world / "train.jsonl")
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -116,18 +91,7 @@ def test_a_run_on_sentences_has_all_its_stages(family: str, world: Path, tmp_pat
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_stopped_run_comes_to_the_same_weights(method: str, world: Path, tmp_path: Path) -> None:
     recipe = recipe_of(world, "llama", method, **{"training.checkpoint_every": 2})
-    whole = run(recipe, tmp_path / "whole")
-
-    def stop(event: Any) -> None:
-        if event.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "stopped", listen=stop)
-    again = run(recipe, tmp_path / "stopped")
-    assert [row["score"] for row in again.scores] == [row["score"] for row in whole.scores]
-    for file in whole.folder.rglob("*.safetensors"):
-        assert file.read_bytes() == (again.folder / file.relative_to(whole.folder)).read_bytes()
+    check_stopped(recipe, tmp_path)
 
 
 def test_replay_and_penalties_read_sentences(world: Path, tmp_path: Path) -> None:

@@ -30,6 +30,13 @@ POCKET_KNOWLEDGE = "pocket:knowledge"
 POCKET_SIZES = {"train": 4000, "test": 500}
 
 
+def require_counts(**counts: int | None) -> None:
+    """Raise which of the numbers that were given is below 1; None is no number."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be 1 or more, got {value}")
+
+
 def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[str, Any]]:
     """The raw rows of a file, one after the other, each with its place such as ``"line 7"``.
 
@@ -37,8 +44,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[s
         path: as in `load_examples`.
         limit: stop after so many rows.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be 1 or more, got {limit}")
+    require_counts(limit=limit)
     if str(path).startswith(POCKET):
         return islice(_read_pocket(str(path)), limit)
     path = Path(path)

@@ -19,7 +19,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from forgetless.core.errors import UserError
 from forgetless.data.examples import Examples, require_kind
-from forgetless.data.files import POCKET, bad_rows
+from forgetless.data.files import POCKET, bad_rows, require_counts
 from forgetless.data.forms import Kind, Record
 from forgetless.data.modality import Batch, Modality, Sample
 from forgetless.data.packing import IGNORED
@@ -254,9 +254,7 @@ def _batches(
         FileNotFoundError: there is no such folder.
         UserError: "self", no images, or a count below 1.
     """
-    for name, value in {"samples": samples, "batch_size": batch_size}.items():
-        if value < 1:
-            raise UserError(f"{name} must be 1 or more, got {value}")
+    require_counts(samples=samples, batch_size=batch_size)
     if source == SELF:
         raise UserError("an image classifier says nothing by itself; give a folder of images")
     examples = read_examples(source)

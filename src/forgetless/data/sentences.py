@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
 from forgetless.data.examples import Examples, require_kind
-from forgetless.data.files import bad_rows
+from forgetless.data.files import bad_rows, require_counts
 from forgetless.data.forms import Kind, Record
 from forgetless.data.modality import Batch, Modality, Sample, longest_first
 from forgetless.data.packing import IGNORED
@@ -282,10 +282,7 @@ def _batches(
         FileNotFoundError: there is no such file.
         UserError: "self", neither sentences nor raw text, or a count below 1.
     """
-    counts = {"samples": samples, "max_length": max_length, "batch_size": batch_size}
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"{name} must be 1 or more, got {value}")
+    require_counts(samples=samples, max_length=max_length, batch_size=batch_size)
     if source == SELF:
         raise UserError("a text classifier says nothing by itself; give a file of sentences")
     examples = read_examples(source)

@@ -17,7 +17,7 @@ from forgetless.core.progress import counted
 from forgetless.data.chat import Chat
 from forgetless.data.encoding import encode, ended
 from forgetless.data.examples import Examples, from_rows, require_kind
-from forgetless.data.files import read_rows
+from forgetless.data.files import read_rows, require_counts
 from forgetless.data.forms import TEXTS
 
 if TYPE_CHECKING:
@@ -102,10 +102,7 @@ def batches(
     from forgetless.data.batches import Padding
     from forgetless.data.modality import longest_first
 
-    counts = {"samples": samples, "max_length": max_length, "batch_size": batch_size}
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"{name} must be 1 or more, got {value}")
+    require_counts(samples=samples, max_length=max_length, batch_size=batch_size)
     config = model.config.get_text_config()
     if config.is_encoder_decoder:
         raise UserError(

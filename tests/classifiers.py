@@ -1,0 +1,62 @@
+"""What holds of a classifier of any modality: its starts and its continued runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import forgetless as fl
+from forgetless.adapters.attachment import attach
+from forgetless.data.examples import load_examples
+from forgetless.data.modality import load_processor, modality_of
+from forgetless.models.load import adapter_off, load_model
+from forgetless.recipes.recipe import Recipe
+from forgetless.statistics.gradients import collect_gradients
+from forgetless.studies.run import run
+
+
+def check_start(method: str, base: Path, keep: Path, train: Path) -> None:
+    """At step 0 and with the adapter off the model is the base bit for bit."""
+    model = load_model(str(base))
+    reader, modality = load_processor(str(base)), modality_of(model)
+    probe = modality.probe(model)
+    with torch.no_grad():
+        before = model(**probe).logits
+    batches = modality.batches(str(keep), model, reader, samples=12, batch_size=4)
+    stats = fl.collect(model, batches)
+    rows = modality.rows(load_examples(train), reader, max_length=64)
+    labelled = [rows.join([rows[index] for index in range(4)])]
+    needs: dict[str, Any] = {
+        "task_stats": stats,
+        "gradients": collect_gradients(model, labelled),
+    }
+    adapted = attach(model, method, rank=2, alpha=2, stats=stats, **needs)
+    with torch.no_grad():
+        assert torch.equal(adapted(**probe).logits, before)
+        adapted.train()
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.add_(0.01)
+        adapted.eval()
+        assert not torch.equal(adapted(**probe).logits, before)
+        with adapter_off(adapted):
+            assert torch.equal(adapted(**probe).logits, before)
+
+
+def check_stopped(recipe: Recipe, out: Path) -> None:
+    """A run that is stopped after its third step comes to the scores and weights of a whole one."""
+    whole = run(recipe, out / "whole")
+
+    def stop(event: Any) -> None:
+        if event.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, out / "stopped", listen=stop)
+    again = run(recipe, out / "stopped")
+    assert [row["score"] for row in again.scores] == [row["score"] for row in whole.scores]
+    for file in whole.folder.rglob("*.safetensors"):
+        assert file.read_bytes() == (again.folder / file.relative_to(whole.folder)).read_bytes()
