@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from forgetless.data.pictures import thumbnail
 from forgetless.reports import report, write_evaluation
 
 from .test_aftercare import with_aftercare
 from .test_course import study
-from .test_page import Sheet, facts, make_study, probed, scored, two_sheets
+from .test_page import Sheet, facts, make_study, probed, scored, two_sheets, with_pictures
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 WIDTHS = (390, 1400)
-KINDS = ("durations", "rates", "evaluation", "one run", "no curves", "aftercare")
-PLANES = ("durations", "rates", "one run", "no curves", "aftercare")
+KINDS = ("durations", "rates", "evaluation", "one run", "no curves", "aftercare", "pictures")
+PLANES = ("durations", "rates", "one run", "no curves", "aftercare", "pictures")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A page of every kind, by its name."""
     root = tmp_path_factory.mktemp("pages")
     rates = two_sheets({"lora": 0.8, "pissa": 0.5}, {"lora": 0.5, "pissa": 0.4})
+    thumbnails = [thumbnail(f"pocket:digit {i % 10}/test/{i}") for i in range(30)]
     folders = {
         "durations": study(root / "durations"),
         "rates": make_study(root / "rates", rates, ["lora", "pissa"], rates=(1e-3, 2e-3)),
@@ -40,6 +42,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "no curves": make_study(root / "bare", rates, ["lora", "pissa"]),
         "evaluation": root / "evaluation",
         "aftercare": with_aftercare(make_study(root / "after", rates, ["lora", "pissa"])),
+        "pictures": with_pictures(root / "pictures", thumbnails),
     }
     for log in folders["no curves"].glob("*/log.jsonl"):
         log.unlink()
@@ -172,6 +175,26 @@ def test_lost_facts_are_found_by_a_search(browser: Any, pages: dict[str, Path]) 
     assert len(rows) == 1
     assert rows[0].startswith(question)
     assert "Atlantis" in rows[0]
+
+
+def test_lost_pictures_are_seen_with_what_they_are_taken_for(
+    browser: Any, pages: dict[str, Path]
+) -> None:
+    load(browser, pages["pictures"], 390)
+    cards = find(browser, "#flips .gallery li:not(.head)")
+    assert len(cards) == 24
+    shown = cards[0].find_element("css selector", "svg.picture")
+    assert shown.get_attribute("aria-label") in ("bars", "dots")
+    assert shown.size == {"width": 64, "height": 64}
+    other = {"bars": "dots", "dots": "bars"}[shown.get_attribute("aria-label")]
+    assert f"now taken for {other}" in cards[0].text
+    colours = (
+        "const done = arguments[1], picture = document.querySelector("
+        "arguments[0].querySelector('use').getAttribute('href')), image = new Image();"
+        "image.onload = () => done([image.naturalWidth, image.naturalHeight]);"
+        "image.src = picture.getAttribute('href');"
+    )
+    assert browser.execute_async_script(colours, shown) == [16, 16]
 
 
 def test_a_head_sorts_its_table(browser: Any, pages: dict[str, Path]) -> None:

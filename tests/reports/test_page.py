@@ -84,6 +84,7 @@ class Sheet:
     metric: str = "accuracy"
     higher_is_better: bool = True
     questions: Sequence[tuple[str, str]] = field(default_factory=list)
+    pictures: Sequence[str] = ()
 
 
 def facts(count: int) -> list[tuple[str, str]]:
@@ -242,6 +243,8 @@ def write_items(path: Path, sheet: Sheet, right: Sequence[bool], rng: random.Ran
         ):
             said = expected if is_right else rng.choice([a for a in answers if a != expected])
             line = {"id": str(i), "prompt": prompt, "expected": expected, "answer": said}
+            if sheet.pictures and not is_right:
+                line["picture"] = sheet.pictures[i]
             file.write(json.dumps({**line, "score": float(is_right)}) + "\n")
 
 
@@ -874,6 +877,62 @@ def scored(right: Sequence[bool]) -> dict[str, TaskResult]:
     value = sum(right) / len(right)
     result = TaskResult("recall", "accuracy", value, 0.1, len(right), True, "f", 1.0, items)
     return {"recall": result}
+
+
+def with_pictures(folder: Path, sources: Sequence[str]) -> Path:
+    """A study of two arms on pictures of two classes, of which each arm loses most."""
+    asked = [(f"{i % 2}/{i:02}.png", ("bars", "dots")[i % 2]) for i in range(len(sources))]
+    sheets = [
+        Sheet("new", "learning", 0.2, {"lora": 0.9, "pissa": 0.8}, len(asked), questions=asked),
+        Sheet("old", "forgetting", 1.0, {"lora": 0.2, "pissa": 0.1}, len(asked), questions=asked,
+              pictures=sources),
+    ]  # fmt: skip
+    return make_study(folder, sheets, ["lora", "pissa"])
+
+
+def sources(count: int) -> list[str]:
+    """So many data URIs, each another."""
+    made = (base64.b64encode(f"picture number {i:03}".encode()).decode() for i in range(count))
+    return [f"data:image/png;base64,{each}" for each in made]
+
+
+def test_a_picture_lies_in_the_page_once_whichever_arms_lost_it(tmp_path: Path) -> None:
+    made = sources(30)
+    made[3] = 'data:image/png;base64,A"/><script>alert(1)</script>'
+    made[4] = "data:text/html;base64,AAAA"
+    page = report(with_pictures(tmp_path / "s", made)).read_text()
+    lost = Counter(found for source in made for found in re.findall(re.escape(source), page))
+    assert set(lost.values()) == {1}
+    assert len(lost) >= 25
+    assert made[3] not in lost
+    assert made[4] not in lost
+    assert "Pictures that the base recognises" in page
+    names = re.findall(r'<image id="(picture-\d+)"', page)
+    used = set(re.findall(r'href="#(picture-\d+)"', page))
+    assert used <= set(names)
+    assert len(names) == len(lost)
+    data = json.loads(_scripts(page)[0])["flips"]
+    assert data[0]["pictures"] is None
+    shown = [place for place in data[1]["pictures"] if place is not None]
+    assert sorted(shown) == list(range(len(names)))
+
+
+def test_pictures_take_no_more_than_their_bound_and_every_arm_has_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = sources(60)
+    monkeypatch.setattr("forgetless.reports.changes.MAX_PICTURES_BYTES", 10 * len(made[0]))
+    page = report(with_pictures(tmp_path / "s", made)).read_text()
+    assert len(re.findall("<image id=", page)) == 10
+    of_task = json.loads(_scripts(page)[0])["flips"][1]
+    for arm in of_task["arms"]:
+        assert of_task["pictures"][arm["lost"][0][0]] is not None
+
+
+def _scripts(page: str) -> list[str]:
+    elements = Elements()
+    elements.feed(page)
+    return elements.scripts
 
 
 def test_an_evaluation_becomes_a_page_that_names_what_was_lost(tmp_path: Path) -> None:

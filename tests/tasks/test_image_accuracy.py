@@ -12,7 +12,8 @@ from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import load_processor
 from forgetless.models.load import load_model
-from forgetless.tasks import make_task
+from forgetless.scores.comparison import compare
+from forgetless.tasks import Item, TaskResult, make_task
 from forgetless.tasks.journal import resuming
 from tests.families import FAMILIES
 from tests.images import save_classifier, save_images
@@ -45,6 +46,32 @@ def test_it_is_the_share_that_the_head_finds_likeliest(base: str, folder: Path) 
     assert [item.expected for item in result.items[:3]] == ["bars", "dots", "wedge"]
     assert result.items[0].prompt == "bars/00.png"
     assert {item.answer for item in result.items} <= set(reader.classes)
+
+
+def test_what_is_not_recognised_comes_with_a_picture(
+    base: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task({"kind": "image_accuracy", "path": str(folder)})
+    model, reader = load_model(base), load_processor(base)
+    items = task.evaluate(model, reader).items
+    wrong = [item for item in items if item.score == 0]
+    assert 2 <= len(wrong) < len(items)
+    assert all(bool(item.picture) == (item.score == 0) for item in items)
+    assert [Item.from_json(item.to_json()) for item in items] == list(items)
+    assert "picture" not in next(item for item in items if item.score == 1).to_json()
+    monkeypatch.setattr("forgetless.tasks.accuracy._MOST_PICTURES", 1)
+    assert [item.id for item in task.evaluate(model, reader).items if item.picture] == [wrong[0].id]
+
+
+def test_a_comparison_has_the_picture_of_whichever_did_not_recognise_it() -> None:
+    def scores(right: bool, picture: str) -> dict[str, TaskResult]:
+        item = Item("0", "a.png", "bars", "bars" if right else "dots", float(right), 1.0, picture)
+        return {"t": TaskResult("t", "accuracy", 1.0, 0.0, 1, True, "same", items=(item,))}
+
+    for before, after in (((True, ""), (False, "p")), ((False, "p"), (True, ""))):
+        [row] = compare(scores(*before), scores(*after)).rows
+        assert row.changes[0].picture == "p"
+        assert "picture" not in row.changes[0].to_json()
 
 
 def test_neither_batch_size_nor_the_kind_of_processor_changes_it(base: str, folder: Path) -> None:

@@ -7,13 +7,11 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -23,7 +21,7 @@ from forgetless.data.files import POCKET, bad_rows, require_counts
 from forgetless.data.forms import Kind, Record
 from forgetless.data.modality import Batch, Modality, Sample
 from forgetless.data.packing import IGNORED
-from forgetless.data.pocket.images import pictures
+from forgetless.data.pictures import converted, open_image
 from forgetless.data.texts import SELF, read_examples
 from forgetless.models.load import evaluating, load_image_processor, meta_model
 
@@ -78,11 +76,7 @@ class ImageReader:
         Raises:
             UserError: a file that is no image or a damaged one, or more than 8 bits a colour.
         """
-        with _open(image) as found:
-            try:
-                plain = found.convert("RGB" if self.channels == 3 else "L")
-            except (OSError, ValueError, SyntaxError) as problem:
-                raise UserError(f"{image} is a damaged image ({problem})") from None
+        plain = converted(image, "RGB" if self.channels == 3 else "L")
         values: Tensor = self.processor(images=[plain], return_tensors="pt")["pixel_values"][0]
         return values
 
@@ -115,32 +109,6 @@ class ImageReader:
 def classes_of(config: Any) -> dict[str, int]:
     """The classes of a model's head, name -> number, in their order."""
     return {str(name): int(number) for number, name in sorted(config.id2label.items())}
-
-
-def _open(image: str) -> Image.Image:
-    """An image whose header was read; of one of the pocket world, all of it."""
-    if image.startswith(POCKET):
-        label, split, number = image.removeprefix(POCKET).rsplit("/", 2)
-        return Image.fromarray(_drawn(label, split, int(number)))
-    try:
-        found = Image.open(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise UserError(f"{image} is no image that can be read ({problem})") from None
-    odd = None
-    if found.mode.startswith(("I", "F")):
-        odd = f"more than 8 bits a colour (mode {found.mode})"
-    elif getattr(found, "is_animated", False) and found.format != "MPO":  # a camera's second view
-        odd = "several pictures"
-    if odd is not None:
-        found.close()
-        raise UserError(f"{image} has {odd}; convert it to one of 8 bits a colour")
-    return found
-
-
-@lru_cache(maxsize=1 << 15)
-def _drawn(label: str, split: Any, number: int) -> Any:
-    """One image of the pocket world: drawing it takes longer than classifying it."""
-    return pictures([label], split, 1, number).pixels[0]
 
 
 class ImageRows(torch.utils.data.Dataset[Sample]):
@@ -212,7 +180,7 @@ def _check(examples: Examples, reader: ImageReader) -> None:
     for place, record in zip(places, examples, strict=True):
         try:
             if not record["image"].startswith(POCKET):
-                _open(record["image"]).close()
+                open_image(record["image"]).close()
         except UserError as problem:
             problems.append(f"{place}: {problem}")
     if problems:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, zip_longest
 from statistics import fmean
 
 from forgetless.core.metrics import Interval
@@ -20,6 +21,14 @@ from forgetless.scores.seeds import Effect, from_base, holm
 from forgetless.scores.showing import question
 
 MAX_TEXT = 320
+MAX_LISTED = {"forgetting": 1500, "learning": 60}
+"""Changed items of an arm that the page lists; the rest stays in the items folder of the runs."""
+
+MAX_PICTURES_BYTES = 1_400_000
+"""Of all pictures of a page together."""
+
+_PICTURE = re.compile(r"data:image/(png|webp|jpeg);base64,[A-Za-z0-9+/]+=*")
+_LISTED: tuple[Flip, ...] = ("lost", "gained")
 _TRIES = re.compile(r"pass@\d+|unique_(right|wrong)|distinct_\d+")
 
 
@@ -131,6 +140,12 @@ class TaskChanges:
         asked = {c.id: c for arm in self.counted for row in arm.counted for c in row.changes}
         return {id: (_cut(question(c.prompt)), _cut(c.expected)) for id, c in asked.items()}
 
+    @cached_property
+    def pictures(self) -> dict[str, str]:
+        """By the item's id, the image that was asked about, as a data URI."""
+        changes = (c for arm in self.counted for row in arm.counted for c in row.changes)
+        return {c.id: c.picture for c in changes if _PICTURE.fullmatch(c.picture)}
+
 
 def find_changes(evidence: Evidence, arms: Sequence[Arm]) -> list[TaskChanges]:
     """What every arm changed, in the order of the tasks; only what was measured both times."""
@@ -140,6 +155,40 @@ def find_changes(evidence: Evidence, arms: Sequence[Arm]) -> list[TaskChanges]:
         for task in evidence.tasks
         if (changes := tuple(found[task.name] for found in of_arms if task.name in found))
     ]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a page, each once, whichever arms lost or gained its item.
+
+    Attributes:
+        sources: data URIs.
+        places: of them, by task and item.
+    """
+
+    sources: tuple[str, ...]
+    places: Mapping[tuple[str, str], int]
+
+
+def find_pictures(changes: Sequence[TaskChanges]) -> Pictures:
+    """Pictures of what the page lists, first those at the heads of the lists, up to a bound."""
+    lists = [
+        [(of_task, item.id) for item in change.flipped(flip)[: MAX_LISTED[of_task.task.kind]]]
+        for of_task in changes
+        if of_task.pictures
+        for change in of_task.counted
+        for flip in _LISTED
+    ]
+    places: dict[tuple[str, str], int] = {}
+    sources: list[str] = []
+    left = MAX_PICTURES_BYTES
+    for of_task, item in filter(None, chain.from_iterable(zip_longest(*lists))):
+        key, source = (of_task.task.name, item), of_task.pictures.get(item, "")
+        if source and key not in places and len(source) <= left:
+            places[key] = len(sources)
+            sources.append(source)
+            left -= len(source)
+    return Pictures(tuple(sources), places)
 
 
 def _changes(arm: Arm, tasks: Sequence[TaskInfo]) -> dict[str, ArmChange]:

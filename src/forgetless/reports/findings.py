@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forgetless.reports.arms import Arm, gather
-from forgetless.reports.changes import TaskChanges, find_changes
+from forgetless.reports.changes import Pictures, TaskChanges, find_changes, find_pictures
 from forgetless.reports.durations import Course, Matched, course, matched
 from forgetless.reports.evidence import Evidence, read
 from forgetless.reports.standing import Standing, standing
@@ -25,6 +25,7 @@ class Findings:
         course: the scores over the steps, where runs were scored on the way.
         matched: what the arms keep at equal learning, where that can be told.
         changes: what every arm changed, task by task.
+        pictures: of what was lost and gained, where that are images.
         words: the answer.
     """
 
@@ -34,6 +35,7 @@ class Findings:
     course: Course | None
     matched: Matched | None
     changes: Sequence[TaskChanges]
+    pictures: Pictures
     words: Answer
 
 
@@ -44,4 +46,5 @@ def find(study_folder: str | Path) -> Findings:
     place, over_steps = standing(evidence, arms), course(evidence, arms)
     equal, changes = matched(evidence, arms, over_steps), find_changes(evidence, arms)
     words = answer(evidence, arms, place, equal)
-    return Findings(evidence, arms, place, over_steps, equal, changes, words)
+    pictures = find_pictures(changes)
+    return Findings(evidence, arms, place, over_steps, equal, changes, pictures, words)

@@ -8,7 +8,7 @@ from typing import Any
 
 from forgetless.reports.aftercare import RESIDUAL, TRAINED, Used, layers_chart, settings, spectra_of
 from forgetless.reports.arms import Arm
-from forgetless.reports.changes import FlippedItem, TaskChanges
+from forgetless.reports.changes import MAX_LISTED, FlippedItem, TaskChanges
 from forgetless.reports.durations import Course
 from forgetless.reports.evidence import RunFiles, TaskInfo, number
 from forgetless.reports.findings import Findings
@@ -16,8 +16,6 @@ from forgetless.reports.numbers import NOT_MEASURED, amount, interval_words, pro
 from forgetless.scores.seeds import Estimate
 
 MAX_CURVE_POINTS = 240
-# What the page lists; the rest stays in the items folder of the runs.
-MAX_LISTED = {"forgetting": 1500, "learning": 60}
 MAX_KEPT = 150
 
 
@@ -39,7 +37,11 @@ def payload(found: Findings) -> dict[str, Any]:
             if (points := _thinned(run.log()))
         ],
         "probes": _probes(arms),
-        "flips": [_flips(of_task, places) for of_task in found.changes if of_task.counted],
+        "flips": [
+            _flips(of_task, places, found.pictures.places)
+            for of_task in found.changes
+            if of_task.counted
+        ],
     }
     return {name: part for name, part in content.items() if part or name in ("arms", "flips")}
 
@@ -243,7 +245,9 @@ def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float | Non
     return [(part[-1][0], _round(sum(loss for _, loss in part) / len(part))) for part in parts]
 
 
-def _flips(of_task: TaskChanges, places: Mapping[str, int]) -> dict[str, Any]:
+def _flips(
+    of_task: TaskChanges, places: Mapping[str, int], pictures: Mapping[tuple[str, str], int]
+) -> dict[str, Any]:
     """The lists are cut to what a page can hold; the totals are whole."""
     most = MAX_LISTED[of_task.task.kind]
     asked: dict[str, int] = {}
@@ -267,6 +271,9 @@ def _flips(of_task: TaskChanges, places: Mapping[str, int]) -> dict[str, Any]:
         "task": of_task.task.name,
         "kind": of_task.task.kind,
         "questions": [of_task.questions[item] for item in asked],
+        "pictures": [pictures.get((of_task.task.name, item)) for item in asked]
+        if of_task.pictures
+        else None,
         "arms": arms,
     }
 

@@ -40,6 +40,7 @@ class Change:
         before: the base's answer.
         after: the other's.
         flip: "lost" (right before, wrong now), "gained", "kept" (right both times) or "wrong".
+        picture: of an image that either did not recognise, as a data URI; else empty.
     """
 
     id: str
@@ -48,10 +49,11 @@ class Change:
     before: str
     after: str
     flip: Flip
+    picture: str = ""
 
     def to_json(self) -> dict[str, str]:
-        """Plain JSON values, without the flip, by which changes are grouped."""
-        return {name: value for name, value in asdict(self).items() if name != "flip"}
+        """The texts: without the flip, by which changes are grouped, and the picture."""
+        return {n: value for n, value in asdict(self).items() if n not in ("flip", "picture")}
 
 
 @dataclass(frozen=True)
@@ -390,7 +392,8 @@ def _change(
 
 def _flipped(old: Item, new: Item) -> Change:
     flip = _FLIPS[old.score == 1.0, new.score == 1.0]
-    return Change(old.id, old.prompt, old.expected, old.answer, new.answer, flip)
+    picture = old.picture or new.picture
+    return Change(old.id, old.prompt, old.expected, old.answer, new.answer, flip, picture)
 
 
 def _known(value: float) -> float | None:

@@ -21,6 +21,9 @@ __all__ = ["HeadAccuracy"]
 _ROWS = 64
 """Rows at once where nothing else is asked for."""
 
+_MOST_PICTURES = 1000
+"""Items of a result that keep a picture: more than a page can hold."""
+
 
 class HeadAccuracy(Task):
     """The share of examples of which the model's own head finds their class the likeliest.
@@ -51,6 +54,10 @@ class HeadAccuracy(Task):
     def shown(self, place: str, record: Record) -> str:
         """What an item says that the model was given."""
         return place
+
+    def picture(self, record: Record) -> str:
+        """A small copy of what the model was given, as a data URI; empty for what is a text."""
+        return ""
 
     def measure(
         self, model: Model, processor: Any, reference: Model | None, batch_size: int | None
@@ -89,6 +96,8 @@ class HeadAccuracy(Task):
         asked = [dict(record) for record in self.examples]
         with evaluating(model):
             found = in_batches(self.kind, asked, parts, answers)
+        wrong = [place for place, (answer, label, _) in enumerate(found) if answer != label]
+        with_picture = frozenset(wrong[:_MOST_PICTURES])
         items = [
             Item(
                 id=str(number),
@@ -96,6 +105,7 @@ class HeadAccuracy(Task):
                 expected=names[int(label)],
                 answer=names.get(int(answer), str(int(answer))),
                 score=float(answer == label),
+                picture=self.picture(record) if number in with_picture else "",
             )
             for number, (place, record, (answer, label, _)) in enumerate(
                 zip(self.examples.places, self.examples, found, strict=True)

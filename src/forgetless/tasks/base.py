@@ -44,6 +44,7 @@ class Item:
         score: 1 or 0 for right or wrong, or the item's own value of the metric; nan before the
             model has answered.
         weight: the item's share in the task's mean, such as its number of tokens.
+        picture: a small copy of an image that was not recognised, as a data URI; else empty.
     """
 
     id: str
@@ -52,19 +53,23 @@ class Item:
     answer: str = ""
     score: float = math.nan
     weight: float = 1.0
+    picture: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """One line of an items file; the weight only where it is not 1."""
+        """One line of an items file; weight and picture only where they are not 1 and empty."""
         line = dataclasses.asdict(self)
         if self.weight == 1.0:
             del line["weight"]
+        if not self.picture:
+            del line["picture"]
         return line
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Self:
         """The item that `to_json` wrote."""
         texts = {key: str(line[key]) for key in ("id", "prompt", "expected", "answer")}
-        return cls(**texts, score=float(line["score"]), weight=float(line.get("weight", 1.0)))
+        weight, picture = float(line.get("weight", 1.0)), str(line.get("picture", ""))
+        return cls(**texts, score=float(line["score"]), weight=weight, picture=picture)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forgetless.core.errors import unknown
-from forgetless.data.forms import Kind
+from forgetless.data.forms import Kind, Record
 from forgetless.data.texts import POCKET_PICTURES
 from forgetless.tasks.accuracy import HeadAccuracy
 from forgetless.tasks.base import whole_number
@@ -19,7 +19,8 @@ __all__ = ["ImageAccuracy"]
 class ImageAccuracy(HeadAccuracy):
     """The share of images of which the model's own head finds their class the likeliest.
 
-    An item is an image. `extra` has the mean loss, - log p of the class, with its standard error.
+    An item is an image; one that is not recognised comes with a thumbnail. `extra` has the mean
+    loss, - log p of the class, with its standard error.
 
     Attributes:
         path: a folder with a folder of images for each class, or images of the pocket world
@@ -48,6 +49,12 @@ class ImageAccuracy(HeadAccuracy):
         elif not isinstance(self.path, str | Path) or not Path(self.path).is_dir():
             yield f"path must be a folder with a folder of images for each class, got {self.path!r}"
         yield whole_number("limit", self.limit, optional=True)
+
+    def picture(self, record: Record) -> str:
+        """A thumbnail of the image."""
+        from forgetless.data.pictures import thumbnail  # loads PIL
+
+        return thumbnail(record["image"])
 
 
 TASK = ImageAccuracy
