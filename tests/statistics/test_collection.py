@@ -465,6 +465,20 @@ def test_of_a_peft_model_the_base_is_measured() -> None:
     assert torch.equal(model(**batches[0]).logits, output)
 
 
+@pytest.mark.parametrize("budget", [None, "1MiB"])
+def test_with_adapters_on_the_trained_model_is_measured(budget: str | None) -> None:
+    batches = [language_batch()]
+    config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(FAMILIES["llama"].model(), config).train()
+    found = collect(model, batches, memory_budget=budget, adapters_on=True)
+    merged = collect(model.merge_and_unload(), batches)
+    assert list(found) == list(merged)
+    for name in merged:
+        torch.testing.assert_close(
+            found[name].second_moment, merged[name].second_moment, rtol=1e-4, atol=1e-5
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models_are_summed_in_float64(dtype: torch.dtype) -> None:
     model = FAMILIES["llama"].model(dtype)

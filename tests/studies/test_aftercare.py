@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +283,33 @@ def test_texts_are_read_in_two_parts(tiny_base: Path, tiny_files: Path, tmp_path
     with pytest.raises(UserError, match="give the text itself"):
         read.measured(str(tmp_path / "stats"), tmp_path)
     assert read.measured(str(tiny_files / "old.txt"), tmp_path).held == tiny_files / "old.txt"
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "full"])
+def test_a_repair_takes_the_trained_model_s_activations_on_the_task(
+    method: str, tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    if method == "full":
+        trained: Any = load_model(str(tiny_base), dtype="float32")
+        with torch.no_grad():
+            for layer in target_layers(trained).values():
+                linear_weight(layer).mul_(1.1)
+        merged = trained
+    else:
+        trained = adapted(tiny_base, method)
+        merged = copy.deepcopy(trained).merge_and_unload()
+    text = str(tiny_files / "train.jsonl")
+    base, as_trained = reading(tiny_base), replace(reading(tiny_base), trained=trained)
+    by_hand = replace(base, base=merged).task(text, tmp_path / "merged").statistics
+    found = as_trained.task(text, tmp_path / "trained").statistics
+    of_base = base.task(text, tmp_path / "base").statistics
+    first, *_, last = found or ()
+    for name in (first, last):
+        moments = [each[name].second_moment for each in (found, by_hand, of_base)]  # type: ignore[index]
+        torch.testing.assert_close(moments[0], moments[1], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(moments[0], moments[2], rtol=1e-2)
+    keep = as_trained.keep(str(tiny_files / "old.txt"), tmp_path / "keep").statistics
+    assert keep is not None
+    same = base.keep(str(tiny_files / "old.txt"), tmp_path / "same").statistics
+    assert same is not None
+    assert torch.equal(keep[last].second_moment, same[last].second_moment)

@@ -525,16 +525,23 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def as_base(model: nn.Module) -> Iterator[nn.Module]:
-    """The base in evaluation mode, without gradients and adapters; everything is restored."""
+def as_trained(model: nn.Module) -> Iterator[nn.Module]:
+    """The base in evaluation mode, without gradients, its adapters on; everything is restored."""
     modules = list(model.modules())
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in modules):
         raise UserError("adapters are merged into this model; call model.unmerge_adapter() first")
     if any(_has_no_weights(module) for module in modules):
         raise UserError("the model has weights on the meta device; load it first")
     hold_packing(model)
-    with torch.inference_mode(False), evaluating(model), adapter_off(model):
+    with torch.inference_mode(False), evaluating(model):
         yield base_of(model)
+
+
+@contextmanager
+def as_base(model: nn.Module) -> Iterator[nn.Module]:
+    """The same without adapters."""
+    with as_trained(model) as base, adapter_off(model):
+        yield base
 
 
 def checkpoint_activations(model: Any, on: bool = True) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from forgetless.core.errors import UserError
 from forgetless.core.processes import Processes
 from forgetless.core.progress import counted
-from forgetless.models.load import as_base, target_layers
+from forgetless.models.load import as_base, as_trained, target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.statistics.checkpoint import Checkpoint, model_identity
 from forgetless.statistics.collector import Batch, Collector
@@ -34,6 +34,7 @@ def collect(
     *,
     skip_first: int = 0,
     checkpoint: str | Path | None = None,
+    adapters_on: bool = False,
 ) -> Statistics:
     """Second moments of the inputs of every target layer, over all tokens that are not padding.
 
@@ -52,7 +53,7 @@ def collect(
 
     Args:
         model: any transformers model. It is left as it was found. Of a PeftModel the base is
-            measured, adapters off.
+            measured, adapters off, unless `adapters_on`.
         batches: keyword arguments of the model's forward. Left padding is moved to the right, so
             that every token has the position it has without padding. Arguments that the forward
             does not know are dropped, `labels` too unless the model is an encoder-decoder.
@@ -68,6 +69,8 @@ def collect(
         checkpoint: a folder for what is done so far, written once a minute. A later call with the
             same model, batches and options goes on from there to the same result, which reads
             its matrices from the folder; delete it once the statistics are saved.
+        adapters_on: measure what reaches the layers of the trained model. `repair` wants that of
+            the new task's text; every start wants the base.
 
     Returns:
         One entry a layer that was called. Warns of layers that never were, and of layers that
@@ -87,7 +90,7 @@ def collect(
     shapes = {name: (size, size) for name, size in sizes.items()}
     budget = None if memory_budget is None else parse_budget(memory_budget, shapes)
     processes = Processes.current()
-    with as_base(model) as base:
+    with as_trained(model) if adapters_on else as_base(model) as base:
         collector = Collector(base, layers, skip_first)
         if budget is None and checkpoint is None and processes.count == 1:
             collector.run(_checked(batches), layers)

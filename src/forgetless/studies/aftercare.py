@@ -434,6 +434,9 @@ class Reading:
         calibration: how much of each text; its source is not looked at.
         data: how the new task's text becomes tokens; its path is not looked at.
         seed: of what is drawn.
+        trained: the model whose activations on the new task's text count; None for the base's.
+            A repair by those of the trained model keeps more of the skill and of the knowledge
+            (docs/results/aftercare.md); by the base's, the text is told of before any training.
     """
 
     base: Any
@@ -442,6 +445,7 @@ class Reading:
     calibration: CalibrationSettings
     data: DataSettings
     seed: int = 0
+    trained: Any = None
 
     def keep(self, source: str, folder: Path) -> Read:
         """The text to keep: a file, "self" for text that the base says, or saved statistics."""
@@ -483,12 +487,18 @@ class Reading:
         return write_texts(own_texts(self.base, self.processor, *asked), folder)
 
     def _collected(self, need: str, text: Path) -> Statistics:
+        trained = self.trained if need == "task_moment" else None
         collecting = Collecting(
             AdapterSettings(target_modules=self.target_modules),
             self.calibration.model_copy(update={"source": str(text)}),
             self.data.model_copy(update={"train": str(text), "limit": None}),
             self.seed,
         )
-        found = collecting.collect(need, self.base, self.processor)
+        found = collecting.collect(
+            need,
+            self.base if trained is None else trained,
+            self.processor,
+            adapters_on=trained is not None,
+        )
         assert isinstance(found, Statistics)
         return found

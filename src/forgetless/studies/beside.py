@@ -6,8 +6,9 @@
                         tuned in whole, the model
     spectra.json        what the update of every layer is
 
-The texts, one part to learn from and one held out, and the activations on the first part lie in
-shared/aftercare/, for all runs of the study.
+The texts, one part to learn from and one held out, and the base's activations on the first part
+lie in shared/aftercare/, for all runs of the study. On the new task's text a repair takes those of
+the trained model, which are collected for each run and not kept.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from forgetless.adapters.dial import residual
@@ -150,7 +153,7 @@ class Beside:
         trained, base = self.stages._trained_model(self.run), None
         if self.stages.full:
             base = self.stages._load_base()
-        keep, task = self._texts(base if base is not None else trained)
+        keep, task = self._texts(base if base is not None else trained, trained)
         adjustable = Adjustable(
             trained,
             base if base is not None else trained,
@@ -161,13 +164,21 @@ class Beside:
         )
         return adjustable, Bench(adjustable, self.stages.processor, keep.held, task.held)
 
-    def _texts(self, model: Any) -> tuple[Read, Read]:
-        """The text to keep and the new task's."""
+    def _texts(self, model: Any, trained: Any = None) -> tuple[Read, Read]:
+        """The text to keep and the new task's, as the trained model reads it where one is given."""
         reading, wanted = self._reading(model), self.recipe.repair
         keep = self._read(self.recipe.text_to_keep, "keep", reading.keep)
         if wanted is not None and wanted.task is None:
             return keep, Read(None, None)
+        if trained is not None:
+            own = replace(reading, trained=trained)
+            return keep, own.task(self._task_text(), Path(self._place.name))
         return keep, self._read(self._task_text(), "task", reading.task)
+
+    @cached_property
+    def _place(self) -> TemporaryDirectory[str]:
+        """Where the parts of the task's text lie while the trained weights are measured."""
+        return TemporaryDirectory(prefix="forgetless-aftercare-")
 
     def _task_text(self) -> str:
         wanted = self.recipe.repair.task if self.recipe.repair is not None else DATA
@@ -243,6 +254,7 @@ class Beside:
             "residual": self.recipe.residual,
             "keep": self._source_key(self.recipe.text_to_keep, "keep"),
             "task": wanted and wanted.task and self._source_key(self._task_text(), "task"),
+            "task_on": "trained",
         }
         if self.recipe.comparators:
             content["comparators"] = [self._comparator_key(c) for c in self.recipe.comparators]

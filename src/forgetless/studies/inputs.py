@@ -74,6 +74,7 @@ class Collecting:
         model: PreTrainedModel,
         processor: Processor,
         checkpoint: Path | None = None,
+        adapters_on: bool = False,
     ) -> Statistics | Gradients:
         """Collect one need of the method.
 
@@ -83,6 +84,7 @@ class Collecting:
             processor: the base's.
             checkpoint: a folder from which an interrupted call is resumed; what is returned may
                 read from it.
+            adapters_on: as in `forgetless.collect`; not for gradients.
 
         Raises:
             UserError: the training data is needed and there is none; or as `collect`.
@@ -97,7 +99,15 @@ class Collecting:
             own = f"{number}-by-{self.calibration.batch_size}"
             kept = None if checkpoint is None else checkpoint / own
             text = self._text(source, model, processor, kept if source == SELF else None)
-            found = collect(model, text, targets, budget, skip_first=skip_first, checkpoint=kept)
+            found = collect(
+                model,
+                text,
+                targets,
+                budget,
+                skip_first=skip_first,
+                checkpoint=kept,
+                adapters_on=adapters_on,
+            )
             parts.append((found, weight))
         return parts[0][0] if len(parts) == 1 else Statistics.mixture(parts)
 

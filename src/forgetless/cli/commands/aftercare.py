@@ -115,12 +115,14 @@ def adjust(asked: Asked, out: str | Path | None = None) -> Adjusted:
     if unknown:
         raise UserError(f"--max-drop names {unknown[0]!r}, which is none of --tasks")
     model, processor = load_model(base, dtype=asked.dtype), load_processor(base)
-    adapter: Any = str(trained.folder)
     layers: Any = "all-linear"
     if trained.is_adapter:
         require_usable(trained.folder, model)
-        adapter = load(model, trained.folder)
+        adapter: Any = load(model, trained.folder)
         layers = list(adapted_layers(adapter))
+    else:
+        dtype = str(model.dtype).removeprefix("torch.")
+        adapter = load_model(str(trained.folder), dtype=dtype)
     with tempfile.TemporaryDirectory(prefix="forgetless-aftercare-") as place:
         reading = Reading(
             adapter if trained.is_adapter else model,
@@ -129,6 +131,7 @@ def adjust(asked: Asked, out: str | Path | None = None) -> Adjusted:
             asked.calibration,
             DataSettings(train="the new task"),
             asked.seed,
+            trained=adapter,
         )
         keep, task = _read(reading, asked, Path(place))
         adjustable = Adjustable(adapter, model, keep.statistics, task.statistics, asked.strengths)
