@@ -25,6 +25,7 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
+from forgetless.adapters.folders import load
 from forgetless.core.files import new_file, write_json, write_jsonl, write_text
 from forgetless.core.metrics import mean_stderr, t_interval
 from forgetless.data.batches import Padding, TokenRows
@@ -186,13 +187,15 @@ def peft_rows(folder: Path, content: Mapping[str, Any]) -> list[Row]:
         adapter = peft_lora(folder, seed, content["recipe"])
         base, tokenizer = load_model("pocket", dtype="float32"), load_tokenizer("pocket")
         layers = list(find_targets(base).layers)
-        reading = Reading(base, tokenizer, layers, recipe.calibration, recipe.data, seed)
+        model = load(base, adapter)
+        how = recipe.calibration, recipe.data, seed
+        reading = Reading(model, tokenizer, layers, *how, trained=model)
         assert recipe.repair is not None
         keep = reading.keep(str(recipe.repair.keep), folder / "peft" / "keep").statistics
         task = reading.task(recipe.data.train, folder / "peft" / "task").statistics
         repairs, turned = settings_of(recipe)
         strengths = [setting.strength for setting in repairs]
-        trained = Adjustable(adapter, base, keep, task, strengths, recipe.comparators)
+        trained = Adjustable(model, base, keep, task, strengths, recipe.comparators)
         others = [Setting(comparator=label) for label in trained.comparators]
         tasks = [make_task(each) for each in content["recipe"]["tasks"]["learning"]]
         tasks += [make_task(each) for each in content["recipe"]["tasks"]["forgetting"][:1]]
