@@ -12,8 +12,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from forgetless.adapters.folders import load
 from forgetless.adapters.repair import repair
-from forgetless.models.load import load_model
+from forgetless.data.texts import batches
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.statistics.collection import collect
+from forgetless.statistics.moments import Statistics
 from tests.cli.test_cli import forgetless  # noqa: F401 - a fixture
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -100,11 +104,15 @@ def test_one_strength_by_saved_statistics_needs_no_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = forgetless(
-        "stats", tiny_base, "--calibration", tiny_files / "old.txt", "--out", tmp_path / "stats",
-        "--max-length", 32,
-    )  # fmt: skip
-    assert made.code == 0, made.err
+    for text, name, more in (
+        ("old.txt", "stats", ()),
+        ("test.jsonl", "task", ("--adapter", adapter)),
+    ):
+        made = forgetless(
+            "stats", tiny_base, "--calibration", tiny_files / text, "--out",
+            tmp_path / name, "--max-length", 32, *more,
+        )  # fmt: skip
+        assert made.code == 0, made.err
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the base's weights were loaded")
@@ -113,14 +121,21 @@ def test_one_strength_by_saved_statistics_needs_no_weights(
     for strength, name in (("0.5", "one"), ("auto", "auto")):
         done = forgetless(
             "repair", adapter, "--base", tiny_base, "--keep", tmp_path / "stats",
-            "--strength", strength, "--out", tmp_path / name,
+            "--task", tmp_path / "task", "--strength", strength, "--out", tmp_path / name,
         )  # fmt: skip
         assert done.code == 0, done.err
     monkeypatch.undo()
     base = load_model(str(tiny_base), dtype="float32")
-    from forgetless.statistics.moments import Statistics
-
-    healed = repair(adapter, base, Statistics.load(tmp_path / "stats"), strength=0.5)
+    keep, task = Statistics.load(tmp_path / "stats"), Statistics.load(tmp_path / "task")
+    text = batches(
+        str(tiny_files / "test.jsonl"), base, load_tokenizer(str(tiny_base)), max_length=32
+    )
+    of_trained = collect(load(base, adapter).merge_and_unload(), text)
+    for name, layer in task.items():
+        expected = of_trained[name].second_moment
+        torch.testing.assert_close(layer.second_moment, expected, rtol=1e-4, atol=1e-6)
+    base = load_model(str(tiny_base), dtype="float32")
+    healed = repair(adapter, base, keep, task, strength=0.5)
     for name, layer in healed.named_parameters():
         if "lora_A" in name:
             key = name.replace(".default", "")

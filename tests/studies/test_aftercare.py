@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from forgetless.models.load import load_model, load_tokenizer, target_layers
 from forgetless.models.weights import linear_weight
 from forgetless.scores.gates import parse_limits
 from forgetless.statistics.collection import collect
-from forgetless.statistics.moments import is_statistics
+from forgetless.statistics.moments import Statistics, is_statistics
 from forgetless.studies.aftercare import (
     BASE,
     TRAINED,
     Adjustable,
     Bench,
     Point,
+    Read,
     Reading,
     Setting,
     choose,
@@ -298,18 +300,18 @@ def test_a_repair_takes_the_trained_model_s_activations_on_the_task(
     else:
         trained = adapted(tiny_base, method)
         merged = copy.deepcopy(trained).merge_and_unload()
-    text = str(tiny_files / "train.jsonl")
     base, as_trained = reading(tiny_base), replace(reading(tiny_base), trained=trained)
-    by_hand = replace(base, base=merged).task(text, tmp_path / "merged").statistics
-    found = as_trained.task(text, tmp_path / "trained").statistics
-    of_base = base.task(text, tmp_path / "base").statistics
-    first, *_, last = found or ()
-    for name in (first, last):
-        moments = [each[name].second_moment for each in (found, by_hand, of_base)]  # type: ignore[index]
-        torch.testing.assert_close(moments[0], moments[1], rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(moments[0], moments[2], rtol=1e-2)
-    keep = as_trained.keep(str(tiny_files / "old.txt"), tmp_path / "keep").statistics
-    assert keep is not None
-    same = base.keep(str(tiny_files / "old.txt"), tmp_path / "same").statistics
-    assert same is not None
-    assert torch.equal(keep[last].second_moment, same[last].second_moment)
+
+    def of(read: Callable[[str, Path], Read], file: str) -> Statistics:
+        found = read(str(tiny_files / file), tmp_path / str(len(list(tmp_path.iterdir()))))
+        assert found.statistics is not None
+        return found.statistics
+
+    found, of_base = of(as_trained.task, "train.jsonl"), of(base.task, "train.jsonl")
+    by_hand = of(replace(base, base=merged).task, "train.jsonl")
+    keep, same = of(as_trained.keep, "old.txt"), of(base.keep, "old.txt")
+    for name in found:
+        moments = found[name].second_moment, by_hand[name].second_moment
+        torch.testing.assert_close(*moments, rtol=1e-4, atol=1e-6)
+        assert torch.equal(keep[name].second_moment, same[name].second_moment)
+    assert not torch.allclose(found[name].second_moment, of_base[name].second_moment, rtol=1e-2)

@@ -199,7 +199,8 @@ def repair(
             is the model that a given PeftModel stands on, the repaired adapter comes beside the
             old one, as "repaired", and is the active one.
         keep: activations of the base on text to keep, from `collect`; of every adapted layer.
-        task: those on the new task's text; without it every direction of the inputs counts alike.
+        task: those of the trained model on the new task's text, from ``collect(model, text,
+            adapters_on=True)``; without it every direction of the inputs counts alike.
         strength: 0 or more. 0 gives the adapter back, bit for bit; 0.1 is a good start, 1 keeps
             more and learns less. "auto" takes the largest of `STRENGTHS` that by the moments leaves
             99 % of what the update does on the task's text.
@@ -216,8 +217,11 @@ def repair(
             of LoRA, layers without statistics, or a strength out of range.
 
     Example:
-        >>> keep, task = fl.collect(base, old_text), fl.collect(base, new_text)  # doctest: +SKIP
-        >>> fl.save(fl.repair("adapter/", base, keep, task), "healed/")  # doctest: +SKIP
+        >>> model = fl.load(base, "adapter/")  # doctest: +SKIP
+        >>> keep = fl.collect(model, old_text)  # doctest: +SKIP
+        >>> task = fl.collect(model, new_text, adapters_on=True)  # doctest: +SKIP
+        >>> healed = fl.repair(model, base, keep, task)  # doctest: +SKIP
+        >>> fl.save(healed, "healed/", adapter_name="repaired")  # doctest: +SKIP
     """
     given = STRENGTHS if strength == "auto" else (checked_strength(strength),)
     if is_tuned(adapter):

@@ -38,6 +38,10 @@ def stats(
     skip_first: Annotated[
         int, typer.Option(help="Leave out so many first tokens of each text (attention sinks).")
     ] = 0,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Of the model with this adapter on it, for the --task of a repair."),
+    ] = None,
 ) -> None:
     """Collect the activations of the knowledge to keep; goes on where it was interrupted."""
     settings = calibration_of(
@@ -62,6 +66,7 @@ def stats(
         dtype=dtype,
         seed=seed,
         unfinished=unfinished,
+        adapter=adapter,
     )
     processes.wait_for_everyone()  # until none needs what is unfinished
     file = processes.first(lambda: collected.save(out))

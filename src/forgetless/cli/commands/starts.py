@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetless.adapters.folders import save
+from forgetless.adapters.folders import load, save
+from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.settings import AdapterSettings
-from forgetless.cli.commands.folders import require_new
+from forgetless.cli.commands.folders import Trained, require_new
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import new_folder
 from forgetless.core.method import Method
@@ -32,8 +33,9 @@ def collect_statistics(
     dtype: str = "auto",
     seed: int = 0,
     unfinished: Path | None = None,
+    adapter: str | None = None,
 ) -> Statistics:
-    """The statistics of the base's activations on a calibration text.
+    """The statistics of the base's activations on a calibration text, or with an adapter on it.
 
     An interrupted call goes on from the folder ``unfinished``, where other settings have another
     place; the statistics may read from it until they are saved.
@@ -43,9 +45,13 @@ def collect_statistics(
     collecting = Collecting(asked, settings, seed=seed)
     collecting.check_texts({"second_moment"})
     model, processor = load_model(base, dtype=dtype), load_processor(base)
-    place = hashlib.sha256(repr((base, dtype, collecting)).encode()).hexdigest()[:16]
+    if adapter is not None:
+        folder = Trained.find(adapter).folder
+        require_usable(folder, model)
+        model = load(model, folder)
+    place = hashlib.sha256(repr((base, dtype, collecting, adapter)).encode()).hexdigest()[:16]
     checkpoint = None if unfinished is None else unfinished / place
-    found = collecting.collect("second_moment", model, processor, checkpoint)
+    found = collecting.collect("second_moment", model, processor, checkpoint, adapter is not None)
     assert isinstance(found, Statistics)
     return found
 
