@@ -104,12 +104,12 @@ def test_one_strength_by_saved_statistics_needs_no_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for text, name, more in (
+    for source, name, more in (
         ("old.txt", "stats", ()),
         ("test.jsonl", "task", ("--adapter", adapter)),
     ):
         made = forgetless(
-            "stats", tiny_base, "--calibration", tiny_files / text, "--out",
+            "stats", tiny_base, "--calibration", tiny_files / source, "--out",
             tmp_path / name, "--max-length", 32, *more,
         )  # fmt: skip
         assert made.code == 0, made.err
@@ -127,10 +127,9 @@ def test_one_strength_by_saved_statistics_needs_no_weights(
     monkeypatch.undo()
     base = load_model(str(tiny_base), dtype="float32")
     keep, task = Statistics.load(tmp_path / "stats"), Statistics.load(tmp_path / "task")
-    text = batches(
-        str(tiny_files / "test.jsonl"), base, load_tokenizer(str(tiny_base)), max_length=32
-    )
-    of_trained = collect(load(base, adapter).merge_and_unload(), text)
+    tokenizer = load_tokenizer(str(tiny_base))
+    read = batches(str(tiny_files / "test.jsonl"), base, tokenizer, max_length=32)
+    of_trained = collect(load(base, adapter).merge_and_unload(), read)
     for name, layer in task.items():
         expected = of_trained[name].second_moment
         torch.testing.assert_close(layer.second_moment, expected, rtol=1e-4, atol=1e-6)
