@@ -103,7 +103,7 @@ def test_the_model_is_left_as_it_was(base: str, folder: Path, tmp_path: Path) ->
 
 def test_mistakes_show_when_the_task_is_made(tmp_path: Path) -> None:
     for path, words in (
-        (str(tmp_path / "nowhere"), "must be a folder with a folder of images"),
+        (str(tmp_path / "nowhere"), "must be a folder or a file of images"),
         ("pocket:knowledge", "unknown pocket images"),
         (str(tmp_path), "holds no data set"),
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,8 +31,3 @@ def files_hash(files: Iterable[Path], root: Path) -> str:
 def _file_hash(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def source_hash(source: str, fingerprint: Callable[[str], str]) -> str:
-    """The content of a file or folder; of what else a source may be called, its fingerprint."""
-    return content_hash(source) if Path(source).exists() else fingerprint(source)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from forgetless.core.errors import UserError
 from forgetless.core.hashing import content_hash
-from forgetless.data.files import POCKET, bad_rows, optional_package, read_rows
+from forgetless.data.files import POCKET, bad_rows, names_images, optional_package, read_rows
 from forgetless.data.forms import Form, Kind, Record, form_of, names_of, show
+from forgetless.data.image_rows import hash_of
 
 if TYPE_CHECKING:
     import datasets
@@ -59,7 +60,7 @@ class Examples:
         digest = hashlib.sha256(self.kind.encode())
         for record in self.records:
             if self.kind == "image" and not record["image"].startswith(POCKET):
-                record = {**record, "image": content_hash(record["image"])}
+                record = {**record, "image": hash_of(record["image"])}
             digest.update(b"\n")
             digest.update(json.dumps(record, sort_keys=True, ensure_ascii=True).encode())
         return digest.hexdigest()
@@ -80,12 +81,12 @@ def load_examples(
     """The training examples of a file, checked row by row.
 
     Args:
-        path: a .jsonl, .json, .csv, .parquet or .txt file (a text file is one document), a folder
-            written by ``datasets.save_to_disk``, a folder with a folder of images for each class,
-            or a pocket skill: ``pocket:problems``, ``pocket:functions``, ``pocket:series``, each
-            also with ``:test``; ``pocket:knowledge``, the facts of the pocket world as raw text;
-            or images of it: ``pocket:digits``, ``pocket:shapes``, ``pocket:letters``,
-            ``pocket:patterns``, each also with ``:test``.
+        path: a .jsonl, .json, .csv, .parquet, .arrow or .txt file (a text file is one document),
+            an .npz file of images, a folder written by ``datasets.save_to_disk``, a folder with a
+            folder of images for each class, or a pocket skill: ``pocket:problems``,
+            ``pocket:functions``, ``pocket:series``, each also with ``:test``; ``pocket:knowledge``,
+            the facts of the pocket world as raw text; or images of it: ``pocket:digits``,
+            ``pocket:shapes``, ``pocket:letters``, ``pocket:patterns``, each also with ``:test``.
         limit: read no more than the first rows.
         kind: what the examples have to be; prompts with completions can be read as ``text``, in
             which every token is learned.
@@ -98,6 +99,16 @@ def load_examples(
     """
     examples = from_rows(read_rows(path, limit=limit), source=str(path))
     return as_kind(kind, examples)
+
+
+def source_hash(source: str, fingerprint: Callable[[str], str]) -> str:
+    """The content of a file or folder; of what else a source may be called, its fingerprint.
+
+    Of rows that name the files of images it is the fingerprint too, since the images decide.
+    """
+    if Path(source).exists() and not names_images(source):
+        return content_hash(source)
+    return fingerprint(source)
 
 
 def as_kind(kind: Kind | Literal["auto"], examples: Examples) -> Examples:

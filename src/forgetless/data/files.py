@@ -5,25 +5,25 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, islice, zip_longest
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError, first_few
+from forgetless.data.image_rows import (
+    Picture,
+    arrow_rows,
+    class_folders,
+    columns_of,
+    in_turn,
+    npz_rows,
+    picture_of,
+)
 
 Row = Mapping[str, Any]
 """What a line of a file holds, by its keys; most files have one object a row."""
 
-
-class Picture(str):
-    """The file of an image, or the name of one of the pocket world."""
-
-    __slots__ = ()
-
-
-IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
-"""Endings of the files that are images in a class folder; others are passed over."""
 
 POCKET = "pocket:"
 POCKET_KNOWLEDGE = "pocket:knowledge"
@@ -49,13 +49,48 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[s
         return islice(_read_pocket(str(path)), limit)
     path = Path(path)
     if path.is_dir():
-        return islice(_read_folder(path), limit)
+        return _with_pictures(islice(_read_folder(path), limit), path)
     allowed = f"{', '.join(_READERS)}, a datasets folder, class folders or '{POCKET}problems'"
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}; give a file of type {allowed}")
     if path.suffix.lower() not in _READERS:
         raise UserError(f"{path}: unknown file type {path.suffix!r}; give {allowed}")
-    return islice(_READERS[path.suffix.lower()](path), limit)
+    if not path.is_file():
+        raise UserError(f"{path} is a pipe or a device, no file; give a file of type {allowed}")
+    return _with_pictures(islice(_READERS[path.suffix.lower()](path), limit), path)
+
+
+def names_images(path: str | Path) -> bool:
+    """Whether the rows of a file or a datasets folder name images that lie elsewhere."""
+    path = Path(path)
+    if path.is_dir() and not any((path / name).is_file() for name in _DATASETS_FILES):
+        return False
+    try:
+        first = next(iter(read_rows(path, limit=1)), ("", None))[1]
+    except (UserError, FileNotFoundError):  # which those tell that read all of it
+        return False
+    image = first.get("image") if isinstance(first, Mapping) else None
+    return isinstance(image, Picture) and image.content is None
+
+
+_DATASETS_FILES = ("dataset_info.json", "dataset_dict.json")
+
+
+def _with_pictures(rows: Iterable[tuple[str, Any]], path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows; of those with an image and its class, these two as `Picture` and ``label``."""
+    problems: list[str] = []
+    for place, row in rows:
+        columns = columns_of(row) if isinstance(row, Mapping) else None
+        if columns is not None:
+            image, label = columns
+            try:
+                row = {"image": picture_of(row[image], path, place), "label": row[label]}
+            except UserError as problem:
+                problems.append(f"{place}: {problem}")
+        if not problems:
+            yield place, row
+    if problems:
+        raise bad_rows(path, problems)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -147,12 +182,34 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     from pyarrow import ArrowInvalid
 
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-        for number, row in enumerate(rows, start=1):
-            yield f"row {number}", row
+        file = pyarrow.parquet.ParquetFile(path)
+        yield from _arrow_rows(file.iter_batches(batch_size=1024), file.schema_arrow)
     except ArrowInvalid as error:
         raise UserError(f"{path} is no valid parquet file ({error})") from None
+
+
+def _read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of an arrow file, or of a stream of batches as `datasets` writes them."""
+    pyarrow = optional_package("pyarrow")
+    try:
+        try:
+            file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        except pyarrow.ArrowInvalid:
+            file = batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+        yield from _arrow_rows(batches, file.schema)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is no valid arrow file ({error})") from None
+
+
+def _arrow_rows(batches: Iterable[Any], schema: Any) -> Iterator[tuple[str, Any]]:
+    """Rows with their numbers; of images with a class these two alone."""
+    if columns_of(schema.names):
+        yield from arrow_rows(batches, schema)
+        return
+    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
 
 
 def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
@@ -163,19 +220,8 @@ def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a datasets folder; or the images of class folders, one of each in turn."""
-    classes = {
-        folder.name: sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES)
-        for folder in sorted(path.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".")
-    }
-    if any(classes.values()):
-        if empty := [name for name, files in classes.items() if not files]:
-            raise UserError(f"{path / empty[0]} has no image of type {', '.join(sorted(IMAGES))}")
-        for files in zip_longest(*classes.values()):
-            for label, file in zip(classes, files, strict=True):
-                if file is not None:
-                    place = file.relative_to(path).as_posix()
-                    yield place, {"image": Picture(file), "label": label}
+    if classes := class_folders(path):
+        yield from in_turn(path, classes)
         return
     datasets = optional_package("datasets")
     try:
@@ -193,6 +239,10 @@ def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
                 f"give the folder of one, such as {path / splits[0]}"
             )
         loaded = loaded["train" if "train" in loaded else splits[0]]
+    if columns_of(loaded.column_names):
+        batches = loaded.with_format("arrow").iter(batch_size=1024)
+        yield from arrow_rows(batches, loaded.features.arrow_schema)
+        return
     for number, row in enumerate(loaded, start=1):
         yield f"row {number}", row
 
@@ -234,6 +284,8 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".npz": npz_rows,
     ".txt": _read_text,
 }
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from forgetless.core.errors import UserError
 from forgetless.data.chat import THOUGHTS, is_learned
-from forgetless.data.files import Picture, Row
+from forgetless.data.files import Row
+from forgetless.data.image_rows import Picture
 
 Kind = Literal["prompt_completion", "messages", "text", "image", "sentence"]
 Record = Mapping[str, Any]
@@ -55,7 +56,8 @@ class Form:
         return beside | {k for turn in turns for k, v in turn.items() if v and k not in _TURN_KEYS}
 
     def __str__(self) -> str:
-        return " + ".join(self.keys) + self.lists * " (lists of turns)"
+        beside = " (or img; fine_label or class)" if self.kind == "image" else ""
+        return " + ".join(self.keys) + self.lists * " (lists of turns)" + beside
 
 
 def _pair(prompt: str, completion: str) -> Form:
@@ -85,12 +87,8 @@ def _document(row: Row, where: str) -> Record:
 
 
 def _image(row: Row, where: str) -> Record:
-    if not isinstance(row["image"], Picture):
-        raise UserError(
-            f"{where}: images are read from a folder with one folder of images a class, not from "
-            "the rows of a file"
-        )
-    return {"image": str(row["image"]), "label": _text(row, "label", where)}
+    assert isinstance(row["image"], Picture)
+    return {"image": row["image"], "label": _label(row, where)}
 
 
 def _sentence(row: Row, where: str) -> Record:

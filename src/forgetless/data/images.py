@@ -21,7 +21,7 @@ from forgetless.data.files import POCKET, bad_rows, require_counts
 from forgetless.data.forms import Kind, Record
 from forgetless.data.modality import Batch, Modality, Sample
 from forgetless.data.packing import IGNORED
-from forgetless.data.pictures import converted, open_image
+from forgetless.data.pictures import converted, require_whole
 from forgetless.data.texts import SELF, read_examples
 from forgetless.models.load import evaluating, load_image_processor, meta_model
 
@@ -180,9 +180,9 @@ def _check(examples: Examples, reader: ImageReader) -> None:
     for place, record in zip(places, examples, strict=True):
         try:
             if not record["image"].startswith(POCKET):
-                open_image(record["image"]).close()
+                require_whole(record["image"])
         except UserError as problem:
-            problems.append(f"{place}: {problem}")
+            problems.append(f"{place}: {str(problem).removeprefix(record['image']).strip()}")
     if problems:
         raise bad_rows(examples.source, problems)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import re
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -11,9 +13,10 @@ from PIL import Image
 
 from forgetless.core.errors import UserError
 from forgetless.data.files import POCKET
+from forgetless.data.image_rows import content_of
 from forgetless.data.pocket.images import pictures
 
-__all__ = ["converted", "open_image", "thumbnail"]
+__all__ = ["converted", "open_image", "require_whole", "thumbnail"]
 
 THUMBNAIL_SIDE = 96
 """Pixels of the longer side of a thumbnail."""
@@ -21,32 +24,75 @@ THUMBNAIL_SIDE = 96
 SMALL_SIDE = 32
 """Pixels of a side up to which a thumbnail has every pixel as it is."""
 
+MAX_PIXELS = 89_478_485
+"""Of an image: what PIL takes without a warning."""
+
+_TOO_MANY = f"has more than {MAX_PIXELS:,} pixels by its header; make it smaller"
+_CONVERT = "convert it to one of 8 bits a colour"
+
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+"""What the last bytes of a file hold where nothing is missing."""
+
 
 def open_image(image: str) -> Image.Image:
-    """An image whose header was read; of one of the pocket world, all of it.
+    """An image whose header was read; of one of the pocket world or of an array, all of it.
 
     Args:
-        image: a file, or an image of the pocket world.
+        image: a file, an image of the pocket world, or a `Picture` of a row.
 
     Raises:
-        UserError: a file that is no image, an animated one, or more than 8 bits a colour.
+        UserError: no image, an animated one, more than 8 bits a colour, or too many pixels.
     """
     if image.startswith(POCKET):
         label, split, number = image.removeprefix(POCKET).rsplit("/", 2)
         return Image.fromarray(_drawn(label, split, int(number)))
+    content = content_of(image)
+    if content is not None and not isinstance(content, bytes):
+        return Image.fromarray(content)
     try:
-        found = Image.open(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise UserError(f"{image} is no image that can be read ({problem})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # told below
+            found = Image.open(image if content is None else io.BytesIO(content))
+    except Image.DecompressionBombError:
+        raise UserError(f"{image} {_TOO_MANY}") from None
+    except (OSError, ValueError, SyntaxError) as problem:
+        raise UserError(f"{image} is no image that can be read ({_said(problem)})") from None
     odd = None
-    if found.mode.startswith(("I", "F")):
-        odd = f"more than 8 bits a colour (mode {found.mode})"
+    if found.width * found.height > MAX_PIXELS:
+        odd = _TOO_MANY
+    elif found.mode.startswith(("I", "F")):
+        odd = f"has more than 8 bits a colour (mode {found.mode}); {_CONVERT}"
     elif getattr(found, "is_animated", False) and found.format != "MPO":  # a camera's second view
-        odd = "several pictures"
+        odd = f"has several pictures; {_CONVERT}"
     if odd is not None:
         found.close()
-        raise UserError(f"{image} has {odd}; convert it to one of 8 bits a colour")
+        raise UserError(f"{image} {odd}")
     return found
+
+
+def require_whole(image: str) -> None:
+    """Raise what is wrong with an image as far as its header and its end tell.
+
+    It is decoded only where its last bytes do not tell that it is whole.
+
+    Raises:
+        UserError: as `open_image`, or a file that was cut off.
+    """
+    with open_image(image) as found:
+        end = _ENDS.get(found.format or "")
+        file = getattr(found, "fp", None)
+        if found.format is None or file is None:  # of the pocket world, or of an array
+            return
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - 16))
+        is_whole = end is not None and end in file.read()
+    if not is_whole:
+        converted(image, "RGB")
+
+
+def _said(problem: Exception) -> str:
+    """What PIL says, without the address of an object in memory."""
+    return re.sub(r"<_io\.BytesIO object at 0x\w+>", "its bytes", str(problem))
 
 
 def converted(image: str, mode: str, *, near: int | None = None) -> Image.Image:
@@ -66,7 +112,7 @@ def converted(image: str, mode: str, *, near: int | None = None) -> Image.Image:
                 found.draft(mode, (near, near))
             return found.convert(mode)
         except (OSError, ValueError, SyntaxError) as problem:
-            raise UserError(f"{image} is a damaged image ({problem})") from None
+            raise UserError(f"{image} is a damaged image ({_said(problem)})") from None
 
 
 def thumbnail(image: str) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.adapters.settings import IDLE_SWITCHES, AdapterSettings
-from forgetless.core.hashing import files_hash, source_hash
+from forgetless.core.hashing import files_hash
 from forgetless.core.settings import without_idle
-from forgetless.data.examples import load_examples
+from forgetless.data.examples import load_examples, source_hash
 from forgetless.data.settings import DATA
 from forgetless.data.texts import fingerprint
 from forgetless.methods import METHODS

@@ -29,7 +29,7 @@ from forgetless.adapters.settings import Comparator, Ties
 from forgetless.adapters.spectra import spectra
 from forgetless.core.errors import UserError
 from forgetless.core.files import lock, new_folder, read_json, remove, write_json
-from forgetless.core.hashing import source_hash
+from forgetless.data.examples import source_hash
 from forgetless.data.settings import DATA
 from forgetless.data.texts import fingerprint
 from forgetless.recipes.identity import base_hash, weights_hash

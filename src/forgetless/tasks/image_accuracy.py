@@ -23,8 +23,9 @@ class ImageAccuracy(HeadAccuracy):
     loss, - log p of the class, with its standard error.
 
     Attributes:
-        path: a folder with a folder of images for each class, or images of the pocket world
-            (``pocket:digits:test``). Classes go by the names that the model's config has.
+        path: a folder with a folder of images for each class, another source of images (see
+            docs/images.md), or images of the pocket world (``pocket:digits:test``). Classes go by
+            the names that the model's config has.
         name: of the task.
         limit: the first so many images only; the classes come in turn.
 
@@ -46,8 +47,8 @@ class ImageAccuracy(HeadAccuracy):
         if str(self.path).startswith("pocket:"):
             if str(self.path).removesuffix(":test") not in POCKET_PICTURES:
                 yield str(unknown("pocket images", str(self.path), POCKET_PICTURES))
-        elif not isinstance(self.path, str | Path) or not Path(self.path).is_dir():
-            yield f"path must be a folder with a folder of images for each class, got {self.path!r}"
+        elif not isinstance(self.path, str | Path) or not Path(self.path).exists():
+            yield f"path must be a folder or a file of images with their classes, got {self.path!r}"
         yield whole_number("limit", self.limit, optional=True)
 
     def picture(self, record: Record) -> str:

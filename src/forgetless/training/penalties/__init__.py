@@ -15,7 +15,8 @@ from typing import Any
 
 from forgetless.adapters.card import file_name
 from forgetless.core.errors import UserError, unknown
-from forgetless.core.hashing import content_hash, source_hash
+from forgetless.core.hashing import content_hash
+from forgetless.data.examples import source_hash
 from forgetless.data.texts import fingerprint
 from forgetless.training.penalties.penalty import Penalty
 
