@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,25 @@ import forgetless as fl
 from forgetless.adapters.attachment import attach
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import load_processor, modality_of
+from forgetless.models.heads import add_head
 from forgetless.models.load import adapter_off, load_model
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.gradients import collect_gradients
 from forgetless.studies.run import run
 
 
-def check_start(method: str, base: Path, keep: Path, train: Path) -> None:
-    """At step 0 and with the adapter off the model is the base bit for bit."""
+def check_start(
+    method: str, base: Path, keep: Path, train: Path, classes: Sequence[str] = ()
+) -> None:
+    """At step 0 and with the adapter off the model is the base bit for bit.
+
+    With `classes` it has a new head for them.
+    """
     model = load_model(str(base))
     reader, modality = load_processor(str(base)), modality_of(model)
+    if classes:
+        add_head(model, classes)
+        reader = reader.with_new(classes)
     probe = modality.probe(model)
     with torch.no_grad():
         before = model(**probe).logits

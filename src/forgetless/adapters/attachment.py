@@ -29,6 +29,7 @@ from forgetless.core.method import Decomposition, Factors, Method
 from forgetless.core.progress import counted
 from forgetless.data.modality import modality_of
 from forgetless.methods import decompose, find
+from forgetless.models.heads import heads_of
 from forgetless.models.load import Targets, as_base, base_of, find_targets
 from forgetless.models.weights import is_offloaded, linear_weight, unreadable, weight_shape
 from forgetless.statistics.collection import collect
@@ -86,7 +87,8 @@ def attach(
 
     Args:
         model: any transformers model, or a PeftModel that gets one more adapter, which becomes
-            the active one. Its weights are never written.
+            the active one. Its weights are never written. The new head of a classifier, see
+            `forgetless.models.heads.add_head`, is the adapter's and trained beside it.
         method: how the adapter starts: a name of METHODS other than `full`, or a `Method`.
         rank: r, in 1..min(out, in) of every target layer.
         alpha: scaling = alpha / rank, or alpha / √rank with `use_rslora`.
@@ -152,6 +154,7 @@ def attach(
         seed=seed,
         options=options,
     )
+    heads = heads_of(model)
     config = StartConfig(
         r=rank,
         lora_alpha=alpha,
@@ -162,6 +165,7 @@ def attach(
         lora_dropout=dropout,
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers.values()),
         task_type=task_type_of(base_of(model)),
+        modules_to_save=None if heads is None else [f"{heads[0]}.new"],
         start=asdict(start),
     )
     adapted = add_adapter(model, config, adapter_name)

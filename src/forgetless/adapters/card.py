@@ -56,6 +56,7 @@ class Card:
         scores: the paragraphs on what was learned and forgotten; none where nothing was measured.
         versions: of the packages it was made with.
         head: of the base, where it is none that PEFT has a name for.
+        new_classes: of the new head of a classifier.
     """
 
     base: str
@@ -68,6 +69,7 @@ class Card:
     scores: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     head: Head | None = None
+    new_classes: Sequence[str] = ()
 
     @property
     def text(self) -> str:
@@ -143,6 +145,7 @@ def write_export_card(
     error: float | None = None,
     tied: tuple[str, str] | None = None,
     head: Head | None = None,
+    new_classes: Sequence[str] = (),
 ) -> None:
     """Write the card of an adapter of which nothing but the export is known.
 
@@ -153,6 +156,7 @@ def write_export_card(
         error: relative error of the export.
         tied: see `Card`.
         head: of the base.
+        new_classes: of the new head.
     """
     known, versions = start or {}, {"python": platform.python_version()}
     for package in ("forgetless", "torch", "transformers", "peft"):
@@ -170,6 +174,7 @@ def write_export_card(
             settings={"seed": str(known["seed"])} if known else {},
             versions=versions,
             head=head,
+            new_classes=new_classes,
         ),
     )
 

@@ -33,12 +33,15 @@ from forgetless.adapters.plain import lora_config, plain_lora
 from forgetless.adapters.tuner import add_adapter, check_addable, take_off
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.files import new_folder, read_json, write_json
-from forgetless.models.load import base_modules, head_of
+from forgetless.models.heads import add_head, divided_state, head_classes, heads_of, joined
+from forgetless.models.load import base_modules, base_of, head_of
 from forgetless.models.weights import is_linear, weight_shape
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 START_FILE = "forgetless.json"
+HEADS_FILE = "config.json"
+"""The base's config with the classes of both heads, beside an adapter that has a new one."""
 
 _CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """What PEFT's `init_lora_weights` begins with where it subtracts the start from the base."""
@@ -78,6 +81,10 @@ def export(
 ) -> ExportReport:
     """Write the adapter as a plain PEFT LoRA for the untouched base, with a model card.
 
+    Of a classifier with a new head the file holds one last layer for the classes of both heads,
+    the base's first, as PEFT's `modules_to_save`, and `config.json` their names: PEFT loads it on
+    the base with that config and `ignore_mismatched_sizes=True`.
+
     Args:
         model: a PeftModel made by `attach` or `load`, or any PEFT LoRA.
         folder: where to; created.
@@ -100,8 +107,11 @@ def export(
             "base's embeddings before merging",
             stacklevel=2,
         )
+    state = plain.state
+    if (heads := heads_of(model)) and plain.config.modules_to_save:
+        plain.config.modules_to_save, state = [heads[0]], joined(state, model)
     with _replaced(Path(folder)) as new:
-        _write(new, plain.config, plain.state)
+        _write(new, plain.config, state, model)
         write_export_card(
             new,
             plain.config.base_model_name_or_path or "",
@@ -109,6 +119,7 @@ def export(
             error=plain.relative_error,
             tied=tied,
             head=head_of(model),
+            new_classes=head_classes(base_of(model).config)[1] if heads else (),
         )
     return ExportReport(
         folder=Path(folder),
@@ -131,7 +142,7 @@ def _tied_targets(model: PeftModel, adapter_name: str) -> tuple[str, str] | None
     return None
 
 
-_FILES = (WEIGHTS_FILE, START_FILE, CARD_FILE, CONFIG_FILE)
+_FILES = (WEIGHTS_FILE, START_FILE, HEADS_FILE, CARD_FILE, CONFIG_FILE)
 """Of an adapter's folder; without the last there is no adapter."""
 
 
@@ -169,7 +180,11 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 
 def _write(
-    folder: Path, config: LoraConfig, state: Mapping[str, Tensor], start: Any = None
+    folder: Path,
+    config: LoraConfig,
+    state: Mapping[str, Tensor],
+    model: PeftModel,
+    start: Any = None,
 ) -> None:
     """The files of an adapter, into a new folder.
 
@@ -179,6 +194,9 @@ def _write(
     save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if start is not None:
         write_json(folder / START_FILE, start)
+    if config.modules_to_save and heads_of(model):
+        base: Any = base_of(model)
+        base.config.to_json_file(folder / HEADS_FILE)
     usual, values = LoraConfig().to_dict(), {}
     for key, value in sorted(config.to_dict().items()):
         if key in _ALWAYS or value != usual.get(key):
@@ -217,7 +235,8 @@ def save(
     state = get_peft_model_state_dict(model, state_dict=weights, adapter_name=adapter_name)
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     with _replaced(Path(folder)) as new:
-        _write(new, config, state, config.start if isinstance(config, StartConfig) else None)
+        start = config.start if isinstance(config, StartConfig) else None
+        _write(new, config, state, model, start)
     return Path(folder)
 
 
@@ -240,6 +259,7 @@ def load(
     config = _read_config(folder)
     state = load_file(folder / WEIGHTS_FILE)
     _check_fits(folder, state, base)
+    state = _with_its_head(folder, config, state, base)
     _keep_whole_modules_apart(folder, config, state, base)
     _name_base(folder, config, base)
     config.inference_mode = not trainable
@@ -320,6 +340,37 @@ def _keep_whole_modules_apart(
             f"{folder} holds {first_few(parts)}, which would change the base itself; train whole "
             "modules with PEFT's modules_to_save, which keeps them apart"
         )
+
+
+def _with_its_head(
+    folder: Path, config: StartConfig, state: dict[str, Tensor], base: nn.Module
+) -> dict[str, Tensor]:
+    """Give the base the new head that the adapter was trained with, if any; the state for it.
+
+    Raises:
+        UserError: the base has another new head, or another own one than the file has.
+    """
+    classes = learned_classes(folder)
+    if not classes:
+        return state
+    add_head(base_of(base), classes)
+    name, heads = heads_of(base)  # type: ignore[misc]
+    config.modules_to_save = [f"{name}.new"]
+    own, apart = divided_state(state, name, len(classes))
+    if any(not _is_same(getattr(heads.own, part), tensor) for part, tensor in own.items()):
+        raise UserError(
+            f"{folder} was trained beside another head than this base has; give the base that it "
+            "was trained on"
+        )
+    return apart
+
+
+def learned_classes(folder: str | Path) -> list[str]:
+    """The classes of the new head that an adapter of a folder has; none where it has no such."""
+    config = read_json(Path(folder) / HEADS_FILE)
+    names = config.get("id2label", {})
+    own = config.get("own_classes", len(names))
+    return [names[str(number)] for number in range(own, len(names))]
 
 
 def _is_same(own: Tensor, given: Tensor) -> bool:

@@ -16,7 +16,8 @@ from forgetless.core.settings import Count, Name, Section
 class AdapterSettings(Section):
     """Which method starts on which layers; ``full`` trains the weights themselves.
 
-    See `forgetless.attach` for every value.
+    See `forgetless.attach` for every value. ``head: new`` gives a classifier a new head for the
+    classes of the training data, see `forgetless.models.heads`.
     """
 
     method: Name = "lora_null_v1"
@@ -29,6 +30,7 @@ class AdapterSettings(Section):
     rank_pattern: dict[str, Count] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     options: dict[str, Any] = {}
+    head: Literal["own", "new"] = "own"
 
     @field_validator("target_modules")
     @classmethod
@@ -48,6 +50,7 @@ IDLE_SWITCHES: Mapping[str, Any] = {
     "use_dora": False,
     "rank_pattern": {},
     "alpha_pattern": {},
+    "head": "own",
 }
 """Switches that decide nothing at these values; a run without them keeps its id."""
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from forgetless.core.errors import UserError
+from forgetless.data.classes import ClassReader, own_and_new, require_reader, some
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.files import POCKET, bad_rows, require_counts
 from forgetless.data.forms import Kind, Record
@@ -25,7 +25,7 @@ from forgetless.data.pictures import converted, require_whole
 from forgetless.data.texts import SELF, read_examples
 from forgetless.models.load import evaluating, load_image_processor, meta_model
 
-__all__ = ["MODALITY", "ImageReader", "ImageRows", "classes_of"]
+__all__ = ["MODALITY", "ImageReader", "ImageRows"]
 
 KINDS: frozenset[Kind] = frozenset({"image"})
 
@@ -37,25 +37,22 @@ USUAL_SIZE = 224
 
 
 @dataclass(frozen=True)
-class ImageReader:
+class ImageReader(ClassReader):
     """The processor of an image classifier: images become pixel values, classes their numbers.
 
     Attributes:
         processor: resizes and normalises.
-        classes: of the base's head, by name.
         channels: of an image, 3 or 1.
     """
 
     processor: BaseImageProcessor
-    classes: Mapping[str, int]
     channels: int = 3
 
     @classmethod
     def of(cls, processor: BaseImageProcessor | ImageReader, config: Any) -> ImageReader:
-        """The reader of a model by its config, or the one that is given."""
-        if isinstance(processor, cls):
-            return processor
-        return cls(processor, classes_of(config), getattr(config, "num_channels", 3))
+        """The reader of a model by its config."""
+        plain = processor.processor if isinstance(processor, cls) else processor
+        return cls(plain, getattr(config, "num_channels", 3), **own_and_new(config))
 
     @classmethod
     def load(cls, base: str, *, weights: bool = True) -> ImageReader:
@@ -86,17 +83,13 @@ class ImageReader:
         Raises:
             UserError: which classes it does not have, or examples that are no images.
         """
-
-        def some(names: Iterable[str]) -> str:
-            first = [repr(name) for name in islice(names, 9)]
-            return ", ".join(first[:8]) + (", ..." if len(first) > 8 else "")
-
         require_kind(examples, KINDS)
         unknown = sorted({record["label"] for record in examples} - self.classes.keys())
         if unknown:
             raise UserError(
                 f"{examples.source}: the head of this base has no class {some(unknown)}; its "
-                f"{len(self.classes)} classes are {some(self.classes)}"
+                f"{len(self.classes)} classes are {some(self.classes)}; adapter.head: new trains a "
+                "new head for others"
             )
 
     @property
@@ -104,11 +97,6 @@ class ImageReader:
         """SHA-256 of all that decides pixel values and class numbers."""
         content = [self.processor.to_dict(), self.classes, self.channels]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def classes_of(config: Any) -> dict[str, int]:
-    """The classes of a model's head, name -> number, in their order."""
-    return {str(name): int(number) for number, name in sorted(config.id2label.items())}
 
 
 class ImageRows(torch.utils.data.Dataset[Sample]):
@@ -136,8 +124,9 @@ class ImageRows(torch.utils.data.Dataset[Sample]):
             pixels = self.reader.pixels(record["image"])
             if (len(self._kept) + 1) * pixels.nbytes <= KEPT_BYTES:
                 self._kept[index] = pixels
-        label = self.reader.classes.get(record["label"], IGNORED)
-        return {"pixel_values": pixels, "labels": torch.tensor(label), "lengths": [1]}
+        number = self.reader.number(record["label"])
+        label = torch.tensor(IGNORED if number is None else number)
+        return {"pixel_values": pixels, "labels": label, "lengths": [1]}
 
     @property
     def tokens(self) -> int:
@@ -174,6 +163,7 @@ class ImageRows(torch.utils.data.Dataset[Sample]):
 
 def _check(examples: Examples, reader: ImageReader) -> None:
     """Raise which classes are unknown, and which files are no images."""
+    reader = _reading(examples, reader)
     reader.require_known(examples)
     problems = []
     places = examples.places or [record["image"] for record in examples]
@@ -187,6 +177,15 @@ def _check(examples: Examples, reader: ImageReader) -> None:
         raise bad_rows(examples.source, problems)
 
 
+def _labels(examples: Examples) -> list[str]:
+    require_kind(examples, KINDS)
+    return [record["label"] for record in examples]
+
+
+def _reading(examples: Examples, reader: ImageReader) -> ImageReader:
+    return reader.reading(_labels(examples), examples.source)
+
+
 def _rows(
     examples: Examples,
     reader: ImageReader,
@@ -195,13 +194,8 @@ def _rows(
     pack: bool | Literal["auto"] = "auto",
 ) -> ImageRows:
     """Images have no length to be cut at."""
-    if pack is True:
-        raise UserError("images cannot be packed; leave data.pack out")
-    if not isinstance(reader, ImageReader):
-        raise UserError(
-            "an image processor alone does not know the classes of the head; give "
-            "forgetless.data.modality.load_processor(base)"
-        )
+    require_reader(reader, ImageReader, "an image processor", pack)
+    reader = _reading(examples, reader)
     reader.require_known(examples)
     return ImageRows(examples, reader)
 
@@ -227,7 +221,7 @@ def _batches(
         raise UserError("an image classifier says nothing by itself; give a folder of images")
     examples = read_examples(source)
     require_kind(examples, KINDS)
-    rows = ImageRows(examples, ImageReader.of(reader, model.config))
+    rows = ImageRows(examples, ImageReader.of(reader, model.config).under("own"))
     drawn = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))
     parts = [drawn[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
     return [rows.join([rows[index] for index in part]) for part in parts]
@@ -253,6 +247,8 @@ MODALITY = Modality(
     batches=_batches,
     own_texts=None,
     probe=_probe,
+    labels=_labels,
+    reader=ImageReader.of,
     loss_task=None,
     distance_task=None,
 )

@@ -68,6 +68,8 @@ MODALITY = Modality(
     batches=batches,
     own_texts=_own_texts,
     probe=_probe,
+    labels=None,
+    reader=lambda tokenizer, config: tokenizer,
     loss_task="perplexity",
     distance_task="kl",
 )

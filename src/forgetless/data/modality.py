@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from forgetless.core.errors import UserError
 from forgetless.data.examples import Examples, load_examples
 from forgetless.data.forms import Kind
 from forgetless.models.load import HEADS, head_of
@@ -30,6 +31,7 @@ __all__ = [
     "load_processor",
     "longest_first",
     "modality_of",
+    "new_classes",
     "training_batches",
 ]
 
@@ -91,6 +93,9 @@ class Modality:
         own_texts: what the base says when it is asked nothing, as texts: by model, processor,
             samples, max_length and seed. None where a base says nothing.
         probe: inputs that are the same for every model of a config. Step 0 is compared on them.
+        labels: the labels of examples that have some. None where a base has no head of classes;
+            otherwise its processor is a `forgetless.data.classes.ClassReader`.
+        reader: the processor as a model of a config needs it: a classifier's with its classes.
         loss_task: kind of the task that takes the mean loss on held-out examples; None where its
             examples are not held out, so that there is no repair, dial or spectrum by a text.
         distance_task: kind of the task that takes KL(base || model) on them; None likewise.
@@ -105,6 +110,8 @@ class Modality:
     batches: Callable[..., list[Batch]]
     own_texts: Callable[[PreTrainedModel, Processor, int, int, int], list[str]] | None
     probe: Callable[[PreTrainedModel], Batch]
+    labels: Callable[[Examples], Sequence[Any]] | None
+    reader: Callable[[Processor, Any], Processor]
     loss_task: str | None
     distance_task: str | None
 
@@ -119,6 +126,21 @@ def modality_of(base: str | nn.Module) -> Modality:
     """
     name = (head_of(base) or HEADS[0]).modality
     found: Modality = import_module(f"forgetless.data.{name}").MODALITY
+    return found
+
+
+def new_classes(modality: Modality, path: str) -> list[str]:
+    """The classes of a classifier's new head for the labels of a file, sorted by name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: a broken file, or one with fewer than two classes.
+    """
+    assert modality.labels is not None
+    found = sorted({str(label) for label in modality.labels(load_examples(path))})
+    if len(found) < 2:
+        only = f"the class {found[0]!r} alone" if found else "no labels"
+        raise UserError(f"{path} has {only}; a new head needs two classes or more")
     return found
 
 

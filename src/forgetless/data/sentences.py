@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
+from forgetless.data.classes import ClassReader, own_and_new, require_reader, some
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.files import bad_rows, require_counts
 from forgetless.data.forms import Kind, Record
@@ -33,31 +34,29 @@ PROBE = 4, 32
 
 
 @dataclass(frozen=True)
-class SentenceReader:
+class SentenceReader(ClassReader):
     """The processor of a text classifier: sentences become tokens, classes their numbers.
 
     Attributes:
         tokenizer: of the base.
-        classes: of the base's head, by name.
         pad: the token of the model's config that fills a batch: a decoder pools at the last token
             that is another one, so that the tokenizer's own would not do.
         type_ids: whether the model tells the two sentences of a pair apart by type.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    classes: Mapping[str, int]
     pad: int
     type_ids: bool = False
 
     @classmethod
     def of(cls, processor: PreTrainedTokenizerBase | SentenceReader, config: Any) -> SentenceReader:
-        """The reader of a model by its config, or the one that is given.
+        """The reader of a model by its config.
 
         Raises:
             UserError: the head gives no single class, or batches of the model cannot be padded.
         """
         if isinstance(processor, SentenceReader):
-            return processor
+            processor = processor.tokenizer
         problem = getattr(config, "problem_type", None)
         if config.num_labels < 2 or problem not in (None, "single_label_classification"):
             raise UserError(
@@ -73,9 +72,9 @@ class SentenceReader:
                 f"last token of a sentence; set it to one of 0..{words - 1} and save the config "
                 "again"
             )
-        classes = {str(name): int(number) for number, name in sorted(config.id2label.items())}
         given = "token_type_ids" in processor.model_input_names
-        return cls(processor, classes, pad, given and getattr(config, "type_vocab_size", 0) > 1)
+        types = given and getattr(config, "type_vocab_size", 0) > 1
+        return cls(processor, pad, types, **own_and_new(config))
 
     @classmethod
     def load(cls, base: str, *, weights: bool = True) -> SentenceReader:
@@ -88,7 +87,9 @@ class SentenceReader:
         self.tokenizer.save_pretrained(folder)
 
     def number(self, label: str | int) -> int | None:
-        """The number of a class by its name or its number; None where the head does not have it."""
+        """The number of a class by its name or, of the base's own head, by its number; or None."""
+        if self.is_new:
+            return super().number(label)
         if isinstance(label, str) and label not in self.classes and label.strip().isdecimal():
             label = int(label)  # as a CSV file writes it
         if isinstance(label, int):
@@ -101,22 +102,21 @@ class SentenceReader:
         Raises:
             UserError: other examples, rows without a label, or classes that the head does not have.
         """
-        require_kind(examples, KINDS)
+        reader = self.reading(_labels(examples), examples.source)
         found, problems = _sentences(examples), []
         places = examples.places or [f"example {number + 1}" for number in range(len(examples))]
-        names = {number: name for name, number in self.classes.items()}
+        names = {number: name for name, number in reader.classes.items()}
         records: list[Record] = []
         for place, record in zip(places, found, strict=True):
             label = record["label"]
-            number = None if label is None else self.number(label)
+            number = None if label is None else reader.number(label)
             if label is None:
                 problems.append(f"{place}: has no label, a class of the base or its number")
             elif number is None:
-                known = ", ".join(map(repr, list(self.classes)[:8]))
                 problems.append(
                     f"{place}: the head of this base has no class {label!r}; its "
-                    f"{len(names)} classes are {known}{', ...' * (len(names) > 8)}, or 0 to "
-                    f"{len(names) - 1}"
+                    f"{len(names)} classes are {some(names.values())}, or 0 to {len(names) - 1}; "
+                    "adapter.head: new trains a new head for others"
                 )
             else:
                 records.append({**record, "label": names[number]})
@@ -129,6 +129,12 @@ class SentenceReader:
         """SHA-256 of all that decides tokens and class numbers, but for the tokenizer's words."""
         content = [type(self.tokenizer).__name__, self.classes, self.pad, self.type_ids]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _labels(examples: Examples) -> list[str | int]:
+    """The labels that there are."""
+    require_kind(examples, KINDS)
+    return [r["label"] for r in _sentences(examples) if r["label"] is not None]
 
 
 def _sentences(examples: Examples) -> Examples:
@@ -256,13 +262,8 @@ def _rows(
     max_length: int | None = 512,
     pack: bool | Literal["auto"] = "auto",
 ) -> SentenceRows:
-    if pack is True:
-        raise UserError("sentences with a class cannot be packed; leave data.pack out")
-    if not isinstance(reader, SentenceReader):
-        raise UserError(
-            "a tokenizer alone does not know the classes of the head; give "
-            "forgetless.data.modality.load_processor(base)"
-        )
+    require_reader(reader, SentenceReader, "a tokenizer", pack)
+    reader = reader.reading(_labels(examples), examples.source)
     return SentenceRows(reader.labelled(examples), reader, max_length)
 
 
@@ -289,9 +290,10 @@ def _batches(
     require_kind(examples, KINDS)
     found = _sentences(examples)
     drawn = random.Random(seed).sample(range(len(found)), min(samples, len(found)))
-    some = replace(found, records=[found.records[index] for index in drawn], places=())
+    drawn_ones = replace(found, records=[found.records[index] for index in drawn], places=())
     length = min(max_length, _positions(model) or max_length)
-    rows = SentenceRows(some, SentenceReader.of(reader, model.config), length)
+    reader = SentenceReader.of(reader, model.config).under("own")
+    rows = SentenceRows(drawn_ones, reader, length)
     rows.require_fitting(model)
     parts = longest_first([rows[index] for index in range(len(rows))], batch_size)
     return [rows.join(part) for part in parts]
@@ -319,6 +321,8 @@ MODALITY = Modality(
     batches=_batches,
     own_texts=None,
     probe=_probe,
+    labels=_labels,
+    reader=SentenceReader.of,
     loss_task=None,
     distance_task=None,
 )

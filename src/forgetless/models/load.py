@@ -41,6 +41,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from forgetless.core.errors import UserError, unknown
+from forgetless.models.heads import divided, heads_of
 from forgetless.models.pocket import POCKETS
 from forgetless.models.targets import PARTS, part_of, shortest_endings
 from forgetless.models.weights import (
@@ -234,7 +235,7 @@ def load_model(base: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
             f"the weights of base {base!r} are incomplete: {len(missing)} missing, "
             f"{missing[0]!r} among them"
         )
-    return model.to(_device(device)).eval()
+    return divided(model.to(_device(device))).eval()
 
 
 def _device(device: str) -> torch.device:
@@ -336,7 +337,7 @@ def meta_model(base: str, *, weights: bool = True) -> PreTrainedModel:
     source = resolve_base(base, weights=weights)
     config, head = _load_config(base, source)
     with torch.device("meta"):
-        found: PreTrainedModel = head.auto_class.from_config(config)
+        found: PreTrainedModel = divided(head.auto_class.from_config(config))
     return found
 
 
@@ -346,7 +347,8 @@ def target_layers(
     """The linear layers that an adapter goes on, by name, in the model's own order.
 
     PEFT's own matching decides: "all-linear" is every Linear and Conv1D but a language model's
-    output head (a classifier's is taken); a list holds whole names or their endings ("q_proj"), of
+    output head (a classifier's is taken, unless it has a new head beside it, see
+    `forgetless.models.heads`); a list holds whole names or their endings ("q_proj"), of
     which each must have a layer; any other string is a regular expression for the whole name. Of
     our own are "attention" and "mlp": of all linear layers those inside of the attention, or of
     the feed-forward part, of every block.
@@ -389,7 +391,10 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
     base = base_of(model)
     require_readable(base)
     wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
-    modules = dict(base_modules(base))
+    everything, heads = dict(base_modules(base)), heads_of(base)
+    modules = everything
+    if heads is not None:  # which are not adapted: the own one stays, the new one is trained whole
+        modules = {n: m for n, m in everything.items() if not n.startswith(f"{heads[0]}.")}
     experts = _expert_tensors(modules)
     _refuse_experts(wanted, experts)
     config, given = _peft_targets(base, wanted)
@@ -410,6 +415,8 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
                 f"target_modules {wanted!r} match {name!r}, which is a {type(module).__name__}; "
                 f"only linear layers can be adapted. {_what_there_is(linear)}"
             )
+    if heads is not None:
+        given = shortest_endings(found, everything)
     return Targets(found, given, experts if _is_all_linear(wanted) else [])
 
 

@@ -15,10 +15,11 @@ from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import with_overrides
 from forgetless.data.examples import as_kind, load_examples, require_kind
-from forgetless.data.modality import load_processor, modality_of
+from forgetless.data.modality import load_processor, modality_of, new_classes
 from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF, fingerprint, read_examples
 from forgetless.methods import METHODS, find
+from forgetless.models.heads import add_head
 from forgetless.models.load import head_of, meta_model, target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
@@ -43,6 +44,7 @@ class Checker:
         """The problems of one recipe, see `check`."""
         found = [
             *self.adapter(recipe.base, recipe.adapter),
+            *self._head(recipe),
             *_loraplus(recipe),
             *optimizer_problems(recipe.training),
             *compile_problems(recipe.training),
@@ -87,14 +89,27 @@ class Checker:
             return found
         options = self._problem("adapter.options", method.check, 1, (1, 1), settings.options)
         model, _ = self._attempt(meta_model, base)
+        if settings.head == "new" and model is not None:
+            model, _ = self._attempt(_with_head, base)
         layers = () if options or model is None else _rank_problems(model, settings)
         return [*found, *options, *layers]
 
+    def _head(self, recipe: Recipe) -> Iterator[str]:
+        """What is wrong with the new head, or with settings for one that there is not."""
+        if recipe.adapter.head == "new":
+            if self._attempt(meta_model, recipe.base)[1] is None:
+                yield from self._problem("adapter.head", _with_head, recipe.base)
+            return
+        for name in ("head_learning_rate", "probe_steps"):
+            if getattr(recipe.training, name):
+                yield f"training.{name}: is for a new head; set adapter.head: new, or leave it out"
+
     def _data(self, recipe: Recipe) -> Iterator[str]:
+        first = recipe.data.sources[0][0] if recipe.adapter.head == "new" else None
         for path, _ in recipe.data.sources:
             examples, problem = self._attempt(load_examples, path)
             if problem is None:
-                _, problem = self._attempt(self._require_readable, recipe.base, path)
+                _, problem = self._attempt(self._require_readable, recipe.base, path, first)
             if problem is not None:
                 yield f"data.train: {problem}"
                 continue
@@ -103,12 +118,20 @@ class Checker:
             except ValueError as misfit:
                 yield f"data.format: {misfit}"
 
-    def _require_readable(self, base: str, path: str) -> None:
-        """Raise what the base's processor has against a file's examples."""
+    def _require_readable(self, base: str, path: str, new: str | None) -> None:
+        """Raise what the base's processor has against a file's examples.
+
+        Its new head, if it has one, is for the classes of the file ``new``.
+        """
         examples, _ = self._attempt(load_examples, path)
         processor, problem = self._attempt(load_processor, base)
-        if problem is None:
-            modality_of(base).check(examples, processor)
+        if problem is not None:
+            return
+        modality = modality_of(base)
+        if new is not None and modality.labels is not None:
+            processor = processor.with_new(new_classes(modality, new))
+            processor = processor.under("new") if path == new else processor
+        modality.check(examples, processor)
 
     def _calibration(self, recipe: Recipe) -> Iterator[str]:
         method = METHODS.get(recipe.adapter.method)
@@ -211,6 +234,13 @@ class Checker:
                             "own"
                         )
                     names.add(task.name)
+
+
+def _with_head(base: str) -> Any:
+    """The shapes of a base with a new head."""
+    if modality_of(base).labels is None:
+        raise UserError("new heads are for classifiers, and this base answers with tokens")
+    return add_head(meta_model(base), ["", " "])
 
 
 def _rank_problems(model: Any, settings: AdapterSettings) -> Iterator[str]:

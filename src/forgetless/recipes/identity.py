@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,21 @@ MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".ji
 """Endings of the files that decide what a model folder computes; its README does not."""
 
 
-def base_hash(base: str) -> str:
-    """What a base's name stands for: the folder's content, or the commit of a model on the hub."""
+def base_hash(base: str, new_classes: Sequence[str] = ()) -> str:
+    """What a base's name stands for: the folder's content, or the commit of a model on the hub.
+
+    With the classes of a new head, if it has one.
+    """
     resolved = resolve_base(base)
     if Path(resolved).is_dir():
-        return weights_hash(resolved)
-    from huggingface_hub import hf_hub_download
+        found = weights_hash(resolved)
+    else:
+        from huggingface_hub import hf_hub_download
 
-    commit = Path(hf_hub_download(resolved, "config.json")).parent.name
-    return hashlib.sha256(f"{resolved}@{commit}".encode()).hexdigest()
+        commit = Path(hf_hub_download(resolved, "config.json")).parent.name
+        found = hashlib.sha256(f"{resolved}@{commit}".encode()).hexdigest()
+    more = json.dumps([found, *new_classes])
+    return hashlib.sha256(more.encode()).hexdigest() if new_classes else found
 
 
 def weights_hash(folder: str | Path) -> str:
@@ -56,6 +63,7 @@ def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
         "target_modules": _adapter_key(recipe.adapter).get("target_modules"),
         "seed": recipe.seed,
         **without_idle(settings, {"skip_first": 0}),
+        **({"head": "new"} if recipe.adapter.head == "new" else {}),
     }
     data_as_text: dict[str, Any] = {
         **({"format": "text"} if recipe.data.format == "text" else {}),
@@ -79,7 +87,7 @@ def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def _adapter_key(settings: AdapterSettings) -> dict[str, Any]:
     """What of an adapter's settings decides the weights."""
     if settings.method == "full":
-        return {"method": "full"}
+        return without_idle({"method": "full", "head": settings.head}, IDLE_SWITCHES)
     key = without_idle(settings.model_dump(), IDLE_SWITCHES)
     if not isinstance(settings.target_modules, str):  # layers have no order
         key["target_modules"] = sorted(set(settings.target_modules))

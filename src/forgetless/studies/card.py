@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.adapters.card import Card, file_name, table, write
-from forgetless.adapters.folders import CONFIG_FILE
+from forgetless.adapters.folders import CONFIG_FILE, learned_classes
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
 from forgetless.methods import METHODS
@@ -59,6 +59,7 @@ def write_run_card(
         scores=scores,
         versions=record.get("versions", {}),
         head=head,
+        new_classes=learned_classes(folder),
     )
     write(folder, card)
 

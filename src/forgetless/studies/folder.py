@@ -55,6 +55,7 @@ class RunFolder:
     log.jsonl       one line every few steps
     training.json   what the training came to, also in run.json
     checkpoints/    while training
+    probe/          of a new head that is trained alone first, until training is done
     start/          the adapter before its first step, until training is done
     native/         the trained adapter, lossless (`model/` for full fine-tuning)
     adapter/        the trained adapter as a plain PEFT LoRA
@@ -73,6 +74,7 @@ class RunFolder:
     log = property(lambda self: self.path / "log.jsonl")
     training = property(lambda self: self.path / "training.json")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    probe = property(lambda self: self.path / "probe")
     start = property(lambda self: self.path / "start")
     native = property(lambda self: self.path / "native")
     model = property(lambda self: self.path / "model")

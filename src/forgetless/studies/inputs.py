@@ -139,11 +139,11 @@ class Collecting:
         settings = self.calibration
         counts = {"samples": settings.samples, "batch_size": settings.batch_size}
         if source == DATA:
-            data = self._training_data()
+            data, has_new = self._training_data(), self.adapter.head == "new"
             return training_batches(
                 data.sources[0][0],
                 model,
-                processor,
+                processor.under("new") if has_new else processor,
                 max_length=data.max_length,
                 limit=data.limit,
                 kind=data.format,

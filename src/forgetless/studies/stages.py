@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from forgetless.adapters.attachment import attach
@@ -37,6 +38,7 @@ from forgetless.core.cache import cached_spectra
 from forgetless.core.errors import UserError
 from forgetless.core.files import (
     lock,
+    new_file,
     new_folder,
     read_json,
     read_jsonl,
@@ -47,7 +49,15 @@ from forgetless.core.files import (
 from forgetless.core.processes import Processes
 from forgetless.data.examples import load_examples
 from forgetless.data.mixture import Mixture
-from forgetless.data.modality import Batch, Modality, Processor, Rows, modality_of
+from forgetless.data.modality import (
+    Batch,
+    Modality,
+    Processor,
+    Rows,
+    modality_of,
+    new_classes,
+)
+from forgetless.models.heads import add_head, heads_of
 from forgetless.models.load import load_model, meta_model, target_layers
 from forgetless.models.weights import linear_weight, weight_shape
 from forgetless.recipes.identity import base_hash, input_keys
@@ -66,6 +76,7 @@ from forgetless.training.devices import gathered, is_sharded
 from forgetless.training.forgetting import from_settings
 from forgetless.training.launch import this_launch
 from forgetless.training.loop import train
+from forgetless.training.weights import put_back, trained_copy, trained_weights
 
 _log = logging.getLogger(__name__)
 
@@ -176,17 +187,27 @@ class Stages:
 
     @cached_property
     def processor(self) -> Processor:
-        """What reads data for the base."""
-        return self.modality.load_processor(self.recipe.base)
+        """What reads data for the base, with its new head."""
+        processor = self.modality.load_processor(self.recipe.base)
+        return processor.with_new(self.new_classes) if self.new_classes else processor
+
+    @cached_property
+    def new_classes(self) -> list[str]:
+        """The classes of the new head, which are those of the first training data; often none."""
+        if self.recipe.adapter.head == "own":
+            return []
+        return new_classes(self.modality, self.recipe.data.sources[0][0])
 
     @cached_property
     def rows(self) -> Rows:
         """What is trained on, as the base reads it."""
         data, parts = self.recipe.data, []
         how: dict[str, Any] = {"max_length": data.max_length, "pack": data.pack}
-        for path, _ in data.sources:
+        for number, (path, _) in enumerate(data.sources):
             examples = load_examples(path, limit=data.limit, kind=data.format)
-            parts.append(self.modality.rows(examples, self.processor, **how))
+            is_new = self.new_classes and number == 0
+            reader = self.processor.under("new") if is_new else self.processor
+            parts.append(self.modality.rows(examples, reader, **how))
         if isinstance(data.train, str):
             return parts[0]
         return Mixture(parts, [weight for _, weight in data.sources], self.recipe.seed)
@@ -217,7 +238,8 @@ class Stages:
         )
 
     def _load_base(self, device: str = "auto") -> Any:
-        return load_model(self.recipe.base, dtype=self.recipe.dtype, device=device)
+        model = load_model(self.recipe.base, dtype=self.recipe.dtype, device=device)
+        return add_head(model, self.new_classes) if self.new_classes else model
 
     def _model(self, which: str, load: Callable[[], Any]) -> Any:
         """The model called ``which``; the one held before is freed first."""
@@ -281,10 +303,8 @@ class Stages:
     def base_scores(self) -> str | None:
         """Score the untouched base, or take the scores that another run of the study measured."""
         missing = self._missing("base")
-        cache, base = (
-            ScoreCache(self.shared / "scores"),
-            (base_hash(self.recipe.base), self.recipe.dtype),
-        )
+        cache = ScoreCache(self.shared / "scores")
+        base = base_hash(self.recipe.base, self.new_classes), self.recipe.dtype
         for task, kind in missing:
             cache.result(task, *base, measure=partial(self._ask_base, task))
             self._copy(task, kind, cache.paths(task, *base), "base")
@@ -408,7 +428,34 @@ class Stages:
         model = self._load_base("cpu" if this_launch().strategy == "FSDP2" else "auto")
         if not self.full:
             model = load(model, self.folder.start, trainable=True)
+        if self.recipe.training.probe_steps:
+            self._probe_head(model)
         return model, self.rows
+
+    def _probe_head(self, model: Any) -> None:
+        """Train the new head alone, as the model's features are; or take what that came to."""
+        training, file = self.recipe.training, self.folder.probe / "head.safetensors"
+        if self.processes.first(lambda: not file.exists()):
+            name, others = heads_of(model)[0], list[nn.Parameter]()  # type: ignore[index]
+            others = [w for n, w in trained_weights(model).items() if f"{name}.new." not in n]
+            for weight in others:
+                weight.requires_grad_(False)
+            changes: dict[str, Any] = {
+                "learning_rate": training.head_learning_rate or training.learning_rate,
+                **{"steps": training.probe_steps, "epochs": None, "tokens": None, "measure_at": []},
+                **{"head_learning_rate": None, "probe_steps": 0, "loraplus_ratio": 1.0},
+            }
+            alone = training.model_copy(update=changes)
+            train(model, self.processor, self.rows, alone, self.folder.probe, seed=self.recipe.seed)
+
+            def write() -> None:
+                with new_file(file) as new:
+                    save_file(trained_copy(model, "cpu"), new)
+
+            self.processes.first(write)
+            for weight in others:
+                weight.requires_grad_(True)
+        put_back(model, load_file(file))
 
     def train(self) -> str | None:
         """Train, from the newest checkpoint if there is one, and write the result down."""
@@ -453,6 +500,7 @@ class Stages:
         if result := read_json(self.folder.training):
             self.folder.update(training=result)
         remove(self.folder.checkpoints)
+        remove(self.folder.probe)
         if not self.full and self.record["start"]["equals_base"]:
             remove(self.folder.start)
 
@@ -508,7 +556,7 @@ def attached(
         inputs: the arguments of `attach` that hold what the method needs.
         seed: of random starts.
     """
-    given = settings.model_dump(exclude={"method", "options"})
+    given = settings.model_dump(exclude={"method", "options", "head"})
     return attach(model, settings.method, seed=seed, **given, **inputs, **settings.options)
 
 

@@ -1,8 +1,8 @@
-"""What a classifier finds likeliest under its own head: the part of such tasks that is the same."""
+"""What a classifier finds likeliest under one of its heads: what such tasks have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +11,7 @@ from forgetless.core.metrics import mean_stderr
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.forms import Kind, Record
 from forgetless.data.texts import read_examples
-from forgetless.tasks.base import Item, Task, TaskResult
+from forgetless.tasks.base import Item, Task, TaskResult, whole_number
 
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model
@@ -26,7 +26,10 @@ _MOST_PICTURES = 1000
 
 
 class HeadAccuracy(Task):
-    """The share of examples of which the model's own head finds their class the likeliest.
+    """The share of examples of which the model's head finds their class the likeliest.
+
+    A model with a new head, see `forgetless.models.heads`, is asked under the head that has all of
+    the classes: the base's own or the new one. Classes of both are told apart over both at once.
 
     An item is an example. `extra` has the mean loss, - log p of the class, with its standard error.
 
@@ -34,11 +37,19 @@ class HeadAccuracy(Task):
         kinds: of the examples that are read.
         path: of the examples.
         limit: the first so many only.
+        head: "own", "new" or "all" where it is not the classes that say which is asked.
     """
 
     kinds: ClassVar[frozenset[Kind]]
     path: str | Path
     limit: int | None
+    head: str | None
+
+    def problems(self) -> Iterable[str | None]:
+        """Of limit and head."""
+        yield whole_number("limit", self.limit, optional=True)
+        if self.head not in (None, "own", "new", "all"):
+            yield f"head must be own, new or all, got {self.head!r}"
 
     @cached_property
     def examples(self) -> Examples:
@@ -48,8 +59,8 @@ class HeadAccuracy(Task):
         return found
 
     def content(self) -> Sequence[object]:
-        """The examples and their classes."""
-        return (self.examples.fingerprint,)
+        """The examples and their classes, and under which head if that is given."""
+        return (self.examples.fingerprint, *([] if self.head is None else [self.head]))
 
     def shown(self, place: str, record: Record) -> str:
         """What an item says that the model was given."""
@@ -72,10 +83,14 @@ class HeadAccuracy(Task):
         from forgetless.tasks.journal import in_batches
 
         modality = modality_of(model)
-        reader: Any = modality.processor_type.of(processor, model.config)  # type: ignore[attr-defined]
+        assert modality.labels is not None
+        reader = modality.reader(processor, model.config).reading(
+            modality.labels(self.examples), self.examples.source, self.head
+        )
         rows = modality.rows(self.examples, reader, max_length=None)
         rows.require_fitting(model)
         names = {number: name for name, number in reader.classes.items()}
+        asked_of = torch.tensor(sorted(names))
         size = batch_size or _ROWS
         parts = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
         dtype = next(model.parameters()).dtype
@@ -88,10 +103,11 @@ class HeadAccuracy(Task):
                 batch[name] = value.to(
                     device_of(model), dtype if value.is_floating_point() else value.dtype
                 )
-            logits = model(**batch).logits.float().cpu()
+            logits = model(**batch).logits.float().cpu()[:, asked_of]
             require_numbers(logits)
-            losses = cross_entropy(logits, labels, reduction="none")
-            return torch.stack([logits.argmax(-1).float(), labels.float(), losses], dim=1).tolist()
+            losses = cross_entropy(logits, torch.searchsorted(asked_of, labels), reduction="none")
+            found = asked_of[logits.argmax(-1)].float()
+            return torch.stack([found, labels.float(), losses], dim=1).tolist()
 
         asked = [dict(record) for record in self.examples]
         with evaluating(model):
@@ -103,7 +119,7 @@ class HeadAccuracy(Task):
                 id=str(number),
                 prompt=self.shown(place, record),
                 expected=names[int(label)],
-                answer=names.get(int(answer), str(int(answer))),
+                answer=names[int(answer)],
                 score=float(answer == label),
                 picture=self.picture(record) if number in with_picture else "",
             )

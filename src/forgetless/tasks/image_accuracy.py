@@ -1,4 +1,4 @@
-"""Images recognised under the base's own head."""
+"""Images recognised under the base's own head, or under the new one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from forgetless.core.errors import unknown
 from forgetless.data.forms import Kind, Record
 from forgetless.data.texts import POCKET_PICTURES
 from forgetless.tasks.accuracy import HeadAccuracy
-from forgetless.tasks.base import whole_number
 
 __all__ = ["ImageAccuracy"]
 
 
 @dataclass(frozen=True)
 class ImageAccuracy(HeadAccuracy):
-    """The share of images of which the model's own head finds their class the likeliest.
+    """The share of images of which the model's head finds their class the likeliest.
 
     An item is an image; one that is not recognised comes with a thumbnail. `extra` has the mean
     loss, - log p of the class, with its standard error.
@@ -28,28 +27,30 @@ class ImageAccuracy(HeadAccuracy):
             the names that the model's config has.
         name: of the task.
         limit: the first so many images only; the classes come in turn.
+        head: own, new or all, of a model with a new head; its classes decide where it is not given.
 
     Raises:
         UserError: settings out of range, no such folder, or no images.
     """
 
     kind = "image_accuracy"
-    summary = "images recognised under the base's own head"
+    summary = "images recognised under the base's own head or the new one"
     modality = "images"
     kinds = frozenset[Kind]({"image"})
 
     path: str | Path
     name: str = "image_accuracy"
     limit: int | None = None
+    head: str | None = None
 
     def problems(self) -> Iterable[str | None]:
-        """Of path and limit, as far as that shows without reading."""
+        """Of path, limit and head, as far as that shows without reading."""
         if str(self.path).startswith("pocket:"):
             if str(self.path).removesuffix(":test") not in POCKET_PICTURES:
                 yield str(unknown("pocket images", str(self.path), POCKET_PICTURES))
         elif not isinstance(self.path, str | Path) or not Path(self.path).exists():
             yield f"path must be a folder or a file of images with their classes, got {self.path!r}"
-        yield whole_number("limit", self.limit, optional=True)
+        yield from super().problems()
 
     def picture(self, record: Record) -> str:
         """A thumbnail of the image."""

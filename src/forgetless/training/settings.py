@@ -21,6 +21,9 @@ class TrainingSettings(Section):
     ``batch_size`` counts the rows of all processes together, so that any number of them do the
     same training; a step has ``gradient_accumulation`` such batches.
     ``loraplus_ratio`` is LoRA+'s rate of B over that of A, which is the learning rate.
+    A new head (``adapter.head: new``) has the rate ``head_learning_rate``, or where it is not given
+    that of all else, and is trained alone for ``probe_steps`` before the first step (linear
+    probing, then fine-tuning: Kumar et al. 2022, arXiv:2202.10054).
     ``attention_dropout`` drops attention weights while training. The schedules ``constant`` and
     ``inverse_sqrt`` end, over the last ``cooldown_ratio`` of the steps, in a straight line to 0.
     After the shares ``measure_at`` of the training, such as 0.25 and 0.5, the weights are kept and
@@ -35,6 +38,8 @@ class TrainingSettings(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     loraplus_ratio: Annotated[float, Field(gt=0, title="LoRA+ ratio")] = 1.0
+    head_learning_rate: Annotated[float, Field(gt=0, title="rate of the head")] | None = None
+    probe_steps: Annotated[int, Field(ge=0, title="steps of the head alone")] = 0
     steps: Count | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     tokens: Count | None = None

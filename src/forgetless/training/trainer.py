@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from forgetless.core.errors import UserError
+from forgetless.models.heads import heads_of
 from forgetless.models.load import base_of
 from forgetless.training import checkpoints
 from forgetless.training.devices import (
@@ -178,9 +179,12 @@ class ExactTrainer(Trainer):
             return optimizer
         if self.shards:
             gather_optimizer(optimizer)
+        plain = self.model if model is None else model
         if self.settings.loraplus_ratio != 1:
-            plain = self.model if model is None else model
             speed_up(optimizer, plain, self.settings.loraplus_ratio)
+        if (rate := self.settings.head_learning_rate) and (heads := heads_of(plain)):
+            trained = trained_weights(plain).items()
+            set_rate(optimizer, [w for name, w in trained if f"{heads[0]}.new." in name], rate)
         # DeepSpeed drops empty groups, and the files are the same whoever trains.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         if stage := this_launch().zero_stage:
@@ -262,12 +266,18 @@ def speed_up(optimizer: Optimizer, model: Any, ratio: float) -> None:
     arXiv:2402.12354.
     """
     names = ("lora_B", "lora_magnitude_vector")
-    fast = {w for name, w in trained_weights(model).items() if any(part in name for part in names)}
+    fast = [w for name, w in trained_weights(model).items() if any(part in name for part in names)]
+    set_rate(optimizer, fast, ratio * optimizer.param_groups[0]["lr"])
+
+
+def set_rate(optimizer: Optimizer, weights: Sequence[Tensor], learning_rate: float) -> None:
+    """Give some of the weights groups of their own, with this learning rate."""
+    chosen = set(weights)
     for group in list(optimizer.param_groups):
-        moved = [weight for weight in group["params"] if weight in fast]
+        moved = [weight for weight in group["params"] if weight in chosen]
         if moved:
-            group["params"] = [weight for weight in group["params"] if weight not in fast]
-            optimizer.add_param_group({**group, "params": moved, "lr": ratio * group["lr"]})
+            group["params"] = [weight for weight in group["params"] if weight not in chosen]
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
 
 
 class DivergenceError(UserError):

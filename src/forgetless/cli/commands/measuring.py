@@ -8,11 +8,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from forgetless.adapters.folders import load
+from forgetless.adapters.folders import learned_classes, load
 from forgetless.cli.commands.folders import Trained
 from forgetless.core.errors import UserError
 from forgetless.core.files import write_json
 from forgetless.data.modality import load_processor
+from forgetless.models.heads import add_head
 from forgetless.models.load import load_model
 from forgetless.recipes.identity import base_hash, weights_hash
 from forgetless.scores.cache import ScoreCache, default_folder
@@ -54,7 +55,13 @@ class _Models:
     @cached_property
     def base(self) -> Any:
         """The base; after `adapted` was asked for, an adapter sits on it."""
-        return load_model(self.base_name, dtype=self.dtype)
+        model = load_model(self.base_name, dtype=self.dtype)
+        return add_head(model, self.new_classes) if self.new_classes else model
+
+    @cached_property
+    def new_classes(self) -> list[str]:
+        """Of the new head that was trained, if any."""
+        return [] if self.trained is None else learned_classes(self.trained.folder)
 
     @cached_property
     def adapted(self) -> Any:
@@ -115,7 +122,7 @@ def measure(
     trained = None if adapter is None else Trained.find(adapter)
     models = _Models(base, trained, dtype, batch_size, listen)
     scores = ScoreCache(cache or default_folder())
-    key: tuple[str, ...] = (base_hash(base), dtype)
+    key: tuple[str, ...] = (base_hash(base, models.new_classes), dtype)
     before = Scores(
         scores.result(task, *key, measure=partial(models.score_base, task)) for task in tasks
     )

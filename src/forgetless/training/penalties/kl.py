@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from forgetless.data.modality import Processor
+from forgetless.models.heads import own_logits
 from forgetless.models.load import adapter_off, evaluating
 from forgetless.training.penalties.penalty import HeldTexts
 
@@ -43,7 +44,7 @@ class KLToBase(HeldTexts):
         """Sum over all answers of p_base (log p_base - log p_model), mean over tokens or images."""
         batch = self.batches[step % len(self.batches)]
         base = self._base_logits(model, batch)
-        ours = model(**batch, **self.options).logits
+        ours = own_logits(model, model(**batch, **self.options).logits)
         mask = batch.get("attention_mask")
         if ours.ndim == 2:  # one answer a row, and not one a token
             ours, base, mask = ours[:, None], base[:, None], None
@@ -64,7 +65,7 @@ class KLToBase(HeldTexts):
             assert isinstance(model, PeftModel)
             with evaluating(model), adapter_off(model):
                 logits = model(**batch, **self.options).logits
-        return logits
+        return own_logits(model, logits)
 
 
 class _MeanKL(torch.autograd.Function):

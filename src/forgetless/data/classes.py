@@ -1,0 +1,110 @@
+"""What processors of classifiers have in common: the numbers of classes, under one head or two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Literal, Self
+
+from forgetless.core.errors import UserError
+from forgetless.models.heads import head_classes
+
+__all__ = ["HEADS", "ClassReader", "HeadName", "require_reader", "some"]
+
+HeadName = Literal["own", "new", "all"]
+HEADS: tuple[HeadName, ...] = ("own", "new", "all")
+"""The base's own head, the new one beside it, and the classes of both at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassReader:
+    """The part of a classifier's processor that turns classes into numbers.
+
+    Attributes:
+        classes: of the head under which labels are read, name -> number of the logit.
+        new: of a new head beside the base's own, until it is decided which one is meant.
+        is_new: whether `classes` are those of the new head, which go by their names alone.
+    """
+
+    classes: Mapping[str, int]
+    new: Mapping[str, int] = field(default_factory=dict)
+    is_new: bool = False
+
+    def number(self, label: Any) -> int | None:
+        """The number of a class; None where the head does not have it."""
+        return self.classes.get(str(label))
+
+    def with_new(self, classes: Sequence[str]) -> Self:
+        """The reader of the base with a new head for these classes."""
+        first = len(self.classes)
+        return replace(self, new={name: first + number for number, name in enumerate(classes)})
+
+    def under(self, head: HeadName) -> Self:
+        """The reader of the labels of one head, or of both.
+
+        Raises:
+            UserError: there is no new head.
+        """
+        if head == "new" and not self.new and not self.is_new:
+            raise UserError("head 'new': this model has no new head, only the base's own")
+        if not self.new:
+            return self
+        if head == "new":
+            return replace(self, classes=self.new, new={}, is_new=True)
+        more = self.new if head == "all" else {}
+        return replace(self, classes={**more, **self.classes}, new={})
+
+    def reading(self, labels: Iterable[Any], source: str, head: HeadName | None = None) -> Self:
+        """The reader for some labels: under the head that has them all, or both if neither has.
+
+        Args:
+            labels: of some examples.
+            source: of them, for messages.
+            head: where it is given.
+
+        Raises:
+            UserError: a class that no head has, or two heads that have them all.
+        """
+        if head is not None or not self.new:
+            return self.under(head or "own")
+        found = {str(label): label for label in labels}.values()
+        own, new = self.under("own"), self.under("new")
+        missing = [[x for x in found if each.number(x) is None] for each in (own, new)]
+        if neither := [label for label in missing[0] if label in missing[1]]:
+            raise UserError(
+                f"{source}: neither head has the class {some(map(str, neither))}; the base's own "
+                f"classes are {some(own.classes)}, the new ones {some(new.classes)}"
+            )
+        if not any(missing):
+            raise UserError(
+                f"{source}: the base's own head and the new one both have these classes; say which "
+                "is meant, for a task by head: own or head: new"
+            )
+        return own if not missing[0] else new if not missing[1] else self.under("all")
+
+
+def own_and_new(config: Any) -> dict[str, Any]:
+    """The classes of a model by its config, as `ClassReader` has them."""
+    own, new = head_classes(config)
+    return {
+        "classes": {name: number for number, name in enumerate(own)},
+        "new": {name: len(own) + number for number, name in enumerate(new)},
+    }
+
+
+def some(names: Iterable[str]) -> str:
+    """The first eight, for a message."""
+    first = [repr(name) for name in islice(names, 9)]
+    return ", ".join(first[:8]) + (", ..." if len(first) > 8 else "")
+
+
+def require_reader(reader: Any, kind: type[ClassReader], given: str, pack: object) -> None:
+    """Raise that examples with a class cannot be packed, or were given ``given`` as a reader."""
+    if pack is True:
+        raise UserError("examples with a class cannot be packed; leave data.pack out")
+    if not isinstance(reader, kind):
+        raise UserError(
+            f"{given} alone does not know the classes of the head; give "
+            "forgetless.data.modality.load_processor(base)"
+        )

@@ -1,0 +1,242 @@
+"""A new head beside a classifier's own: classes that are learned, and the known ones untouched.
+
+The last layer of a classifier, `own`, and the layer of the new classes, `new`, read the same
+features. The model then gives the logits of both, (rows, own + new), the own ones first, and takes
+as its loss - log p of a row's class under the head that has the class: a training on new classes
+does not see the own head, and rows that are replayed do not see the new one. Beside a model that is
+saved its config says how many classes are its own (`own_classes`); its weights then hold one last
+layer for both heads, as transformers and PEFT read it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from forgetless.core.errors import UserError
+from forgetless.models.weights import is_linear, linear_weight, weight_shape
+
+__all__ = [
+    "Heads",
+    "add_head",
+    "divided",
+    "divided_state",
+    "head_classes",
+    "heads_of",
+    "joined",
+    "own_logits",
+]
+
+_IGNORED = -100
+"""The label of what is not learned."""
+
+
+class Heads(nn.Module):
+    """Two last layers on the same features.
+
+    Attributes:
+        own: the base's, frozen.
+        new: of the new classes, of at least float32.
+    """
+
+    def __init__(self, own: nn.Module, new: nn.Module) -> None:
+        super().__init__()
+        self.own, self.new = own.requires_grad_(False), new
+
+    def forward(self, features: Tensor, *args: Any) -> Tensor:
+        """The logits of both, (..., own + new). Those of the own head are the base's, bit for bit,
+        since no larger product is taken.
+        """
+        wide = features.to(next(self.new.parameters()).dtype)
+        return torch.cat([self.own(features, *args), self.new(wide)], dim=-1)
+
+
+def heads_of(model: Any) -> tuple[str, Heads] | None:
+    """Name and module of a model's two heads, below an adapter too; None where it has but one."""
+    for name, module in model.named_modules():
+        if isinstance(module, Heads):
+            return name.removeprefix("base_model.model."), module
+    return None
+
+
+def head_classes(config: Any) -> tuple[list[str], list[str]]:
+    """The names of the classes of the own head and of the new one, in the order of their logits."""
+    names = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    own = getattr(config, "own_classes", None) or len(names)
+    return names[:own], names[own:]
+
+
+def own_logits(model: Any, logits: Tensor) -> Tensor:
+    """Of a model's logits (..., classes) those of its own head."""
+    own = getattr(model.config, "own_classes", None)
+    return logits if own is None else logits[..., :own]
+
+
+@torch.no_grad()
+def add_head(model: Any, classes: Sequence[str]) -> Any:
+    """Give a classifier, in place, a new head for these classes; its own stays as it is.
+
+    The new weights are small random numbers that are always the same, its biases zeros.
+
+    Args:
+        model: a transformers classifier, which may be on the meta device. One that has these very
+            classes already is left as it is.
+        classes: their names, in the order of the logits.
+
+    Raises:
+        UserError: no classes or some twice, another new head, or a model without one last linear
+            layer.
+    """
+    if not classes or len(set(classes)) != len(classes):
+        raise UserError(f"a new head needs classes, each once, got {list(classes)!r}")
+    known, new = head_classes(model.config)
+    if heads_of(model) is not None:
+        if list(classes) != new:
+            raise UserError(
+                f"the model has a new head already, for {new}, and these are {list(classes)}"
+            )
+        return model
+    name = _last_layer(model)
+    own = model.get_submodule(name)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(classes), weight_shape(own)[1], generator=generator) * 0.02
+    bias = None if getattr(own, "bias", None) is None else torch.zeros(len(classes))
+    kept: Any = own.weight
+    dtype = torch.promote_types(kept.dtype, torch.float32)  # also of a packed weight
+    made = _linear(start, bias)
+    _put(model, name, own, made.to("meta") if kept.is_meta else made.to(kept.device, dtype))
+    config = copy.deepcopy(model.config)
+    config.id2label = dict(enumerate([*known, *classes]))
+    config.label2id = {label: n for n, label in reversed(config.id2label.items())}
+    config.own_classes = len(known)
+    model.config, model.num_labels = config, config.num_labels
+    return model
+
+
+@torch.no_grad()
+def divided(model: Any) -> Any:
+    """A model whose last layer was saved for both heads, in place with two; another as it is."""
+    own = getattr(model.config, "own_classes", None)
+    if own is not None and heads_of(model) is None:
+        name = _last_layer(model)
+        layer = model.get_submodule(name)
+        bias = [None, None] if layer.bias is None else [layer.bias[:own], layer.bias[own:]]
+        parts = [layer.weight[:own], layer.weight[own:]]
+        _put(model, name, *(_linear(part, b) for part, b in zip(parts, bias, strict=True)))
+    return model
+
+
+@torch.no_grad()
+def joined(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The tensors of a model with two heads, or of an adapter on it, with one last layer for both.
+
+    It has the dtype of the new head, which holds the numbers of the own one too.
+    """
+    found, heads = dict(state), heads_of(model)
+    assert heads is not None
+    name, own = heads[0], heads[1].own
+    for key in state:
+        before, is_new, part = key.partition(f"{name}.new.")
+        if is_new:
+            learned = found.pop(key)
+            first: Any = linear_weight(own) if part == "weight" else own.bias
+            found[f"{before}{name}.{part}"] = torch.cat([first.to(learned), learned])
+            found.pop(f"{before}{name}.own.{part}", None)
+    return found
+
+
+def divided_state(
+    state: Mapping[str, Tensor], name: str, new: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parts of the own head, and the tensors with the new head alone: what `joined` joined.
+
+    Args:
+        state: tensors by name, with one last layer for both heads; others stay as they are.
+        name: of the heads in the model.
+        new: how many classes the new head has.
+    """
+    own, found = {}, dict(state)
+    for key in state:
+        before, _, part = key.rpartition(f"{name}.")
+        if part in ("weight", "bias") and (not before or before.endswith(".")):
+            both = found.pop(key)
+            own[part] = both[:-new]
+            found[f"{before}{name}.new.{part}"] = both[-new:].clone()
+    return own, found
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        made.bias = nn.Parameter(bias.clone())
+    return made
+
+
+def _put(model: Any, name: str, own: nn.Module, new: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, Heads(own, new))
+    kind: Any = type(model)
+    model.__class__ = _with_heads(kind)
+
+
+def _last_layer(model: Any) -> str:
+    """The name of the linear layer that a classifier ends in."""
+    inner = f"{model.base_model_prefix}."
+    wide = [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and weight_shape(module)[0] == model.config.num_labels
+    ]
+    outside = [name for name in wide if not name.startswith(inner)] or wide[-1:]
+    if len(outside) != 1:
+        raise UserError(
+            f"{type(model).__name__} has no single linear layer from which its "
+            f"{model.config.num_labels} classes come ({', '.join(outside) or 'none fits'}), so no "
+            "new head can be put beside it"
+        )
+    last: str = outside[0]
+    return last
+
+
+class _WithHeads:
+    """What is other about a classifier with two heads."""
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own, with one last layer for both heads; see `divided`.
+
+        Weights that are to keep their names, as in a Trainer's checkpoint, stay apart.
+        """
+        if kwargs.get("save_original_format", True):
+            kwargs["state_dict"] = joined(kwargs.get("state_dict") or self.state_dict(), self)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+@cache
+def _with_heads(kind: Any) -> Any:
+    """A model's class whose loss is that of the head which has a row's class."""
+
+    @wraps(kind.forward)
+    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        found = kind.forward(self, *args, **kwargs)
+        if labels is None:
+            return found
+        loss = _loss(found.logits, labels.to(found.logits.device), self.config.own_classes)
+        return type(found)(**{**found, "loss": loss})
+
+    members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward}
+    return type(kind.__name__, (_WithHeads, kind), members)
+
+
+def _loss(logits: Tensor, labels: Tensor, own: int) -> Tensor:
+    """Mean of - log p of the labels (rows,), each under its own head; _IGNORED are left out."""
+    is_new = torch.arange(logits.shape[-1], device=logits.device) >= own
+    others = is_new != (labels >= own)[:, None]
+    under_its_own = logits.float().masked_fill(others, -torch.inf)
+    return cross_entropy(under_its_own, labels, ignore_index=_IGNORED)

@@ -1,0 +1,407 @@
+"""A new head for new classes: trained beside the base's own, which stays as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+)
+
+import forgetless as fl
+from forgetless.cli.commands.measuring import measure
+from forgetless.core.errors import UserError
+from forgetless.core.files import read_jsonl
+from forgetless.core.settings import with_overrides
+from forgetless.data.examples import load_examples
+from forgetless.data.modality import load_processor, modality_of
+from forgetless.methods import METHODS
+from forgetless.models.heads import add_head, heads_of, own_logits
+from forgetless.models.load import adapter_off, load_model
+from forgetless.recipes.checking import check
+from forgetless.recipes.identity import run_id
+from forgetless.recipes.recipe import Recipe
+from forgetless.studies import stages
+from forgetless.studies.run import run
+from tests.classifiers import check_start, check_stopped
+from tests.images import CLASSES, save_classifier, save_images
+from tests.sentences import save_classifier as save_text_classifier
+from tests.sentences import write_rows
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*saw fewer tokens"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT's
+]
+
+NEW = ("lines", "rings", "waves", "zebra")
+SMALL: dict[str, Any] = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+IMAGE_MODELS: dict[str, Any] = {
+    "deit": (DeiTForImageClassification, DeiTConfig, SMALL),
+    "dinov2": (Dinov2ForImageClassification, Dinov2Config, SMALL),
+    "swin": (
+        SwinForImageClassification,
+        SwinConfig,
+        {"image_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [1, 1]}
+        | {"num_heads": [2, 2]},
+    ),
+}
+
+
+def save_family(folder: Path, family: str) -> str:
+    """A classifier of three classes with random weights."""
+    if family in IMAGE_MODELS:
+        kind, config, settings = IMAGE_MODELS[family]
+        torch.manual_seed(0)
+        kind(config(**settings, id2label=dict(enumerate(CLASSES)))).save_pretrained(folder)
+    elif family == "vit":
+        save_classifier(folder)
+    else:
+        save_text_classifier(folder, family)
+    return str(folder)
+
+
+def both_heads(model: Any) -> Any:
+    """Name and module."""
+    return heads_of(model)
+
+
+def logits_of(model: Any) -> Tensor:
+    probe = modality_of(model).probe(model)
+    with torch.no_grad():
+        logits: Tensor = model.eval()(**probe).logits
+    return logits
+
+
+def move(model: Any) -> None:
+    """Change everything that is trained."""
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn(weight.shape, generator=random))
+
+
+def plain_peft(base: str, folder: Path) -> Any:
+    """What PEFT alone makes of an export."""
+    config = AutoConfig.from_pretrained(folder)
+    words = "input_ids" in modality_of(base).probe(load_model(base))
+    kind = AutoModelForSequenceClassification if words else AutoModelForImageClassification
+    model = kind.from_pretrained(base, config=config, ignore_mismatched_sizes=True)
+    return PeftModel.from_pretrained(model, folder)
+
+
+@pytest.mark.parametrize("family", ["vit", *IMAGE_MODELS, "bert", "roberta", "llama"])
+def test_the_own_head_stays_and_nothing_is_lost(family: str, tmp_path: Path) -> None:
+    base = save_family(tmp_path / "base", family)
+    before = logits_of(load_model(base))
+    model = fl.attach(add_head(load_model(base), NEW), "pissa", rank=2, alpha=2)
+    name, heads = both_heads(model)
+    assert logits_of(model).shape == (4, 3 + 4)
+    assert torch.equal(logits_of(model)[:, :3], before)
+    move(model)
+    after = logits_of(model)
+    assert not torch.equal(after[:, :3], before)
+    assert torch.equal(own_logits(model, after), after[:, :3])
+    with adapter_off(model):
+        assert torch.equal(logits_of(model)[:, :3], before)
+    own = load_model(base).get_submodule(name)
+    assert all(torch.equal(w, own.state_dict()[n]) for n, w in heads.own.state_dict().items())
+
+    fl.save(model, tmp_path / "native")
+    fl.export(model, tmp_path / "adapter")
+    loaded = fl.load(load_model(base), tmp_path / "native")
+    assert torch.equal(logits_of(loaded), after)
+    exported = fl.load(load_model(base), tmp_path / "adapter")
+    theirs = plain_peft(base, tmp_path / "adapter")
+    merged = load_model(base)
+    fl.load(merged, tmp_path / "native").merge_and_unload().save_pretrained(tmp_path / "merged")
+    for found in (exported, theirs, load_model(str(tmp_path / "merged"))):
+        assert torch.allclose(logits_of(found), after, atol=1e-5)
+    config = AutoConfig.from_pretrained(tmp_path / "adapter")
+    assert (config.own_classes, [config.id2label[n] for n in range(3, 7)]) == (3, list(NEW))
+
+
+def test_a_row_is_learned_under_the_head_that_has_its_class(tmp_path: Path) -> None:
+    model = add_head(load_model(save_family(tmp_path, "llama")), NEW)
+    probe = modality_of(model).probe(model)
+    logits = model(**probe).logits
+    labels = torch.tensor([1, 4, -100, 6])
+    found = model(**probe, labels=labels)
+    parts = [logits[0, :3].log_softmax(-1)[1]] + [
+        logits[row, 3:].log_softmax(-1)[label] for row, label in ((1, 1), (3, 3))
+    ]
+    assert torch.allclose(found.loss, -torch.stack(parts).mean())
+    model(**probe, labels=torch.tensor([3, 4, 5, 6])).loss.backward()
+    assert both_heads(model)[1].new.weight.grad.abs().sum() > 0
+    assert not both_heads(model)[1].own.weight.requires_grad
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that knows three classes, and images of four others to learn."""
+    folder = tmp_path_factory.mktemp("world")
+    save_classifier(folder / "base")
+    save_images(folder / "train", dict.fromkeys(NEW[:3], 8))
+    save_images(folder / "keep", dict.fromkeys(CLASSES, 4), seed=1)
+    save_images(folder / "test", dict.fromkeys(NEW[:3], 6), seed=2)
+    save_images(folder / "both", dict.fromkeys((*CLASSES, *NEW[:3]), 3), seed=3)
+    return folder
+
+
+def recipe_of(world: Path, method: str = "lora_null_v1", **changes: Any) -> Recipe:
+    def task(name: str) -> dict[str, str]:
+        return {"kind": "image_accuracy", "name": name, "path": str(world / name)}
+
+    content = {
+        "base": str(world / "base"),
+        "adapter": {"method": method, "rank": 2, "alpha": 2, "head": "new"},
+        "calibration": {"source": str(world / "keep"), "samples": 12, "batch_size": 4},
+        "data": {"train": str(world / "train")},
+        "training": {"learning_rate": 1e-2, "steps": 6, "batch_size": 4, "log_every": 1}
+        | {"head_learning_rate": 5e-2, "probe_steps": 3},
+        "tasks": {"learning": [task("test"), task("both")], "forgetting": [task("keep")]},
+    }
+    return Recipe.parse(with_overrides(content, changes))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
+def test_every_start_is_the_base_bit_for_bit(method: str, world: Path) -> None:
+    check_start(method, world / "base", world / "keep", world / "train", NEW[:3])
+
+
+FRESH = """
+import json, sys, torch
+from pathlib import Path
+from PIL import Image
+from peft import PeftModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+base, adapter, *folders = sys.argv[1:]
+config = AutoConfig.from_pretrained(adapter)
+model = AutoModelForImageClassification.from_pretrained(
+    base, config=config, ignore_mismatched_sizes=True
+)
+model = PeftModel.from_pretrained(model, adapter).eval()
+processor, found = AutoImageProcessor.from_pretrained(base), {}
+for file in [file for folder in folders for file in sorted(Path(folder).glob("*/*.png"))]:
+    logits = model(**processor(Image.open(file).convert("RGB"), return_tensors="pt")).logits[0]
+    own, new = logits[: config.own_classes], logits[config.own_classes :]
+    names = config.id2label[int(own.argmax())], config.id2label[len(own) + int(new.argmax())]
+    found[f"{file.parent.name}/{file.name}"] = names
+print(json.dumps(found))
+"""
+
+
+def test_a_run_measures_each_head_and_a_fresh_process_agrees(world: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"training.probe_steps": 20}
+    recipe = recipe_of(world, **changes)
+    assert check(recipe) == []
+    done = run(recipe, tmp_path)
+    assert done.record["start"]["equals_base"]
+    rows = {row["task"]: row for row in done.scores}
+    assert all(row["step0_score"] == row["base_score"] for row in rows.values())
+    assert rows["test"]["score"] > 0.9
+    answers = {
+        name: read_jsonl(done.folder / "items" / "final" / f"{name}.jsonl")
+        for name in ("test", "both", "keep")
+    }
+    assert {item["answer"] for item in answers["test"]} <= set(NEW)
+    assert {item["answer"] for item in answers["keep"]} <= set(CLASSES)
+    assert {item["expected"] for item in answers["both"]} == {*CLASSES, *NEW[:3]}
+    assert not (done.folder / "probe").exists()
+
+    adapter = done.folder / "adapter"
+    arguments = [str(world / "base"), str(adapter), str(world / "keep"), str(world / "test")]
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FRESH, *arguments],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    own_and_new = json.loads(out.stdout.splitlines()[-1])
+    for name, place in (("keep", 0), ("test", 1)):
+        for item in answers[name]:
+            assert own_and_new[item["prompt"]][place] == item["answer"]
+    found = measure(str(world / "base"), [recipe.tasks.learning[0]], adapter=done.folder)
+    assert found.adapted is not None
+    again = (found.base["test"].value, found.adapted["test"].value)
+    assert again == (rows["test"]["base_score"], rows["test"]["score"])
+    card = (adapter / "README.md").read_text()
+    assert "ignore_mismatched_sizes=True" in card
+    assert "own, new = config.own_classes" in card
+
+
+@pytest.mark.parametrize("method", ["pissa", "full"])
+def test_a_stopped_run_comes_to_the_same_weights(method: str, world: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(world, method, **{"training.checkpoint_every": 2})
+    check_stopped(recipe, tmp_path)
+
+
+def test_a_probed_head_is_not_trained_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(world, "lora", **{"tasks": {}})
+    whole = run(recipe, tmp_path / "whole")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "put_back", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "stopped")
+    (file,) = (tmp_path / "stopped").rglob("head.safetensors")
+    written = file.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "load_file", lambda f: _noted(f, written))
+        again = run(recipe, tmp_path / "stopped")
+    native = Path("native", "adapter_model.safetensors")
+    assert (again.folder / native).read_bytes() == (whole.folder / native).read_bytes()
+
+
+def _noted(file: Path, written: int) -> dict[str, Tensor]:
+    assert file.stat().st_mtime_ns == written
+    return load_file(file)
+
+
+def test_only_the_head_moves_while_it_is_probed(world: Path, tmp_path: Path) -> None:
+    rates = {"training.learning_rate": 1e-9, "training.steps": 1, "tasks": {}}
+    moved = {}
+    for head_rate in (1e-9, 5e-2):
+        recipe = recipe_of(world, "lora", **{**rates, "training.head_learning_rate": head_rate})
+        moved[head_rate] = load_file(
+            run(recipe, tmp_path).folder / "native/adapter_model.safetensors"
+        )
+    still = fl.attach(add_head(load_model(str(world / "base")), NEW[:3]), "lora", 2, 2)
+    for name, weight in moved[5e-2].items():
+        is_head = ".new." in name
+        assert torch.allclose(weight, moved[1e-9][name], atol=1e-6) != is_head
+    start = both_heads(still)[1].new.original_module.weight
+    head = moved[1e-9]["base_model.model.classifier.new.weight"]
+    assert torch.allclose(head, start, atol=1e-6)
+
+
+def test_replay_and_penalties_go_with_a_new_head(world: Path, tmp_path: Path) -> None:
+    sources = [{"path": str(world / name), "weight": 1.0} for name in ("train", "keep")]
+    kept = {"weight": 0.5, "source": str(world / "keep"), "samples": 6, "batch_size": 3}
+    penalties = [{"kind": "kl", **kept}, {"kind": "ewc", **kept}, {"kind": "l2_start", "weight": 1}]
+    for method in ("lora_ga", "full"):
+        recipe = recipe_of(world, method, **{"data.train": sources, "penalties": penalties})
+        assert check(recipe) == []
+        log = read_jsonl(run(recipe, tmp_path).folder / "log.jsonl")
+        assert log[-1]["penalty"] > 0
+
+
+def test_the_head_decides_the_run(world: Path) -> None:
+    recipe = recipe_of(world, "full")
+    ids = {
+        run_id(recipe.override(changes))
+        for changes in (
+            {},
+            {"adapter.method": "lora"},
+            {"training.probe_steps": 0},
+            {"training.head_learning_rate": None},
+        )
+    }
+    assert len(ids) == 4
+    plain = {"training.probe_steps": 0, "training.head_learning_rate": None}
+    own = recipe.override({"adapter.head": "own", **plain})
+    assert run_id(own) != run_id(recipe.override(plain))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"adapter.head": "own", "training.probe_steps": 0, "training.head_learning_rate": None},
+            "data.train: .*no class 'lines', 'rings', 'waves'.*adapter.head: new",
+        ),
+        (
+            {"adapter.head": "own", "data.train": "KEEP", "training.probe_steps": 0},
+            "training.head_learning_rate: is for a new head",
+        ),
+        ({"base": "pocket", "calibration.source": "self", "tasks": {}}, "adapter.head: .*classif"),
+        ({"data.train": "nowhere"}, "data.train: no such file"),
+        (
+            {
+                "data.train": [
+                    {"path": "TRAIN", "weight": 1},
+                    {"path": "pocket:digits", "weight": 1},
+                ]
+            },
+            "data.train: .*neither head has the class 'digit 0'",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_head_is_told_before(
+    changes: dict[str, Any], words: str, world: Path
+) -> None:
+    text = json.dumps(changes)
+    for name in ("train", "keep"):
+        text = text.replace(name.upper(), str(world / name))
+    problems = check(recipe_of(world, **json.loads(text)))
+    assert len([p for p in problems if re.search(words, p)]) == 1, problems
+    if "base" not in changes:
+        assert len(problems) == 1
+
+
+def test_labels_that_both_heads_have_ask_which_is_meant(tmp_path: Path) -> None:
+    base = save_family(tmp_path / "base", "bert")
+    rows = [{"sentence": f"row {n}", "label": n % 2} for n in range(6)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    model = add_head(load_model(base), ["0", "1"])
+    task = {"kind": "sentence_accuracy", "name": "rows", "path": str(file)}
+    processor = load_processor(base)
+    with pytest.raises(UserError, match=r"both have these classes.*head: own"):
+        fl.evaluate(model, task, processor)
+    answers = {
+        head: {i.answer for i in fl.evaluate(model, task | {"head": head}, processor)["rows"].items}
+        for head in ("own", "new")
+    }
+    assert answers["own"] <= {"sport", "trade", "world"}
+    assert answers["new"] <= {"0", "1"}
+    with pytest.raises(UserError, match="head 'new': this model has no new head"):
+        fl.evaluate(load_model(base), task | {"head": "new"}, processor)
+    with pytest.raises(UserError, match="head must be own, new or all"):
+        fl.evaluate(model, task | {"head": "both"}, processor)
+    with pytest.raises(UserError, match="has a new head already"):
+        add_head(model, ["a", "b"])
+    rows_of = modality_of(model).rows(
+        load_examples(file), processor.with_new(["0", "1"]).under("new")
+    )
+    assert [int(rows_of[n]["labels"]) for n in range(2)] == [3, 4]
+
+
+def test_an_adapter_knows_the_head_that_it_was_trained_beside(tmp_path: Path) -> None:
+    base = save_family(tmp_path / "base", "vit")
+    fl.export(fl.attach(add_head(load_model(base), NEW), "lora", 2, 2), tmp_path / "adapter")
+    other = load_model(base)
+    with torch.no_grad():
+        other.classifier.weight.add_(1)
+    with pytest.raises(UserError, match="beside another head than this base has"):
+        fl.load(other, tmp_path / "adapter")
+    second = fl.attach(load_model(base), "lora", 2, 2)
+    fl.save(second, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "config.json").exists()
