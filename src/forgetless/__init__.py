@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from forgetless.statistics.collection import collect
     from forgetless.statistics.moments import Statistics
     from forgetless.studies.run import Run, run
+    from forgetless.studies.sequence import Sequence, sequence
     from forgetless.studies.study import Study, study
     from forgetless.tasks.evaluation import Scores, evaluate
     from forgetless.training.forgetting import ForgettingCallback
@@ -40,6 +41,7 @@ _HOME = {
     "Recipe": "recipes.recipe",
     "Run": "studies.run",
     "Scores": "tasks.evaluation",
+    "Sequence": "studies.sequence",
     "Spectra": "adapters.spectra",
     "Statistics": "statistics.moments",
     "Study": "studies.study",
@@ -56,6 +58,7 @@ _HOME = {
     "report": "reports",
     "run": "studies.run",
     "save": "adapters.folders",
+    "sequence": "studies.sequence",
     "spectra": "adapters.spectra",
     "study": "studies.study",
 }
@@ -71,6 +74,7 @@ __all__ = [
     "Recipe",
     "Run",
     "Scores",
+    "Sequence",
     "Spectra",
     "Statistics",
     "Study",
@@ -87,6 +91,7 @@ __all__ = [
     "report",
     "run",
     "save",
+    "sequence",
     "spectra",
     "study",
 ]

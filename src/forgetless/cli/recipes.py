@@ -1,4 +1,4 @@
-"""The verbs about recipes and studies: demo, run, train, study, report; and a study's worker."""
+"""The verbs about recipes: demo, run, train, study, sequence, report; and a study's worker."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from forgetless.cli.values import rates_of
 if TYPE_CHECKING:
     from forgetless.recipes.recipe import Recipe
     from forgetless.recipes.study import StudyRecipe
+    from forgetless.studies.run import Run
 
 
 def demo(out: Out = "runs", workers: Workers = 2, threads: Threads = None) -> None:
@@ -144,10 +145,40 @@ def _do_study(
     failed = done.failed
     if len(failed) < len(done.runs):
         tables.print_study(done.folder, page=page)
+    _say_failed(failed)
+
+
+def _say_failed(failed: list[Run]) -> None:
+    """Name the runs that failed, and end with 1 if there are any."""
     for run in failed:
         print(f"failed: {run.folder}: {run.record.get('reason')}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
+
+
+def sequence(
+    path: Annotated[str, typer.Argument(metavar="SEQUENCE", help="A YAML file.")],
+    changes: Set = None,
+    out: Out = "runs",
+    workers: Workers = 1,
+    threads: Threads = None,
+    check: Check = False,
+) -> None:
+    """Learn tasks one after the other and measure all of them after each."""
+    from forgetless.core.settings import parse_assignments
+    from forgetless.recipes.sequence import SequenceRecipe
+
+    definition = SequenceRecipe.load(path, parse_assignments(changes or []))
+    if check:
+        chains, recipes = definition.chains()
+        print(f"{path}: no problems; {len(chains)} sequences in {len(recipes)} runs")
+        return
+    from forgetless.studies.sequence import sequence as do
+
+    with watch(several=workers > 1) as listen:
+        done = do(definition, out, workers=workers, threads=threads, listen=listen)
+    tables.print_sequences(done)
+    _say_failed(done.failed)
 
 
 def report(

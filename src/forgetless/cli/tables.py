@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from forgetless.scores.comparison import Comparison
     from forgetless.studies.rate_search import RateSearch
     from forgetless.studies.run import Run
+    from forgetless.studies.sequence import Sequence as Sequences
 
 
 def console() -> Console:
@@ -141,6 +142,45 @@ def print_study(folder: str | Path, *, page: bool) -> None:
     console().print(summary(folder))
     if page:
         print(f"report: {report(folder)}")
+
+
+def print_sequences(done: Sequences) -> None:
+    """The mean matrix of every arm and order, and what the metrics came to."""
+    from forgetless.reports.numbers import three_decimals
+
+    found = done.matrices
+    for arm in found["arms"]:
+        for order, of_order in arm["orders"].items():
+            seeds = len(of_order["seeds"])
+            print(f"{arm['arm']}, {order}{f', mean of {seeds} seeds' if seeds > 1 else ''}")
+            known = found["knowledge"] is not None
+            heads = [*([found["knowledge"]] if known else []), *of_order["tasks"]]
+            names = ["base", *(f"after {task}" for task in of_order["tasks"])]
+            rows = [
+                [name, *(_number(value, three_decimals) for value in row[not known :])]
+                for name, row in zip(names, of_order["R"], strict=True)
+            ]
+            print_table(["", *heads], rows, heads)
+            print()
+    names = ["ACC", "BWT", "forgetting", "FWT", "learning", "knowledge lost"]
+    rows = [
+        [arm["arm"], str(arm["metrics"]["ACC"]["n"]), *(_mean(arm["metrics"][n]) for n in names)]
+        for arm in found["arms"]
+    ]
+    print_table(["arm", "n", *names], rows, ["n", *names])
+    print()
+    for name in names:
+        print_text(f"{name}: {found['formulas'][name]}.")
+    print_text("n: sequences, over seeds and orders, with the 95 % interval of their mean.")
+    print(f"{done.folder}")
+
+
+def _mean(found: Mapping[str, Any]) -> str:
+    """A mean with its interval, if it has one."""
+    if found["mean"] is None:
+        return "–"
+    shown = f"{found['mean']:.3f}"
+    return shown if found["low"] is None else f"{shown} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 def print_comparison(comparison: Comparison, items: int) -> None:

@@ -117,6 +117,8 @@ def run_id(recipe: Recipe) -> str:
         "data": {**recipe.data.model_dump(exclude={"train"}), "content": content},
         "training": what_decides_a_training(recipe.training),
     }
+    if recipe.sequence.after is not None:  # whose id says what decided the weights before
+        decides["sequence"] = recipe.sequence.model_dump()
     if recipe.penalties:
         decides["penalties"] = [identity_of(spec) for spec in recipe.penalties]
     if recipe.probes.max_kl is not None or recipe.probes.max_drop is not None:

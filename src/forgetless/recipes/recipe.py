@@ -28,6 +28,17 @@ from forgetless.tasks.settings import TaskSettings
 from forgetless.training.settings import ProbeSettings, TrainingSettings
 
 
+class SequenceSettings(Section):
+    """The place of a run in a sequence of tasks; see docs/sequences.md.
+
+    ``after`` is the id of the run whose task came before, in the same folder. ``between`` says what
+    becomes of the earlier adapters: ``continue`` trains that run's weights on.
+    """
+
+    after: Name | None = None
+    between: Literal["continue"] = "continue"
+
+
 class Recipe(Section):
     """Everything that decides one run.
 
@@ -42,6 +53,7 @@ class Recipe(Section):
     calibration: CalibrationSettings = CalibrationSettings()
     data: DataSettings
     training: TrainingSettings
+    sequence: SequenceSettings = SequenceSettings()
     probes: ProbeSettings = ProbeSettings()
     penalties: list[dict[str, Any]] = []
     export: ExportSettings = ExportSettings()

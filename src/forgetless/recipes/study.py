@@ -28,6 +28,50 @@ Axes = dict[str, Annotated[list[Any], Field(min_length=1)]]
 _AXES = TypeAdapter(Axes, config=ConfigDict(strict=True))
 
 
+class Gathered:
+    """The recipes of many runs, checked together.
+
+    Args:
+        source: what they are of, for messages.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._source, self._checker, self._count = source, Checker(), 0
+        self._found: dict[str, Recipe] = {}
+        self._problems: dict[str, list[str]] = {}  # each with the arms that have it
+
+    def add(self, arm: str, content: Mapping[str, Any], overrides: Mapping[str, Any]) -> str | None:
+        """The run id of one more recipe; None as soon as something is wrong with any of them."""
+        self._count += 1
+        try:
+            recipe = load_recipe(content, overrides)
+            wrong = self._checker.check(recipe)
+        except RecipeError as error:
+            wrong = error.problems
+        for problem in wrong:
+            self._problems.setdefault(problem, []).append(arm)
+        if self._problems:
+            return None
+        key = run_id(recipe)
+        self._found.setdefault(key, recipe)
+        return key
+
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipes by run id, in their order.
+
+        Raises:
+            RecipeError: the problems of all of them, each said once.
+        """
+        said = []
+        for problem, arms in self._problems.items():
+            more = f" and {len(arms) - 3} more" if len(arms) > 3 else ""
+            shown = f" (in {', '.join(dict.fromkeys(arms[:3]))}{more})"
+            said.append(problem if len(arms) == self._count else problem + shown)
+        if said:
+            raise RecipeError(self._source, said)
+        return self._found
+
+
 class StudyRecipe(Section):
     """A recipe and how it is varied.
 
@@ -90,27 +134,10 @@ class StudyRecipe(Section):
         Raises:
             RecipeError: the problems of all combinations, each said once.
         """
-        found: dict[str, Recipe] = {}
-        problems: dict[str, list[str]] = {}  # each with the arms that have it
-        checker, combinations = Checker(), list(self.combinations())
-        for arm, overrides in combinations:
-            try:
-                recipe = load_recipe(self.recipe, {**overrides, "name": arm})
-                wrong = checker.check(recipe)
-            except RecipeError as error:
-                wrong = error.problems
-            for problem in wrong:
-                problems.setdefault(problem, []).append(arm)
-            if not problems:
-                found.setdefault(run_id(recipe), recipe)
-        if not problems:
-            return found
-        said = []
-        for problem, arms in problems.items():
-            more = f" and {len(arms) - 3} more" if len(arms) > 3 else ""
-            shown = f" (in {', '.join(dict.fromkeys(arms[:3]))}{more})"
-            said.append(problem if len(arms) == len(combinations) else problem + shown)
-        raise RecipeError(self.name, said)
+        gathered = Gathered(self.name)
+        for arm, overrides in self.combinations():
+            gathered.add(arm, self.recipe, {**overrides, "name": arm})
+        return gathered.recipes()
 
     def combinations(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The name of the arm and the overrides of every run, in order."""
@@ -119,13 +146,11 @@ class StudyRecipe(Section):
             axes = {**self.axes, **arm.get("axes", {})}
             for values in itertools.product(*axes.values()):
                 varied = dict(zip(axes, values, strict=True))
-                named = (
-                    [arm["name"], *_labels(varied)] if "name" in arm else _labels(fixed | varied)
-                )
+                named = [arm["name"], *labels(varied)] if "name" in arm else labels(fixed | varied)
                 yield " ".join(named) or self.name, fixed | varied
 
 
-def _labels(overrides: Mapping[str, Any]) -> Iterator[str]:
+def labels(overrides: Mapping[str, Any]) -> Iterator[str]:
     """``pissa learning_rate=0.001``: what sets an arm apart. Seeds belong to one arm."""
     for key, value in overrides.items():
         if key == "adapter.method":

@@ -1,6 +1,7 @@
 """Folders of runs: where everything lies, written so that a kill at any moment loses nothing.
 
-<out>/<study>/study.yaml  runs.json            the definition, and its runs in order
+<out>/<study>/study.yaml  runs.json            the definition, and its runs in order; sequences
+                                               have a sequence.yaml
 <out>/<study>/shared/                          base scores and statistics, used by every run
 <out>/<study>/<run id>/                        one run, see `RunFolder`
 <out>/<study>/report/                          the page, results.csv, results.parquet, figures
@@ -104,6 +105,12 @@ class RunFolder:
     def points(self) -> list[int]:
         """The steps on the way whose weights were kept, in order."""
         return sorted(int(folder.name) for folder in self.path.glob("points/[0-9]*"))
+
+    @property
+    def before(self) -> RunFolder | None:
+        """The run of the task before in a sequence, by run.json."""
+        after = self.read().get("after")
+        return None if after is None else RunFolder(self.path.parent / after)
 
     def read(self) -> dict[str, Any]:
         """What run.json says; of a damaged one, that the run failed and what to do."""

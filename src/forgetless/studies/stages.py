@@ -237,6 +237,21 @@ class Stages:
             "training" in self.record or self.folder.training.exists()
         )
 
+    @cached_property
+    def before(self) -> RunFolder | None:
+        """The run whose task came before this one's; None where there is none.
+
+        Raises:
+            UserError: it is not trained.
+        """
+        after = self.recipe.sequence.after
+        if after is None:
+            return None
+        run = RunFolder(self.folder.path.parent / after)
+        if not self._weights(run).exists():
+            raise UserError(f"the run before this one, {run.path}, is not trained; run it first")
+        return run
+
     def _load_base(self, device: str = "auto") -> Any:
         model = load_model(self.recipe.base, dtype=self.recipe.dtype, device=device)
         return add_head(model, self.new_classes) if self.new_classes else model
@@ -314,23 +329,36 @@ class Stages:
         return task.evaluate(self._base(), self.processor, reference=self._base())
 
     def step0(self) -> str | None:
-        """Score the adapter before its first step.
+        """Score the model before its first step.
 
         Where its logits were seen to equal the base's bit for bit (see `start`), and for full
-        fine-tuning, the base's scores are its scores and nothing is computed twice.
+        fine-tuning, the base's scores are its scores; after another run, those that it ended with.
         """
-        missing = self._missing("step0")
+        missing, before = self._missing("step0"), self.before
         if not missing:
             return None
-        is_base = self.full or self.record["start"]["equals_base"]
+        said, run, unknown = "the base's own scores", self.folder, missing[:0]
+        phase: Phase = "base"
+        if before is not None:
+            said, run, phase = "those of the run before", before, "final"
+            unknown = self._missing(phase, run)
+        elif not (self.full or self.record["start"]["equals_base"]):
+            unknown = missing
         for task, kind in missing:
-            if is_base:
-                base = self.folder.scores("base", task.name), self.folder.items("base", task.name)
-                self._copy(task, kind, base, "step0")
+            if (task, kind) in unknown:
+                weights, model = self._at_start()
+                self._measure(self.folder, "step0", task, kind, model, weights)
             else:
-                model = self._model("start", lambda: load(self._load_base(), self.folder.start))
-                self._measure(self.folder, "step0", task, kind, model, self.folder.start)
-        return "the base's own scores" if is_base else _counted(missing, "task")
+                known = run.scores(phase, task.name), run.items(phase, task.name)
+                self._copy(task, kind, known, "step0")
+        return _counted(unknown, "task") if unknown else said
+
+    def _at_start(self) -> tuple[Path, Any]:
+        """The weights before the first step, as they were written, and the model with them."""
+        if self.full and self.before is not None:
+            return self.before.model, self._trained_model(self.before)
+        start = self.folder.start
+        return start, self._model("start", lambda: load(self._load_base(), start))
 
     def evaluate(self) -> str | None:
         """Score the trained model, and its weights on the way, as they were read back."""
@@ -350,7 +378,7 @@ class Stages:
     @cached_property
     def _inputs(self) -> dict[str, Path]:
         """Where each need of the method lies."""
-        keys = {} if self.full else input_keys(self.recipe)
+        keys = {} if self.full or self.before is not None else input_keys(self.recipe)
         return {
             need: self.shared / "statistics" / digest(json.dumps(key, sort_keys=True))
             for need, key in keys.items()
@@ -388,6 +416,8 @@ class Stages:
         """Attach the adapter and write it down as it is before the first step."""
         if self.full or self._is_started():
             return None
+        if self.before is not None:
+            return self._continue(self.before)
         inputs = load_inputs(self._inputs)
         model = self._base()
         sizes = {
@@ -408,6 +438,14 @@ class Stages:
         )
         return "equals the base bit for bit" if same else "differs from the base"
 
+    def _continue(self, before: RunFolder) -> str:
+        """Write down as the start what another run trained."""
+        model = load(self._load_base(), before.native, trainable=True)
+        with new_folder(self.folder.start) as folder:
+            save(model, folder)
+        self.folder.update(start={"equals_base": False, "after": before.path.name})
+        return f"what {before.path.name} trained"
+
     def _spectra(self) -> AbstractContextManager[object]:
         """Where the runs of a study, if there are several, share the spectra of the weights."""
         several = len(planned(self.folder.path.parent)) > 1
@@ -425,7 +463,11 @@ class Stages:
         """The model before its first step, and the rows to train it on."""
         self._held = None
         # What is to be sharded comes to the devices in shards.
-        model = self._load_base("cpu" if this_launch().strategy == "FSDP2" else "auto")
+        device = "cpu" if this_launch().strategy == "FSDP2" else "auto"
+        if self.full and self.before is not None:
+            model = load_model(str(self.before.model), dtype=self.recipe.dtype, device=device)
+        else:
+            model = self._load_base(device)
         if not self.full:
             model = load(model, self.folder.start, trainable=True)
         if self.recipe.training.probe_steps:

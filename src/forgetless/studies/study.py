@@ -26,6 +26,7 @@ import yaml
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import lock, remove_temporaries, write_json, write_text
+from forgetless.recipes.recipe import Recipe
 from forgetless.recipes.study import StudyRecipe
 from forgetless.studies.folder import RunFolder, curve, planned, results, run_folders, write_tables
 from forgetless.studies.run import Run, execute, prepare
@@ -86,11 +87,37 @@ def study(
     if not isinstance(definition, StudyRecipe):
         read = StudyRecipe.parse if isinstance(definition, Mapping) else StudyRecipe.load
         definition = read(definition)  # type: ignore[arg-type]
+    folder = Path(out) / definition.name
+    how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
+    do_runs(folder, definition.recipes(), {"study.yaml": definition.model_dump()}, **how)
+    return Study(folder)
+
+
+def do_runs(
+    folder: Path,
+    recipes: Mapping[str, Recipe],
+    definition: Mapping[str, Any],
+    *,
+    index: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    threads: int | None = None,
+    listen: Listener | None = None,
+) -> None:
+    """Do every run that is not done yet, and write the tables of the folder.
+
+    Args:
+        folder: of the study.
+        recipes: by run id.
+        definition: what they come from, by the name of the file to write it to.
+        index: what runs.json has beside the runs.
+        workers: as of `study`.
+        threads: likewise.
+        listen: likewise.
+    """
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
-    folder, session = Path(out) / definition.name, uuid.uuid4().hex
-    listen = listen or (lambda event: None)
-    runs = _lay_out(folder, definition, listen)
+    session, listen = uuid.uuid4().hex, listen or (lambda event: None)
+    runs = _lay_out(folder, recipes, definition, index or {}, listen)
     if workers > 1:
         command = [sys.executable, "-m", "forgetless", "worker", str(folder), session]
         command += [] if threads is None else ["--threads", str(threads)]
@@ -98,19 +125,24 @@ def study(
     # With workers, what is left: the run of one that died is marked, others are done.
     work(runs, session, threads=threads, listen=listen)
     write_tables(folder, results(folder), curve(folder))
-    return Study(folder)
 
 
-def _lay_out(folder: Path, definition: StudyRecipe, listen: Listener) -> list[RunFolder]:
+def _lay_out(
+    folder: Path,
+    recipes: Mapping[str, Recipe],
+    definition: Mapping[str, Any],
+    index: Mapping[str, Any],
+    listen: Listener,
+) -> list[RunFolder]:
     """Write the definition, and ask for every run that nobody is doing; gives all of them."""
-    recipes = definition.recipes()
-    text = yaml.safe_dump(definition.model_dump(), sort_keys=False, allow_unicode=True)
     entries = [{"run_id": run_id, "name": recipe.name} for run_id, recipe in recipes.items()]
     with lock(folder / ".lock"):
-        for name in ("study.yaml", "runs.json"):
+        for name in (*definition, "runs.json"):
             remove_temporaries(folder, name)
-        write_text(folder / "study.yaml", text)
-        write_json(folder / "runs.json", {"runs": entries})
+        for name, content in definition.items():
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            write_text(folder / name, text)
+        write_json(folder / "runs.json", {"runs": entries, **index})
     runs = {RunFolder(folder / run_id): recipe for run_id, recipe in recipes.items()}
     for run, recipe in runs.items():
         with lock(run.lock, wait=False) as free:
@@ -144,7 +176,13 @@ def _is_over(run: RunFolder) -> bool:
 
 
 def _try_to_do(run: RunFolder, session: str, threads: int | None, listen: Listener) -> bool:
-    """Do a run if nobody else does; gives whether there was something to do."""
+    """Do a run if nobody else does; gives whether there was something to do.
+
+    One that comes after another waits for that, and fails with it.
+    """
+    before = run.before
+    if before is not None and not _is_over(before):
+        return False
     with lock(run.lock, wait=False) as free:
         if not free or _is_over(run):
             return False

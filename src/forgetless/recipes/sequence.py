@@ -1,0 +1,199 @@
+"""The definition of sequences: tasks that one base learns one after the other.
+
+name: skills
+recipe: {base: pocket, training: {steps: 300}, tasks: {forgetting: [pocket_recall]}}
+tasks:                                        # in order; dotted keys change the recipe for one
+- {name: problems, data: "pocket:problems", measure: pocket_problems}
+- {name: series, data: "pocket:series", measure: pocket_series, training.steps: 200}
+orders: [[problems, series], [series, problems]]
+seeds: [0, 1, 2]
+arms: [{adapter.method: lora}, {adapter.method: full, training.learning_rate: 3e-4}]
+
+Every task of every sequence is a run, `after` the one before it. What the recipe calls forgetting
+is the base's knowledge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from forgetless.core.errors import UserError
+from forgetless.core.files import load_yaml
+from forgetless.core.settings import Section, validated, with_overrides
+from forgetless.recipes.recipe import Recipe
+from forgetless.recipes.study import Gathered, labels
+
+CLASS_ORDER_SEED = 1993
+"""The seed of the class orders of iCaRL (Rebuffi et al. 2017) and of most work after it."""
+
+_OF_A_TASK = ("name", "data", "measure")
+_OF_A_SEQUENCE = ("between",)
+"""Keys of a definition that an arm may set too."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One sequence of runs.
+
+    Attributes:
+        arm: what it was done with.
+        order: name of the order.
+        seed: of every run.
+        tasks: names, in the order in which they are learned.
+        runs: their run ids.
+    """
+
+    arm: str
+    order: str
+    seed: int
+    tasks: tuple[str, ...]
+    runs: tuple[str, ...]
+
+
+class SequenceRecipe(Section):
+    """Tasks, and the recipe by which each of them is learned after those before it.
+
+    ``tasks`` have a ``name``, their training ``data`` and what ``measure`` them, a task or a list
+    of which the first is what the matrix shows; further keys are dotted and change the recipe.
+    ``orders`` are lists of names, by name or not, or numbers, each the seed of a random order.
+    ``arms`` are mappings of dotted keys to values, each with an optional ``name``.
+    """
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    recipe: dict[str, Any]
+    tasks: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    orders: dict[str, list[str]] | list[list[str] | int] = Field(default=[])
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0]  # noqa: RUF012 - pydantic copies it
+    between: Literal["continue"] = "continue"
+    arms: list[dict[str, Any]] = Field(default=[])
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks(cls, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for position, task in enumerate(tasks, start=1):
+            if missing := [key for key in _OF_A_TASK if not task.get(key)]:
+                raise ValueError(f"task {position} needs {' and '.join(missing)}")
+            if not isinstance(task["name"], str):
+                raise ValueError(f"the name of task {position} must be text, got {task['name']!r}")
+        names = [task["name"] for task in tasks]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two tasks are named {', '.join(sorted(twice))}")
+        return tasks
+
+    @model_validator(mode="after")
+    def _orders_of_tasks(self) -> Self:
+        known = [task["name"] for task in self.tasks]
+        for name, order in self.all_orders().items():
+            if unknown := [task for task in order if task not in known]:
+                raise ValueError(f"order {name} has {unknown[0]!r}, and the tasks are {known}")
+            if not order or len(set(order)) < len(order):
+                raise ValueError(f"order {name} must name tasks, each once, got {list(order)}")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """The sequences of a YAML file; their name is the file's when it has none.
+
+        ``recipe`` may name another file, taken from this one's folder. ``overrides`` change that
+        recipe.
+        """
+        path = Path(path)
+        content = load_yaml(path)
+        if "tasks" not in content or "recipe" not in content:
+            raise UserError(f"{path} has no 'recipe' and 'tasks', so it is no sequence")
+        if isinstance(content["recipe"], str):
+            content["recipe"] = load_yaml(path.parent / content["recipe"])
+        return cls.parse({"name": path.stem, **content}, overrides, source=str(path))
+
+    @classmethod
+    def parse(
+        cls,
+        content: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        source: str = "sequence",
+    ) -> Self:
+        """The sequences of a mapping; raises ``RecipeError`` with all problems of its form."""
+        definition = validated(cls, with_overrides(content, {}), source)
+        if overrides:
+            changed = with_overrides(definition.recipe, overrides)
+            definition = definition.model_copy(update={"recipe": changed})
+        return definition
+
+    def all_orders(self) -> dict[str, tuple[str, ...]]:
+        """Every order by its name."""
+        names = [task["name"] for task in self.tasks]
+        if isinstance(self.orders, dict):
+            return {name: tuple(order) for name, order in self.orders.items()}
+        found = {}
+        for order in self.orders or [names]:
+            if isinstance(order, int):
+                shuffled = np.random.RandomState(order).permutation(len(names))
+                found[f"seed {order}"] = tuple(names[i] for i in shuffled)
+            else:
+                found[" > ".join(order)] = tuple(order)
+        return found
+
+    def chains(self) -> tuple[list[Chain], dict[str, Recipe]]:
+        """Every sequence, and the recipes of their runs by run id, each after the one before it.
+
+        Sequences that begin alike share the runs of their beginning.
+
+        Raises:
+            RecipeError: the problems of all runs, each said once.
+        """
+        gathered, found = Gathered(self.name), []
+        for arm, changes in self._arms():
+            for order, names in self.all_orders().items():
+                for seed in self.seeds:
+                    runs: list[str | None] = []
+                    for position in range(len(names)):
+                        overrides = self._run(names[: position + 1], changes, seed)
+                        overrides["name"] = f"{arm}: {' > '.join(names[: position + 1])}"
+                        if position:
+                            overrides["sequence.after"] = runs[-1] or "unknown"
+                        runs.append(gathered.add(arm, self.recipe, overrides))
+                    found.append(Chain(arm, order, seed, names, tuple(map(str, runs))))
+        return found, gathered.recipes()
+
+    def _arms(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The name of every arm and what it changes."""
+        own = {key: getattr(self, key) for key in _OF_A_SEQUENCE}
+        for arm in self.arms or [{}]:
+            changes = {key: value for key, value in arm.items() if key != "name"}
+            name = str(arm.get("name") or " ".join(labels(changes)) or self.name)
+            yield (
+                name,
+                {
+                    f"sequence.{key}" if key in _OF_A_SEQUENCE else key: value
+                    for key, value in (own | changes).items()
+                },
+            )
+
+    def _run(
+        self, learned: tuple[str, ...], changes: Mapping[str, Any], seed: int
+    ) -> dict[str, Any]:
+        """What the recipe of a run changes, without the run before it."""
+        task = next(task for task in self.tasks if task["name"] == learned[-1])
+        knowledge = (self.recipe.get("tasks") or {}).get("forgetting") or []
+        others = [spec for each in self.tasks if each is not task for spec in measures(each)]
+        return {
+            **changes,
+            **{key: value for key, value in task.items() if key not in _OF_A_TASK},
+            "data.train": task["data"],
+            "seed": seed,
+            "tasks.learning": measures(task),
+            "tasks.forgetting": [*knowledge, *others],
+        }
+
+
+def measures(task: Mapping[str, Any]) -> list[Any]:
+    """What measures a task of a sequence, the first for the matrix."""
+    given = task["measure"]
+    return list(given) if isinstance(given, list) else [given]

@@ -1,0 +1,203 @@
+"""Sequences: tasks that one base learns one after the other, and the matrix of what stays.
+
+<out>/<name>/sequence.yaml  runs.json     the definition; its runs, and which make up a sequence
+<out>/<name>/report/sequence.json         every matrix with its metrics, see `matrices`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence as Listed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forgetless.core.continual import continual_metrics
+from forgetless.core.files import read_json, write_json
+from forgetless.core.metrics import mean_stderr, t_interval
+from forgetless.recipes.sequence import SequenceRecipe, measures
+from forgetless.scores.files import Phase
+from forgetless.studies.folder import RunFolder
+from forgetless.studies.stages import Listener
+from forgetless.studies.study import Study, do_runs
+from forgetless.tasks import make_tasks
+
+FORMULAS = {
+    "ACC": "mean over j = 1 .. K of R[K, j]",
+    "BWT": "mean over j = 1 .. K - 1 of R[K, j] - R[j, j] (Lopez-Paz and Ranzato 2017)",
+    "forgetting": "mean over j = 1 .. K - 1 of max over i = 1 .. K - 1 of R[i, j], minus R[K, j]; "
+    "negative where every task ended better than it ever was (Chaudhry et al. 2018)",
+    "FWT": "mean over j = 2 .. K of R[j - 1, j] - R[0, j] (Lopez-Paz and Ranzato 2017, with the "
+    "base for their random initialisation)",
+    "learning": "mean over j = 1 .. K of R[j, j], what each task reached when it was learned",
+    "knowledge lost": "R[0, 0] - R[K, 0], of the base's knowledge",
+    "forgetting (Avalanche)": "mean over j = 1 .. K - 1 of R[j, j] - R[K, j], which is -BWT",
+    "forgetting (Mammoth)": "as forgetting, with the maximum over i = 1 .. K: never negative",
+}
+"""What the metrics are, by name. R[i, j] is the score on task j after task i; row 0 is the base,
+and column 0 the base's knowledge. Scores of which less is better count negative."""
+
+
+class Sequence(Study):
+    """Sequences as they lie in their folder."""
+
+    @property
+    def matrices(self) -> dict[str, Any]:
+        """The matrix of every sequence with its metrics, and their means; see `matrices`."""
+        return matrices(self.folder)
+
+
+def sequence(
+    definition: SequenceRecipe | Mapping[str, Any] | str | Path,
+    out: str | Path = "runs",
+    *,
+    workers: int = 1,
+    threads: int | None = None,
+    listen: Listener | None = None,
+) -> Sequence:
+    """Do every run of some sequences that is not done yet, and write their matrices.
+
+    After each task all tasks are measured, those that come later too, and the base's knowledge. A
+    run waits for the one before it; all else is as in `forgetless.study`: what was stopped is
+    resumed by the same call, several workers or calls share the runs, and so do sequences that
+    begin alike.
+
+    Args:
+        definition: a `SequenceRecipe`, the mapping that one is written as, or a YAML file.
+        out: the folder that holds studies.
+        workers: as of `forgetless.study`.
+        threads: likewise.
+        listen: likewise.
+
+    Returns:
+        The sequences; look at ``.matrices`` and ``.failed``.
+
+    Raises:
+        RecipeError: what is wrong with the definition, before anything is run.
+    """
+    if not isinstance(definition, SequenceRecipe):
+        read = SequenceRecipe.parse if isinstance(definition, Mapping) else SequenceRecipe.load
+        definition = read(definition)  # type: ignore[arg-type]
+    folder = Path(out) / definition.name
+    chains, recipes = definition.chains()
+    index = {
+        "sequences": [asdict(chain) for chain in chains],
+        "measured_by": {t["name"]: _first_name(measures(t)) for t in definition.tasks},
+        "knowledge": _first_name((definition.recipe.get("tasks") or {}).get("forgetting") or []),
+    }
+    how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
+    content = {"sequence.yaml": definition.model_dump()}
+    do_runs(folder, recipes, content, index=index, **how)
+    write_json(folder / "report" / "sequence.json", matrices(folder))
+    return Sequence(folder)
+
+
+def _first_name(specs: Listed[Any]) -> str | None:
+    """The name of the task that the first of these makes; None of none."""
+    return make_tasks(specs[0])[0].name if specs else None
+
+
+def matrices(folder: str | Path) -> dict[str, Any]:
+    """What the sequences in a folder came to, as plain JSON values; None where nothing is known.
+
+    Returns:
+        "formulas": what the metrics are; "sequences": for each its arm, order, seed, tasks and
+        runs, "R" of (K + 1, K + 1) with row and column 0 for the base, "metrics", and "lost", for
+        every column how much is lost since its best score, and after which task most of it went;
+        "arms": for each the mean of every metric over seeds and orders with its 95 % interval, and
+        by order the mean matrix "R" over seeds.
+
+    Raises:
+        FileNotFoundError: there are no sequences in the folder.
+    """
+    folder = Path(folder)
+    index = read_json(folder / "runs.json", damaged_as_missing=True)
+    if not index.get("sequences"):
+        raise FileNotFoundError(f"no sequences in {folder}; 'forgetless sequence' makes some")
+    found = [_sequence(folder, index, chain) for chain in index["sequences"]]
+    return {
+        "name": folder.resolve().name,
+        "measured_by": index["measured_by"],
+        "knowledge": index["knowledge"],
+        "formulas": FORMULAS,
+        "sequences": found,
+        "arms": _arms(found),
+    }
+
+
+def _sequence(folder: Path, index: Mapping[str, Any], chain: Mapping[str, Any]) -> dict[str, Any]:
+    runs = [RunFolder(folder / run_id) for run_id in chain["runs"]]
+    columns = [index["knowledge"], *(index["measured_by"][task] for task in chain["tasks"])]
+    rows = [[_score(runs[0], "base", task) for task in columns]]
+    rows += [[_score(run, "final", task) for task in columns] for run in runs]
+    scores, higher = [[value for value, _ in row] for row in rows], []
+    for column in zip(*rows, strict=True):
+        higher.append(next((is_higher for _, is_higher in column if is_higher is not None), True))
+    R = np.array(scores) * np.where(higher, 1.0, -1.0)
+    metrics = continual_metrics(R[1:, 1:], R[0, 1:], variants=True)
+    metrics["learning"] = float(R[1:, 1:].diagonal().mean())
+    metrics["knowledge lost"] = float(R[0, 0] - R[-1, 0])
+    return {
+        **chain,
+        "R": [[_known(value) for value in row] for row in scores],
+        "higher_is_better": higher,
+        "metrics": {name: _known(metrics[name]) for name in FORMULAS},
+        "lost": [_lost(R[j:, j], ["base", *chain["tasks"]][j:]) for j in range(len(columns))],
+        "status": [run.read().get("status", "pending") for run in runs],
+    }
+
+
+def _score(run: RunFolder, phase: Phase, task: str | None) -> tuple[float, bool | None]:
+    """A score, nan where it was not measured, and whether more is better, if that is known."""
+    found = {} if task is None else read_json(run.scores(phase, task), damaged_as_missing=True)
+    value = found.get("value")
+    return math.nan if value is None else value, found.get("higher_is_better")
+
+
+def _lost(scores: NDArray[np.float64], after: Listed[str]) -> dict[str, Any]:
+    """What became of one column, from the row in which its task was learned."""
+    if np.isnan(scores).any():
+        return {"lost": None, "most_after": None}
+    falls = scores[:-1] - scores[1:]
+    worst = int(falls.argmax()) if falls.size and falls.max() > 0 else None
+    return {
+        "lost": float(scores.max() - scores[-1]),
+        "most_after": None if worst is None else after[worst + 1],
+    }
+
+
+def _arms(found: Listed[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds and orders, in the order of the definition."""
+    arms = []
+    for arm in dict.fromkeys(each["arm"] for each in found):
+        own = [each for each in found if each["arm"] == arm]
+        orders = {}
+        for order in dict.fromkeys(each["order"] for each in own):
+            alike = [each for each in own if each["order"] == order]
+            mean = np.array([each["R"] for each in alike], np.float64).mean(axis=0)
+            orders[order] = {
+                "tasks": alike[0]["tasks"],
+                "seeds": [each["seed"] for each in alike],
+                "R": [[_known(value) for value in row] for row in mean],
+            }
+        metrics = {name: mean_over([each["metrics"][name] for each in own]) for name in FORMULAS}
+        arms.append({"arm": arm, "metrics": metrics, "orders": orders})
+    return arms
+
+
+def mean_over(values: Listed[float | None]) -> dict[str, Any]:
+    """Mean over sequences with Student's 95 % interval; no mean where one is missing."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return {"mean": None, "low": None, "high": None, "n": len(known)}
+    mean = mean_stderr(known)
+    low, high = t_interval(mean.value, mean.stderr, mean.n - 1) if mean.n > 1 else (None, None)
+    return {"mean": mean.value, "low": low, "high": high, "n": mean.n}
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

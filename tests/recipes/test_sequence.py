@@ -1,0 +1,103 @@
+"""The definition of sequences: orders, seeds, arms, and the runs that they share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forgetless.core.errors import RecipeError, UserError
+from forgetless.recipes.sequence import CLASS_ORDER_SEED, SequenceRecipe
+from tests.sequences import definition_of
+
+pytest_plugins = ["tests.tiny_fixtures"]
+
+
+@pytest.fixture
+def definition(tiny_base: Path, tiny_files: Path) -> dict[str, Any]:
+    """Three tasks of sums."""
+    return definition_of(tiny_base, tiny_files)
+
+
+def test_every_task_is_a_run_after_the_one_before_it(definition: dict[str, Any]) -> None:
+    definition["tasks"][1]["training.steps"] = 1
+    (chain,), recipes = SequenceRecipe.parse(definition).chains()
+    assert chain.tasks == ("two", "three", "four")
+    assert list(recipes) == list(chain.runs)
+    assert [r.sequence.after for r in recipes.values()] == [None, *chain.runs[:2]]
+    assert [Path(r.data.train).stem for r in recipes.values()] == ["two", "three", "four"]
+    assert [r.training.steps for r in recipes.values()] == [2, 1, 2]
+    assert [spec["name"] for spec in recipes[chain.runs[1]].tasks.learning] == ["sums-of-three"]
+    forgetting = [spec["name"] for spec in recipes[chain.runs[1]].tasks.forgetting]
+    assert forgetting == ["prose", "sums-of-two", "sums-of-four"]
+
+
+def test_sequences_that_begin_alike_share_runs(definition: dict[str, Any]) -> None:
+    definition |= {
+        "orders": [["two", "three", "four"], ["two", "four"], ["two", "three"]],
+        "seeds": [0, 7],
+        "arms": [{"adapter.method": "lora"}, {"name": "slow", "training.learning_rate": 1e-4}],
+    }
+    chains, recipes = SequenceRecipe.parse(definition).chains()
+    assert len(chains) == 2 * 3 * 2
+    assert len(recipes) == 2 * 2 * 4
+    first, second, third = (chain.runs for chain in chains[::2][:3])
+    assert first[:2] == third
+    assert first[0] == second[0]
+    assert len({run for chain in chains for run in chain.runs}) == len(recipes)
+    assert [(c.arm, c.order, c.seed) for c in chains[:3]] == [
+        ("lora", "two > three > four", 0),
+        ("lora", "two > three > four", 7),
+        ("lora", "two > four", 0),
+    ]
+
+
+def test_an_earlier_task_decides_all_later_runs(definition: dict[str, Any]) -> None:
+    (before,), _ = SequenceRecipe.parse(definition).chains()
+    definition["tasks"][1]["training.learning_rate"] = 1e-4
+    (after,), _ = SequenceRecipe.parse(definition).chains()
+    assert [a == b for a, b in zip(before.runs, after.runs, strict=True)] == [True, False, False]
+
+
+def test_orders_have_names_or_seeds(definition: dict[str, Any]) -> None:
+    definition["orders"] = {"there": ["two", "three"], "back": ["three", "two"]}
+    assert SequenceRecipe.parse(definition).all_orders() == {
+        "there": ("two", "three"),
+        "back": ("three", "two"),
+    }
+    definition["orders"] = [CLASS_ORDER_SEED]
+    # numpy.random.seed(1993); numpy.random.permutation(3), as iCaRL shuffles classes
+    assert SequenceRecipe.parse(definition).all_orders() == {"seed 1993": ("two", "four", "three")}
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"tasks": [{"name": "two", "data": "x"}]}, "task 1 needs measure"),
+    ({"tasks": []}, "tasks: List should have at least 1 item"),
+    ({"orders": [["two", "five"]]}, "order two > five has 'five', and the tasks are"),
+    ({"orders": [["two", "two"]]}, "must name tasks, each once"),
+    ({"between": "glue"}, "between: "),
+    ({"seed": 3}, "seed: unknown key; did you mean 'seeds'?"),
+    ({"arms": [{"adapter.metod": "lora"}]}, "adapter.metod: unknown key; did you mean 'method'?"),
+    ({"arms": [{"between": "glue"}]}, "sequence.between: "),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=lambda value: str(value)[:50])
+def test_mistakes_are_named(
+    definition: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        SequenceRecipe.parse(definition | changes).chains()
+    assert message in str(error.value)
+
+
+def test_two_tasks_of_one_name_and_what_is_no_sequence(
+    definition: dict[str, Any], tmp_path: Path
+) -> None:
+    definition["tasks"][1]["name"] = "two"
+    with pytest.raises(RecipeError, match="two tasks are named two"):
+        SequenceRecipe.parse(definition)
+    (tmp_path / "recipe.yaml").write_text("base: pocket")
+    with pytest.raises(UserError, match="no 'recipe' and 'tasks', so it is no sequence"):
+        SequenceRecipe.load(tmp_path / "recipe.yaml")
