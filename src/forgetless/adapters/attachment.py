@@ -352,6 +352,12 @@ def _warn_of_the_rest(model: nn.Module, targets: Targets) -> None:
             + ", ".join(targets.skipped),
             stacklevel=3,
         )
+    if targets.unread:
+        warnings.warn(
+            f"{len(targets.unread)} linear layers through which no text passes are left out, "
+            f"{targets.unread[0]!r} among them; name them in target_modules to adapt them",
+            stacklevel=3,
+        )
     base, again = base_of(model), []
     first = {module: name for name, module in targets.layers.items()}
     for name, module in base.named_modules(remove_duplicate=False):

@@ -19,6 +19,7 @@ from forgetless.core.errors import UserError
 from forgetless.data.modality import Batch, Sample
 from forgetless.data.packing import IGNORED
 from forgetless.models.load import base_of, evaluating
+from forgetless.models.text import positions_of, without_cache
 
 
 class TokenRows(torch.utils.data.Dataset[Sample]):
@@ -86,7 +87,7 @@ class TokenRows(torch.utils.data.Dataset[Sample]):
             UserError: the rows are too long, of another tokenizer, or packed for a model in which
                 their sequences see each other.
         """
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = positions_of(model)
         if positions is not None and self.longest > positions:
             raise UserError(
                 f"the longest example has {self.longest} tokens, but the model has {positions} "
@@ -124,11 +125,11 @@ def _keeps_apart(model: Any) -> bool:
     def difference(sequence: int) -> float:
         """Between the second halves of the rows, with sequences of so many tokens."""
         places = torch.arange(sequence, device=device).repeat(2, 8 // sequence)
-        logits = model(input_ids=tokens, position_ids=places, use_cache=False).logits
+        logits = model(input_ids=tokens, position_ids=places).logits
         after_one, after_other = logits[:, 4:].float()
         return float((after_one - after_other).norm())
 
-    with evaluating(model):
+    with evaluating(model), without_cache(model):
         return difference(4) <= 1e-3 * difference(8)
 
 

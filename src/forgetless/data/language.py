@@ -15,6 +15,7 @@ from forgetless.data.modality import Batch, Modality
 from forgetless.data.texts import batches, self_text
 from forgetless.data.tokens import tokenize
 from forgetless.models.load import load_tokenizer
+from forgetless.models.text import vocabulary_of
 
 if TYPE_CHECKING:
     import datasets
@@ -54,7 +55,8 @@ def _own_texts(
 def _probe(model: PreTrainedModel) -> Batch:
     """Random tokens, (4, 32), always the same for a vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (4, 32), generator=generator)
+    words = vocabulary_of(model) or model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(words, (4, 32), generator=generator)
     return {"input_ids": tokens.to(next(model.parameters()).device)}
 
 

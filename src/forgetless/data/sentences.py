@@ -24,6 +24,7 @@ from forgetless.data.modality import Batch, Modality, Sample, longest_first
 from forgetless.data.packing import IGNORED
 from forgetless.data.texts import SELF, read_examples
 from forgetless.models.load import load_tokenizer, meta_model
+from forgetless.models.text import positions_of
 
 __all__ = ["MODALITY", "SentenceReader", "SentenceRows"]
 
@@ -237,12 +238,11 @@ class SentenceRows(torch.utils.data.Dataset[Sample]):
 
 def _positions(model: nn.Module) -> int | None:
     """How many tokens the model has places for: in RoBERTa's table, those behind its padding."""
-    positions = getattr(model.config, "max_position_embeddings", None)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             before = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - before
-    return positions if isinstance(positions, int) and positions > 0 else None
+    return positions_of(model)
 
 
 def _check(examples: Examples, reader: SentenceReader) -> None:

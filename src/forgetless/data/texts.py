@@ -101,15 +101,15 @@ def batches(
 
     from forgetless.data.batches import Padding
     from forgetless.data.modality import longest_first
+    from forgetless.models.text import positions_of
 
     require_counts(samples=samples, max_length=max_length, batch_size=batch_size)
-    config = model.config.get_text_config()
-    if config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         raise UserError(
             f"calibration text is for causal language models, got {type(model).__name__}; give "
             "forgetless.collect batches of your own"
         )
-    max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+    max_length = min(max_length, positions_of(model) or max_length)
     if source == SELF:
         windows = self_text(model, tokenizer, samples, max_length, seed)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -15,6 +15,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
+    _check_lora_target_modules_mamba,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -44,6 +45,7 @@ from forgetless.core.errors import UserError, unknown
 from forgetless.models.heads import divided, heads_of
 from forgetless.models.pocket import POCKETS
 from forgetless.models.targets import PARTS, part_of, shortest_endings
+from forgetless.models.text import unread_by_text
 from forgetless.models.weights import (
     hold_packing,
     is_linear,
@@ -72,6 +74,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "meta_model",
+    "require_checkpointing",
     "resolve_base",
     "target_layers",
     "weight_shape",
@@ -348,10 +351,11 @@ def target_layers(
 
     PEFT's own matching decides: "all-linear" is every Linear and Conv1D but a language model's
     output head (a classifier's is taken, unless it has a new head beside it, see
-    `forgetless.models.heads`); a list holds whole names or their endings ("q_proj"), of
-    which each must have a layer; any other string is a regular expression for the whole name. Of
-    our own are "attention" and "mlp": of all linear layers those inside of the attention, or of
-    the feed-forward part, of every block.
+    `forgetless.models.heads`); without layers that only pictures or sounds pass through, and of a
+    state-space mixer its in_proj alone. A list holds whole names or their endings
+    ("q_proj"), of which each must have a layer; any other string is a regular expression for the
+    whole name. Of our own are "attention" and "mlp": of all linear layers those inside of the
+    attention, or of the feed-forward part, of every block.
 
     Args:
         model: a plain model or a PeftModel; both give the same names, those of the plain model.
@@ -377,11 +381,13 @@ class Targets:
         given: what PEFT's config must hold so that PEFT adapts these layers and nothing else.
         skipped: the expert tensors of a mixture of experts that "all-linear" and "mlp" do not
             reach, with a star for layer numbers.
+        unread: the linear layers that those three do not take because no text passes through them.
     """
 
     layers: dict[str, nn.Module]
     given: str | list[str]
     skipped: list[str]
+    unread: list[str]
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-linear") -> Targets:
@@ -395,7 +401,8 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
     modules = everything
     if heads is not None:  # which are not adapted: the own one stays, the new one is trained whole
         modules = {n: m for n, m in everything.items() if not n.startswith(f"{heads[0]}.")}
-    experts = _expert_tensors(modules)
+    unread = set(unread_by_text(base, modules))
+    experts = _expert_tensors(modules, unread)
     _refuse_experts(wanted, experts)
     config, given = _peft_targets(base, wanted)
     try:
@@ -415,9 +422,20 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
                 f"target_modules {wanted!r} match {name!r}, which is a {type(module).__name__}; "
                 f"only linear layers can be adapted. {_what_there_is(linear)}"
             )
-    if heads is not None:
-        given = shortest_endings(found, everything)
-    return Targets(found, given, experts if _is_all_linear(wanted) else [])
+    if not _is_all_linear(wanted):
+        if bypassed := [name for name in found if _is_refused(config, base, name)]:
+            raise UserError(
+                f"target_modules {wanted!r} match {bypassed[0]!r}, whose weight this state-space "
+                "model reads past any adapter; name other layers, or use 'all-linear', which "
+                "leaves it out"
+            )
+        given = given if heads is None else shortest_endings(found, everything)
+        return Targets(found, given, [], [])
+    left_out = {*unread, *_read_past_adapters(modules)}
+    layers = {name: layer for name, layer in found.items() if name not in left_out}
+    if heads is not None or len(layers) < len(found):
+        given = shortest_endings(layers, [*everything, *experts])
+    return Targets(layers, given, experts, [name for name in found if name in unread])
 
 
 def _without_match(endings: Sequence[str], found: Mapping[str, object]) -> list[str]:
@@ -439,7 +457,9 @@ def _part_targets(model: nn.Module, part: str) -> Targets:
         )
     modules = [name for name, _ in base_modules(base)]
     given = shortest_endings(layers, [*modules, *everything.skipped])
-    return Targets(layers, given, everything.skipped if part == "mlp" else [])
+    skipped = everything.skipped if part == "mlp" else []
+    unread = [name for name in everything.unread if part_of(base, name) == part]
+    return Targets(layers, given, skipped, unread)
 
 
 def _is_all_linear(wanted: str | list[str]) -> bool:
@@ -483,16 +503,44 @@ def _reaches_experts(wanted: str | list[str], experts: list[str]) -> UserError:
     )
 
 
-def _expert_tensors(modules: Mapping[str, nn.Module]) -> list[str]:
-    """The stacked weights of experts, (experts, out, in), which are no linear layers."""
+def _expert_tensors(modules: Mapping[str, nn.Module], unread: Collection[str]) -> list[str]:
+    """The stacked weights of experts, (experts, out, in), which are no linear layers.
+
+    Their names or classes say that they are experts; gates and tables of places have three
+    dimensions too.
+    """
     names = [
         f"{name}.{parameter}"
         for name, module in modules.items()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if name not in unread and re.search(r"expert|moe", f"{name} {type(module).__name__}", re.I)
         for parameter, weight in module.named_parameters(recurse=False)
-        if weight.ndim == 3 and len(weight) > 1  # those of a ViT's places have a batch of one
+        if weight.ndim == 3
     ]
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+
+
+def _read_past_adapters(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The layers of state-space mixers (Mamba and its kin) behind the first.
+
+    Their kernels take the weights and not the layers, so an adapter on these would be trained by
+    nothing, or only on some machines.
+    """
+    # DeltaNet's mixers have an A_log without a D; their layers are called.
+    own = ("A_log", "D", "in_proj")
+    mixers = {n for n, module in modules.items() if all(hasattr(module, part) for part in own)}
+    parts = (name.rpartition(".") for name in modules)
+    return [
+        f"{above}.{ending}" for above, _, ending in parts if above in mixers and ending != own[2]
+    ]
+
+
+def _is_refused(config: LoraConfig, base: nn.Module, name: str) -> bool:
+    """Whether PEFT has something against this layer of such a mixer."""
+    try:
+        _check_lora_target_modules_mamba(config, base, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -551,8 +599,26 @@ def as_base(model: nn.Module) -> Iterator[nn.Module]:
         yield base
 
 
+def require_checkpointing(model: nn.Module) -> None:
+    """Refuse a model that cannot recompute activations.
+
+    Raises:
+        UserError: transformers has it for other architectures only.
+    """
+    if not getattr(base_of(model), "supports_gradient_checkpointing", True):
+        raise UserError(
+            f"{type(base_of(model)).__name__} cannot recompute activations; set "
+            "training.gradient_checkpointing to false"
+        )
+
+
 def checkpoint_activations(model: Any, on: bool = True) -> None:
-    """Recompute activations in the backward pass of this model, or keep them again."""
+    """Recompute activations in the backward pass of this model, or keep them again.
+
+    Raises:
+        UserError: the architecture cannot recompute.
+    """
+    require_checkpointing(model)
     # The name before transformers 5.20 was gradient_checkpointing_enable.
     new = hasattr(model, "activation_checkpointing_enable")
     switch = "activation_checkpointing" if new else "gradient_checkpointing"

@@ -20,7 +20,7 @@ from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF, fingerprint, read_examples
 from forgetless.methods import METHODS, find
 from forgetless.models.heads import add_head
-from forgetless.models.load import head_of, meta_model, target_layers
+from forgetless.models.load import head_of, meta_model, require_checkpointing, target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.moments import is_statistics
@@ -46,6 +46,7 @@ class Checker:
             *self.adapter(recipe.base, recipe.adapter),
             *self._head(recipe),
             *_loraplus(recipe),
+            *self._checkpointing(recipe),
             *optimizer_problems(recipe.training),
             *compile_problems(recipe.training),
             *tracker_problems(recipe.training),
@@ -103,6 +104,16 @@ class Checker:
         for name in ("head_learning_rate", "probe_steps"):
             if getattr(recipe.training, name):
                 yield f"training.{name}: is for a new head; set adapter.head: new, or leave it out"
+
+    def _checkpointing(self, recipe: Recipe) -> list[str]:
+        """Whether the base can recompute activations, where that is asked for."""
+        model, _ = self._attempt(meta_model, recipe.base)
+        try:
+            if model is not None and recipe.training.gradient_checkpointing:
+                require_checkpointing(model)
+        except UserError as problem:
+            return [str(problem)]
+        return []
 
     def _data(self, recipe: Recipe) -> Iterator[str]:
         first = recipe.data.sources[0][0] if recipe.adapter.head == "new" else None

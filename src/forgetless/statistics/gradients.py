@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from forgetless.core.errors import UserError
 from forgetless.core.processes import Processes
 from forgetless.core.progress import counted
+from forgetless.data.losses import loss_of
 from forgetless.models.load import as_base, target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.statistics.collector import Batch
@@ -154,7 +155,7 @@ def collect_gradients(
             stacklevel=2,
         )
     metadata = {
-        "loss": run.loss / run.tokens,
+        "loss": run.total / run.tokens,
         "tokens": run.tokens,
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -172,10 +173,10 @@ class _Pass:
         layers: Mapping[str, nn.Module],
         shapes: Mapping[str, tuple[int, int]],
     ) -> None:
-        self.base = base
+        self.base, self.loss = base, loss_of(base)
         self.layers = layers
         self.shapes = shapes
-        self.loss = 0.0
+        self.total = 0.0
         self.tokens = 0
         self.sums: dict[str, Tensor] = {}
         self._calls: Counter[str] = Counter()
@@ -191,8 +192,8 @@ class _Pass:
 
     def add_up(self, processes: Processes) -> None:
         """Add up over all processes what they have."""
-        parts = processes.gather((self.loss, self.tokens, set(self.sums)))
-        self.loss, self.tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        parts = processes.gather((self.total, self.tokens, set(self.sums)))
+        self.total, self.tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
         if not self.tokens:
             raise UserError("there is nothing to learn: no batches, or every label is -100")
         for name in [name for name in self.layers if any(name in part[2] for part in parts)]:
@@ -213,13 +214,13 @@ class _Pass:
         learned = _learned(self.base, arguments["labels"])
         if not learned:
             return
-        loss = self.base(**arguments).loss * learned
+        loss: Any = self.loss(self.base(**arguments), labels=arguments["labels"]) * learned
         value = float(loss.detach())
         if not math.isfinite(value):
             raise UserError(f"the loss of batch {number} is {value}; check the weights")
         if loss.requires_grad:
             loss.backward()
-        self.loss += value
+        self.total += value
         self.tokens += learned
         for name, total in self.sums.items():
             if not bool(total.sum().isfinite()):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
 from forgetless.models.load import adapter_off, evaluating
+from forgetless.models.text import text_config, vocabulary_of
 from forgetless.tasks.inference import Ids, accepts, by_length, device_of, pad, require_causal
 from forgetless.tasks.journal import in_batches
 from forgetless.tasks.texts import Piece
@@ -215,9 +216,8 @@ class _Pair:
         # Hidden states are read with adapters off; switching takes long, and few adapt the head.
         adapts_head = self.apart and _adapts_outside(model, _decoder(model))
         self.off_at_head = self.off if adapts_head else nullcontext
-        config = getattr(model, "config", None)
-        vocabulary = int(getattr(config, "vocab_size", None) or 1 << 17)
-        hidden = int(getattr(config, "hidden_size", None) or 1 << 14)
+        vocabulary = vocabulary_of(model) or 1 << 17
+        hidden = int(getattr(text_config(model), "hidden_size", None) or 1 << 14)
         self.numbers_a_token = hidden if self.apart else vocabulary
         self.chunk = max(1, _CHUNK_LOGITS // vocabulary)
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from forgetless.core.errors import UserError
 from forgetless.data.encoding import encode
 from forgetless.models.load import evaluating
+from forgetless.models.text import positions_of
 from forgetless.tasks.inference import (
     Ids,
     accepts,
     by_length,
-    context_of,
     device_of,
     pad,
     padding_of,
@@ -217,7 +217,7 @@ def _ids_with(character: str, tokenizer: PreTrainedTokenizerBase, size: int) -> 
 
 def _check_room(model: nn.Module, rows: Sequence[Ids], new: int) -> None:
     """Refuse prompts that leave no room for their answer, and empty ones."""
-    room = context_of(model)
+    room = positions_of(model)
     longest = max((len(row) for row in rows), default=0)
     if room is not None and longest + new > room:
         raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
+from forgetless.models.text import text_config, vocabulary_of
 
 __all__ = [
     "accepts",
     "by_length",
-    "context_of",
     "device_of",
     "pad",
     "padding_of",
@@ -75,13 +74,6 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(plain.forward).parameters
 
 
-def context_of(model: nn.Module) -> int | None:
-    """Most tokens that the model can read at once, where its config says so."""
-    config = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else None
-
-
 def padding_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's padding token; 0 where it has none, or one that the model does not embed.
 
@@ -106,7 +98,7 @@ def rows_that_fit(model: nn.Module, length: int, wanted: int | None = None) -> i
         wanted: None for 32 on a CPU, 128 on anything else.
     """
     place = _place(model)
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1 << 17
+    vocabulary = vocabulary_of(model) or 1 << 17
     fitting = max(1, _LOGITS[place] // (length * vocabulary))
     return min(wanted or _MOST_ROWS[place], fitting)
 
@@ -129,8 +121,7 @@ def _place(model: nn.Module) -> str:
 
 def _cache_bytes(model: nn.Module) -> int:
     """Bytes of the keys and values of one token, where the config says how many there are."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     layers, hidden, heads, shared, size = (
         getattr(config, name, None)
         for name in (

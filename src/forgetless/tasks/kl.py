@@ -79,8 +79,8 @@ class KL(TextTask):
         self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
     ) -> TaskResult:
         """The divergence of `model` from `reference`."""
+        from forgetless.models.text import positions_of
         from forgetless.tasks.distances import distances
-        from forgetless.tasks.inference import context_of
 
         if self.examples.kind == "messages":
             whole = tokenize(self.examples, tokenizer, max_length=sys.maxsize, pack=False)
@@ -88,7 +88,7 @@ class KL(TextTask):
         else:
             key = "text" if self.examples.kind == "text" else "prompt"
             rows = encode(tokenizer, [record[key] for record in self.examples])
-        length = min(self.max_length, context_of(model) or self.max_length)
+        length = min(self.max_length, positions_of(model) or self.max_length)
         pieces = distances(
             model, rows, max_length=length, reference=reference, batch_size=batch_size
         )

@@ -141,7 +141,8 @@ def choice_scores(
         UserError: not a causal language model, logits that are nan, or a choice that is longer
             than the model can read.
     """
-    from forgetless.tasks.inference import context_of, require_numbers
+    from forgetless.models.text import positions_of
+    from forgetless.tasks.inference import require_numbers
     from forgetless.tasks.likelihood import losses
 
     prompts = [prompt for prompt, choices in questions for _ in choices]
@@ -151,7 +152,7 @@ def choice_scores(
         start = max(1, _shared(prompt, row))
         rows.append(row)
         labels.append([IGNORED] * start + row[start:])
-    room = context_of(model) or max(map(len, rows))
+    room = positions_of(model) or max(map(len, rows))
     if any(
         len(row) - label.count(IGNORED) >= room for row, label in zip(rows, labels, strict=True)
     ):

@@ -78,10 +78,10 @@ class Perplexity(TextTask):
         self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
     ) -> TaskResult:
         """The mean loss of `model`; `extra` has the perplexity and the number of tokens."""
-        from forgetless.tasks.inference import context_of
+        from forgetless.models.text import positions_of
         from forgetless.tasks.likelihood import losses
 
-        length = min(self.max_length, context_of(model) or self.max_length)
+        length = min(self.max_length, positions_of(model) or self.max_length)
         stride = min(self.stride or length // 2, length - 1)
         labels: list[list[int]] | None = None
         if self.examples.kind == "text":

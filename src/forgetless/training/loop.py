@@ -14,6 +14,7 @@ from transformers.utils import logging
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.progress import Bar
 from forgetless.data.examples import Examples
+from forgetless.data.losses import own_loss
 from forgetless.data.modality import Processor, Rows, modality_of
 from forgetless.training import checkpoints
 from forgetless.training.devices import Share, join
@@ -163,6 +164,9 @@ def train(
             # Probes come first, so that what they decide is in the log and sealed with the rest.
             callbacks=[*([probes] if probes else []), record, trackers, interruption],
         )
+        several = settings.gradient_accumulation > 1 or launch.processes > 1
+        divides = trainer.model_accepts_loss_kwargs
+        trainer.take_loss(own_loss(model, several=several, divides=divides))
         for term in terms:  # now that the model is on the device where it trains
             term.prepare(model, processor, seed)
         trainer.penalties = terms

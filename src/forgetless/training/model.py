@@ -17,6 +17,7 @@ from torch._inductor import config as inductor
 
 from forgetless.core.errors import UserError
 from forgetless.models.load import checkpoint_activations
+from forgetless.models.text import without_cache
 from forgetless.training.settings import TrainingSettings
 from forgetless.training.weights import trained_weights
 
@@ -86,7 +87,7 @@ def prepared(model: Any, settings: TrainingSettings) -> Iterator[None]:
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     try:
-        with attention_dropout(model, settings.attention_dropout):
+        with attention_dropout(model, settings.attention_dropout), without_cache(model):
             yield
     finally:
         if settings.compile:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from forgetless.core.errors import UserError
+from forgetless.data.losses import Loss
 from forgetless.models.heads import heads_of
 from forgetless.models.load import base_of
 from forgetless.training import checkpoints
@@ -133,6 +134,13 @@ class ExactTrainer(Trainer):
             if self.zero is not None:
                 self.zero.end()
 
+    def take_loss(self, loss: Loss | None) -> None:
+        """Compute the loss by `loss` instead of the model's own, where one is given."""
+        if loss is not None:
+            self.compute_loss_func = loss
+            self._loss_shifts_labels = True  # so that Trainer counts what is learned alike
+            self.model_accepts_loss_kwargs = False
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch; the last batch of a step also bears the penalties."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -144,7 +152,8 @@ class ExactTrainer(Trainer):
         total = sum(values, start=torch.zeros_like(loss))
         self.unlogged.penalty += total.item()
         # `training_step` divides by the batches of a step where the model does not do so itself.
-        divided = not self.model_accepts_loss_kwargs or kwargs.get("num_items_in_batch") is None
+        scaled = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        divided = not scaled or kwargs.get("num_items_in_batch") is None
         return loss + total * (self.current_gradient_accumulation_steps if divided else 1)
 
     def training_step(

@@ -18,6 +18,7 @@ from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import modality_of
 from forgetless.models.load import head_of, meta_model, target_layers
+from forgetless.models.text import positions_of
 from forgetless.models.weights import weight_shape
 
 # ---- what it is for ------------------------------------------------------------------------------
@@ -70,8 +71,7 @@ class Base:
     @property
     def positions(self) -> int | None:
         """Most tokens of a sequence; None where the architecture has no limit."""
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return None if found is None else int(found)
+        return positions_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

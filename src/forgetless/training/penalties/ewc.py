@@ -7,11 +7,13 @@ arXiv:1612.00796. The Fisher information is the empirical one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
+from forgetless.data.losses import loss_of
 from forgetless.data.modality import Batch, Processor
 from forgetless.data.packing import IGNORED
 from forgetless.models.load import evaluating
@@ -39,10 +41,11 @@ class EWC(HeldTexts):
         examples = self._examples()
         if not examples:
             raise UserError(f"penalty 'ewc': {self.source} has nothing that the model can predict")
+        mean = loss_of(model)
         with evaluating(model), torch.enable_grad():
             for example, answers in examples:
                 # The loss is the mean of - log p over the answers.
-                loss = model(**example, **self.options).loss
+                loss: Any = mean(model(**example, **self.options), labels=example["labels"])
                 (-loss * answers).backward()
                 for name, weight in trained_weights(model).items():
                     if weight.grad is not None:
