@@ -221,7 +221,8 @@ def test_fisher_information_is_not_summed_in_16_bits(
 ) -> None:
     model = load_model(str(tiny_base), dtype="bfloat16")
     module = "forgetless.training.penalties.ewc"
-    monkeypatch.setattr(f"{module}.EWC._examples", lambda _: [({}, 1)] * 600)
+    monkeypatch.setattr(f"{module}.EWC._examples", lambda _: [({"labels": None}, 1)] * 600)
+    monkeypatch.setattr(f"{module}.loss_of", lambda _: lambda outputs, labels: outputs.loss)
 
     def forward(**_: Any) -> Any:
         return SimpleNamespace(loss=model.lm_head.weight.sum())
