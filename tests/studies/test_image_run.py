@@ -38,6 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_classifier(folder / "base")
     save_images(folder / "train", {"bars": 8, "dots": 8})
     save_images(folder / "keep", {"wedge": 12}, seed=1)
+    save_images(folder / "new", {"bars": 8, "dots": 8}, seed=3)
     save_images(folder / "test", {"bars": 6, "dots": 6, "wedge": 6}, seed=2)
     return folder
 
@@ -50,7 +51,7 @@ def recipe_of(world: Path, method: str = "lora_null_v1", **changes: Any) -> Reci
         "data": {"train": str(world / "train")},
         "training": {"learning_rate": 1e-2, "steps": 6, "batch_size": 4, "log_every": 1},
         "tasks": {
-            "learning": [{"kind": "image_accuracy", "name": "new", "path": str(world / "train")}],
+            "learning": [{"kind": "image_accuracy", "name": "new", "path": str(world / "new")}],
             "forgetting": [{"kind": "image_accuracy", "name": "old", "path": str(world / "test")}],
         },
     }

@@ -31,9 +31,15 @@ class ClassReader:
     new: Mapping[str, int] = field(default_factory=dict)
     is_new: bool = False
 
-    def number(self, label: Any) -> int | None:
-        """The number of a class; None where the head does not have it."""
-        return self.classes.get(str(label))
+    def number(self, label: str | int) -> int | None:
+        """The number of a class by its name or, of the base's own head, by its number; or None."""
+        if self.is_new:
+            return self.classes.get(str(label))
+        if isinstance(label, str) and label not in self.classes and label.strip().isdecimal():
+            label = int(label)  # as a CSV file writes it
+        if isinstance(label, int):
+            return label if label in self.classes.values() else None
+        return self.classes.get(label)
 
     def with_new(self, classes: Sequence[str]) -> Self:
         """The reader of the base with a new head for these classes."""
@@ -93,7 +99,7 @@ def own_and_new(config: Any) -> dict[str, Any]:
     }
 
 
-def some(names: Iterable[str]) -> str:
+def some(names: Iterable[str | int]) -> str:
     """The first eight, for a message."""
     first = [repr(name) for name in islice(names, 9)]
     return ", ".join(first[:8]) + (", ..." if len(first) > 8 else "")

@@ -51,8 +51,11 @@ class Examples:
     @property
     def where(self) -> list[str]:
         """For each record, the source and the place in it: ``"train.jsonl, line 7"``."""
-        places = self.places or [f"example {number + 1}" for number in range(len(self))]
-        return [f"{self.source}, {place}" for place in places]
+        return [f"{self.source}, {place}" for place in self._places]
+
+    @property
+    def _places(self) -> Sequence[str]:
+        return self.places or [f"example {number + 1}" for number in range(len(self))]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -65,6 +68,27 @@ class Examples:
             digest.update(json.dumps(record, sort_keys=True, ensure_ascii=True).encode())
         return digest.hexdigest()
 
+    def require_whole(self) -> None:
+        """See to it that images can be read, as far as their headers and ends tell.
+
+        Raises:
+            UserError: the first few that cannot be; or classes that look alike.
+        """
+        if self.kind != "image":
+            return
+        from forgetless.data.pictures import require_whole  # loads PIL, for images alone
+
+        problems = []
+        for place, record in zip(self._places, self.records, strict=True):
+            try:
+                require_whole(record["image"])
+            except UserError as problem:
+                problems.append(f"{place}: {str(problem).removeprefix(record['image']).strip()}")
+        if problems:
+            raise bad_rows(self.source, problems)
+        if found := _confusable([record["label"] for record in self.records], self._places):
+            raise bad_rows(self.source, [found])
+
     def dataset(self) -> datasets.Dataset:
         """The records as a `datasets.Dataset`, which TRL's trainers take as it is.
 
@@ -73,6 +97,23 @@ class Examples:
         return optional_package("datasets").Dataset.from_list(
             [dict(record) for record in self.records]
         )
+
+
+def _confusable(labels: Sequence[str | int], places: Sequence[str]) -> str | None:
+    """What is wrong with labels some of which are numbers, or differ by case alone."""
+    first: dict[str | int, str] = {}
+    for label, place in zip(labels, places, strict=True):
+        first.setdefault(label, place)
+    by_kind = {type(label): label for label in reversed(list(first))}
+    if len(by_kind) > 1:
+        name, number = by_kind[str], by_kind[int]
+        return f"{first[number]}: the label is a number, {number}, and elsewhere a name, {name!r}"
+    alike: dict[str, str | int] = {}
+    for label, place in first.items():
+        other = alike.setdefault(str(label).casefold(), label)
+        if other != label and len(str(label)) > 1:  # letters may be classes
+            return f"{place}: the class {label!r} differs by case alone from {other!r}"
+    return None
 
 
 def load_examples(

@@ -196,14 +196,6 @@ def class_folders(path: Path) -> dict[str, list[Path]]:
     loose = next((x for x in sorted(path.iterdir()) if x.suffix.lower() in IMAGES), None)
     if loose is not None:
         problems.append(f"{loose.name}: lies beside the class folders, and so has no class")
-    by_name: dict[str, list[str]] = {}
-    for name in found:
-        by_name.setdefault(name.casefold(), []).append(name)
-    problems += [
-        f"{names[0]}: another folder is called {names[1]}, which differs by case alone"
-        for names in by_name.values()
-        if len(names) > 1
-    ]
     if problems:
         few = first_few(problems) if len(problems) > 1 else problems[0]
         raise UserError(f"{path}, {few}")
@@ -295,6 +287,8 @@ def npz_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """
     import numpy as np
 
+    if not zipfile.is_zipfile(path):  # numpy would take it for a pickle
+        raise UserError(f"{path} is no valid npz file; write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files if name in _ARRAYS}

@@ -17,11 +17,11 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from forgetless.core.errors import UserError
 from forgetless.data.classes import ClassReader, own_and_new, require_reader, some
 from forgetless.data.examples import Examples, require_kind
-from forgetless.data.files import POCKET, bad_rows, require_counts
+from forgetless.data.files import require_counts
 from forgetless.data.forms import Kind, Record
 from forgetless.data.modality import Batch, Modality, Sample
 from forgetless.data.packing import IGNORED
-from forgetless.data.pictures import converted, require_whole
+from forgetless.data.pictures import converted, open_image
 from forgetless.data.texts import SELF, read_examples
 from forgetless.models.load import evaluating, load_image_processor, meta_model
 
@@ -84,12 +84,13 @@ class ImageReader(ClassReader):
             UserError: which classes it does not have, or examples that are no images.
         """
         require_kind(examples, KINDS)
-        unknown = sorted({record["label"] for record in examples} - self.classes.keys())
+        unknown = [x for x in {record["label"] for record in examples} if self.number(x) is None]
         if unknown:
+            count = len(self.classes)
             raise UserError(
-                f"{examples.source}: the head of this base has no class {some(unknown)}; its "
-                f"{len(self.classes)} classes are {some(self.classes)}; adapter.head: new trains a "
-                "new head for others"
+                f"{examples.source}: the head of this base has no class "
+                f"{some(sorted(unknown, key=str))}; its {count} classes are {some(self.classes)}, "
+                f"or 0 to {count - 1}; adapter.head: new trains a new head for others"
             )
 
     @property
@@ -163,18 +164,21 @@ class ImageRows(torch.utils.data.Dataset[Sample]):
 
 def _check(examples: Examples, reader: ImageReader) -> None:
     """Raise which classes are unknown, and which files are no images."""
+    examples.require_whole()
     reader = _reading(examples, reader)
     reader.require_known(examples)
-    problems = []
-    places = examples.places or [record["image"] for record in examples]
-    for place, record in zip(places, examples, strict=True):
-        try:
-            if not record["image"].startswith(POCKET):
-                require_whole(record["image"])
-        except UserError as problem:
-            problems.append(f"{place}: {str(problem).removeprefix(record['image']).strip()}")
-    if problems:
-        raise bad_rows(examples.source, problems)
+    if reader.processor.to_dict().get("do_resize", True):
+        return
+    sizes: set[tuple[int, int]] = set()
+    for record in examples:
+        with open_image(record["image"]) as image:
+            sizes.add(image.size)
+    if len(sizes) > 1:
+        shown = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:4])
+        raise UserError(
+            f"{examples.source} has images of {len(sizes)} sizes ({shown}), and the base's image "
+            "processor does not resize them; make them one size"
+        )
 
 
 def _labels(examples: Examples) -> list[str]:

@@ -87,16 +87,6 @@ class SentenceReader(ClassReader):
         """Write the tokenizer beside a model, whose config has the classes."""
         self.tokenizer.save_pretrained(folder)
 
-    def number(self, label: str | int) -> int | None:
-        """The number of a class by its name or, of the base's own head, by its number; or None."""
-        if self.is_new:
-            return super().number(label)
-        if isinstance(label, str) and label not in self.classes and label.strip().isdecimal():
-            label = int(label)  # as a CSV file writes it
-        if isinstance(label, int):
-            return label if label in self.classes.values() else None
-        return self.classes.get(label)
-
     def labelled(self, examples: Examples) -> Examples:
         """The examples, each with the name of its class.
 

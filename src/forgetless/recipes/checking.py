@@ -117,17 +117,24 @@ class Checker:
 
     def _data(self, recipe: Recipe) -> Iterator[str]:
         first = recipe.data.sources[0][0] if recipe.adapter.head == "new" else None
+        classes: set[str] = set()
+        failed = False
         for path, _ in recipe.data.sources:
             examples, problem = self._attempt(load_examples, path)
             if problem is None:
                 _, problem = self._attempt(self._require_readable, recipe.base, path, first)
             if problem is not None:
+                failed = True
                 yield f"data.train: {problem}"
                 continue
             try:
                 as_kind(recipe.data.format, examples)
             except ValueError as misfit:
                 yield f"data.format: {misfit}"
+            if examples.kind == "image":
+                classes |= {record["label"] for record in examples}
+        if len(classes) == 1 and not failed:
+            yield f"data.train: has the class {classes.pop()!r} alone; nothing tells it from others"
 
     def _require_readable(self, base: str, path: str, new: str | None) -> None:
         """Raise what the base's processor has against a file's examples.
@@ -159,6 +166,7 @@ class Checker:
             examples = read_examples(source)
             if problem is None:
                 require_kind(examples, modality.kinds)
+            examples.require_whole()
         elif problem is None and modality.own_texts is None:
             raise UserError(f"base {base!r} says nothing by itself; name what it is to keep")
 
@@ -239,6 +247,8 @@ class Checker:
                 made = self._attempt(make_tasks, spec)[0] or ()
                 yield from self._for_others(where, recipe.base, made)
                 for task in made:
+                    if kind == "learning" and _is_trained_on(task, recipe):
+                        yield f"{where}: the images are those of data.train; give others to test on"
                     if task.name in names:
                         yield (
                             f"{where}: a second task named {task.name!r}; give it a 'name' of its "
@@ -252,6 +262,14 @@ def _with_head(base: str) -> Any:
     if modality_of(base).labels is None:
         raise UserError("new heads are for classifiers, and this base answers with tokens")
     return add_head(meta_model(base), ["", " "])
+
+
+def _is_trained_on(task: Task, recipe: Recipe) -> bool:
+    """Whether a task shows images of the training data, which say nothing of other ones."""
+    if task.kind != "image_accuracy":
+        return False
+    shown = Path(task.path).resolve()  # type: ignore[attr-defined]
+    return any(Path(path).resolve() == shown for path, _ in recipe.data.sources)
 
 
 def _rank_problems(model: Any, settings: AdapterSettings) -> Iterator[str]:

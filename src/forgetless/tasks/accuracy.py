@@ -56,6 +56,7 @@ class HeadAccuracy(Task):
         """What the task shows."""
         found = read_examples(self.path, self.limit)
         require_kind(found, self.kinds)
+        found.require_whole()
         return found
 
     def content(self) -> Sequence[object]:
