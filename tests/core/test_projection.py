@@ -60,6 +60,30 @@ def test_no_neighbour_is_better(seed: int, strength: float) -> None:
         assert objective(near, A, C, T, strength) > least
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 99), st.floats(0.01, 100), st.floats(0.1, 0.9))
+def test_no_neighbour_is_better_where_an_earlier_task_is_to_stay(
+    seed: int, strength: float, share: float
+) -> None:
+    """Over A with B fixed: near the new update on T, the earlier one on E, and nothing on C."""
+    A, B = random(3, 8, seed=seed), random(5, 3, seed=seed + 1)
+    earlier = random(5, 2, seed=seed + 2) @ random(2, 8, seed=seed + 3)
+    text, T, E = (moment(8, 30, seed + 100 * i)[0] for i in range(3))
+    C = (1 - share) * text + share * E
+    found = repaired(A, C, T, strength, share * (torch.linalg.pinv(B) @ earlier) @ E)
+
+    def cost(rows: Tensor) -> float:
+        old, new = B @ rows - earlier, B @ (rows - A)
+        kept = (1 - share) * ((B @ rows @ text) * (B @ rows)).sum() + share * (
+            (old @ E) * old
+        ).sum()
+        return float(((new @ T) * new).sum() + strength * kept)
+
+    for other in range(5):
+        near = found + 1e-3 * random(3, 8, seed=seed + other + 4)
+        assert cost(near) > cost(found)
+
+
 def test_strength_0_returns_the_rows_themselves() -> None:
     A = random(3, 8).float()
     assert repaired(A, moment(8, 30)[0], moment(8, 20, 1)[0], 0) is A

@@ -25,7 +25,7 @@ def test_every_task_is_a_run_after_the_one_before_it(definition: dict[str, Any])
     (chain,), recipes = SequenceRecipe.parse(definition).chains()
     assert chain.tasks == ("two", "three", "four")
     assert list(recipes) == list(chain.runs)
-    assert [r.sequence.after for r in recipes.values()] == [None, *chain.runs[:2]]
+    assert [r.after for r in recipes.values()] == [None, *chain.runs[:2]]
     assert [Path(r.data.train).stem for r in recipes.values()] == ["two", "three", "four"]
     assert [r.training.steps for r in recipes.values()] == [2, 1, 2]
     assert [spec["name"] for spec in recipes[chain.runs[1]].tasks.learning] == ["sums-of-three"]

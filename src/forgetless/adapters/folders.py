@@ -29,7 +29,7 @@ from forgetless.adapters.layer import (
     adapted_layers,
     install,
 )
-from forgetless.adapters.plain import lora_config, plain_lora
+from forgetless.adapters.plain import PlainLora, lora_config, plain_lora
 from forgetless.adapters.tuner import add_adapter, check_addable, take_off
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.files import new_folder, read_json, write_json
@@ -237,6 +237,13 @@ def save(
     with _replaced(Path(folder)) as new:
         start = config.start if isinstance(config, StartConfig) else None
         _write(new, config, state, model, start)
+    return Path(folder)
+
+
+def save_plain(plain: PlainLora, folder: str | Path, model: PeftModel) -> Path:
+    """Write a plain LoRA for the base of a model as it is, without a card."""
+    with _replaced(Path(folder)) as new:
+        _write(new, plain.config, plain.state, model)
     return Path(folder)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,14 @@ from forgetless.adapters.anchored import plain_factors
 from forgetless.adapters.dora import is_dora
 from forgetless.adapters.layer import PREFIX, adapted_layers
 from forgetless.core.errors import UserError, first_few, unknown
+from forgetless.core.method import Factors
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def _paired(key: str) -> str:
+    """The name of B beside that of A."""
+    return key.removesuffix(_A) + _B
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,26 @@ class PlainLora:
 
     config: LoraConfig
     state: dict[str, Tensor]
-    relative_error: float
-    layer_errors: dict[str, float]
+    relative_error: float = 0.0
+    layer_errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        """A and B of every layer, by its name in the base."""
+        return {
+            key.removeprefix(PREFIX).removesuffix(_A): Factors(A, self.state[_paired(key)])
+            for key, A in self.state.items()
+            if key.endswith(_A)
+        }
+
+    def with_factors(self, factors: Mapping[str, Factors]) -> PlainLora:
+        """The same with other factors of the same layers, all of one rank."""
+        state = dict(self.state)
+        for name, layer in factors.items():
+            state[f"{PREFIX}{name}{_A}"] = layer.A.contiguous()
+            state[f"{PREFIX}{name}{_B}"] = layer.B.contiguous()
+        rank = len(next(iter(factors.values())).A)
+        return PlainLora(replace(self.config, r=rank, lora_alpha=rank), state)
 
 
 @torch.no_grad()
@@ -65,8 +92,8 @@ def plain_lora(
         if kept[name] < len(A):
             A, B, errors[name] = _truncated(A, B, kept[name])
         missing = largest - len(A)
-        state[f"{PREFIX}{name}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing)).contiguous().cpu()
-        state[f"{PREFIX}{name}.lora_B.weight"] = F.pad(B, (0, missing)).contiguous().cpu()
+        state[f"{PREFIX}{name}{_A}"] = F.pad(A, (0, 0, 0, missing)).contiguous().cpu()
+        state[f"{PREFIX}{name}{_B}"] = F.pad(B, (0, missing)).contiguous().cpu()
         if is_dora(module, adapter_name):
             magnitude = module.lora_magnitude_vector[adapter_name].weight
             state[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.detach().cpu()
@@ -78,6 +105,43 @@ def plain_lora(
         relative_error=lost / total if lost else 0.0,
         layer_errors={name: errors[name] / norms[name] if errors[name] else 0.0 for name in layers},
     )
+
+
+def summed(first: PlainLora, second: PlainLora) -> PlainLora:
+    """The plain LoRA that does what two on the same base do together, of the sum of their ranks.
+
+        A = [A1 ; A2],  B = [B1, B2]
+
+    A module that both train whole is the second's.
+
+    Raises:
+        UserError: one of them is a DoRA, which no sum holds.
+    """
+    if first.config.use_dora or second.config.use_dora:
+        raise UserError("a DoRA stretches the weights, so that no LoRA is a sum with it")
+    parts = first.factors, second.factors
+    ranks = first.config.r, second.config.r
+    made: dict[str, Factors] = {}
+    for name in dict.fromkeys([*parts[0], *parts[1]]):
+        some = parts[0].get(name) or parts[1][name]
+        whole = [
+            layer.get(name)
+            or Factors(some.A.new_zeros(rank, some.A.shape[1]), some.B.new_zeros(len(some.B), rank))
+            for layer, rank in zip(parts, ranks, strict=True)
+        ]
+        made[name] = Factors(
+            A=torch.cat([each.A for each in whole]), B=torch.cat([each.B for each in whole], dim=1)
+        )
+    targets = first.config.target_modules, second.config.target_modules
+    both = replace(
+        second.config,
+        target_modules=targets[1] if targets[0] == targets[1] else sorted(made),
+        modules_to_save=sorted(
+            {*(first.config.modules_to_save or ()), *(second.config.modules_to_save or ())}
+        )
+        or None,
+    )
+    return PlainLora(both, first.state | second.state).with_factors(made)
 
 
 def lora_config(model: PeftModel | LoraModel, adapter_name: str) -> LoraConfig:
@@ -104,7 +168,7 @@ def _whole_modules(
     whole = {
         n: tensor.detach().clone().cpu() for n, tensor in state.items() if n.startswith(wrapped)
     }
-    plain = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+    plain = (_A, _B, ".lora_magnitude_vector")
     more = [
         name
         for name in state.keys() - whole.keys()

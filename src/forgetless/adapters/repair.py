@@ -76,6 +76,21 @@ class Forecast:
     missed: float
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What an adapter was before its last task, whose effect on earlier tasks is to stay.
+
+    Attributes:
+        factors: A and B of every layer, the scaling within B.
+        inputs: activations on the earlier tasks.
+        share: of these in the statistics to keep, in 0..1.
+    """
+
+    factors: Mapping[str, Factors]
+    inputs: Statistics
+    share: float
+
+
 class Repairs:
     """The factors of an adapter at several strengths, solved for with each moment read once.
 
@@ -88,6 +103,7 @@ class Repairs:
         task: those on the new task's text.
         strengths: which to solve for; 0, the adapter as it is, is always there.
         device: to solve on; None for where the factors are.
+        earlier: what the adapter did before; its factors and the others have the same scaling.
 
     Attributes:
         forecasts: strength -> layer -> what the strength does to it.
@@ -105,7 +121,9 @@ class Repairs:
         strengths: Iterable[float] = STRENGTHS,
         *,
         device: torch.device | None = None,
+        earlier: Earlier | None = None,
     ) -> None:
+        self._earlier = earlier
         wanted = sorted({checked_strength(strength) for strength in strengths} - {0.0})
         self._device = device
         require_statistics(factors, keep, task)
@@ -149,14 +167,30 @@ class Repairs:
         # Once, and not for every layer and strength.
         C, T = C.to(rows), None if T is None else T.to(rows)
         ranks = [len(layer.A) for layer in group.values()]
+        towards = self._towards(group, rows)
         for strength in strengths:
-            made = repaired(rows, C, T, strength)
+            made = repaired(rows, C, T, strength, towards)
             parts = zip(group, torch.split(rows, ranks), torch.split(made, ranks), strict=True)
             for name, before, after in parts:
                 B = group[name].B.to(rows)
                 told = forecast_of(Factors(A=before, B=B), Factors(A=after, B=B), C, T)
                 self.forecasts[strength][name] = told
                 self._A[strength][name] = after.to(group[name].A)
+
+    def _towards(self, group: Mapping[str, Factors], rows: Tensor) -> Tensor | None:
+        """The `towards` of a group: its A₀ is B⁺ B₀ A₀, with B₀ A₀ the earlier update."""
+        if self._earlier is None:
+            return None
+        parts = []
+        for name, layer in group.items():
+            before = self._earlier.factors.get(name)
+            if before is None:  # a layer that was not adapted before
+                parts.append(rows.new_zeros(layer.A.shape))
+                continue
+            B = torch.linalg.pinv(layer.B.to(rows)) @ before.B.to(rows)
+            parts.append(B @ before.A.to(rows))
+        E = self._earlier.inputs[next(iter(group))].second_moment.to(rows)
+        return self._earlier.share * torch.cat(parts) @ E
 
 
 def factors_of(model: PeftModel, adapter_name: str = "default") -> dict[str, Factors]:

@@ -12,6 +12,14 @@ which is delta_W' = delta_W T (T + strength C)⁻¹: only A changes, so that the
 so that directions in which neither text has any energy are let go of. As the moments are those of
 what really enters the layer, one strength means the same in every layer; without a task's text T
 is the identity times the mean diagonal of C.
+
+Where part of the kept inputs, share · E of C, is an earlier task's, the update need not vanish
+there, but stay what it was before: with A₀ such that B A₀ is the earlier update,
+
+    A' = (A T + strength · share · A₀ E) (T + strength C + ε I)⁻¹
+
+minimises ‖(delta_W' - delta_W) T^½‖² + strength ‖delta_W' (C - share E)^½‖²
++ strength · share ‖(delta_W' - scaling B A₀) E^½‖².
 """
 
 from __future__ import annotations
@@ -29,7 +37,11 @@ EPSILON = 1e-8
 
 
 def repaired(
-    rows: Tensor, second_moment: Tensor, task_moment: Tensor | None = None, strength: float = 0.1
+    rows: Tensor,
+    second_moment: Tensor,
+    task_moment: Tensor | None = None,
+    strength: float = 0.1,
+    towards: Tensor | None = None,
 ) -> Tensor:
     """The rows A' = A T (T + strength C + ε I)⁻¹ of an update's A, or of the update itself.
 
@@ -42,6 +54,7 @@ def repaired(
             diagonal.
         strength: 0 or more; 0 gives `rows` back, untouched. Large ones project the rows out of
             whatever space the text to keep fills.
+        towards: share · A₀ E, where the kept inputs are an earlier task's in part; as `rows`.
 
     Returns:
         (rows, in) in float64, or `rows` itself at strength 0.
@@ -57,6 +70,8 @@ def repaired(
     if strength == 0:
         return rows
     read = rows.double() @ T if T is not None else rows.double() * C.diagonal().mean()
+    if towards is not None:
+        read = read + strength * towards.to(read)
     solved: Tensor = torch.cholesky_solve(read.mT, _factor(C, T, strength)).mT
     return solved
 

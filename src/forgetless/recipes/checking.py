@@ -59,6 +59,7 @@ class Checker:
                 penalties=bool(recipe.penalties),
                 probes=recipe.probes != ProbeSettings(),
             ),
+            *_sequence(recipe),
             *self._aftercare(recipe),
             *self._tasks(recipe),
         ]
@@ -153,7 +154,9 @@ class Checker:
 
     def _calibration(self, recipe: Recipe) -> Iterator[str]:
         method = METHODS.get(recipe.adapter.method)
-        if method is not None and "second_moment" in method.needs:
+        if method is None:
+            return
+        if "second_moment" in method.needs or recipe.is_repaired:
             where, look = "calibration.source", self._require_kept
             for source, _ in recipe.calibration.sources:
                 if source != DATA:
@@ -173,6 +176,8 @@ class Checker:
     def _aftercare(self, recipe: Recipe) -> Iterator[str]:
         """What is wrong with the repair, the dial, the comparators, the spectra and their texts."""
         wanted, method = recipe.repair, METHODS.get(recipe.adapter.method)
+        if recipe.is_repaired:
+            wanted = None
         if recipe.residual and method is not None and method.trains != ("A", "B"):
             yield f"residual: a start of {method.name!r} is not kept, so none can be taken away"
         beside = recipe.dial, recipe.comparators, recipe.spectra, recipe.residual
@@ -294,6 +299,32 @@ def _rank_problems(model: Any, settings: AdapterSettings) -> Iterator[str]:
         except ValueError as problem:
             more = f" (and {len(names) - 1} more of this shape)" if len(names) > 1 else ""
             yield f"adapter.rank: {problem}{more}"
+
+
+def _sequence(recipe: Recipe) -> Iterator[str]:
+    """What a run cannot be in a sequence."""
+    sequence, repair = recipe.sequence, recipe.repair
+    if sequence is None:
+        return
+    full, dora = recipe.adapter.method == "full", recipe.adapter.use_dora
+    alone = sequence.between != "continue"
+    if recipe.adapter.head == "new" and (sequence.after is not None or alone or repair):
+        yield "adapter.head: in a sequence every task is learned under the base's own head"
+    if full and (alone or repair):
+        yield "sequence: full has no adapter to stack, merge or repair; continue without a repair"
+    if dora and (alone or repair) and not full:
+        yield "sequence: a DoRA is no sum and has no A to repair; leave use_dora out"
+    if (alone or repair) and this_launch().processes > 1:
+        yield "sequence: stack, merge and repair are the work of one process"
+    if repair is not None:
+        if repair.strength != "auto" and len(repair.strength) > 1:
+            yield f"repair.strength: one that the next task starts from, got {repair.strength}"
+        asked = repair.keep, repair.max_kl, repair.max_drop
+        if asked != (None, None, None) or repair.scales != [1.0] or repair.task not in (None, DATA):
+            yield (
+                "repair: in a sequence it has a strength and a task, 'data' or null; what is to be "
+                "kept is the calibration's text and the inputs of earlier tasks"
+            )
 
 
 def _loraplus(recipe: Recipe) -> Iterator[str]:

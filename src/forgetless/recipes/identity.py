@@ -52,8 +52,14 @@ def _data_hash(path: str) -> str:
     return source_hash(path, lambda name: load_examples(name).fingerprint)
 
 
-def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """For each need of the method, what decides it: base, layers, text, the seed that drew it."""
+def input_keys(recipe: Recipe, *more: str) -> dict[str, dict[str, Any]]:
+    """For each need of the run, what decides it: base, layers, text, the seed that drew it.
+
+    The needs are the method's where its start is made, what a repair keeps, and ``more``. What
+    earlier tasks add to what is to be kept is not among it.
+    """
+    needs = {*more, *(METHODS[recipe.adapter.method].needs if recipe.starts_anew else ())}
+    needs |= {"second_moment"} if recipe.is_repaired else set()
     settings = recipe.calibration.model_dump(exclude={"memory_budget"})
     # How many texts run together decides nothing; ids have always held the default.
     settings["batch_size"] = type(recipe.calibration).model_fields["batch_size"].default
@@ -81,7 +87,7 @@ def input_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
         "task_moment": task,
         "gradient": {**task, "gradient": True},
     }
-    return {need: found[need] for need in sorted(METHODS[recipe.adapter.method].needs)}
+    return {need: found[need] for need in sorted(needs)}
 
 
 def _adapter_key(settings: AdapterSettings) -> dict[str, Any]:
@@ -117,8 +123,12 @@ def run_id(recipe: Recipe) -> str:
         "data": {**recipe.data.model_dump(exclude={"train"}), "content": content},
         "training": what_decides_a_training(recipe.training),
     }
-    if recipe.sequence.after is not None:  # whose id says what decided the weights before
-        decides["sequence"] = recipe.sequence.model_dump()
+    if recipe.sequence is not None and recipe.after is not None:
+        # The id of the run before says what decided the weights until then.
+        kept = {"earlier"} if "second_moment" in inputs else set()
+        decides["sequence"] = recipe.sequence.model_dump(include={"after", "between", *kept})
+    if recipe.is_repaired and recipe.repair is not None:
+        decides["repair"] = recipe.repair.model_dump(include={"strength", "task"})
     if recipe.penalties:
         decides["penalties"] = [identity_of(spec) for spec in recipe.penalties]
     if recipe.probes.max_kl is not None or recipe.probes.max_drop is not None:

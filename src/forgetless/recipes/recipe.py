@@ -28,15 +28,29 @@ from forgetless.tasks.settings import TaskSettings
 from forgetless.training.settings import ProbeSettings, TrainingSettings
 
 
+class EarlierSettings(Section):
+    """What the inputs of earlier tasks count against the base's text to keep.
+
+    A token of theirs counts ``weight`` times one of the text, and all of them together at most the
+    share ``most``.
+    """
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    most: Annotated[float, Field(gt=0, lt=1)] = 0.9
+
+
 class SequenceSettings(Section):
     """The place of a run in a sequence of tasks; see docs/sequences.md.
 
     ``after`` is the id of the run whose task came before, in the same folder. ``between`` says what
-    becomes of the earlier adapters: ``continue`` trains that run's weights on.
+    becomes of the earlier adapters: ``continue`` trains that run's weights on; ``stack`` leaves
+    them as they are beside a new one; ``merge`` adds them to the weights from which a new one
+    starts, in memory alone. What is trained comes to one adapter for the base in any case.
     """
 
     after: Name | None = None
-    between: Literal["continue"] = "continue"
+    between: Literal["continue", "stack", "merge"] = "continue"
+    earlier: EarlierSettings = EarlierSettings()
 
 
 class Recipe(Section):
@@ -53,7 +67,7 @@ class Recipe(Section):
     calibration: CalibrationSettings = CalibrationSettings()
     data: DataSettings
     training: TrainingSettings
-    sequence: SequenceSettings = SequenceSettings()
+    sequence: SequenceSettings | None = None
     probes: ProbeSettings = ProbeSettings()
     penalties: list[dict[str, Any]] = []
     export: ExportSettings = ExportSettings()
@@ -90,6 +104,23 @@ class Recipe(Section):
     def override(self, overrides: Mapping[str, Any]) -> Self:
         """A copy with dotted keys replaced, such as ``{"training.steps": 10}``."""
         return self.parse(self.model_dump(), overrides, source=self.name or "recipe")
+
+    @property
+    def after(self) -> str | None:
+        """The id of the run whose task came before in a sequence."""
+        return None if self.sequence is None else self.sequence.after
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether its adapter is attached, and not one that another run trained."""
+        return self.sequence is None or not (
+            self.sequence.after and self.sequence.between == "continue"
+        )
+
+    @property
+    def is_repaired(self) -> bool:
+        """Whether the repair is part of the training, as in a sequence, and not beside it."""
+        return self.sequence is not None and self.repair is not None
 
     @property
     def text_to_keep(self) -> str:

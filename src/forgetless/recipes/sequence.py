@@ -26,14 +26,14 @@ from pydantic import Field, field_validator, model_validator
 from forgetless.core.errors import UserError
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import Section, validated, with_overrides
-from forgetless.recipes.recipe import Recipe
+from forgetless.recipes.recipe import EarlierSettings, Recipe
 from forgetless.recipes.study import Gathered, labels
 
 CLASS_ORDER_SEED = 1993
 """The seed of the class orders of iCaRL (Rebuffi et al. 2017) and of most work after it."""
 
 _OF_A_TASK = ("name", "data", "measure")
-_OF_A_SEQUENCE = ("between",)
+_OF_A_SEQUENCE = ("between", "earlier")
 """Keys of a definition that an arm may set too."""
 
 
@@ -70,7 +70,8 @@ class SequenceRecipe(Section):
     tasks: Annotated[list[dict[str, Any]], Field(min_length=1)]
     orders: dict[str, list[str]] | list[list[str] | int] = Field(default=[])
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0]  # noqa: RUF012 - pydantic copies it
-    between: Literal["continue"] = "continue"
+    between: Literal["continue", "stack", "merge"] = "continue"
+    earlier: EarlierSettings = EarlierSettings()
     arms: list[dict[str, Any]] = Field(default=[])
 
     @field_validator("tasks")
@@ -164,7 +165,7 @@ class SequenceRecipe(Section):
 
     def _arms(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The name of every arm and what it changes."""
-        own = {key: getattr(self, key) for key in _OF_A_SEQUENCE}
+        own = self.model_dump(include=set(_OF_A_SEQUENCE))
         for arm in self.arms or [{}]:
             changes = {key: value for key, value in arm.items() if key != "name"}
             name = str(arm.get("name") or " ".join(labels(changes)) or self.name)

@@ -59,6 +59,8 @@ class RunFolder:
     probe/          of a new head that is trained alone first, until training is done
     start/          the adapter before its first step, until training is done
     native/         the trained adapter, lossless (`model/` for full fine-tuning)
+    unrepaired/     the same until its repair, where that is part of a sequence
+    inputs/         statistics of what the layers read on the data of a sequence until here
     adapter/        the trained adapter as a plain PEFT LoRA
     scores/ items/  {base,step0,final}/<task>.json and .jsonl
     analysis.json   how far the weights moved
@@ -78,6 +80,8 @@ class RunFolder:
     probe = property(lambda self: self.path / "probe")
     start = property(lambda self: self.path / "start")
     native = property(lambda self: self.path / "native")
+    inputs = property(lambda self: self.path / "inputs")
+    unrepaired = property(lambda self: self.path / "unrepaired")
     model = property(lambda self: self.path / "model")
     adapter = property(lambda self: self.path / "adapter")
     analysis = property(lambda self: self.path / "analysis.json")

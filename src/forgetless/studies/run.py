@@ -114,8 +114,8 @@ def prepare(folder: RunFolder, recipe: Recipe) -> None:
     write_text(folder.recipe, recipe.to_yaml())
     status = read_json(folder.record).get("status", "pending")
     folder.update(run_id=folder.path.name, name=recipe.name, status=status)
-    if recipe.sequence.after is not None:
-        folder.update(after=recipe.sequence.after)
+    if recipe.after is not None:
+        folder.update(after=recipe.after)
 
 
 def execute(

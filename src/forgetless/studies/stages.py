@@ -8,6 +8,9 @@
     evaluate      scores/final/    what the trained model can do
     analyse       analysis.json    how far the weights moved
 
+In a sequence a run starts from another one's weights; between train and export its adapter is
+repaired, if that is asked for, and what its layers read on all tasks so far is left in inputs/.
+
 A recipe may ask for two more, see `beside`: aftercare (repairs, the dial and comparators, measured
 beside the trained weights) and spectra. Every stage reads what it needs from the disk, so a run
 that was killed and continued computes the same numbers as one that was not.
@@ -23,7 +26,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -31,8 +34,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from forgetless.adapters.attachment import attach
-from forgetless.adapters.folders import export, load, save
+from forgetless.adapters.earlier import on_earlier, use_together
+from forgetless.adapters.folders import export, load, save, save_plain
 from forgetless.adapters.layer import delta_weights
+from forgetless.adapters.plain import PlainLora, plain_lora, summed
+from forgetless.adapters.repair import STRENGTHS, Earlier, Repairs
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.core.cache import cached_spectra
 from forgetless.core.errors import UserError
@@ -46,6 +52,7 @@ from forgetless.core.files import (
     write_json,
     write_jsonl,
 )
+from forgetless.core.method import Factors
 from forgetless.core.processes import Processes
 from forgetless.data.examples import load_examples
 from forgetless.data.mixture import Mixture
@@ -57,6 +64,7 @@ from forgetless.data.modality import (
     modality_of,
     new_classes,
 )
+from forgetless.methods import METHODS
 from forgetless.models.heads import add_head, heads_of
 from forgetless.models.load import load_model, meta_model, target_layers
 from forgetless.models.weights import linear_weight, weight_shape
@@ -64,6 +72,7 @@ from forgetless.recipes.identity import base_hash, input_keys
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.cache import ScoreCache, digest
 from forgetless.scores.files import Phase
+from forgetless.statistics.gradients import Gradients
 from forgetless.statistics.moments import Statistics
 from forgetless.studies.beside import Beside
 from forgetless.studies.card import write_run_card
@@ -115,6 +124,7 @@ class Stages:
     listen: Listener
     processes: Processes = field(default_factory=Processes)
     _held: tuple[str, Any] | None = None
+    _earlier: PlainLora | None = None
 
     def run(self, *, evaluate: bool) -> None:
         """All stages in order; the measuring ones only when asked.
@@ -131,11 +141,16 @@ class Stages:
         if evaluate:
             self._timed("step 0", self.step0)
         self._timed("train", self.train, together=True)
+        if self.recipe.is_repaired:
+            self._timed("repair", self.repair)
+        if self.hands_on:
+            self._timed("inputs", self.add_inputs)
         self._timed("export", self.export)
         if evaluate:
             self._timed("evaluate", self.evaluate)
             recipe = self.recipe
-            if recipe.repair or recipe.dial or recipe.comparators or recipe.residual:
+            beside = recipe.repair and not recipe.is_repaired
+            if beside or recipe.dial or recipe.comparators or recipe.residual:
                 self._timed("aftercare", partial(self._alone, Beside(self).aftercare))
         self._timed("analyse", self.analyse)
         if self.recipe.spectra:
@@ -233,9 +248,8 @@ class Stages:
         return path
 
     def _is_trained(self) -> bool:
-        return self._weights(self.folder).exists() and (
-            "training" in self.record or self.folder.training.exists()
-        )
+        written = self._weights(self.folder).exists() or self.folder.unrepaired.exists()
+        return written and ("training" in self.record or self.folder.training.exists())
 
     @cached_property
     def before(self) -> RunFolder | None:
@@ -244,13 +258,39 @@ class Stages:
         Raises:
             UserError: it is not trained.
         """
-        after = self.recipe.sequence.after
-        if after is None:
+        if self.recipe.after is None:
             return None
-        run = RunFolder(self.folder.path.parent / after)
+        run = RunFolder(self.folder.path.parent / self.recipe.after)
         if not self._weights(run).exists():
             raise UserError(f"the run before this one, {run.path}, is not trained; run it first")
         return run
+
+    @property
+    def _between(self) -> Literal["stack", "merge"] | None:
+        """What becomes of the earlier adapters where a new one is trained after them."""
+        sequence = self.recipe.sequence
+        if sequence is None or sequence.after is None or sequence.between == "continue":
+            return None
+        return sequence.between
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether what comes after needs the inputs of the tasks so far."""
+        sequence, method = self.recipe.sequence, METHODS[self.recipe.adapter.method]
+        if sequence is None or self.full:
+            return False
+        starts = sequence.between != "continue" and "second_moment" in method.needs
+        return starts or self.recipe.repair is not None
+
+    def _below(self, device: str = "auto") -> Any:
+        """What the adapter is put on: the base, with earlier adapters where there are some.
+
+        `_earlier` is then the plain LoRA that these are.
+        """
+        base, self._earlier = self._load_base(device), None
+        if self._between is not None and self.before is not None:
+            base, self._earlier = on_earlier(base, self.before.native, self._between)
+        return base
 
     def _load_base(self, device: str = "auto") -> Any:
         model = load_model(self.recipe.base, dtype=self.recipe.dtype, device=device)
@@ -358,7 +398,7 @@ class Stages:
         if self.full and self.before is not None:
             return self.before.model, self._trained_model(self.before)
         start = self.folder.start
-        return start, self._model("start", lambda: load(self._load_base(), start))
+        return start, self._model("start", lambda: use_together(load(self._below(), start)))
 
     def evaluate(self) -> str | None:
         """Score the trained model, and its weights on the way, as they were read back."""
@@ -377,35 +417,96 @@ class Stages:
 
     @cached_property
     def _inputs(self) -> dict[str, Path]:
-        """Where each need of the method lies."""
-        keys = {} if self.full or self.before is not None else input_keys(self.recipe)
-        return {
-            need: self.shared / "statistics" / digest(json.dumps(key, sort_keys=True))
-            for need, key in keys.items()
-        }
+        """Where each need of the run lies."""
+        keys = {} if self.full else input_keys(self.recipe)
+        sequence = self.recipe.sequence
+        if "second_moment" in keys and sequence is not None and sequence.after is not None:
+            added = sequence.model_dump(include={"after", "earlier"})
+            keys["second_moment"] = {"text": keys["second_moment"], **added}
+        return {need: self._place(key) for need, key in keys.items()}
+
+    def _place(self, key: Mapping[str, Any]) -> Path:
+        """Where statistics lie that are decided by a key."""
+        return self.shared / "statistics" / digest(json.dumps(key, sort_keys=True))
 
     def collect_statistics(self) -> str | None:
         """Collect what the method needs to know of the text to keep and of the new task."""
         if self.processes.first(self._is_started):
             return None
-        layers = [self._collect(need, folder) for need, folder in self._inputs.items()]
+        layers = []
+        for need, folder in self._inputs.items():
+            if need == "second_moment" and self.before is not None:
+                layers.append(self._written(folder, lambda unfinished: self._kept()[0]))
+            else:
+                layers.append(self._collect(need, folder))
         return f"{max(layers)} layers" if any(layers) else None
 
     def _collect(self, need: str, folder: Path) -> int:
-        """Collect one need, from where an interrupted run left off; of how many layers."""
+        """Collect one need on the run's own texts, as the base reads them; of how many layers."""
+        collecting = Collecting.of(self.recipe)
+        return self._written(
+            folder,
+            lambda unfinished: collecting.collect(need, self._base(), self.processor, unfinished),
+        )
+
+    def _written(self, folder: Path, make: Callable[[Path], Statistics | Gradients]) -> int:
+        """Write statistics where there are none yet; of how many layers.
+
+        ``make`` is given a folder for what is unfinished, from which it may go on.
+        """
         is_first = self.processes.is_first
         with lock(folder.with_suffix(".lock")) if is_first else nullcontext():
             if self.processes.first(folder.exists):
                 return 0
             unfinished = folder.with_suffix(".unfinished")
-            collecting = Collecting.of(self.recipe)
-            found = collecting.collect(need, self._base(), self.processor, unfinished)
+            found = make(unfinished)
             self.processes.wait_for_everyone()  # until none needs what is unfinished
             if is_first:
                 with new_folder(folder) as new:
                     found.save(new)
                 remove(unfinished)
         return len(found)
+
+    def _kept(self) -> tuple[Statistics, float]:
+        """What is to be kept, the base's text and the inputs of earlier tasks, and their share."""
+        place = self._place(input_keys(self.recipe, "second_moment")["second_moment"])
+        self._collect("second_moment", place)
+        text, sequence = Statistics.load(place), self.recipe.sequence
+        if self.before is None or sequence is None:
+            return text, 0.0
+        inputs = self._read_earlier()
+        count = sequence.earlier.weight * inputs.metadata["tokens"]
+        share = min(count / (count + text.metadata["tokens"]), sequence.earlier.most)
+        return Statistics.mixture([(text, 1 - share), (inputs, share)]), share
+
+    def _read_earlier(self) -> Statistics:
+        """The inputs of the earlier tasks, collected now where nobody was expected to ask."""
+        assert self.before is not None
+        if not self.before.inputs.exists():
+            Stages(self.before, Recipe.load(self.before.recipe), self.listen).add_inputs()
+        return Statistics.load(self.before.inputs)
+
+    def add_inputs(self) -> str | None:
+        """Add what the trained model's layers read on its data to that of the tasks before.
+
+        Every token counts the same. Of the tasks before nothing but these statistics is read.
+        """
+        with lock(self.folder.inputs.with_suffix(".lock")):
+            if self.folder.inputs.exists():
+                return None
+            found = self._read_as_trained(self._trained_model(self.folder))
+            if self.before is not None:
+                found = found + self._read_earlier()
+            with new_folder(self.folder.inputs) as folder:
+                found.save(folder)
+        return f"{len(found)} layers"
+
+    def _read_as_trained(self, model: Any) -> Statistics:
+        """What the layers of a trained model read on the training data."""
+        collecting = Collecting.of(self.recipe)
+        found = collecting.collect("task_moment", model, self.processor, adapters_on=True)
+        assert isinstance(found, Statistics)
+        return found
 
     def _is_started(self) -> bool:
         """Whether the start was written, and what it was like is known."""
@@ -416,10 +517,10 @@ class Stages:
         """Attach the adapter and write it down as it is before the first step."""
         if self.full or self._is_started():
             return None
-        if self.before is not None:
+        if not self.recipe.starts_anew and self.before is not None:
             return self._continue(self.before)
         inputs = load_inputs(self._inputs)
-        model = self._base()
+        model = self._base() if self.before is None else self._below()
         sizes = {
             name: weight_shape(layer)[1]
             for name, layer in target_layers(model, self.recipe.adapter.target_modules).items()
@@ -427,16 +528,27 @@ class Stages:
         probe = self.modality.probe(model)
         before = _logits(model, probe)
         with self._spectra():
-            model = attached(self.recipe.adapter, model, inputs, self.recipe.seed)
+            model = attached(self.recipe.adapter, model, inputs, self._seed_of_start)
         self._held = None  # it is no longer the base
-        same = torch.equal(_logits(model.eval(), probe), before)
+        same = torch.equal(_logits(use_together(model).eval(), probe), before)
         with new_folder(self.folder.start) as folder:
             save(model, folder)
         self.folder.update(
-            start={"equals_base": same, "probe_tokens": before.shape[:-1].numel()},
+            start={
+                "equals_base": same and self.before is None,
+                "probe_tokens": before.shape[:-1].numel(),
+            },
             statistics=_summary(inputs.get("stats"), self.recipe.adapter.rank, sizes),
         )
-        return "equals the base bit for bit" if same else "differs from the base"
+        below = "the base" if self.before is None else "what it stands on"
+        return f"equals {below} bit for bit" if same else f"differs from {below}"
+
+    @property
+    def _seed_of_start(self) -> int:
+        """The seed of the recipe; after another run one of its own, or all A would be alike."""
+        if self.recipe.after is None:
+            return self.recipe.seed
+        return int(digest(f"{self.recipe.seed} {self.recipe.after}")[:8], 16)
 
     def _continue(self, before: RunFolder) -> str:
         """Write down as the start what another run trained."""
@@ -467,9 +579,10 @@ class Stages:
         if self.full and self.before is not None:
             model = load_model(str(self.before.model), dtype=self.recipe.dtype, device=device)
         else:
-            model = self._load_base(device)
+            model = self._below(device)
         if not self.full:
             model = load(model, self.folder.start, trainable=True)
+            model = use_together(model, trainable=True)
         if self.recipe.training.probe_steps:
             self._probe_head(model)
         return model, self.rows
@@ -517,7 +630,10 @@ class Stages:
             on_step=lambda step, steps: self.tell("train", step=step, steps=steps),
             on_point=lambda step: self._save(model, self.folder.point(step)),
         )
-        self._save(model, self.folder)
+        if self.recipe.is_repaired:
+            self.processes.first(lambda: self._save_unrepaired(model))
+        else:
+            self._save(model, self.folder)
         self.processes.first(lambda: write_json(self.folder.training, asdict(result)))
         self.processes.first(self._finish_training)
         over = f"; {result.exceeded}" if result.exceeded else ""
@@ -532,10 +648,49 @@ class Stages:
                 if self.full:
                     model.save_pretrained(folder, state_dict=weights)
                     self.processor.save_pretrained(folder)
+                elif self._earlier is not None:
+                    both = summed(self._earlier, plain_lora(model, "default"))
+                    save_plain(both, folder, model)
                 else:
                     save(model, folder, weights=weights)
 
         self.processes.first(write)
+
+    def _save_unrepaired(self, model: Any) -> None:
+        with new_folder(self.folder.unrepaired) as folder:
+            save(model, folder)
+
+    def repair(self) -> str | None:
+        """Replace what was trained by its repair, see `forgetless.repair`.
+
+        Kept are the base's text and the inputs of earlier tasks. A new adapter is to do as little
+        as it can there; one that was trained on is to do with these inputs what it did before.
+        """
+        wanted = self.recipe.repair
+        if wanted is None or self.folder.native.exists():
+            return None
+        model = use_together(load(self._below(), self.folder.unrepaired))
+        trained, (keep, share) = plain_lora(model, "default"), self._kept()
+        task = None if wanted.task is None else self._read_as_trained(model)
+        earlier = None
+        if self.before is not None and self._earlier is None:
+            before = plain_lora(load(self._load_base(), self.before.native), "default")
+            earlier = Earlier(before.factors, self._read_earlier(), share)
+        strengths = STRENGTHS if wanted.strength == "auto" else wanted.strength
+        made = Repairs(trained.factors, keep, task, strengths, earlier=earlier)
+        strength = made.foreseen() if wanted.strength == "auto" else strengths[0]
+        A = made.A(strength)
+        repaired = {name: Factors(A[name], old.B) for name, old in trained.factors.items()}
+        trained = trained.with_factors(repaired)
+        if self._earlier is not None:
+            trained = summed(self._earlier, trained)
+        with new_folder(self.folder.native) as folder:
+            save_plain(trained, folder, model)
+        remove(self.folder.unrepaired)
+        self._held = None
+        told = made.forecast(strength)
+        self.folder.update(repair={"strength": strength, "earlier_share": share, **asdict(told)})
+        return f"strength {strength:g}, {told.kept:.0%} of the disturbance left"
 
     def _finish_training(self) -> None:
         """Note the result in run.json and remove what only an unfinished training needs."""

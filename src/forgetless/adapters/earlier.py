@@ -1,0 +1,48 @@
+"""Earlier adapters under a new one: beside it and frozen, or added to the base in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftModel
+from torch import nn
+
+from forgetless.adapters.folders import load
+from forgetless.adapters.layer import adapted_layers
+from forgetless.adapters.plain import PlainLora, plain_lora
+
+EARLIER = "earlier"
+"""The name of all earlier adapters together."""
+
+
+def on_earlier(
+    base: nn.Module, folder: str | Path, between: Literal["stack", "merge"]
+) -> tuple[Any, PlainLora]:
+    """What a new adapter is put on, and the plain LoRA that the earlier ones are.
+
+    Args:
+        base: the untouched model; its weights are changed in memory where it is merged.
+        folder: of the earlier adapter, which a stack or a merge has written as one.
+        between: ``stack`` leaves it beside the base, frozen and without dropout; ``merge`` adds it
+            to the weights, and switching the new adapter off then gives their sum.
+
+    Raises:
+        UserError: weights that nothing can be added to, such as quantised ones.
+    """
+    model: Any = load(base, folder, adapter_name=EARLIER)
+    plain = plain_lora(model, EARLIER)
+    if between == "merge":
+        return model.merge_and_unload(), plain
+    for layer in adapted_layers(model, EARLIER).values():
+        layer.lora_dropout[EARLIER] = nn.Identity()
+    return model, plain
+
+
+def use_together(model: PeftModel, trainable: bool = False) -> PeftModel:
+    """The model with a new adapter and, where they are beside it, the earlier ones in use."""
+    if EARLIER in model.peft_config:
+        new = model.active_adapter
+        model.base_model.set_adapter([EARLIER, new], inference_mode=True)
+        model.set_requires_grad(new, requires_grad=trainable)
+    return model
