@@ -460,6 +460,34 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
 
 
+def calibration_error(confidences: ArrayLike, right: ArrayLike, bins: int = 15) -> float:
+    """Expected calibration error: how far the confidences are from the shares that are right.
+
+        ECE = sum_b n_b / n * | mean of right in b - mean confidence in b |
+
+    over bins b of equal width, ((b - 1) / bins, b / bins], on 0..1. It is biased upwards for few
+    items a bin, so compare it at the same items.
+
+    Args:
+        confidences: p of each answer, in 0..1.
+        right: 1 where the answer is right, 0 where it is wrong.
+        bins: how many.
+
+    Raises:
+        ValueError: no items, or other counts of the two.
+
+    Reference:
+        Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599, equation 3,
+        with their 15 bins.
+    """
+    p, hit = (np.asarray(values, dtype=np.float64) for values in (confidences, right))
+    if not len(p) or p.shape != hit.shape:
+        raise ValueError(f"need as many confidences as answers, got {len(p)} and {len(hit)}")
+    place = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(place, hit - p, minlength=bins)
+    return float(np.abs(gaps).sum() / len(p))
+
+
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Chance that at least one of k samples is right, estimated without bias from n of them.
 

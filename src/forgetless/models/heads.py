@@ -11,11 +11,14 @@ layer for both heads, as transformers and PEFT read it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -31,7 +34,11 @@ __all__ = [
     "heads_of",
     "joined",
     "own_logits",
+    "without_head",
 ]
+
+_PEFTS = re.compile(r"\.(lora_\w+|modules_to_save)\.")
+"""What PEFT puts beside a layer."""
 
 _IGNORED = -100
 """The label of what is not learned."""
@@ -63,6 +70,19 @@ def heads_of(model: Any) -> tuple[str, Heads] | None:
         if isinstance(module, Heads):
             return name.removeprefix("base_model.model."), module
     return None
+
+
+@contextmanager
+def without_head(model: Any) -> Iterator[None]:
+    """The model's logits are what its last layer reads: pooled features (rows, features)."""
+    found = heads_of(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layer = base.get_submodule(found[0] if found else _last_layer(base))
+    hook = layer.register_forward_hook(lambda module, given, logits: given[0])
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def head_classes(config: Any) -> tuple[list[str], list[str]]:
@@ -187,12 +207,14 @@ def _put(model: Any, name: str, own: nn.Module, new: nn.Module) -> None:
 
 
 def _last_layer(model: Any) -> str:
-    """The name of the linear layer that a classifier ends in."""
+    """The name of the linear layer that a classifier ends in, without adapters."""
     inner = f"{model.base_model_prefix}."
     wide = [
-        name
+        name.removesuffix(".base_layer").removesuffix(".original_module")
         for name, module in model.named_modules()
-        if is_linear(module) and weight_shape(module)[0] == model.config.num_labels
+        if is_linear(module)
+        and weight_shape(module)[0] == model.config.num_labels
+        and not _PEFTS.search(name)
     ]
     outside = [name for name in wide if not name.startswith(inner)] or wide[-1:]
     if len(outside) != 1:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from forgetless.core import metrics
 from forgetless.core.errors import UserError
 from forgetless.scores.averages import PaperAverage, paper_averages
+from forgetless.scores.classes import ClassChange, by_class
 from forgetless.scores.seeds import holm
 from forgetless.tasks.base import Item, TaskResult
 
@@ -135,6 +136,11 @@ class TaskChange:
         return tuple(change.id for change in self.flips(flip))
 
     @property
+    def classes(self) -> list[ClassChange]:
+        """Of a classifier's accuracy each class, those that lost most first; else none."""
+        return by_class(self.changes) if "calibration_error" in (self.extra or {}) else []
+
+    @property
     def lost(self) -> tuple[str, ...]:
         """Ids of the items right before and wrong now."""
         return self._ids("lost")
@@ -172,6 +178,7 @@ class TaskChange:
             "kept": list(self.kept),
             "still_wrong": list(self.still_wrong),
             "extra": {key: _known(value) for key, value in (self.extra or {}).items()},
+            **({"classes": [row.to_json() for row in self.classes]} if self.classes else {}),
         }
 
 

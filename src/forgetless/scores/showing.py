@@ -52,7 +52,12 @@ def render(comparison: Comparison, items: int = ITEMS, width: int = 80) -> Rende
     if comparison.averages:
         parts += [Text(), _averages(comparison.averages, comparison.level)]
     if items > 0:
-        parts += [part for row in comparison for part in _changed(row, items)]
+        parts += [
+            part
+            for row in comparison
+            for each in (_by_class(row, items), _changed(row, items))
+            for part in each
+        ]
     if comparison.unmatched:
         names = ", ".join(comparison.unmatched)
         parts += [Text(), Text(f"not compared, scored once only: {names}")]
@@ -118,7 +123,10 @@ def sentence(row: TaskChange) -> str:
     elif "perplexity_ratio" in extra:
         said += f"; perplexity times {extra['perplexity_ratio']:.3g}"
     if "top1_agreement" in extra:
-        said += f"; the likeliest next token agrees in {_percent(extra['top1_agreement'])}"
+        what = "class" if "examples" in extra else "next token"
+        said += f"; the likeliest {what} agrees in {_percent(extra['top1_agreement'])}"
+    if "calibration_error" in extra:
+        said += f"; calibration error {extra['calibration_error']:.3g}"
     if row.verdict == "noise" and math.isfinite(row.detectable) and row.metric != "kl":
         least = f"{row.detectable:.3f}".rstrip("0") if row.is_share else f"{row.detectable:.2g}"
         said += f"; {row.n} items show a change of about {least} or more"
@@ -127,7 +135,8 @@ def sentence(row: TaskChange) -> str:
 
 def _verdict(row: TaskChange) -> str:
     if row.metric == "kl":
-        moved = f"moved {row.score:.3g} nats per token away from the base"
+        each = "example" if "examples" in (row.extra or {}) else "token"
+        moved = f"moved {row.score:.3g} nats per {each} away from the base"
         return moved if row.score > 0 else "predicts exactly what the base predicts"
     if row.verdict == "unknown":
         return f"not to be told from {'one item' if row.n == 1 else f'{row.n} items'}"
@@ -184,6 +193,22 @@ def _changed(row: TaskChange, items: int) -> Iterator[RenderableType]:
                 Text(_line(after) or "(nothing)"),
             )
         yield table
+
+
+def _by_class(row: TaskChange, most: int) -> Iterator[RenderableType]:
+    """The classes that lost most, with what they are now taken for."""
+    hit = [each for each in row.classes if each.after < each.before]
+    if not hit:
+        return
+    count = f"{most} of {len(hit)}" if len(hit) > most else f"{len(hit)}"
+    yield Text()
+    yield Text.assemble((f"{row.task}: ", "bold"), (f"classes that lost ({count})", "bold red"))
+    table = _plain_table("class", "n", "before", "after", "")
+    for each in hit[:most]:
+        taken = [f"{_line(name)} ({n})" for name, n in list(each.taken_for.items())[:3]]
+        shares = (_percent(right / each.n) for right in (each.before, each.after))
+        table.add_row(_line(each.name), str(each.n), *shares, f"taken for {', '.join(taken)}")
+    yield table
 
 
 def question(prompt: str) -> str:

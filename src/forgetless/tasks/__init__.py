@@ -48,6 +48,8 @@ _KINDS = (
     "lm_eval",
     "image_accuracy",
     "sentence_accuracy",
+    "neighbours",
+    "class_kl",
 )
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(

@@ -1,75 +1,162 @@
-"""What a classifier finds likeliest under one of its heads: what such tasks have in common."""
+"""Tasks on examples with a class: what they have in common, and accuracy under a head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from forgetless.core.metrics import mean_stderr
+from forgetless.core.errors import unknown
+from forgetless.core.metrics import calibration_error, mean_stderr
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.forms import Kind, Record
-from forgetless.data.texts import read_examples
+from forgetless.data.texts import POCKET_PICTURES, read_examples
 from forgetless.tasks.base import Item, Task, TaskResult, whole_number
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from forgetless.data.modality import Batch, Rows
     from forgetless.tasks.base import Model
 
-__all__ = ["HeadAccuracy"]
+__all__ = ["ClassTask", "HeadAccuracy", "batch_by_batch"]
 
 _ROWS = 64
 """Rows at once where nothing else is asked for."""
+
+_BEGINNING = 100
+"""Characters of a sentence that an item shows."""
 
 _MOST_PICTURES = 1000
 """Items of a result that keep a picture: more than a page can hold."""
 
 
-class HeadAccuracy(Task):
-    """The share of examples of which the model's head finds their class the likeliest.
-
-    A model with a new head, see `forgetless.models.heads`, is asked under the head that has all of
-    the classes: the base's own or the new one. Classes of both are told apart over both at once.
-
-    An item is an example. `extra` has the mean loss, - log p of the class, with its standard error.
+class ClassTask(Task):
+    """A task on images or sentences with a class. An item is one of them.
 
     Attributes:
         kinds: of the examples that are read.
         path: of the examples.
         limit: the first so many only.
-        head: "own", "new" or "all" where it is not the classes that say which is asked.
     """
 
-    kinds: ClassVar[frozenset[Kind]]
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"image", "sentence", "text"})
     path: str | Path
     limit: int | None
-    head: str | None
+
+    @property
+    def modality(self) -> str:
+        """That of the examples."""
+        return "images" if self.examples.kind == "image" else "sentences"
 
     def problems(self) -> Iterable[str | None]:
-        """Of limit and head."""
+        """Of path and limit, as far as that shows without reading."""
+        if str(self.path).startswith("pocket:"):
+            if str(self.path).removesuffix(":test") not in POCKET_PICTURES:
+                yield str(unknown("pocket images", str(self.path), POCKET_PICTURES))
+        elif not isinstance(self.path, str | Path) or not Path(self.path).exists():
+            what = "a folder or a file of images or sentences"
+            if self.kinds == {"image"}:
+                what = "a folder or a file of images"
+            elif "image" not in self.kinds:
+                what = "a file of sentences"
+            yield f"path must be {what} with their classes, got {self.path!r}"
         yield whole_number("limit", self.limit, optional=True)
-        if self.head not in (None, "own", "new", "all"):
-            yield f"head must be own, new or all, got {self.head!r}"
 
     @cached_property
     def examples(self) -> Examples:
         """What the task shows."""
-        found = read_examples(self.path, self.limit)
+        return self._read(self.path, self.limit)
+
+    def _read(self, path: str | Path, limit: int | None) -> Examples:
+        found = read_examples(path, limit)
         require_kind(found, self.kinds)
         found.require_whole()
         return found
 
     def content(self) -> Sequence[object]:
-        """The examples and their classes, and under which head if that is given."""
-        return (self.examples.fingerprint, *([] if self.head is None else [self.head]))
+        """The examples and their classes, which may lie beside raw texts."""
+        return (self.examples.fingerprint, *map(str, self.examples.labels))
 
     def shown(self, place: str, record: Record) -> str:
-        """What an item says that the model was given."""
-        return place
+        """What an item says that the model was given: a place, or the beginning of a sentence."""
+        if "image" in record:
+            return place
+        text = " ".join(str(record.get("sentence", record.get("text"))).split())
+        return text if len(text) <= _BEGINNING else f"{text[: _BEGINNING - 1]}…"
 
     def picture(self, record: Record) -> str:
-        """A small copy of what the model was given, as a data URI; empty for what is a text."""
-        return ""
+        """A thumbnail of an image, as a data URI; empty for what is a text."""
+        if "image" not in record:
+            return ""
+        from forgetless.data.pictures import thumbnail  # loads PIL
+
+        return thumbnail(record["image"])
+
+    def answered(self, rights: Sequence[str], answers: Sequence[str]) -> list[Item]:
+        """The items of examples with these classes, of which these were found."""
+        pairs = list(zip(rights, answers, strict=True))
+        wrong = [place for place, (right, answer) in enumerate(pairs) if right != answer]
+        with_picture = frozenset(wrong[:_MOST_PICTURES])
+        return [
+            Item(
+                id=str(number),
+                prompt=self.shown(place, record),
+                expected=right,
+                answer=answer,
+                score=float(answer == right),
+                picture=self.picture(record) if number in with_picture else "",
+            )
+            for number, (place, record, (right, answer)) in enumerate(
+                zip(self.examples.places, self.examples, pairs, strict=True)
+            )
+        ]
+
+
+def batch_by_batch(
+    model: Model, rows: Rows, batch_size: int | None
+) -> tuple[list[range], Callable[[Sequence[int]], tuple[Batch, Tensor]]]:
+    """The places of each batch, and what makes of places a batch for `model`, and its labels."""
+    from forgetless.tasks.inference import device_of
+
+    size = batch_size or _ROWS
+    dtype, device = next(model.parameters()).dtype, device_of(model)
+
+    def batch_of(places: Sequence[int]) -> tuple[Batch, Tensor]:
+        batch = rows.join([rows[place] for place in places])
+        labels = batch.pop("labels")
+        for name, value in batch.items():
+            batch[name] = value.to(device, dtype if value.is_floating_point() else value.dtype)
+        return batch, labels
+
+    return [range(s, min(s + size, len(rows))) for s in range(0, len(rows), size)], batch_of
+
+
+class HeadAccuracy(ClassTask):
+    """The share of examples of which the model's head finds their class the likeliest.
+
+    A model with a new head, see `forgetless.models.heads`, is asked under the head that has all of
+    the classes: the base's own or the new one. Classes of both are told apart over both at once.
+
+    `extra` has the mean loss, - log p of the class, with its standard error, and the calibration
+    error of the likeliest class's p, see `forgetless.core.metrics.calibration_error`.
+
+    Attributes:
+        head: "own", "new" or "all" where it is not the classes that say which is asked.
+    """
+
+    head: str | None
+
+    def problems(self) -> Iterable[str | None]:
+        """Of every setting."""
+        yield from super().problems()
+        if self.head not in (None, "own", "new", "all"):
+            yield f"head must be own, new or all, got {self.head!r}"
+
+    def content(self) -> Sequence[object]:
+        """The examples and their classes, and under which head if that is given."""
+        return (*super().content(), *([] if self.head is None else [{"head": self.head}]))
 
     def measure(
         self, model: Model, processor: Any, reference: Model | None, batch_size: int | None
@@ -80,7 +167,7 @@ class HeadAccuracy(Task):
 
         from forgetless.data.modality import modality_of
         from forgetless.models.load import evaluating
-        from forgetless.tasks.inference import device_of, require_numbers
+        from forgetless.tasks.inference import require_numbers
         from forgetless.tasks.journal import in_batches
 
         modality = modality_of(model)
@@ -92,42 +179,29 @@ class HeadAccuracy(Task):
         rows.require_fitting(model)
         names = {number: name for name, number in reader.classes.items()}
         asked_of = torch.tensor(sorted(names))
-        size = batch_size or _ROWS
-        parts = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-        dtype = next(model.parameters()).dtype
+        parts, batch_of = batch_by_batch(model, rows, batch_size)
 
         def answers(places: Sequence[int]) -> list[list[float]]:
-            """The likeliest class, the right one and its loss."""
-            batch = rows.join([rows[place] for place in places])
-            labels = batch.pop("labels")
-            for name, value in batch.items():
-                batch[name] = value.to(
-                    device_of(model), dtype if value.is_floating_point() else value.dtype
-                )
+            """The likeliest class, its p, the right one and its loss."""
+            batch, labels = batch_of(places)
             logits = model(**batch).logits.float().cpu()[:, asked_of]
             require_numbers(logits)
             losses = cross_entropy(logits, torch.searchsorted(asked_of, labels), reduction="none")
-            found = asked_of[logits.argmax(-1)].float()
-            return torch.stack([found, labels.float(), losses], dim=1).tolist()
+            found, p = asked_of[logits.argmax(-1)], logits.softmax(-1).amax(-1)
+            columns = [found.float(), p, labels.float(), losses]
+            return torch.stack(columns, dim=1).tolist()
 
         asked = [dict(record) for record in self.examples]
         with evaluating(model):
-            found = in_batches(self.kind, asked, parts, answers)
-        wrong = [place for place, (answer, label, _) in enumerate(found) if answer != label]
-        with_picture = frozenset(wrong[:_MOST_PICTURES])
-        items = [
-            Item(
-                id=str(number),
-                prompt=self.shown(place, record),
-                expected=names[int(label)],
-                answer=names[int(answer)],
-                score=float(answer == label),
-                picture=self.picture(record) if number in with_picture else "",
-            )
-            for number, (place, record, (answer, label, _)) in enumerate(
-                zip(self.examples.places, self.examples, found, strict=True)
-            )
-        ]
+            found = in_batches(self.kind, asked, parts, answers, "confidence")
+        rights = [names[int(label)] for _, _, label, _ in found]
+        items = self.answered(rights, [names[int(answer)] for answer, *_ in found])
         loss = mean_stderr([loss for *_, loss in found], [1.0] * len(found))
-        extra = {"loss": loss.value, "loss_stderr": loss.stderr}
+        extra = {
+            "loss": loss.value,
+            "loss_stderr": loss.stderr,
+            "calibration_error": calibration_error(
+                [p for _, p, *_ in found], [item.score for item in items]
+            ),
+        }
         return TaskResult.of_items(self, items, metric="accuracy", extra=extra)

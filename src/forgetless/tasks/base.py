@@ -208,7 +208,6 @@ class Task(ABC):
         summary: what it measures, in one line.
         version: of its code; another one is another task.
         needs_reference: whether the score is a distance to another model, the base.
-        modality: of the models that it is for, see `forgetless.models.load.HEADS`.
         name: how scores and files call the task.
     """
 
@@ -216,7 +215,6 @@ class Task(ABC):
     summary: ClassVar[str]
     version: ClassVar[int] = 1
     needs_reference: ClassVar[bool] = False
-    modality: ClassVar[str] = "language"
     name: str
 
     def __post_init__(self) -> None:
@@ -242,6 +240,11 @@ class Task(ABC):
     def problems(self) -> Iterable[str | None]:
         """What is wrong with each setting, or None."""
         return ()
+
+    @property
+    def modality(self) -> str:
+        """Of the models that the task is for, see `forgetless.models.load.HEADS`."""
+        return "language"
 
     @property
     def has_own_code(self) -> bool:

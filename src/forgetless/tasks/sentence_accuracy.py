@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgetless.data.forms import Kind, Record
+from forgetless.data.forms import Kind
 from forgetless.tasks.accuracy import HeadAccuracy
 
 __all__ = ["SentenceAccuracy"]
-
-_BEGINNING = 100
-"""Characters of a sentence that an item shows."""
 
 
 @dataclass(frozen=True)
@@ -31,28 +27,12 @@ class SentenceAccuracy(HeadAccuracy):
 
     kind = "sentence_accuracy"
     summary = "sentences classified under the base's own head or the new one"
-    modality = "sentences"
     kinds = frozenset[Kind]({"sentence", "text"})
 
     path: str | Path
     name: str = "sentence_accuracy"
     limit: int | None = None
     head: str | None = None
-
-    def problems(self) -> Iterable[str | None]:
-        """Of path, limit and head, as far as that shows without reading."""
-        if not isinstance(self.path, str | Path) or not Path(self.path).exists():
-            yield f"path must be a file of sentences with their classes, got {self.path!r}"
-        yield from super().problems()
-
-    def content(self) -> Sequence[object]:
-        """The sentences and their classes, which may lie beside raw texts."""
-        return (*super().content(), *map(str, self.examples.labels))
-
-    def shown(self, place: str, record: Record) -> str:
-        """The beginning of the sentence."""
-        text = " ".join(str(record.get("sentence", record.get("text"))).split())
-        return text if len(text) <= _BEGINNING else f"{text[: _BEGINNING - 1]}…"
 
 
 TASK = SentenceAccuracy

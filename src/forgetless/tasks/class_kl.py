@@ -1,0 +1,134 @@
+"""How far a classifier has moved from its base, by what the base's own head says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forgetless.core.errors import UserError
+from forgetless.core.metrics import mean_stderr
+from forgetless.data.examples import Examples
+from forgetless.tasks.accuracy import ClassTask, batch_by_batch
+from forgetless.tasks.base import Item, TaskResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from forgetless.data.modality import Modality, Rows
+    from forgetless.tasks.base import Model
+
+__all__ = ["ClassKL"]
+
+
+@dataclass(frozen=True)
+class ClassKL(ClassTask):
+    """Mean KL divergence of the own head's classes from what they were under the base.
+
+        KL = 1 / N * sum_i sum_c p_base(c | x_i) * log( p_base(c | x_i) / p_model(c | x_i) )
+
+    over N images or sentences, whose own classes do not matter. In nats per example, 0 or more,
+    lower is better; exactly 0 for a model whose logits are the base's. `extra` has
+    `top1_agreement`, the share of which both find the same class likeliest, with its standard
+    error. An item's answer is the class that the model finds likeliest, its expected one that of
+    the base.
+
+    Attributes:
+        path: as for image_accuracy or sentence_accuracy.
+        name: of the task.
+        limit: the first so many only.
+
+    Raises:
+        UserError: settings out of range, or no such file.
+    """
+
+    kind = "class_kl"
+    summary = "distance to the base under its own head: KL(base || model) per image or sentence"
+    needs_reference = True
+
+    path: str | Path
+    name: str = "class_kl"
+    limit: int | None = None
+
+    def content(self) -> Sequence[object]:
+        """The examples without what lies beside them."""
+        return (self.examples.fingerprint,)
+
+    def measure(
+        self, model: Model, processor: Any, reference: Model | None, batch_size: int | None
+    ) -> TaskResult:
+        """The divergence of `model` from `reference`."""
+        import torch
+        from peft import PeftModel
+
+        from forgetless.data.modality import modality_of
+        from forgetless.models.heads import own_logits
+        from forgetless.models.load import adapter_off, evaluating
+        from forgetless.tasks.inference import require_numbers
+        from forgetless.tasks.journal import in_batches
+
+        modality = modality_of(model)
+        if reference is None and not isinstance(model, PeftModel):
+            raise UserError(
+                f"task {self.name!r} needs the base to compare with: pass reference=base, or a "
+                "PeftModel"
+            )
+        reader = modality.reader(processor, model.config)
+        own = {number: name for name, number in reader.under("own").classes.items()}
+        rows = _rows(modality, self.examples, reader)
+        rows.require_fitting(model)
+        parts, batch_of = batch_by_batch(model, rows, batch_size)
+
+        def logits_of(one: Any, places: Sequence[int]) -> Tensor:
+            logits = own_logits(one, one(**batch_of(places)[0]).logits).double().cpu()
+            require_numbers(logits)
+            return logits.log_softmax(-1)
+
+        def answers(places: Sequence[int]) -> list[list[float]]:
+            """The divergence, the base's likeliest class and the model's."""
+            ours = logits_of(model, places)
+            if reference is not None:
+                base = logits_of(reference, places)
+            else:
+                with adapter_off(model):
+                    base = logits_of(model, places)
+            distance = (base.exp() * (base - ours)).sum(-1)
+            columns = [distance, base.argmax(-1).double(), ours.argmax(-1).double()]
+            return torch.stack(columns, dim=1).tolist()
+
+        asked = [dict(record) for record in self.examples]
+        with evaluating(model), evaluating(model if reference is None else reference):
+            found = in_batches(self.kind, asked, parts, answers)
+        items = [
+            Item(
+                id=str(number),
+                prompt=self.shown(place, record),
+                expected=own[int(before)],
+                answer=own[int(now)],
+                score=distance,
+            )
+            for number, (place, record, (distance, before, now)) in enumerate(
+                zip(self.examples.places, self.examples, found, strict=True)
+            )
+        ]
+        same = mean_stderr([float(before == now) for _, before, now in found])
+        extra = {
+            "examples": len(items),
+            "top1_agreement": same.value,
+            "top1_agreement_stderr": same.stderr,
+        }
+        return TaskResult.of_items(self, items, metric="kl", higher_is_better=False, extra=extra)
+
+
+def _rows(modality: Modality, examples: Examples, reader: Any) -> Rows:
+    """The examples as the model reads them, of whatever classes."""
+    count, one = len(examples), "any"
+    records = [{**record, "label": one} for record in examples]
+    beside = [one] * count if examples.kind == "text" else ()
+    alike = replace(examples, records=records, labels=beside)
+    any_class = replace(reader, new={}).with_new([one]).under("new")
+    return modality.rows(alike, any_class, max_length=None)
+
+
+TASK = ClassKL
