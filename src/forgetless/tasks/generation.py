@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
 from forgetless.data.encoding import encode
-from forgetless.models.load import evaluating
+from forgetless.models.load import base_of, evaluating
 from forgetless.models.text import positions_of
 from forgetless.tasks.inference import (
     Ids,
@@ -21,6 +22,7 @@ from forgetless.tasks.inference import (
     device_of,
     pad,
     padding_of,
+    pads_left,
     require_causal,
     require_numbers,
     rows_with_cache,
@@ -47,8 +49,8 @@ def generate(
     """The most probable continuation of each prompt, token by token, in the order of the prompts.
 
     A continuation ends before `stop`, at the model's or tokenizer's end of text, or after
-    `max_new_tokens`. Prompts of similar length share a batch, padded on the left; rows that have
-    ended leave it, so a batch costs what its unfinished rows cost. Sampling settings that a model
+    `max_new_tokens`. Prompts of similar length share a batch, padded on the left, or only those of
+    one length where the model does not pass over padding; rows that have ended leave it, so a batch costs what its unfinished rows cost. Sampling settings that a model
     carries with it are not used.
 
     Args:
@@ -90,7 +92,16 @@ def generate(
 
     drawn = [] if sampling is None else [[sampling.temperature, sampling.top_p, sampling.seed]]
     with evaluating(model):
-        batches = by_length(rows, batch_size or rows_with_cache(model, longest))
+        size = batch_size or rows_with_cache(model, longest)
+        lengths = {len(row) for row in rows}
+        alike = len(lengths) > 1 and size > 1 and not pads_left(model)
+        if alike:
+            warnings.warn(
+                f"{type(base_of(model)).__name__} does not pass over padding in front of a prompt, so "
+                "only prompts of one length are answered together",
+                stacklevel=2,
+            )
+        batches = by_length(rows, size, alike=alike)
         return in_batches("generate", rows, batches, continuations, max_new_tokens, stop, *drawn)
 
 
@@ -174,10 +185,12 @@ class _State:
         inputs: dict[str, Any] = {"input_ids": self.ids[:, seen:], "attention_mask": self.mask}
         if self.positions:
             inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, seen:]
-        if self.cached:
+        if self.cache is not None:
             inputs["past_key_values"] = self.cache
         output = self.model(**inputs, **self.options)
-        self.cache = output.past_key_values if self.cached else None
+        self.cache = getattr(output, "past_key_values", None) if self.cached else None
+        if self.cached and self.cache is None:  # it keeps its state to itself: read all again
+            self.cached, self.options["use_cache"] = False, False
         logits: Tensor = output.logits[:, -1]
         require_numbers(logits)
         return logits

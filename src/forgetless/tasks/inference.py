@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
-from forgetless.models.text import text_config, vocabulary_of
+from forgetless.models.load import base_of, evaluating
+from forgetless.models.text import text_config, vocabulary_of, without_cache
 
 __all__ = [
     "accepts",
@@ -19,6 +21,7 @@ __all__ = [
     "device_of",
     "pad",
     "padding_of",
+    "pads_left",
     "require_causal",
     "require_numbers",
     "rows_that_fit",
@@ -138,11 +141,46 @@ def _cache_bytes(model: nn.Module) -> int:
     return int(2 * layers * width * next(model.parameters()).element_size())
 
 
-def by_length(rows: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:
-    """Positions of `rows` in batches of similar length, longest first (so memory shows at once)."""
+def by_length(
+    rows: Sequence[Ids], batch_size: int, *, alike: bool = False
+) -> Iterator[list[int]]:
+    """Positions of `rows` in batches of similar length, longest first (so memory shows at once).
+
+    With `alike`, of the same length.
+    """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    groups = groupby(order, key=lambda i: len(rows[i]) if alike else 0)
+    for group in (list(places) for _, places in groups):
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+@torch.no_grad()
+def pads_left(model: nn.Module) -> bool:
+    """Whether a prompt with padding in front gives the logits that it gives alone.
+
+    Recurrent models read padding too, whatever the mask says. What it does to the logits where it
+    is meant to be read is the scale.
+    """
+    device, plain = device_of(model), base_of(model)
+    if not isinstance(plain, PreTrainedModel):
+        return True
+    words = [i % plain.get_input_embeddings().num_embeddings for i in range(1, 9)]
+
+    def last(ids: Ids, padding: int) -> Tensor:
+        mask = torch.tensor([[0] * padding + [1] * (len(ids) - padding)], device=device)
+        inputs = {"input_ids": torch.tensor([ids], device=device), "attention_mask": mask}
+        if accepts(model, "position_ids"):
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        logits: Tensor = model(**inputs).logits[0, -1].float()
+        return logits
+
+    with evaluating(model), without_cache(model):
+        alone, read = last(words[4:], 0), last(words, 0)
+        difference = (last(words, 4) - alone).norm()
+        rounding = 4 * torch.finfo(next(model.parameters()).dtype).eps * alone.norm()
+        # What is no number is not for padding to say.
+        return not bool(difference > torch.maximum(0.1 * (read - alone).norm(), rounding))
 
 
 def pad(

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
-from forgetless.tasks.inference import padding_of, require_numbers, rows_that_fit
+from forgetless.tasks.inference import padding_of, pads_left, require_numbers, rows_that_fit
 from forgetless.tasks.journal import in_batches
 
 __all__ = ["InMemory"]
@@ -117,15 +117,14 @@ class InMemory(HFLM):
         lengths = [len(self.tok_encode(prompt)) for prompt in prompts]
         self._count_too_long(lengths, settings)
         compute = super().generate_until
+        size = self.batch_size if pads_left(self.model) else 1
         groups: dict[str, list[int]] = {}
         for place, setting in enumerate(settings):
             groups.setdefault(json.dumps(setting, sort_keys=True, default=str), []).append(place)
         batches = []
         for group in groups.values():
             order = sorted(group, key=lambda place: (-lengths[place], prompts[place]))
-            batches += [
-                order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)
-            ]
+            batches += [order[i : i + size] for i in range(0, len(order), size)]
 
         def one_batch(places: Sequence[int]) -> list[str]:
             return list(compute([requests[i] for i in places], disable_tqdm=True))

@@ -1,0 +1,106 @@
+"""An answer does not depend on what else is asked, whatever the model makes of padding."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BloomConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
+
+from forgetless.tasks.generation import generate
+from forgetless.tasks.inference import pads_left
+from tests.composites import COMPOSITE, SPECIAL, TEXT, VOCAB, built
+from tests.families import FAMILIES
+from tests.tiny import tokenizer
+
+SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, **SPECIAL}
+PROMPTS = ["a", "abc def", "hello there you", " xyzzy 12345 67890 abcdefgh", "abc deg"]
+
+
+class NoMask(LlamaForCausalLM):
+    """As code on the hub may be: it names the mask and looks past it."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, **given: Any) -> Any:
+        return super().forward(input_ids=input_ids, **given)
+
+
+def no_mask() -> PreTrainedModel:
+    config = LlamaForCausalLM.config_class(**{k: v for k, v in TEXT.items() if k != "head_dim"})
+    torch.manual_seed(0)
+    model = NoMask(config).eval()
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            weight.data.mul_(4)
+    return model
+
+
+def _of(config: Callable[[], PretrainedConfig]) -> Callable[[], PreTrainedModel]:
+    return lambda: built(config())
+
+
+GRIFFIN = {
+    "block_types": ["recurrent", "attention"],
+    "head_dim": 8,
+    "num_key_value_heads": 1,
+    "num_attention_heads": 4,
+    "lru_width": 32,
+    "attention_window_size": 16,
+    "intermediate_size": 48,
+}
+READS_PADDING = {
+    "rwkv": _of(lambda: RwkvConfig(**SMALL)),
+    "recurrent_gemma": _of(lambda: RecurrentGemmaConfig(**SMALL, **GRIFFIN)),
+    "looks past the mask": no_mask,
+}
+PASSES_OVER = {
+    "mamba": _of(lambda: MambaConfig(**SMALL, state_size=8)),
+    "bloom": _of(lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)),
+    "gemma3": _of(COMPOSITE["gemma3"]),
+    "gpt2": FAMILIES["gpt2"].model,
+}
+
+
+@pytest.mark.parametrize("base", [*READS_PADDING, *PASSES_OVER])
+def test_answers_are_those_of_one_prompt_alone(base: str) -> None:
+    model, words = (READS_PADDING | PASSES_OVER)[base](), tokenizer()
+    alone = [generate(model, words, [p], max_new_tokens=8, stop="\x0b")[0] for p in PROMPTS]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        together = generate(model, words, PROMPTS, max_new_tokens=8, stop="\x0b")
+    assert together == alone
+    assert len(set(alone)) > 2
+    warned = [text for w in said if "only prompts of one length" in (text := str(w.message))]
+    assert bool(warned) == (base in READS_PADDING)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_padding(dtype: torch.dtype) -> None:
+    assert pads_left(FAMILIES["llama"].model(dtype))
+    assert not pads_left(no_mask().to(dtype))
+
+
+def test_the_harness_answers_alike() -> None:
+    pytest.importorskip("lm_eval")
+    from types import SimpleNamespace
+
+    from forgetless.tasks.harness.model import InMemory
+
+    model = READS_PADDING["rwkv"]()
+    asked = [
+        SimpleNamespace(args=(prompt, {"until": ["\x0b"], "max_gen_toks": 6})) for prompt in PROMPTS
+    ]
+    together = InMemory(model, tokenizer(), None).generate_until(asked)
+    alone = [InMemory(model, tokenizer(), None).generate_until([each])[0] for each in asked]
+    assert together == alone
