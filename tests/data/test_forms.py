@@ -658,6 +658,13 @@ def test_thoughts_beside_the_content_go_to_the_template(key: str) -> None:
         ({"context": "A red hat.", "question": "What?", "answer": "red"}, ["'context'"]),
         ({"prompt": "What?", "input": "A red hat.", "completion": "red"}, ["'input'"]),
         ({"prompt": [USER], "completion": [YES], "tools": [1]}, ["'tools'"]),
+        ({"prompt": "a", "completion": "b", "rejected": "c"}, ["'rejected'"]),
+        ({"prompt": "a", "completion": "b", "train": False}, ["'train'"]),
+        ({"prompt": "a", "completion": "b", "label": False}, ["'label'"]),
+        ({"question": "a", "answer": "b", "rationale": "c", "choices": ["b"]}, ["'choices'", "ra"]),
+        ({"messages": [USER, {**YES, "mask": True}]}, ["'mask'"]),
+        ({"messages": [USER, YES], "loss_mask": [0, 1]}, ["'loss_mask'"]),
+        ({"query": "a", "response": "b", "knowledge": "A red hat."}, ["'knowledge'"]),
     ],
 )
 def test_what_other_tools_would_show_is_named(row: dict[str, Any], named: list[str]) -> None:
@@ -675,6 +682,15 @@ def test_what_other_tools_would_show_is_named(row: dict[str, Any], named: list[s
         {"instruction": "Say hi", "input": "now", "output": "hi", "history": [], "system": ""},
         {"question": "What?", "answer": "red", "category": "qa", "context": None},
         {"text": "A red hat.", "context": "of a book"},
+        {
+            "prompt": "a",
+            "completion": "b",
+            "train": True,
+            "id": 0,
+            "data_source": "x",
+            "__i_id__": 1,
+        },
+        {"instruction": "a", "output": "b", "text": "### a b", "category": "qa", "urls": ["x"]},
     ],
 )
 def test_nothing_is_said_of_what_changes_nothing(row: dict[str, Any]) -> None:

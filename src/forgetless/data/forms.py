@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,13 +48,20 @@ class Form:
         )
 
     def unread(self, row: Row) -> set[str]:
-        """Keys of a row and its turns by which other tools show or learn something else."""
+        """Keys of a row and its turns that are not read and say more than where it comes from."""
         if self.kind in ("text", "image", "sentence"):
             return set()
-        beside = {key for key in _READ_ELSEWHERE if row.get(key)} - {*self.keys, *self.reads}
+        known = {*self.keys, *self.reads, *(key for key in _LEARNED if row.get(key))}
+        beside = {k for k, v in row.items() if not _is_empty(v) and k not in known}
+        beside = {key for key in beside if not _ABOUT.fullmatch(key)}
         lists = (row[key] for key in self.keys if isinstance(row[key], list | tuple))
         turns = [turn for turns in lists for turn in turns if isinstance(turn, Mapping)]
-        return beside | {k for turn in turns for k, v in turn.items() if v and k not in _TURN_KEYS}
+        return beside | {
+            k
+            for turn in turns
+            for k, v in turn.items()
+            if not _is_empty(v) and k not in _TURN_KEYS and not _ABOUT.fullmatch(k)
+        }
 
     def __str__(self) -> str:
         beside = " (or img; fine_label or class)" if self.kind == "image" else ""
@@ -118,10 +126,20 @@ _LEARNED = ("weight", "train", "loss")
 
 _CALLS = ("tool_calls", "function_call")
 _TURN_KEYS = {"role", "content", "from", "value", "id", "name", *_LEARNED, *THOUGHTS, *_CALLS}
-_READ_ELSEWHERE = (
-    *("context", "documents", "history", "input", "system"),
-    *("functions", "tools", "audio", "images", "videos", "chat_template_kwargs"),
+_ABOUT = re.compile(
+    r"_*([a-z0-9]+_)*(author|category|created|created_at|data|dataset|date|difficulty|domain"
+    r"|generator|hash|id|idx|index|key|lang|language|level|licen[cs]e|line|meta|metadata|model"
+    r"|name|number|origin|page|provenance|quality|rank|rating|revision|row|score|sha256|skill"
+    r"|source|split|subject|subset|tag|task|text|timestamp|title|token|topic|turn|type|uid"
+    r"|updated|url|uuid|version|categories)s?_*",
+    re.IGNORECASE,
 )
+"""Keys that say where a row comes from or what it is like, and that nobody shows or learns; a
+``text`` is the whole row as somebody rendered it."""
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
 
 
 def _conversation(key: str) -> Form:

@@ -50,8 +50,9 @@ def generate(
 
     A continuation ends before `stop`, at the model's or tokenizer's end of text, or after
     `max_new_tokens`. Prompts of similar length share a batch, padded on the left, or only those of
-    one length where the model does not pass over padding; rows that have ended leave it, so a batch costs what its unfinished rows cost. Sampling settings that a model
-    carries with it are not used.
+    one length where the model does not pass over padding; rows that have ended leave it, so a batch
+    costs what its unfinished rows cost. Sampling settings that a model carries with it are not
+    used.
 
     Args:
         model: a causal language model, or a PeftModel of one.
@@ -97,8 +98,8 @@ def generate(
         alike = len(lengths) > 1 and size > 1 and not pads_left(model)
         if alike:
             warnings.warn(
-                f"{type(base_of(model)).__name__} does not pass over padding in front of a prompt, so "
-                "only prompts of one length are answered together",
+                f"{type(base_of(model)).__name__} does not pass over padding in front of a prompt, "
+                "so only prompts of one length are answered together",
                 stacklevel=2,
             )
         batches = by_length(rows, size, alike=alike)

@@ -141,9 +141,7 @@ def _cache_bytes(model: nn.Module) -> int:
     return int(2 * layers * width * next(model.parameters()).element_size())
 
 
-def by_length(
-    rows: Sequence[Ids], batch_size: int, *, alike: bool = False
-) -> Iterator[list[int]]:
+def by_length(rows: Sequence[Ids], batch_size: int, *, alike: bool = False) -> Iterator[list[int]]:
     """Positions of `rows` in batches of similar length, longest first (so memory shows at once).
 
     With `alike`, of the same length.
