@@ -331,6 +331,32 @@ def test_the_head_decides_the_run(world: Path) -> None:
     assert run_id(own) != run_id(recipe.override(plain))
 
 
+@pytest.mark.parametrize("method", ["pissa", "full"])
+def test_a_sequence_learns_classes_under_one_new_head(
+    method: str, world: Path, tmp_path: Path
+) -> None:
+    save_images(tmp_path / "first", dict.fromkeys(NEW[:2], 6))
+    save_images(tmp_path / "then", dict.fromkeys(NEW[2:], 6))
+    task = {"kind": "image_accuracy", "name": "first", "path": str(tmp_path / "first")}
+    common = {"adapter.head": list(NEW), "tasks": {"forgetting": [task]}}
+    first = recipe_of(world, method, **common, **{"data.train": str(tmp_path / "first")})
+    assert check(first) == []
+    done = run(first, tmp_path / "runs")
+    after = {"after": done.folder.name}
+    changes = {"data.train": str(tmp_path / "then"), "sequence": after, "training.probe_steps": 0}
+    then = first.override(changes)
+    assert check(then) == []
+    row = {row["task"]: row for row in run(then, tmp_path / "runs").scores}["first"]
+    assert row["step0_score"] == {r["task"]: r for r in done.scores}["first"]["score"]
+    for head, words in (("new", "share one new head"), (["lines", "rings"], "no class 'waves'")):
+        assert any(words in problem for problem in check(then.override({"adapter.head": head})))
+    stacked = {"sequence": {**after, "between": "stack"}}
+    if method == "pissa":
+        assert any("continues one adapter" in p for p in check(then.override(stacked)))
+    with pytest.raises(ValueError, match="a list of two classes or more"):
+        then.override({"adapter.head": ["lines"]})
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

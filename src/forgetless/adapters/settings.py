@@ -17,7 +17,8 @@ class AdapterSettings(Section):
     """Which method starts on which layers; ``full`` trains the weights themselves.
 
     See `forgetless.attach` for every value. ``head: new`` gives a classifier a new head for the
-    classes of the training data, see `forgetless.models.heads`.
+    classes of the training data, a list of names one for these classes, some of which may be for
+    later data; see `forgetless.models.heads`.
     """
 
     method: Name = "lora_null_v1"
@@ -30,7 +31,7 @@ class AdapterSettings(Section):
     rank_pattern: dict[str, Count] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     options: dict[str, Any] = {}
-    head: Literal["own", "new"] = "own"
+    head: Any = "own"
 
     @field_validator("target_modules")
     @classmethod
@@ -43,6 +44,22 @@ class AdapterSettings(Section):
             "must be 'all-linear', 'attention', 'mlp', one regular expression or a list of layer "
             "names"
         )
+
+    @field_validator("head")
+    @classmethod
+    def _head(cls, value: Any) -> str | list[str]:
+        if value in ("own", "new"):
+            return str(value)
+        names = value if isinstance(value, list) else []
+        named = all(isinstance(name, str) and name for name in names)
+        if named and len(names) > 1 and len(set(names)) == len(names):
+            return names
+        raise ValueError("must be 'own', 'new' or a list of two classes or more, each once")
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether classes are learned under a head of their own."""
+        return bool(self.head != "own")
 
 
 IDLE_SWITCHES: Mapping[str, Any] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,14 @@ class Checker:
             return found
         options = self._problem("adapter.options", method.check, 1, (1, 1), settings.options)
         model, _ = self._attempt(meta_model, base)
-        if settings.head == "new" and model is not None:
+        if settings.has_new_head and model is not None:
             model, _ = self._attempt(_with_head, base)
         layers = () if options or model is None else _rank_problems(model, settings)
         return [*found, *options, *layers]
 
     def _head(self, recipe: Recipe) -> Iterator[str]:
         """What is wrong with the new head, or with settings for one that there is not."""
-        if recipe.adapter.head == "new":
+        if recipe.adapter.has_new_head:
             if self._attempt(meta_model, recipe.base)[1] is None:
                 yield from self._problem("adapter.head", _with_head, recipe.base)
             return
@@ -117,13 +117,15 @@ class Checker:
         return []
 
     def _data(self, recipe: Recipe) -> Iterator[str]:
-        first = recipe.data.sources[0][0] if recipe.adapter.head == "new" else None
+        first = recipe.data.sources[0][0] if recipe.adapter.has_new_head else None
         classes: set[str] = set()
         failed = False
         for path, _ in recipe.data.sources:
             examples, problem = self._attempt(load_examples, path)
             if problem is None:
-                _, problem = self._attempt(self._require_readable, recipe.base, path, first)
+                _, problem = self._attempt(
+                    self._require_readable, recipe.base, path, first, recipe.adapter.head
+                )
             if problem is not None:
                 failed = True
                 yield f"data.train: {problem}"
@@ -137,10 +139,12 @@ class Checker:
         if len(classes) == 1 and not failed:
             yield f"data.train: has the class {classes.pop()!r} alone; nothing tells it from others"
 
-    def _require_readable(self, base: str, path: str, new: str | None) -> None:
+    def _require_readable(
+        self, base: str, path: str, new: str | None, head: str | Sequence[str]
+    ) -> None:
         """Raise what the base's processor has against a file's examples.
 
-        Its new head, if it has one, is for the classes of the file ``new``.
+        Where it has a new head, ``head`` names its classes, or they are those of the file ``new``.
         """
         examples, _ = self._attempt(load_examples, path)
         processor, problem = self._attempt(load_processor, base)
@@ -148,7 +152,8 @@ class Checker:
             return
         modality = modality_of(base)
         if new is not None and modality.labels is not None:
-            processor = processor.with_new(new_classes(modality, new))
+            named = new_classes(modality, new) if isinstance(head, str) else head
+            processor = processor.with_new(named)
             processor = processor.under("new") if path == new else processor
         modality.check(examples, processor)
 
@@ -308,8 +313,13 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
         return
     full, dora = recipe.adapter.method == "full", recipe.adapter.use_dora
     alone = sequence.between != "continue"
-    if recipe.adapter.head == "new" and (sequence.after is not None or alone or repair):
-        yield "adapter.head: in a sequence every task is learned under the base's own head"
+    if recipe.adapter.head == "new":
+        yield (
+            "adapter.head: the tasks of a sequence share one new head; name the classes of all of "
+            "them, head: [a, b, ...]"
+        )
+    elif recipe.adapter.has_new_head and (alone or repair):
+        yield "adapter.head: with a new head a sequence continues one adapter, without a repair"
     if full and (alone or repair):
         yield "sequence: full has no adapter to stack, merge or repair; continue without a repair"
     if dora and (alone or repair) and not full:

@@ -69,7 +69,7 @@ def input_keys(recipe: Recipe, *more: str) -> dict[str, dict[str, Any]]:
         "target_modules": _adapter_key(recipe.adapter).get("target_modules"),
         "seed": recipe.seed,
         **without_idle(settings, {"skip_first": 0}),
-        **({"head": "new"} if recipe.adapter.head == "new" else {}),
+        **({"head": recipe.adapter.head} if recipe.adapter.has_new_head else {}),
     }
     data_as_text: dict[str, Any] = {
         **({"format": "text"} if recipe.data.format == "text" else {}),

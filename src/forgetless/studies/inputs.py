@@ -139,7 +139,7 @@ class Collecting:
         settings = self.calibration
         counts = {"samples": settings.samples, "batch_size": settings.batch_size}
         if source == DATA:
-            data, has_new = self._training_data(), self.adapter.head == "new"
+            data, has_new = self._training_data(), self.adapter.has_new_head
             return training_batches(
                 data.sources[0][0],
                 model,

@@ -208,9 +208,10 @@ class Stages:
 
     @cached_property
     def new_classes(self) -> list[str]:
-        """The classes of the new head, which are those of the first training data; often none."""
-        if self.recipe.adapter.head == "own":
-            return []
+        """The classes of the new head: those named, or of the first training data; often none."""
+        adapter = self.recipe.adapter
+        if adapter.head != "new":
+            return list(adapter.head) if adapter.has_new_head else []
         return new_classes(self.modality, self.recipe.data.sources[0][0])
 
     @cached_property
