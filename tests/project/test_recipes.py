@@ -57,14 +57,24 @@ def test_the_template_shows_every_setting() -> None:
             assert set(values) - set(text[section]) <= {"steps", "tokens"}, section
 
 
-def test_the_demo_is_the_recipe() -> None:
-    assert StudyRecipe.load(RECIPES / "pocket-demo.yaml") == StudyRecipe.parse(demo.definition())
+DEMOS = {
+    "pocket": (demo.definition, demo.RATES),
+    "pocket-images": (demo.images_definition, demo.IMAGE_RATES),
+}
 
 
-def test_the_demo_takes_its_rates_from_the_sweep() -> None:
-    """Every method of the demonstration was swept, at the rate that it is run with."""
+@pytest.mark.parametrize("world", DEMOS)
+def test_the_demo_is_the_recipe(world: str) -> None:
+    definition, _ = DEMOS[world]
+    assert StudyRecipe.load(RECIPES / f"{world}-demo.yaml") == StudyRecipe.parse(definition())
+
+
+@pytest.mark.parametrize("world", DEMOS)
+def test_the_demo_takes_its_rates_from_the_sweep(world: str) -> None:
+    """Every method of a demonstration was swept, at the rate that it is run with."""
     swept = {
         (overrides["adapter.method"], overrides["training.learning_rate"])
-        for _, overrides in StudyRecipe.load(RECIPES / "pocket-pilot.yaml").combinations()
+        for _, overrides in StudyRecipe.load(RECIPES / f"{world}-pilot.yaml").combinations()
     }
-    assert set(demo.RATES.items()) <= swept
+    _, rates = DEMOS[world]
+    assert set(rates.items()) <= swept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -183,6 +184,8 @@ def test_lost_pictures_are_seen_with_what_they_are_taken_for(
     load(browser, pages["pictures"], 390)
     cards = find(browser, "#flips .gallery li:not(.head)")
     assert len(cards) == 24
+    counted = find(browser, "#flips .pick + .note")[0].text
+    assert re.fullmatch(r"Most often taken: (bars for dots|dots for bars) \(1\d\), .*\.", counted)
     shown = cards[0].find_element("css selector", "svg.picture")
     assert shown.get_attribute("aria-label") in ("bars", "dots")
     assert shown.size == {"width": 64, "height": 64}

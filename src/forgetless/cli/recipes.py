@@ -19,11 +19,18 @@ if TYPE_CHECKING:
     from forgetless.studies.run import Run
 
 
-def demo(out: Out = "runs", workers: Workers = 2, threads: Threads = None) -> None:
+def demo(
+    out: Out = "runs",
+    workers: Workers = 2,
+    threads: Threads = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="Letters, on the image classifier that knows digits.")
+    ] = False,
+) -> None:
     """Fine-tune the pocket model seven ways and show what each learned and forgot."""
-    from forgetless.cli.demo import definition
+    from forgetless.cli.demo import definition, images_definition
 
-    _do_study(definition(), out, workers, threads)
+    _do_study(images_definition() if images else definition(), out, workers, threads)
 
 
 def run(

@@ -18,6 +18,7 @@ document.querySelectorAll(".finder").forEach((finder) => {
   const pick = make(finder, "div", { class: "pick" });
   const arms = make(pick, "div", { class: "legend", role: "group", "aria-label": "Arm" });
   const tools = make(pick, "div", { class: "tools" });
+  const often = make(finder, "p", { class: "note" });
   const list = make(finder, "ul", { class: pictures ? "cases gallery" : "cases" });
   const foot = make(finder, "p", { class: "count", role: "status" });
 
@@ -64,10 +65,23 @@ document.querySelectorAll(".finder").forEach((finder) => {
     if (place !== null) make(make(row, "svg", { class: "picture", viewBox: "0 0 1 1", role: "img", "aria-label": flips.questions[q][1] }), "use", { href: `#picture-${place}` });
   }
 
+  // The classes that an arm takes others for, those of most pictures first.
+  function confused(own) {
+    const counts = new Map();
+    for (const [q, answer] of own.lost) {
+      const pair = `${flips.questions[q][1]} for ${answer}`;
+      counts.set(pair, (counts.get(pair) ?? 0) + 1);
+    }
+    const most = [...counts].filter(([, count]) => count > 1).sort(([, a], [, b]) => b - a).slice(0, 5);
+    return most.length ? `Most often taken: ${most.map(([pair, count]) => `${pair} (${count})`).join(", ")}.` : "";
+  }
+
   function draw() {
     const { own, view, query } = state, withOthers = isWhole && view === "lost";
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", flips.arms[i] === own));
     const found = own[view].filter(([q, answer]) => [...flips.questions[q], answer ?? ""].some((t) => t.toLowerCase().includes(query)));
+    often.textContent = pictures && view === "lost" ? confused(own) : "";
+    often.hidden = !often.textContent;
     list.replaceChildren();
     list.hidden = !found.length;
     list.classList.toggle("with-others", withOthers);
