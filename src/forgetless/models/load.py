@@ -46,6 +46,7 @@ from forgetless.models.heads import divided, heads_of
 from forgetless.models.pocket import POCKETS
 from forgetless.models.targets import PARTS, part_of, shortest_endings
 from forgetless.models.text import unread_by_text
+from forgetless.models.trust import is_trusted
 from forgetless.models.weights import (
     hold_packing,
     is_linear,
@@ -228,9 +229,9 @@ def load_model(base: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
     _, head = _load_config(base, source)
     try:
         model, loading = head.auto_class.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=is_trusted(base)
         )
-    except _LOADING_ERRORS as problem:
+    except (*_LOADING_ERRORS, ImportError) as problem:
         raise UserError(f"cannot load base {base!r}: {_first_line(problem)}") from problem
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -251,8 +252,10 @@ def _device(device: str) -> torch.device:
 def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
     """The config of a base and its head; one with none of `HEADS` is refused by name."""
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except _LOADING_ERRORS as problem:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=is_trusted(base))
+    except (*_LOADING_ERRORS, ImportError) as problem:
+        if "trust_remote_code" in str(problem):
+            raise _needs_trust(base) from None
         raise UserError(
             f"cannot read the config of base {base!r}: {_first_line(problem)}"
         ) from None
@@ -260,6 +263,10 @@ def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
     for head in HEADS:
         if config.model_type in head.classes and (not stored or head.names.intersection(stored)):
             return config, head
+    if of_its_own := _head_of_own_code(config):
+        if is_trusted(base):
+            return config, of_its_own
+        raise _needs_trust(base)
     raise UserError(
         f"base {base!r} is a {stored[0] if stored else config.model_type}, not "
         f"{' or '.join(head.noun for head in HEADS)} with a trained head, and none is put on it; "
@@ -276,7 +283,21 @@ def head_of(base: str | nn.Module) -> Head | None:
     if isinstance(base, str):
         return _load_config(base, resolve_base(base, weights=False))[1]
     names = {parent.__name__ for parent in type(base_of(base)).__mro__}
-    return next((head for head in HEADS if head.names & names), None)
+    known = next((head for head in HEADS if head.names & names), None)
+    return known or _head_of_own_code(getattr(base_of(base), "config", None))
+
+
+def _head_of_own_code(config: Any) -> Head | None:
+    """The head that the code beside a base's weights has, where the config names such code."""
+    own = getattr(config, "auto_map", None) or {}
+    return next((head for head in HEADS if head.auto_class.__name__ in own), None)
+
+
+def _needs_trust(base: str) -> UserError:
+    return UserError(
+        f"base {base!r} comes with Python code of its own, which is not run unasked; read it, "
+        "and if you trust it set 'trust_remote_code: true' in the recipe"
+    )
 
 
 def _first_line(problem: BaseException) -> str:
@@ -319,8 +340,10 @@ def _load_beside(base: str, auto_class: Any, noun: str, weights: bool) -> Any:
     """What lies beside a base's weights, by transformers' class that loads it."""
     source = resolve_base(base, weights=weights)
     try:
-        return auto_class.from_pretrained(source, trust_remote_code=False)
+        return auto_class.from_pretrained(source, trust_remote_code=is_trusted(base))
     except (*_LOADING_ERRORS, ImportError) as problem:
+        if "trust_remote_code" in str(problem):
+            raise _needs_trust(base) from None
         raise UserError(
             f"base {base!r} has no {noun} that can be loaded ({_first_line(problem)}); "
             f"save one into the folder with {noun.replace(' ', '_')}.save_pretrained"
@@ -340,7 +363,9 @@ def meta_model(base: str, *, weights: bool = True) -> PreTrainedModel:
     source = resolve_base(base, weights=weights)
     config, head = _load_config(base, source)
     with torch.device("meta"):
-        found: PreTrainedModel = divided(head.auto_class.from_config(config))
+        found: PreTrainedModel = divided(
+            head.auto_class.from_config(config, trust_remote_code=is_trusted(base))
+        )
     return found
 
 

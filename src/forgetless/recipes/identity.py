@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from forgetless.data.settings import DATA
 from forgetless.data.texts import fingerprint
 from forgetless.methods import METHODS
 from forgetless.models.load import resolve_base
+from forgetless.models.trust import is_trusted
 from forgetless.recipes.recipe import Recipe
 from forgetless.training.forgetting import from_settings
 from forgetless.training.penalties import identity_of
@@ -32,7 +33,7 @@ def base_hash(base: str, new_classes: Sequence[str] = ()) -> str:
     """
     resolved = resolve_base(base)
     if Path(resolved).is_dir():
-        found = weights_hash(resolved)
+        found = weights_hash(resolved, {".py"} if is_trusted(base) else set())
     else:
         from huggingface_hub import hf_hub_download
 
@@ -42,10 +43,15 @@ def base_hash(base: str, new_classes: Sequence[str] = ()) -> str:
     return hashlib.sha256(more.encode()).hexdigest() if new_classes else found
 
 
-def weights_hash(folder: str | Path) -> str:
-    """SHA-256 of the files in a model's or an adapter's folder that decide what it computes."""
-    folder = Path(folder)
-    return files_hash((f for f in folder.iterdir() if f.suffix in MODEL_FILES), folder)
+def weights_hash(folder: str | Path, more: Set[str] = frozenset()) -> str:
+    """SHA-256 of the files in a model's or an adapter's folder that decide what it computes.
+
+    Args:
+        folder: of a model or an adapter.
+        more: further endings of files that count.
+    """
+    folder, endings = Path(folder), MODEL_FILES | more
+    return files_hash((f for f in folder.iterdir() if f.suffix in endings), folder)
 
 
 def _data_hash(path: str) -> str:

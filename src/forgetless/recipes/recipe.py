@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from forgetless.adapters.settings import (
     AdapterSettings,
@@ -24,6 +24,7 @@ from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import Name, Section, validated, with_overrides
 from forgetless.data.settings import DATA, CalibrationSettings, DataSettings
+from forgetless.models.trust import trust
 from forgetless.tasks.settings import TaskSettings
 from forgetless.training.settings import ProbeSettings, TrainingSettings
 
@@ -57,10 +58,12 @@ class Recipe(Section):
     """Everything that decides one run.
 
     Paths are taken from the working directory. ``name`` is for people and decides nothing.
+    ``trust_remote_code`` lets the Python code that lies beside the base's weights run.
     """
 
     name: Name | None = None
     base: Name
+    trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     adapter: AdapterSettings = AdapterSettings()
@@ -77,6 +80,12 @@ class Recipe(Section):
     residual: bool = False
     spectra: bool = False
     tasks: TaskSettings = TaskSettings()
+
+    @model_validator(mode="after")
+    def _trusts(self) -> Self:
+        if self.trust_remote_code:
+            trust(self.base)
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
