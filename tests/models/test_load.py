@@ -397,5 +397,5 @@ def test_code_that_comes_with_a_base_never_runs_and_nobody_is_asked(
     )
     assert "ASKED" not in done.stdout
     assert "UserError" in done.stderr, done.stderr
-    assert "custom code" in done.stderr
+    assert "comes with Python code of its own" in done.stderr
     assert not (tmp_path / "ran").exists()
