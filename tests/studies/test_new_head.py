@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DeiTConfig,
     DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
     Dinov2Config,
     Dinov2ForImageClassification,
     SwinConfig,
@@ -312,6 +313,43 @@ def test_replay_and_penalties_go_with_a_new_head(world: Path, tmp_path: Path) ->
         assert check(recipe) == []
         log = read_jsonl(run(recipe, tmp_path).folder / "log.jsonl")
         assert log[-1]["penalty"] > 0
+
+
+@pytest.mark.parametrize("method", ["pissa", "full"])
+def test_a_budget_of_drift_goes_back_to_both_heads(
+    method: str, world: Path, tmp_path: Path
+) -> None:
+    drift = {"kind": "class_kl", "name": "drift", "path": str(world / "keep")}
+    probes = {"forgetting": [drift], "every": 2, "max_kl": 1e-9, "on_exceed": "rollback"}
+    changes = {"probes": probes, "tasks": {"forgetting": [drift]}, "training.probe_steps": 0}
+    recipe = recipe_of(world, method, **changes)
+    assert check(recipe) == []
+    done = run(recipe, tmp_path)
+    over = done.record["training"]["exceeded"]
+    assert (over["step"], over["kept_step"], over["action"]) == (2, 0, "rollback")
+    assert over["value"] > 1e-9
+    assert [row["score"] for row in done.scores] == [0]
+    start = add_head(load_model(str(world / "base")), NEW[:3])
+    if method == "full":
+        model = load_model(str(done.folder / "model"))
+    else:
+        model = fl.load(load_model(str(world / "base")), done.folder / "native")
+    assert torch.equal(logits_of(model), logits_of(start))
+
+
+def test_no_head_is_put_beside_several(tmp_path: Path) -> None:
+    config = DeiTConfig(**SMALL, id2label=dict(enumerate(CLASSES)))
+    with pytest.raises(UserError, match="no single linear layer"):
+        add_head(DeiTForImageClassificationWithTeacher(config), NEW)
+
+
+def test_a_base_of_16_bits_has_a_head_of_32(world: Path) -> None:
+    before = logits_of(load_model(str(world / "base"), dtype="bfloat16"))
+    model = add_head(load_model(str(world / "base"), dtype="bfloat16"), NEW)
+    adapted = fl.attach(model, "pissa", 2, 2)
+    assert torch.equal(logits_of(adapted)[:, :3], before.float())
+    trained = [w.dtype for n, w in adapted.named_parameters() if ".new." in n and w.requires_grad]
+    assert trained == [torch.float32] * 2
 
 
 def test_the_head_decides_the_run(world: Path) -> None:

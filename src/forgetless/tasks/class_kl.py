@@ -63,7 +63,6 @@ class ClassKL(ClassTask):
         from peft import PeftModel
 
         from forgetless.data.modality import modality_of
-        from forgetless.models.heads import own_logits
         from forgetless.models.load import adapter_off, evaluating
         from forgetless.tasks.inference import require_numbers
         from forgetless.tasks.journal import in_batches
@@ -81,7 +80,7 @@ class ClassKL(ClassTask):
         parts, batch_of = batch_by_batch(model, rows, batch_size)
 
         def logits_of(one: Any, places: Sequence[int]) -> Tensor:
-            logits = own_logits(one, one(**batch_of(places)[0]).logits).double().cpu()
+            logits: Tensor = one(**batch_of(places)[0]).logits[:, : len(own)].double().cpu()
             require_numbers(logits)
             return logits.log_softmax(-1)
 

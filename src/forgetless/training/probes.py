@@ -166,11 +166,15 @@ class RecordedBase(nn.Module):
         self.kept: dict[str, Tensor] = {}
         self._ask: Any = model.__call__ if model is not None else None  # no submodule of this one
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> SimpleNamespace:
-        """What the base says to a batch: ``.logits``, (rows, tokens, vocabulary)."""
-        digest = hashlib.sha256(repr(tuple(input_ids.shape)).encode())
-        digest.update(input_ids.cpu().numpy().data)
-        digest.update(attention_mask.cpu().numpy().data)
+    def forward(self, **given: Any) -> SimpleNamespace:
+        """What the base says to a batch: ``.logits``, (rows, tokens, vocabulary) or of classes.
+
+        Everything in the batch that is a tensor tells it from others, in the order given.
+        """
+        batch = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        digest = hashlib.sha256(repr(tuple(next(iter(batch.values())).shape)).encode())
+        for value in batch.values():
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy().data)
         key = digest.hexdigest()
         if key in self.kept:
             return SimpleNamespace(logits=self.kept[key])
@@ -180,8 +184,8 @@ class RecordedBase(nn.Module):
                 "untouched base"
             )
         device = self._ask.__self__.device
-        given = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-        logits = self.kept[key] = self._ask(**given, **options).logits.detach().cpu()
+        there = {name: value.to(device) for name, value in batch.items()}
+        logits = self.kept[key] = self._ask(**{**given, **there}).logits.detach().cpu()
         if sum(kept.nbytes for kept in self.kept.values()) > RECORDED_BYTES:
             raise UserError(
                 "the base's predictions on the texts of the probes need more than "
