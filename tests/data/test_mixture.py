@@ -60,6 +60,21 @@ def test_the_seed_decides_the_walk() -> None:
     assert mixture(0).fingerprint == mixture(0).fingerprint != mixture(1).fingerprint
 
 
+def test_of_a_buffer_the_same_rows_come_every_time() -> None:
+    def buffered(seed: int, buffer: int | None) -> Mixture:
+        return Mixture([source(1, 60), source(3, 50)], [60, 6], seed, [None, buffer])
+
+    seen = [row for number in range(5) for row in epoch(buffered(0, 6), number) if row[0] == 3]
+    assert Counter(seen) == dict.fromkeys(set(seen), 5)
+    assert len(set(seen)) == 6
+    others = {row for row in epoch(buffered(1, 6), 0) if row[0] == 3}
+    assert others != set(seen)
+    assert buffered(0, 6).fingerprint != buffered(0, None).fingerprint
+    plain = Mixture([source(1, 60), source(3, 50)], [60, 6], 0)
+    assert buffered(0, None).fingerprint == plain.fingerprint == buffered(0, 90).fingerprint
+    assert epoch(buffered(0, 90), 3) == epoch(plain, 3)
+
+
 @pytest.mark.parametrize(
     ("shares", "message"),
     [

@@ -10,6 +10,7 @@ from forgetless.cli import demo
 from forgetless.core.files import load_yaml
 from forgetless.methods import METHODS
 from forgetless.recipes.recipe import Recipe
+from forgetless.recipes.sequence import SequenceRecipe
 from forgetless.recipes.study import StudyRecipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -22,8 +23,17 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_shipped_recipe_can_be_read(file: Path) -> None:
-    if "recipe" not in load_yaml(file):
+    content = load_yaml(file)
+    if "recipe" not in content:
         Recipe.load(file)
+        return
+    if "tasks" in content:
+        sequences = SequenceRecipe.load(file)
+        assert sequences.name == file.stem
+        for arm, changes in sequences.arm_changes():
+            for order in sequences.all_orders().values():
+                run = sequences.run_changes(order, changes, seed=0)
+                assert Recipe.parse(sequences.recipe, run).adapter.method in METHODS, arm
         return
     definition = StudyRecipe.load(file)
     assert definition.name == file.stem

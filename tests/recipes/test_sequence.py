@@ -71,6 +71,39 @@ def test_orders_have_names_or_seeds(definition: dict[str, Any]) -> None:
     assert SequenceRecipe.parse(definition).all_orders() == {"seed 1993": ("two", "four", "three")}
 
 
+def test_replay_is_a_buffer_of_every_earlier_task(definition: dict[str, Any]) -> None:
+    definition |= {"replay": 0.25, "arms": [{"name": "some"}, {"name": "more", "replay": 0.5}]}
+    _, recipes = SequenceRecipe.parse(definition).chains()
+    # A first task replays nothing, so both arms begin with it.
+    first, second, third, other, _ = (recipe.data for recipe in recipes.values())
+    assert isinstance(first.train, str)
+    assert [Path(path).stem for path, _ in third.sources] == ["four", "two", "three"]
+    assert [weight for _, weight in third.sources] == [12, 3, 3]
+    assert third.buffers == [None, 3, 3]
+    assert second.buffers == [None, 3]
+    assert other.buffers == [None, 6]
+
+
+def test_penalties_on_earlier_data_and_apart_from_earlier_adapters(
+    definition: dict[str, Any], tiny_files: Path
+) -> None:
+    ewc = [{"kind": "ewc", "weight": 1.0, "source": source} for source in ("x", "earlier")]
+    ewc[0]["source"] = str(tiny_files / "old.txt")
+    definition["arms"] = [
+        {"penalties": ewc, "name": "ewc", "adapter.method": "lora"},
+        {"between": "stack", "apart": 0.5, "name": "o", "adapter.method": "lora"},
+    ]
+    chains, recipes = SequenceRecipe.parse(definition).chains()
+    penalties = [recipes[run].penalties for run in chains[0].runs]
+    assert [[Path(p["source"]).stem for p in each] for each in penalties] == [
+        ["old"],
+        ["old", "two"],
+        ["old", "two", "three"],
+    ]
+    sequences = [recipes[run].sequence for run in chains[1].runs]
+    assert all(each is not None and each.apart == 0.5 for each in sequences)
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"tasks": [{"name": "two", "data": "x"}]}, "task 1 needs measure"),
     ({"tasks": []}, "tasks: List should have at least 1 item"),
@@ -80,6 +113,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"seed": 3}, "seed: unknown key; did you mean 'seeds'?"),
     ({"arms": [{"adapter.metod": "lora"}]}, "adapter.metod: unknown key; did you mean 'method'?"),
     ({"arms": [{"between": "glue"}]}, "sequence.between: "),
+    ({"apart": 0.5}, "sequence.apart: is for new adapters that train A"),
 ]
 
 

@@ -175,6 +175,26 @@ def test_orthogonality_is_the_overlap_of_the_inputs(
     assert penalty(adapted, 0).item() == pytest.approx(float(overlap), rel=1e-4)
 
 
+def test_a_normalised_orthogonality_is_not_satisfied_by_shrinking(
+    adapted: Any, tokenizer: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    earlier = attach(load_model(str(tiny_base), dtype="float32"), "lora", rank=2, alpha=2)
+    export(shaken(earlier), tmp_path / "earlier")
+    given: Any = {"kind": "orthogonality", "weight": 1, "adapters": [str(tmp_path / "earlier")]}
+    plain, normalised = (
+        prepared(adapted, tokenizer, **given, normalised=value) for value in (False, True)
+    )
+    shaken(adapted)
+    before = plain(adapted, 0).item(), normalised(adapted, 0).item()
+    with torch.no_grad():
+        for layer in adapted_layers(adapted).values():
+            layer.lora_A["default"].weight *= 0.1
+            if "default" in getattr(layer, "lora_anchor", {}):
+                layer.lora_anchor["default"].anchor_A *= 0.1
+    assert plain(adapted, 0).item() == pytest.approx(before[0] / 100, rel=1e-3)
+    assert normalised(adapted, 0).item() == pytest.approx(before[1], rel=1e-3)
+
+
 def test_orthogonality_is_that_of_the_adapter_in_training(
     tokenizer: Any, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -147,8 +147,16 @@ def source_hash(source: str, fingerprint: Callable[[str], str]) -> str:
 
     Of rows that name the files of images it is the fingerprint too, since the images decide.
     """
+    if source.startswith(POCKET):
+        return _pocket_hash(source, fingerprint)
     if Path(source).exists() and not names_images(source):
         return content_hash(source)
+    return fingerprint(source)
+
+
+@cache
+def _pocket_hash(source: str, fingerprint: Callable[[str], str]) -> str:
+    """The fingerprint of data of the pocket world, which is made anew each time it is read."""
     return fingerprint(source)
 
 

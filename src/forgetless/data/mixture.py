@@ -24,13 +24,22 @@ class Mixture(torch.utils.data.Dataset[Sample]):
         parts: the sources; a share is one of rows, which for packed data are of equal length.
         shares: positive, one for each source; only their ratios count.
         seed: of the walks.
+        buffers: for each source how many of its rows are ever seen, drawn once; None for all.
 
     Raises:
         UserError: a share is not positive, or so small that an epoch has no row of its source.
     """
 
-    def __init__(self, parts: Sequence[Rows], shares: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Rows],
+        shares: Sequence[float],
+        seed: int,
+        buffers: Sequence[int | None] = (),
+    ) -> None:
         self.parts = list(parts)
+        lengths = [len(part) for part in parts]
+        self.buffers = [min(b or n, n) for b, n in zip(buffers or lengths, lengths, strict=True)]
         self.counts = _counts([len(part) for part in parts], shares)
         self.seed = seed
         self.set_epoch(0)
@@ -45,15 +54,22 @@ class Mixture(torch.utils.data.Dataset[Sample]):
 
     def _walk(self, source: int, start: int, count: int) -> list[int]:
         """The rows that the walk through a source meets in so many steps."""
-        length = len(self.parts[source])
+        length = self.buffers[source]
         steps = range(start, start + count)
         orders = {turn: self._order(source, turn) for turn in {step // length for step in steps}}
         return [orders[step // length][step % length] for step in steps]
 
     def _order(self, source: int, turn: int) -> list[int]:
-        digest = hashlib.sha256(f"{self.seed}/{source}/{turn}".encode()).digest()
+        length, buffer = len(self.parts[source]), self.buffers[source]
+        if buffer == length:
+            return self._shuffled(f"{source}/{turn}", length)
+        kept = self._shuffled(f"{source}/buffer", length)[:buffer]
+        return [kept[place] for place in self._shuffled(f"{source}/{turn}", buffer)]
+
+    def _shuffled(self, key: str, length: int) -> list[int]:
+        digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        order: list[int] = torch.randperm(len(self.parts[source]), generator=generator).tolist()
+        order: list[int] = torch.randperm(length, generator=generator).tolist()
         return order
 
     def __len__(self) -> int:
@@ -77,8 +93,10 @@ class Mixture(torch.utils.data.Dataset[Sample]):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all rows of all sources and of what decides the order."""
-        content = [part.fingerprint for part in self.parts]
-        return hashlib.sha256(str([content, self.counts, self.seed]).encode()).hexdigest()
+        content: list[object] = [[part.fingerprint for part in self.parts], self.counts, self.seed]
+        if self.buffers != [len(part) for part in self.parts]:
+            content.append(self.buffers)
+        return hashlib.sha256(str(content).encode()).hexdigest()
 
     def join(self, rows: Sequence[Sample]) -> Batch:
         """As the sources do."""

@@ -57,7 +57,8 @@ class DataSettings(Section):
 
     ``format`` ``text`` reads prompts with completions as raw text, every token of which is learned.
     ``train`` is one source, or a list of ``{path, weight}`` for replay: the first is the new task,
-    of which every example is in every epoch, the others have their exact share of an epoch's rows.
+    of which every example is in every epoch, the others have their exact share of an epoch's rows;
+    a ``buffer`` beside the weight is how many of a source's rows are ever seen, drawn by the seed.
     """
 
     train: Any
@@ -74,7 +75,8 @@ class DataSettings(Section):
         if isinstance(value, list) and value and all(map(_is_weighted_source, value)):
             return value
         raise ValueError(
-            "must be a file or a list of {path: file, weight: positive number}, the new task first"
+            "must be a file or a list of {path: file, weight: positive number}, the new task "
+            "first, where a buffer is a number of rows"
         )
 
     @property
@@ -83,6 +85,13 @@ class DataSettings(Section):
         if isinstance(self.train, str):
             return [(self.train, 1.0)]
         return [(source["path"], float(source["weight"])) for source in self.train]
+
+    @property
+    def buffers(self) -> list[int | None]:
+        """For every source how many rows of it are ever seen; None for all."""
+        if isinstance(self.train, str):
+            return [None]
+        return [source.get("buffer") for source in self.train]
 
     @field_validator("pack")
     @classmethod
@@ -95,7 +104,9 @@ class DataSettings(Section):
 def _is_weighted_source(value: Any, name: str = "path") -> bool:
     return (
         isinstance(value, Mapping)
-        and value.keys() == {name, "weight"}
+        and value.keys() - ({"buffer"} if name == "path" else set()) == {name, "weight"}
+        and (value.get("buffer", 1) or 0) > 0
+        and isinstance(value.get("buffer", 1), int)
         and isinstance(value[name], str)
         and isinstance(value["weight"], int | float)
         and value["weight"] > 0

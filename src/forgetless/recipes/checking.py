@@ -322,6 +322,9 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
         yield "adapter.head: with a new head a sequence continues one adapter, without a repair"
     if full and (alone or repair):
         yield "sequence: full has no adapter to stack, merge or repair; continue without a repair"
+    method = METHODS.get(recipe.adapter.method)
+    if sequence.apart is not None and (not alone or method is None or "A" not in method.trains):
+        yield "sequence.apart: is for new adapters that train A; stack or merge, or leave it out"
     if dora and (alone or repair) and not full:
         yield "sequence: a DoRA is no sum and has no A to repair; leave use_dora out"
     if (alone or repair) and this_launch().processes > 1:

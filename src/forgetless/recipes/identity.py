@@ -55,7 +55,11 @@ def weights_hash(folder: str | Path, more: Set[str] = frozenset()) -> str:
 
 
 def _data_hash(path: str) -> str:
-    return source_hash(path, lambda name: load_examples(name).fingerprint)
+    return source_hash(path, _fingerprint)
+
+
+def _fingerprint(path: str) -> str:
+    return load_examples(path).fingerprint
 
 
 def input_keys(recipe: Recipe, *more: str) -> dict[str, dict[str, Any]]:
@@ -115,7 +119,10 @@ def run_id(recipe: Recipe) -> str:
     Tasks, names, export settings, the cadence of logs and checkpoints, and probes without a
     budget are left out, so that a new evaluation finds the trained run.
     """
-    content: Any = [[_data_hash(path), weight] for path, weight in recipe.data.sources]
+    content: Any = [
+        [_data_hash(path), weight, *([buffer] if buffer else [])]
+        for (path, weight), buffer in zip(recipe.data.sources, recipe.data.buffers, strict=True)
+    ]
     if isinstance(recipe.data.train, str):
         content = content[0][0]
     inputs = input_keys(recipe) if recipe.adapter.method != "full" else {}
@@ -131,8 +138,9 @@ def run_id(recipe: Recipe) -> str:
     }
     if recipe.sequence is not None and recipe.after is not None:
         # The id of the run before says what decided the weights until then.
-        kept = {"earlier"} if "second_moment" in inputs else set()
-        decides["sequence"] = recipe.sequence.model_dump(include={"after", "between", *kept})
+        more = {"earlier"} if "second_moment" in inputs else set()
+        more |= {"apart"} if recipe.sequence.apart else set()
+        decides["sequence"] = recipe.sequence.model_dump(include={"after", "between", *more})
     if recipe.is_repaired and recipe.repair is not None:
         decides["repair"] = recipe.repair.model_dump(include={"strength", "task"})
     if recipe.penalties:

@@ -47,11 +47,14 @@ class SequenceSettings(Section):
     becomes of the earlier adapters: ``continue`` trains that run's weights on; ``stack`` leaves
     them as they are beside a new one; ``merge`` adds them to the weights from which a new one
     starts, in memory alone. What is trained comes to one adapter for the base in any case.
+    ``apart`` is the weight of the penalty that keeps a new adapter's inputs orthogonal to those of
+    the earlier ones (O-LoRA, normalised).
     """
 
     after: Name | None = None
     between: Literal["continue", "stack", "merge"] = "continue"
     earlier: EarlierSettings = EarlierSettings()
+    apart: Annotated[float, Field(gt=0)] | None = None
 
 
 class Recipe(Section):

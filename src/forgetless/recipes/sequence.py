@@ -15,8 +15,10 @@ is the base's knowledge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,6 +28,7 @@ from pydantic import Field, field_validator, model_validator
 from forgetless.core.errors import UserError
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import Section, validated, with_overrides
+from forgetless.data.examples import load_examples
 from forgetless.recipes.recipe import EarlierSettings, Recipe
 from forgetless.recipes.study import Gathered, labels
 
@@ -33,8 +36,10 @@ CLASS_ORDER_SEED = 1993
 """The seed of the class orders of iCaRL (Rebuffi et al. 2017) and of most work after it."""
 
 _OF_A_TASK = ("name", "data", "measure")
-_OF_A_SEQUENCE = ("between", "earlier")
-"""Keys of a definition that an arm may set too."""
+_OF_A_SEQUENCE = ("between", "earlier", "apart")
+"""Keys of a definition that an arm may set too, and that are a run's own."""
+_EARLIER = "earlier"
+"""What stands for the data of every earlier task as the source of a penalty."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,9 @@ class SequenceRecipe(Section):
     ``tasks`` have a ``name``, their training ``data`` and what ``measure`` them, a task or a list
     of which the first is what the matrix shows; further keys are dotted and change the recipe.
     ``orders`` are lists of names, by name or not, or numbers, each the seed of a random order.
+    With a ``replay`` of 0.1 a buffer has a tenth of every earlier task's examples, each of which
+    comes once an epoch. A penalty whose ``source`` is ``earlier`` is one on the data of each
+    earlier task.
     ``arms`` are mappings of dotted keys to values, each with an optional ``name``.
     """
 
@@ -72,6 +80,8 @@ class SequenceRecipe(Section):
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0]  # noqa: RUF012 - pydantic copies it
     between: Literal["continue", "stack", "merge"] = "continue"
     earlier: EarlierSettings = EarlierSettings()
+    apart: Annotated[float, Field(gt=0)] | None = None
+    replay: Annotated[float, Field(gt=0, le=1)] | None = None
     arms: list[dict[str, Any]] = Field(default=[])
 
     @field_validator("tasks")
@@ -150,12 +160,12 @@ class SequenceRecipe(Section):
             RecipeError: the problems of all runs, each said once.
         """
         gathered, found = Gathered(self.name), []
-        for arm, changes in self._arms():
+        for arm, changes in self.arm_changes():
             for order, names in self.all_orders().items():
                 for seed in self.seeds:
                     runs: list[str | None] = []
                     for position in range(len(names)):
-                        overrides = self._run(names[: position + 1], changes, seed)
+                        overrides = self.run_changes(names[: position + 1], changes, seed)
                         overrides["name"] = f"{arm}: {' > '.join(names[: position + 1])}"
                         if position:
                             overrides["sequence.after"] = runs[-1] or "unknown"
@@ -163,7 +173,7 @@ class SequenceRecipe(Section):
                     found.append(Chain(arm, order, seed, names, tuple(map(str, runs))))
         return found, gathered.recipes()
 
-    def _arms(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def arm_changes(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The name of every arm and what it changes."""
         own = self.model_dump(include=set(_OF_A_SEQUENCE))
         for arm in self.arms or [{}]:
@@ -177,21 +187,54 @@ class SequenceRecipe(Section):
                 },
             )
 
-    def _run(
+    def run_changes(
         self, learned: tuple[str, ...], changes: Mapping[str, Any], seed: int
     ) -> dict[str, Any]:
         """What the recipe of a run changes, without the run before it."""
-        task = next(task for task in self.tasks if task["name"] == learned[-1])
-        knowledge = (self.recipe.get("tasks") or {}).get("forgetting") or []
+        *earlier, task = (t for name in learned for t in self.tasks if t["name"] == name)
         others = [spec for each in self.tasks if each is not task for spec in measures(each)]
+        own = {key: value for key, value in task.items() if key not in _OF_A_TASK}
+        found = {**changes, **own, "data.train": task["data"], "seed": seed}
+        replay = found.pop("replay", self.replay)
+        if earlier and replay is not None:
+            found["data.train"] = self._replayed(task["data"], [t["data"] for t in earlier], replay)
+        penalties = []
+        for spec in found.get("penalties", self.recipe.get("penalties")) or ():
+            sources = [spec.get("source")] if isinstance(spec, Mapping) else [None]
+            if sources == [_EARLIER]:
+                penalties += [{**spec, "source": each["data"]} for each in earlier]
+            else:
+                penalties.append(spec)
         return {
-            **changes,
-            **{key: value for key, value in task.items() if key not in _OF_A_TASK},
-            "data.train": task["data"],
-            "seed": seed,
+            **found,
+            "penalties": penalties,
             "tasks.learning": measures(task),
-            "tasks.forgetting": [*knowledge, *others],
+            "tasks.forgetting": [*self.knowledge, *others],
         }
+
+    def _replayed(self, new: str, old: Sequence[str], share: Any) -> Any:
+        """Training data with a buffer of each old source, once an epoch."""
+        if not all(path in self.counts for path in (new, *old)) or not isinstance(share, float):
+            return new  # the check of the recipe tells what is wrong with the data
+        buffers = [max(1, round(self.counts[path] * share)) for path in old]
+        return [
+            {"path": new, "weight": self.counts[new]},
+            *({"path": p, "weight": n, "buffer": n} for p, n in zip(old, buffers, strict=True)),
+        ]
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """How many examples the data of the tasks has; without what cannot be read."""
+        found = {}
+        for path in dict.fromkeys(task["data"] for task in self.tasks):
+            with suppress(OSError, ValueError, TypeError):
+                found[path] = len(load_examples(path))
+        return found
+
+    @property
+    def knowledge(self) -> list[Any]:
+        """What measures the base's knowledge, the first for the matrix."""
+        return list((self.recipe.get("tasks") or {}).get("forgetting") or [])
 
 
 def measures(task: Mapping[str, Any]) -> list[Any]:

@@ -87,7 +87,7 @@ def sequence(
     index = {
         "sequences": [asdict(chain) for chain in chains],
         "measured_by": {t["name"]: _first_name(measures(t)) for t in definition.tasks},
-        "knowledge": _first_name((definition.recipe.get("tasks") or {}).get("forgetting") or []),
+        "knowledge": _first_name(definition.knowledge),
     }
     how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
     content = {"sequence.yaml": definition.model_dump()}

@@ -226,7 +226,8 @@ class Stages:
             parts.append(self.modality.rows(examples, reader, **how))
         if isinstance(data.train, str):
             return parts[0]
-        return Mixture(parts, [weight for _, weight in data.sources], self.recipe.seed)
+        weights = [weight for _, weight in data.sources]
+        return Mixture(parts, weights, self.recipe.seed, data.buffers)
 
     @property
     def full(self) -> bool:
@@ -626,7 +627,7 @@ class Stages:
             recipe.training,
             self.folder.path,
             seed=recipe.seed,
-            penalties=recipe.penalties,
+            penalties=self._penalties,
             probes=from_settings(recipe.probes),
             on_step=lambda step, steps: self.tell("train", step=step, steps=steps),
             on_point=lambda step: self._save(model, self.folder.point(step)),
@@ -639,6 +640,16 @@ class Stages:
         self.processes.first(self._finish_training)
         over = f"; {result.exceeded}" if result.exceeded else ""
         return f"{result.steps} steps, loss {result.final_loss:.4g}{over}"
+
+    @property
+    def _penalties(self) -> list[dict[str, Any]]:
+        """Those of the recipe, and that which keeps the adapter apart from the earlier ones."""
+        sequence, found = self.recipe.sequence, self.recipe.penalties
+        if sequence is None or sequence.apart is None or self.before is None:
+            return found
+        folders = [str(self.before.native)]
+        apart = {"kind": "orthogonality", "weight": sequence.apart, "normalised": True}
+        return [*found, {**apart, "adapters": folders}]
 
     def _save(self, model: Any, run: RunFolder) -> None:
         """Write the weights as they are now, for `_trained_model`."""

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from forgetless.adapters.anchored import plain_factors
 from forgetless.adapters.folders import down_projections
@@ -31,9 +32,12 @@ class Orthogonality(Penalty):
     Attributes:
         weight: of the penalty.
         adapters: folders of LoRAs, exported or native, ours or PEFT's.
+        normalised: of the rows of A_old and A their directions alone, so that an A that shrinks
+            is no further from the earlier ones; the paper's penalty is not.
     """
 
     adapters: Sequence[str] = ()
+    normalised: bool = False
     files: ClassVar[Sequence[str]] = ("adapters",)
 
     def check(self, method: str) -> None:
@@ -70,8 +74,11 @@ class Orthogonality(Penalty):
         total = torch.zeros((), device=next(model.parameters()).device)
         adapter = model.active_adapter
         for name, module in adapted_layers(model, adapter).items():
-            A, _ = plain_factors(module, adapter)
+            A = plain_factors(module, adapter)[0].float()
             for earlier in self._earlier:
                 if name in earlier:
-                    total = total + (earlier[name] @ A.float().mT).square().sum()
+                    old = earlier[name]
+                    if self.normalised:
+                        old, A = normalize(old), normalize(A)
+                    total = total + (old @ A.mT).square().sum()
         return total
