@@ -385,6 +385,28 @@ def test_embeddings_of_another_size_say_what_to_do(tmp_path: Path) -> None:
         load(base, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"target_modules": ["lm_head"]}, r"'lm_head' is \(100, 32\), .* for \(103, 32\)"),
+        ({"target_modules": ["lm_head", "q_proj"], "use_dora": True}, r"'lm_head' is \(100, 32\)"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "'lm_head' is"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [4, 102]}, "token 102, .* 100"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens' is"),
+    ],
+)
+def test_an_adapter_of_added_tokens_says_what_to_do(
+    settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    longer = FAMILIES["qwen2"].model()
+    longer.resize_token_embeddings(103, mean_resizing=False)
+    get_peft_model(longer, LoraConfig(r=2, **settings)).save_pretrained(tmp_path)
+    first: Any = {"target_modules": ["v_proj"], "adapter_name": "earlier"}
+    for base in (FAMILIES["qwen2"].model(), attach(FAMILIES["qwen2"].model(), "pissa", 2, **first)):
+        with pytest.raises(UserError, match=rf"{named}.*resize_token_embeddings"):
+            load(base, tmp_path)
+
+
 def test_a_changed_part_of_the_base_is_refused_by_name(tmp_path: Path) -> None:
     """PEFT trains biases in the base itself, and writes over them again."""
     base = FAMILIES["qwen2"].model()

@@ -265,7 +265,7 @@ def load(
     folder = Path(folder)
     config = _read_config(folder)
     state = load_file(folder / WEIGHTS_FILE)
-    _check_fits(folder, state, base)
+    _check_fits(folder, config, state, base)
     state = _with_its_head(folder, config, state, base)
     _keep_whole_modules_apart(folder, config, state, base)
     _name_base(folder, config, base)
@@ -340,7 +340,7 @@ def _keep_whole_modules_apart(
     if sizes:
         raise UserError(
             f"{folder} holds whole modules of other sizes than this base has: {first_few(sizes)}; "
-            "where tokens were added, call base.resize_token_embeddings(...) before"
+            f"{_RESIZE}"
         )
     if parts:
         raise UserError(
@@ -446,7 +446,7 @@ def _read_config(folder: Path) -> StartConfig:
 
 def _name_base(folder: Path, config: LoraConfig, base: nn.Module) -> None:
     """Name this base in the config, and say so where it was another; that may be a copy of it."""
-    inner: Any = base.get_base_model() if isinstance(base, PeftModel) else base
+    inner: Any = base_of(base)
     given, wanted = getattr(inner, "name_or_path", ""), config.base_model_name_or_path
     if not given:
         return
@@ -467,10 +467,21 @@ def _model_name(path: str) -> str:
     return parts[-1] if parts else ""
 
 
-def _check_fits(folder: Path, state: Mapping[str, Tensor], base: nn.Module) -> None:
+_RESIZE = "where tokens were added, call base.resize_token_embeddings(...) before"
+
+
+def _check_fits(
+    folder: Path, config: LoraConfig, state: Mapping[str, Tensor], base: nn.Module
+) -> None:
     """Every adapted layer must be in the base, with the shape that the adapter was made for."""
-    inner = base.get_base_model() if isinstance(base, PeftModel) else base
+    inner: Any = base_of(base)
     problems = []
+    tokens = config.trainable_token_indices or []
+    lists = tokens.values() if isinstance(tokens, dict) else [tokens]
+    last = max((index for indices in lists for index in indices), default=-1)
+    rows = inner.get_input_embeddings().num_embeddings if last >= 0 else 0
+    if last >= rows:
+        problems.append(f"it trains token {last}, and the embeddings have {rows} rows; {_RESIZE}")
     for key, A in state.items():
         name, is_A, _ = key.removeprefix(PREFIX).partition(".lora_A.")
         if not is_A:
@@ -487,6 +498,8 @@ def _check_fits(folder: Path, state: Mapping[str, Tensor], base: nn.Module) -> N
         shape = weight_shape(layer)
         wanted = (state[key.replace(".lora_A.", ".lora_B.")].shape[0], A.shape[1])
         if shape != wanted:
-            problems.append(f"layer {name!r} is {shape}, the adapter was made for {wanted}")
+            head = getattr(inner, "get_output_embeddings", lambda: None)()
+            hint = f"; {_RESIZE}" if inner.get_submodule(name) is head else ""
+            problems.append(f"layer {name!r} is {shape}, the adapter was made for {wanted}{hint}")
     if problems:
         raise UserError(f"{folder} does not fit this base: {first_few(problems)}")
