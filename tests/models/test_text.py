@@ -12,6 +12,7 @@ from transformers import (
     BambaConfig,
     CTRLConfig,
     FalconMambaConfig,
+    Gemma3ForSequenceClassification,
     JambaConfig,
     Mamba2Config,
     MambaConfig,
@@ -57,6 +58,17 @@ def test_targets_are_the_layers_that_text_passes_through(name: str) -> None:
     assert found.skipped == []
     for part in ("attention", "mlp"):
         assert set(target_layers(model, part)) <= reached
+
+
+def test_a_text_classifier_with_eyes_is_adapted_where_text_passes() -> None:
+    config = COMPOSITE["gemma3"]()
+    config.num_labels = 3
+    model = Gemma3ForSequenceClassification(config).eval()
+    linear = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = find_targets(model)
+    assert set(found.layers) == called(model, linear)
+    assert "score" in found.layers
+    assert found.unread
 
 
 def test_layers_of_the_eyes_are_adapted_where_they_are_named() -> None:

@@ -66,7 +66,8 @@ class SentenceReader(ClassReader):
             )
         if config.is_encoder_decoder:
             raise UserError("this base is an encoder-decoder; give a text classifier that is none")
-        pad, words = config.pad_token_id, config.vocab_size
+        text = config.get_text_config()
+        pad, words = text.pad_token_id, text.vocab_size
         if pad is None or not 0 <= pad < words:
             raise UserError(
                 f"the config of this base has the pad_token_id {pad}, by which its head finds the "
@@ -293,7 +294,8 @@ def _probe(model: PreTrainedModel) -> Batch:
     """Random tokens, (4, 32), always the same for a vocabulary; none of them is padding."""
     rows, tokens = PROBE
     shape = rows, min(tokens, _positions(model) or tokens)
-    words, pad = model.config.vocab_size, model.config.pad_token_id
+    text = model.config.get_text_config()
+    words, pad = text.vocab_size, text.pad_token_id
     ids = torch.randint(words, shape, generator=torch.Generator().manual_seed(0))
     if pad is not None:
         ids[ids == pad] = (pad + 1) % words

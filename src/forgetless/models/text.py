@@ -50,7 +50,7 @@ def vocabulary_of(model: Any) -> int | None:
 
 
 def unread_by_text(base: Any, names: Collection[str]) -> list[str]:
-    """Of modules of a base that writes text those through which only pictures or sounds pass.
+    """Of a base that writes or classifies text the modules that only pictures or sounds pass.
 
     They lie outside of its text model, or are cross-attention to what is not there.
 
@@ -58,8 +58,9 @@ def unread_by_text(base: Any, names: Collection[str]) -> list[str]:
         base: a model without adapters.
         names: of its modules.
     """
-    writes = isinstance(base, PreTrainedModel) and base.can_generate()
-    if not writes or base.config.is_encoder_decoder:
+    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
+        return []
+    if not (base.can_generate() or type(base).__name__.endswith("ForSequenceClassification")):
         return []
     own, text = type(base.config), type(text_config(base))
     parts = {n: type(m.config) for n, m in base.named_modules() if isinstance(m, PreTrainedModel)}
@@ -70,12 +71,11 @@ def unread_by_text(base: Any, names: Collection[str]) -> list[str]:
         for name, module in base.named_modules()
         if "CrossAttention" in type(module).__name__ or _CROSS.search(name.rpartition(".")[2])
     )
-    head = base.get_output_embeddings()
 
     def is_read(name: str) -> bool:
         if f"{name}.".startswith(crossing):
             return False
-        if (own is text and not towers) or base.get_submodule(name) is head:
+        if (own is text and not towers) or "." not in name:  # such as its head
             return True
         within = own is text or f"{name}.".startswith(inside)
         return within and not (f"{name}.".startswith(towers) or _OTHER_SENSES.search(name))
