@@ -303,6 +303,17 @@ def test_mistakes_in_arrays(name: str, checker: Checker, base: Path, good: Path)
     require_one_line(checker, base, good, good / "a.npz", words)
 
 
+def test_a_bomb_of_arrays(
+    checker: Checker, base: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forgetless.data.image_rows.MIN_BOMB_BYTES", 1 << 20)
+    black = np.zeros((2, 1000, 1000, 3), np.uint8)
+    np.savez_compressed(good / "a.npz", images=black, labels=[0, 1])
+    require_one_line(checker, base, good, good / "a.npz", "would unpack to 6,0.. ?.*not read")
+    np.savez(good / "b.npz", images=black, labels=[0, 1])
+    assert problems_of(checker, base, good, {"data.train": str(good / "b.npz")}) == []
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".arrow", ".parquet"])
 def test_files_of_another_kind(suffix: str, checker: Checker, base: Path, good: Path) -> None:
     (good / f"a{suffix}").write_bytes(b"nothing of the kind")
@@ -331,6 +342,20 @@ def test_broken_images_show_wherever_they_are_read(
         changes = {"tasks.forgetting": asked, "calibration.source": str(good / "test")}
     [problem] = problems_of(checker, base, good, changes)
     assert re.fullmatch(f"{where}: .*dots/odd.png: is no image.*", problem)
+
+
+def test_classes_to_test_on_that_no_head_has(checker: Checker, base: Path, good: Path) -> None:
+    other = save_images(good / "other", {"zigzag": 1, "bars": 1})
+    changes = {"tasks.learning": [{"kind": "image_accuracy", "path": str(other)}]}
+    [problem] = problems_of(checker, base, good, changes)
+    assert re.fullmatch("tasks.learning.0: .*no class 'zigzag'; its 3 classes are.*", problem)
+    unlike = str(save_images(good / "unlike", {"zigzag": 1, "waves": 1}))
+    with_new = {"adapter.head": "new", "data.train": unlike}
+    assert problems_of(checker, base, good, {**changes, **with_new}) == []
+    save_images(good / "third", {"tartan": 1})
+    changes = {"tasks.learning": [{"kind": "image_accuracy", "path": str(good / "third")}]}
+    [problem] = problems_of(checker, base, good, {**changes, **with_new})
+    assert re.fullmatch("tasks.learning.0: .*neither head has the class 'tartan'.*", problem)
 
 
 def test_images_to_train_on_are_none_to_test_on(checker: Checker, base: Path, good: Path) -> None:

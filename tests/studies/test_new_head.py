@@ -403,7 +403,8 @@ def test_a_sequence_learns_classes_under_one_new_head(
             "data.train: .*no class 'lines', 'rings', 'waves'.*adapter.head: new",
         ),
         (
-            {"adapter.head": "own", "data.train": "KEEP", "training.probe_steps": 0},
+            {"adapter.head": "own", "data.train": "KEEP", "training.probe_steps": 0}
+            | {"tasks.learning": []},
             "training.head_learning_rate: is for a new head",
         ),
         ({"base": "pocket", "calibration.source": "self", "tasks": {}}, "adapter.head: .*classif"),

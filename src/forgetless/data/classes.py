@@ -89,6 +89,21 @@ class ClassReader:
             )
         return own if not missing[0] else new if not missing[1] else self.under("all")
 
+    def require_known(self, labels: Iterable[Any], source: str) -> None:
+        """See to it that the head has every class; a missing label is none.
+
+        Raises:
+            UserError: which it does not have.
+        """
+        unknown = [x for x in set(labels) if x is not None and self.number(x) is None]
+        if unknown:
+            count = len(self.classes)
+            raise UserError(
+                f"{source}: the head of this base has no class {some(sorted(unknown, key=str))}; "
+                f"its {count} classes are {some(self.classes)}, or 0 to {count - 1}; adapter.head: "
+                "new trains a new head for others"
+            )
+
 
 def own_and_new(config: Any) -> dict[str, Any]:
     """The classes of a model by its config, as `ClassReader` has them."""

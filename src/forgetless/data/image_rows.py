@@ -45,6 +45,11 @@ IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "class")
 """What columns of rows may be called, in the order in which they are looked for."""
 
+MAX_UNPACKED = 200
+"""Times its size that an npz file may unpack to where that is more than `MIN_BOMB_BYTES`."""
+
+MIN_BOMB_BYTES = 1 << 30
+
 _NOT_IMAGES = frozenset({"text", "messages", "conversations", "prompt", "sentence"})
 """Columns beside which an image and a label are not what is learned."""
 
@@ -289,6 +294,12 @@ def npz_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     if not zipfile.is_zipfile(path):  # numpy would take it for a pickle
         raise UserError(f"{path} is no valid npz file; write it with numpy.savez")
+    with zipfile.ZipFile(path) as packed:
+        size = sum(part.file_size for part in packed.infolist())
+    if size > max(MAX_UNPACKED * path.stat().st_size, MIN_BOMB_BYTES):
+        raise UserError(
+            f"{path} would unpack to {size:,} bytes, which no images do; it is not read"
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files if name in _ARRAYS}

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from forgetless.core.errors import UserError
-from forgetless.data.classes import ClassReader, own_and_new, require_reader, some
+from forgetless.data.classes import ClassReader, own_and_new, require_reader
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.files import require_counts
 from forgetless.data.forms import Kind, Record
@@ -76,22 +76,6 @@ class ImageReader(ClassReader):
         plain = converted(image, "RGB" if self.channels == 3 else "L")
         values: Tensor = self.processor(images=[plain], return_tensors="pt")["pixel_values"][0]
         return values
-
-    def require_known(self, examples: Examples) -> None:
-        """See to it that the head has every class.
-
-        Raises:
-            UserError: which classes it does not have, or examples that are no images.
-        """
-        require_kind(examples, KINDS)
-        unknown = [x for x in {record["label"] for record in examples} if self.number(x) is None]
-        if unknown:
-            count = len(self.classes)
-            raise UserError(
-                f"{examples.source}: the head of this base has no class "
-                f"{some(sorted(unknown, key=str))}; its {count} classes are {some(self.classes)}, "
-                f"or 0 to {count - 1}; adapter.head: new trains a new head for others"
-            )
 
     @property
     def fingerprint(self) -> str:
@@ -166,7 +150,6 @@ def _check(examples: Examples, reader: ImageReader) -> None:
     """Raise which classes are unknown, and which files are no images."""
     examples.require_whole()
     reader = _reading(examples, reader)
-    reader.require_known(examples)
     if reader.processor.to_dict().get("do_resize", True):
         return
     sizes: set[tuple[int, int]] = set()
@@ -187,7 +170,11 @@ def _labels(examples: Examples) -> list[str]:
 
 
 def _reading(examples: Examples, reader: ImageReader) -> ImageReader:
-    return reader.reading(_labels(examples), examples.source)
+    """The reader for examples of which the head has every class, see `ClassReader`."""
+    labels = _labels(examples)
+    found = reader.reading(labels, examples.source)
+    found.require_known(labels, examples.source)
+    return found
 
 
 def _rows(
@@ -200,7 +187,6 @@ def _rows(
     """Images have no length to be cut at."""
     require_reader(reader, ImageReader, "an image processor", pack)
     reader = _reading(examples, reader)
-    reader.require_known(examples)
     return ImageRows(examples, reader)
 
 

@@ -25,6 +25,7 @@ from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.moments import is_statistics
 from forgetless.tasks import Task, make_tasks
+from forgetless.tasks.accuracy import HeadAccuracy
 from forgetless.training.forgetting import from_settings
 from forgetless.training.launch import this_launch
 from forgetless.training.model import compile_problems
@@ -117,15 +118,10 @@ class Checker:
         return []
 
     def _data(self, recipe: Recipe) -> Iterator[str]:
-        first = recipe.data.sources[0][0] if recipe.adapter.has_new_head else None
         classes: set[str] = set()
         failed = False
         for path, _ in recipe.data.sources:
-            examples, problem = self._attempt(load_examples, path)
-            if problem is None:
-                _, problem = self._attempt(
-                    self._require_readable, recipe.base, path, first, recipe.adapter.head
-                )
+            examples, problem = self._readable(recipe, path)
             if problem is not None:
                 failed = True
                 yield f"data.train: {problem}"
@@ -139,23 +135,48 @@ class Checker:
         if len(classes) == 1 and not failed:
             yield f"data.train: has the class {classes.pop()!r} alone; nothing tells it from others"
 
+    def _readable(self, recipe: Recipe, path: str) -> tuple[Any, str | None]:
+        """The examples of a file of the training data, or what is wrong with them."""
+        examples, problem = self._attempt(load_examples, path)
+        if problem is None:
+            head = recipe.adapter.head
+            new = recipe.data.sources[0][0] if recipe.adapter.has_new_head else None
+            _, problem = self._attempt(self._require_readable, recipe.base, path, new, head)
+        return examples, problem
+
     def _require_readable(
         self, base: str, path: str, new: str | None, head: str | Sequence[str]
     ) -> None:
-        """Raise what the base's processor has against a file's examples.
+        """Raise what the base's processor has against a file's examples."""
+        examples, _ = self._attempt(load_examples, path)
+        processor = self._processor(base, new, head)
+        if processor is None:
+            return
+        modality = modality_of(base)
+        if path == new and modality.labels is not None:
+            processor = processor.under("new")
+        modality.check(examples, processor)
+
+    def _processor(self, base: str, new: str | None, head: str | Sequence[str]) -> Any:
+        """That of the base, if it can be loaded.
 
         Where it has a new head, ``head`` names its classes, or they are those of the file ``new``.
         """
-        examples, _ = self._attempt(load_examples, path)
         processor, problem = self._attempt(load_processor, base)
-        if problem is not None:
-            return
-        modality = modality_of(base)
-        if new is not None and modality.labels is not None:
-            named = new_classes(modality, new) if isinstance(head, str) else head
-            processor = processor.with_new(named)
-            processor = processor.under("new") if path == new else processor
-        modality.check(examples, processor)
+        modality = None if problem else modality_of(base)
+        if modality is None or new is None or modality.labels is None:
+            return processor
+        return processor.with_new(new_classes(modality, new) if isinstance(head, str) else head)
+
+    def _require_classes(
+        self, base: str, new: str | None, head: str | Sequence[str], task: HeadAccuracy
+    ) -> None:
+        """Raise which classes of a task the head that it asks does not have."""
+        processor = self._processor(base, new, head)
+        labels = modality_of(base).labels if processor is not None else None
+        if labels is not None:
+            found, source = labels(task.examples), task.examples.source
+            processor.reading(found, source, task.head).require_known(found, source)
 
     def _calibration(self, recipe: Recipe) -> Iterator[str]:
         method = METHODS.get(recipe.adapter.method)
@@ -250,13 +271,20 @@ class Checker:
 
     def _tasks(self, recipe: Recipe) -> Iterator[str]:
         names: set[str] = set()
+        first = recipe.data.sources[0][0] if recipe.adapter.has_new_head else None
+        # The classes of unreadable data are not known, and one mistake is told once.
+        unread = any(self._readable(recipe, path)[1] for path, _ in recipe.data.sources)
         for kind in ("learning", "forgetting"):
             for position, spec in enumerate(getattr(recipe.tasks, kind)):
                 where = f"tasks.{kind}.{position}"
                 yield from self._problem(where, make_tasks, spec)
                 made = self._attempt(make_tasks, spec)[0] or ()
-                yield from self._for_others(where, recipe.base, made)
+                others = list(self._for_others(where, recipe.base, made))
+                yield from others
                 for task in made:
+                    if isinstance(task, HeadAccuracy) and not (others or unread):
+                        asked = recipe.base, first, recipe.adapter.head, task
+                        yield from self._problem(where, self._require_classes, *asked)
                     if kind == "learning" and _is_trained_on(task, recipe):
                         yield f"{where}: the images are those of data.train; give others to test on"
                     if task.name in names:
