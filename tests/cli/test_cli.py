@@ -94,7 +94,7 @@ def place(
 
 VERBS = (
     *("demo", "methods", "tasks", "stats", "init", "train", "eval", "run", "study", "report"),
-    *("compare", "export"),
+    *("compare", "export", "data"),
 )
 
 # ---- start ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The verbs that help to choose: plan, methods, tasks."""
+"""The verbs that help to choose: plan, data, methods, tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import typer
 
 from forgetless.cli.options import AsJson, Base
 from forgetless.cli.screen import hush
-from forgetless.cli.tables import console, print_forecast, print_json, print_table, print_text
+from forgetless.cli.tables import (
+    console,
+    print_forecast,
+    print_json,
+    print_shown,
+    print_table,
+    print_text,
+)
 from forgetless.core.errors import UserError
 
 
@@ -66,6 +73,31 @@ def plan(
         print(f"recipe: {out}")
     else:
         print("--out recipe.yaml writes this as a recipe; --json is for programs")
+
+
+def data(
+    base: Base,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Training data, as in data.train.")],
+    count: Annotated[int, typer.Option("--examples", min=1, help="How many to show.")] = 3,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of the longest example.")] = 512,
+    as_json: AsJson = False,
+) -> None:
+    """Show examples as a base meets them: its tokens, and which of them are learned."""
+    from forgetless.data.examples import load_examples
+    from forgetless.data.modality import modality_of
+    from forgetless.data.shown import shown, template_of
+
+    hush()
+    modality = modality_of(base)
+    if modality.loss_task != "perplexity":
+        raise UserError(f"base {base!r} is no language model; its data has no tokens to learn")
+    tokenizer, examples = modality.load_processor(base, weights=False), load_examples(file)
+    found = shown(examples, tokenizer, count, max_length)
+    if as_json:
+        print_json([asdict(example) for example in found])
+        return
+    print_text(f"{len(examples):,} examples, {template_of(examples, tokenizer)}")
+    print_shown(found)
 
 
 def methods(as_json: AsJson = False) -> None:

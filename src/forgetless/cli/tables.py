@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from forgetless.adapters.spectra import Spectra
     from forgetless.cli.commands.aftercare import Adjusted
     from forgetless.cli.commands.measuring import Measurement
+    from forgetless.data.shown import Shown
     from forgetless.scores.comparison import Comparison
     from forgetless.studies.rate_search import RateSearch
     from forgetless.studies.run import Run
@@ -48,6 +49,25 @@ def print_text(text: str) -> None:
 def print_json(value: Any) -> None:
     """Print a value for other programs."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_shown(found: Sequence[Shown]) -> None:
+    """Examples, with what is learned in colour, or in brackets where there are no colours."""
+    from rich.text import Text
+
+    terminal = console()
+    coloured = terminal.color_system is not None
+    legend = "in green" if coloured else "between [[ and ]]"
+    print_text(f"What is learned stands {legend}; the rest is shown only.")
+    for example in found:
+        line = example.problem or f"{example.tokens} tokens, {example.learned} of them learned"
+        print_text(f"\n{example.where}: {line}")
+        for row in example.rows:
+            text = Text()
+            for piece in row:
+                marked = piece.text if coloured or not piece.learned else f"[[{piece.text}]]"
+                text.append(marked, "green" if piece.learned else "dim")
+            terminal.print(text, soft_wrap=True)
 
 
 def print_rates(found: RateSearch) -> None:
