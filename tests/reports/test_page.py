@@ -38,7 +38,7 @@ from forgetless.core.metrics import (
 )
 from forgetless.reports import report, summary, write_evaluation
 from forgetless.reports.arms import gather
-from forgetless.reports.changes import find_changes
+from forgetless.reports.changes import MAX_LISTED, find_changes
 from forgetless.reports.durations import course
 from forgetless.reports.evidence import RunFiles, read
 from forgetless.reports.standing import standing
@@ -927,6 +927,11 @@ def test_pictures_take_no_more_than_their_bound_and_every_arm_has_some(
     of_task = json.loads(_scripts(page)[0])["flips"][1]
     for arm in of_task["arms"]:
         assert of_task["pictures"][arm["lost"][0][0]] is not None
+        assert len(arm["lost"]) == arm["totals"]["lost"] > 20
+    monkeypatch.setitem(MAX_LISTED, "pictures", 20)
+    listed = json.loads(_scripts(report(tmp_path / "s").read_text())[0])["flips"]
+    assert {len(arm["lost"]) for arm in listed[1]["arms"]} == {20}
+    assert max(len(arm["gained"]) for arm in listed[0]["arms"]) > 20
 
 
 def _scripts(page: str) -> list[str]:

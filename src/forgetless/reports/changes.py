@@ -21,10 +21,10 @@ from forgetless.scores.seeds import Effect, from_base, holm
 from forgetless.scores.showing import question
 
 MAX_TEXT = 320
-MAX_LISTED = {"forgetting": 1500, "learning": 60}
+MAX_LISTED = {"forgetting": 1500, "learning": 60, "pictures": 400}
 """Changed items of an arm that the page lists; the rest stays in the items folder of the runs."""
 
-MAX_PICTURES_BYTES = 1_400_000
+MAX_PICTURES_BYTES = 1_200_000
 """Of all pictures of a page together."""
 
 _PICTURE = re.compile(r"data:image/(png|webp|jpeg);base64,[A-Za-z0-9+/]+=*")
@@ -146,6 +146,12 @@ class TaskChanges:
         changes = (c for arm in self.counted for row in arm.counted for c in row.changes)
         return {c.id: c.picture for c in changes if _PICTURE.fullmatch(c.picture)}
 
+    @property
+    def most_listed(self) -> int:
+        """How many changed items of an arm the page lists."""
+        most = MAX_LISTED[self.task.kind]
+        return min(most, MAX_LISTED["pictures"]) if self.pictures else most
+
 
 def find_changes(evidence: Evidence, arms: Sequence[Arm]) -> list[TaskChanges]:
     """What every arm changed, in the order of the tasks; only what was measured both times."""
@@ -173,7 +179,7 @@ class Pictures:
 def find_pictures(changes: Sequence[TaskChanges]) -> Pictures:
     """Pictures of what the page lists, first those at the heads of the lists, up to a bound."""
     lists = [
-        [(of_task, item.id) for item in change.flipped(flip)[: MAX_LISTED[of_task.task.kind]]]
+        [(of_task, item.id) for item in change.flipped(flip)[: of_task.most_listed]]
         for of_task in changes
         if of_task.pictures
         for change in of_task.counted

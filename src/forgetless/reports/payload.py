@@ -8,7 +8,7 @@ from typing import Any
 
 from forgetless.reports.aftercare import RESIDUAL, TRAINED, Used, layers_chart, settings, spectra_of
 from forgetless.reports.arms import Arm
-from forgetless.reports.changes import MAX_LISTED, FlippedItem, TaskChanges
+from forgetless.reports.changes import FlippedItem, TaskChanges
 from forgetless.reports.durations import Course
 from forgetless.reports.evidence import RunFiles, TaskInfo, number
 from forgetless.reports.findings import Findings
@@ -249,7 +249,7 @@ def _flips(
     of_task: TaskChanges, places: Mapping[str, int], pictures: Mapping[tuple[str, str], int]
 ) -> dict[str, Any]:
     """The lists are cut to what a page can hold; the totals are whole."""
-    most = MAX_LISTED[of_task.task.kind]
+    most = of_task.most_listed
     asked: dict[str, int] = {}
 
     def rows(items: Sequence[FlippedItem]) -> list[tuple[int, str | None, int]]:
