@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from forgetless.core.files import write_json
+from forgetless.scores.files import score_file
 from tests.tiny import recipe_of
 
 TASKS = {"two": 2, "three": 3, "four": 4}
@@ -38,3 +41,27 @@ def definition_of(base: Path, files: Path, **changes: Any) -> dict[str, Any]:
             for name in TASKS
         ],
     }
+
+
+def scored(folder: Path, arms: Mapping[str, Sequence[Sequence[float]]], seeds: int = 2) -> Path:
+    """A folder as a finished sequence of the tasks "a", "b", ... leaves it, by its matrices.
+
+    ``arms`` have R with the base as row and column 0; every further seed scores 0.01 more.
+    """
+    names = [chr(ord("a") + i) for i in range(len(next(iter(arms.values()))) - 1)]
+    chains, runs = [], []
+    for arm, R in arms.items():
+        for seed in range(seeds):
+            ids = [f"{arm}-{seed}-{name}" for name in names]
+            chains.append({"arm": arm, "order": " > ".join(names), "seed": seed})
+            chains[-1] |= {"tasks": names, "runs": ids}
+            for place, run in enumerate(ids):
+                for phase, row in (("base", R[0]), ("final", R[place + 1])):
+                    for task, value in zip(("facts", *names), row, strict=True):
+                        score = {"value": value + 0.01 * seed, "higher_is_better": True}
+                        write_json(score_file(folder / run, phase, task), score)  # type: ignore[arg-type]
+                runs.append({"run_id": run, "name": run})
+                write_json(folder / run / "run.json", {"status": "done"})
+    index = {"runs": runs, "sequences": chains, "knowledge": "facts"}
+    write_json(folder / "runs.json", index | {"measured_by": {name: name for name in names}})
+    return folder

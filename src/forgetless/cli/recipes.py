@@ -170,6 +170,7 @@ def sequence(
     workers: Workers = 1,
     threads: Threads = None,
     check: Check = False,
+    page: Annotated[bool, typer.Option("--report/--no-report", help="Write the page.")] = True,
 ) -> None:
     """Learn tasks one after the other and measure all of them after each."""
     from forgetless.core.settings import parse_assignments
@@ -184,15 +185,20 @@ def sequence(
 
     with watch(several=workers > 1) as listen:
         done = do(definition, out, workers=workers, threads=threads, listen=listen)
-    tables.print_sequences(done)
+    tables.print_sequences(done.folder, page=page)
     _say_failed(done.failed)
 
 
 def report(
     folder: Annotated[str, typer.Argument(metavar="STUDY", help="Folder of a study.")],
 ) -> None:
-    """Write the page, the tables and the figures of a study."""
-    tables.print_study(folder, page=True)
+    """Write the page, the tables and the figures of a study or of sequences."""
+    from forgetless.studies.sequence import has_sequences
+
+    if has_sequences(folder):
+        tables.print_sequences(folder)
+    else:
+        tables.print_study(folder, page=True)
 
 
 def worker(

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from forgetless.scores.comparison import Comparison
     from forgetless.studies.rate_search import RateSearch
     from forgetless.studies.run import Run
-    from forgetless.studies.sequence import Sequence as Sequences
 
 
 def console() -> Console:
@@ -164,11 +163,13 @@ def print_study(folder: str | Path, *, page: bool) -> None:
         print(f"report: {report(folder)}")
 
 
-def print_sequences(done: Sequences) -> None:
-    """The mean matrix of every arm and order, and what the metrics came to."""
+def print_sequences(folder: str | Path, *, page: bool = True) -> None:
+    """The mean matrix of every arm and order, the metrics, and the page, which is written."""
+    from forgetless.reports import report
     from forgetless.reports.numbers import three_decimals
+    from forgetless.studies.sequence import MAIN_METRICS, matrices
 
-    found = done.matrices
+    found = matrices(folder)
     for arm in found["arms"]:
         for order, of_order in arm["orders"].items():
             seeds = len(of_order["seeds"])
@@ -182,7 +183,7 @@ def print_sequences(done: Sequences) -> None:
             ]
             print_table(["", *heads], rows, heads)
             print()
-    names = ["ACC", "BWT", "forgetting", "FWT", "learning", "knowledge lost"]
+    names = list(MAIN_METRICS)
     rows = [
         [arm["arm"], str(arm["metrics"]["ACC"]["n"]), *(_mean(arm["metrics"][n]) for n in names)]
         for arm in found["arms"]
@@ -192,7 +193,8 @@ def print_sequences(done: Sequences) -> None:
     for name in names:
         print_text(f"{name}: {found['formulas'][name]}.")
     print_text("n: sequences, over seeds and orders, with the 95 % interval of their mean.")
-    print(f"{done.folder}")
+    if page:
+        print(f"report: {report(folder)}")
 
 
 def _mean(found: Mapping[str, Any]) -> str:

@@ -16,7 +16,9 @@ from forgetless.reports.evaluated import write_evaluation
 from forgetless.reports.findings import find
 from forgetless.reports.page import page
 from forgetless.reports.payload import payload
+from forgetless.reports.sequences import write_sequences
 from forgetless.studies.folder import COLUMNS, write_tables
+from forgetless.studies.sequence import has_sequences
 
 __all__ = ["report", "summary", "write_evaluation"]
 
@@ -26,7 +28,8 @@ _log = logging.getLogger(__name__)
 def report(study_folder: str | Path) -> Path:
     """Write `report/` into a study's folder: the page, results.csv and .parquet, figures.
 
-    Where runs were scored on the way, curve.csv lies beside them.
+    Where runs were scored on the way, curve.csv lies beside them. Sequences have a page of their
+    own, and sequence.json.
 
     Nothing but the files of the study is read, so a report can be made anywhere and again, also
     while runs are being trained. What is damaged, or needs a package that is not installed, is left
@@ -41,6 +44,8 @@ def report(study_folder: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is no such folder, or it holds no run.
     """
+    if has_sequences(study_folder):
+        return write_sequences(study_folder)
     folder = Path(study_folder) / "report"
     with _warnings() as warnings:
         found = find(study_folder)

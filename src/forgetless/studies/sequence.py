@@ -42,6 +42,10 @@ FORMULAS = {
 and column 0 the base's knowledge. Scores of which less is better count negative."""
 
 
+MAIN_METRICS = ("ACC", "BWT", "forgetting", "FWT", "learning", "knowledge lost")
+"""Those that are shown; the others are the two libraries' variants."""
+
+
 class Sequence(Study):
     """Sequences as they lie in their folder."""
 
@@ -99,6 +103,11 @@ def sequence(
 def _first_name(specs: Listed[Any]) -> str | None:
     """The name of the task that the first of these makes; None of none."""
     return make_tasks(specs[0])[0].name if specs else None
+
+
+def has_sequences(folder: str | Path) -> bool:
+    """Whether the runs of a folder make up sequences."""
+    return bool(read_json(Path(folder) / "runs.json", damaged_as_missing=True).get("sequences"))
 
 
 def matrices(folder: str | Path) -> dict[str, Any]:

@@ -1,0 +1,145 @@
+"""The page of sequences: every matrix as a heat map with numbers, the metrics, what was lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+import forgetless
+from forgetless.core.files import write_json, write_text
+from forgetless.reports.numbers import NOT_MEASURED, three_decimals
+from forgetless.reports.words import environment
+from forgetless.studies.folder import results, write_tables
+from forgetless.studies.sequence import MAIN_METRICS, matrices
+
+__all__ = ["write_sequences"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score of a matrix.
+
+    Attributes:
+        text: the score, in words.
+        share: how good it is among all of its column, in 0..1.
+        kind: "own" for a task right after it was learned, "seen" after that and for what the base
+            knew, "new" before.
+    """
+
+    text: str
+    share: float
+    kind: str
+
+
+def write_sequences(folder: str | Path) -> Path:
+    """Write the page of sequences, sequence.json and the tables; the path of index.html.
+
+    Raises:
+        FileNotFoundError: there are no sequences in the folder.
+    """
+    folder = Path(folder)
+    found = matrices(folder)
+    place = folder / "report"
+    write_json(place / "sequence.json", found)
+    write_tables(folder, results(folder), [])
+    loader = environment().loader
+    assert loader is not None
+    text = (
+        environment()
+        .get_template("sequence.html")
+        .render(
+            found=found,
+            maps={arm["arm"]: list(_maps(found, arm)) for arm in found["arms"]},
+            lost={arm["arm"]: list(_lost(found, arm["arm"])) for arm in found["arms"]},
+            metrics=MAIN_METRICS,
+            mean=_mean,
+            unfinished=sum(s != "done" for each in found["sequences"] for s in each["status"]),
+            version=forgetless.__version__,
+            style=Markup(loader.get_source(environment(), "page.css")[0]),
+        )
+    )
+    write_text(place / "index.html", text)
+    return place / "index.html"
+
+
+def _mean(metric: Mapping[str, Any]) -> tuple[str, str]:
+    """The mean of a metric and the ends of its interval, in words."""
+    if metric["mean"] is None:
+        return NOT_MEASURED, ""
+    ends = "" if metric["low"] is None else f"{metric['low']:.3f} to {metric['high']:.3f}"
+    return three_decimals(metric["mean"]), ends
+
+
+def _maps(found: Mapping[str, Any], arm: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The mean matrix of an arm in every order."""
+    known = found["knowledge"] is not None
+    seen: dict[str, list[float]] = {}
+    for each in found["arms"]:
+        for order in each["orders"].values():
+            for column in _columns(found, order["tasks"]):
+                place = _columns(found, order["tasks"]).index(column)
+                seen.setdefault(column, []).extend(
+                    row[place] for row in order["R"] if row[place] is not None
+                )
+    higher = {
+        column: is_higher
+        for each in found["sequences"]
+        for column, is_higher in zip(
+            _columns(found, each["tasks"]), each["higher_is_better"], strict=True
+        )
+    }
+    for name, order in arm["orders"].items():
+        columns, rows = _columns(found, order["tasks"]), []
+        for i, row in enumerate(order["R"]):
+            kinds = ["seen" if j == 0 or j < i else "own" if j == i else "new"
+                     for j in range(len(row))]  # fmt: skip
+            cells = [
+                Cell(
+                    NOT_MEASURED if value is None else three_decimals(value),
+                    _share(value, seen.get(column, []), higher[column]),
+                    kind,
+                )
+                for value, column, kind in zip(row, columns, kinds, strict=True)
+            ]
+            label = "base" if i == 0 else f"after {order['tasks'][i - 1]}"
+            rows.append((label, cells[not known :]))
+        yield {
+            "order": name, "seeds": len(order["seeds"]), "heads": columns[not known :], "rows": rows
+        }  # fmt: skip
+
+
+def _columns(found: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+    return [f"knowledge: {found['knowledge']}", *tasks]
+
+
+def _share(value: float | None, seen: Sequence[float], higher: bool) -> float:
+    """Shares as they are; anything else by where it lies between the least and the most."""
+    if value is None or not seen:
+        return 0.0
+    low, high = min(seen), max(seen)
+    if higher and low >= 0 and high <= 1:
+        return value
+    place = (value - low) / (high - low) if high > low else 0.0
+    return place if higher else 1 - place
+
+
+def _lost(found: Mapping[str, Any], arm: str) -> Iterator[tuple[str, str, str]]:
+    """Of every column: how much is lost since its best score, and after which task most went."""
+    own = [each for each in found["sequences"] if each["arm"] == arm]
+    lost: dict[str, list[Mapping[str, Any]]] = {}
+    for each in own:
+        for column, told in zip(_columns(found, each["tasks"]), each["lost"], strict=True):
+            lost.setdefault(column, []).append(told)
+    for column, told in lost.items():
+        values = [one["lost"] for one in told if one["lost"] is not None]
+        if column == _columns(found, [])[0] and found["knowledge"] is None:
+            continue
+        after = Counter(one["most_after"] for one in told if one["most_after"])
+        by = ", ".join(f"{task} ({count} of {len(told)})" for task, count in after.most_common())
+        mean = sum(values) / len(values) if values else None
+        yield column, NOT_MEASURED if mean is None else three_decimals(mean), by or NOT_MEASURED
