@@ -42,6 +42,7 @@ from forgetless.recipes.identity import run_id
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies import stages
 from forgetless.studies.run import run
+from forgetless.training.loop import train
 from tests.classifiers import check_start, check_stopped
 from tests.images import CLASSES, save_classifier, save_images
 from tests.sentences import save_classifier as save_text_classifier
@@ -260,31 +261,39 @@ def test_a_stopped_run_comes_to_the_same_weights(method: str, world: Path, tmp_p
     check_stopped(recipe, tmp_path)
 
 
-def test_a_probed_head_is_not_trained_again(
+def test_a_probing_that_is_stopped_goes_on_and_is_not_done_again(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_of(world, "lora", **{"tasks": {}})
+    changes: dict[str, Any] = {"tasks": {}, "training.checkpoint_every": 1, "training.steps": 1}
+    recipe = recipe_of(world, "lora", **changes)
     whole = run(recipe, tmp_path / "whole")
 
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def stop(step: int = 2, *_: Any) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "put_back", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, tmp_path / "stopped")
+    def stopped_in_it(*given: Any, **more: Any) -> Any:
+        return train(*given, on_step=stop, **more)
+
+    for name, replaced in (("train", stopped_in_it), ("put_back", lambda *_: stop())):
+        with monkeypatch.context() as patch:
+            patch.setattr(stages, name, replaced)
+            with pytest.raises(KeyboardInterrupt):
+                run(recipe, tmp_path / "stopped")
+        (log,) = (tmp_path / "stopped").rglob("probe/log.jsonl")
+        assert (len(read_jsonl(log)) == 3) == (name == "put_back")
     (file,) = (tmp_path / "stopped").rglob("head.safetensors")
-    written = file.stat().st_mtime_ns
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "load_file", lambda f: _noted(f, written))
-        again = run(recipe, tmp_path / "stopped")
+    written, read = file.stat().st_mtime_ns, list[int]()
+
+    def noted(head: Path) -> dict[str, Tensor]:
+        read.append(head.stat().st_mtime_ns)
+        return load_file(head)
+
+    monkeypatch.setattr(stages, "load_file", noted)
+    again = run(recipe, tmp_path / "stopped")
+    assert read == [written]
     native = Path("native", "adapter_model.safetensors")
     assert (again.folder / native).read_bytes() == (whole.folder / native).read_bytes()
-
-
-def _noted(file: Path, written: int) -> dict[str, Tensor]:
-    assert file.stat().st_mtime_ns == written
-    return load_file(file)
 
 
 def test_only_the_head_moves_while_it_is_probed(world: Path, tmp_path: Path) -> None:
@@ -369,15 +378,12 @@ def test_the_head_decides_the_run(world: Path) -> None:
     assert run_id(own) != run_id(recipe.override(plain))
 
 
-@pytest.mark.parametrize("method", ["pissa", "full"])
-def test_a_sequence_learns_classes_under_one_new_head(
-    method: str, world: Path, tmp_path: Path
-) -> None:
+def test_a_sequence_learns_classes_under_one_new_head(world: Path, tmp_path: Path) -> None:
     save_images(tmp_path / "first", dict.fromkeys(NEW[:2], 6))
     save_images(tmp_path / "then", dict.fromkeys(NEW[2:], 6))
     task = {"kind": "image_accuracy", "name": "first", "path": str(tmp_path / "first")}
     common = {"adapter.head": list(NEW), "tasks": {"forgetting": [task]}}
-    first = recipe_of(world, method, **common, **{"data.train": str(tmp_path / "first")})
+    first = recipe_of(world, "pissa", **common, **{"data.train": str(tmp_path / "first")})
     assert check(first) == []
     done = run(first, tmp_path / "runs")
     after = {"after": done.folder.name}
@@ -389,8 +395,7 @@ def test_a_sequence_learns_classes_under_one_new_head(
     for head, words in (("new", "share one new head"), (["lines", "rings"], "no class 'waves'")):
         assert any(words in problem for problem in check(then.override({"adapter.head": head})))
     stacked = {"sequence": {**after, "between": "stack"}}
-    if method == "pissa":
-        assert any("continues one adapter" in p for p in check(then.override(stacked)))
+    assert any("continues one adapter" in p for p in check(then.override(stacked)))
     with pytest.raises(ValueError, match="a list of two classes or more"):
         then.override({"adapter.head": ["lines"]})
 
