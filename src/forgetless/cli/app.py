@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from forgetless.cli import adapters, aftercare, choosing, recipes, scores
+from forgetless.cli import adapters, aftercare, choosing, doctor, recipes, scores
 from forgetless.core.errors import UserError
 from forgetless.training.launch import process_index, this_launch
 
@@ -73,4 +73,5 @@ app.command("plan")(choosing.plan)
 app.command("data")(choosing.data)
 app.command("methods")(choosing.methods)
 app.command("tasks")(choosing.tasks)
+app.command("doctor")(doctor.doctor)
 app.command("worker", hidden=True)(recipes.worker)
