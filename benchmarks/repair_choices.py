@@ -102,7 +102,7 @@ def with_moments(t: Trained, strength: float, C: Moments, T: Moments | None) -> 
 
 
 def raw(t: Trained, strength: float) -> Mapping[str, Factors]:
-    """As the package does it: the moments as they were collected."""
+    """Both moments of the base's activations."""
     return with_moments(t, strength, t.C, t.T)
 
 
@@ -114,18 +114,26 @@ def normalised(t: Trained, strength: float) -> Mapping[str, Factors]:
 
 def equal_shares(t: Trained, strength: float) -> Mapping[str, Factors]:
     """Per layer: C and T in units of what the layer's update does on each of the texts."""
+    return in_shares(t, strength, t.T)
 
-    def in_units(name: str, moment: Tensor) -> Tensor:
-        return moment / output_energy(t.factors[name], moment)
 
-    C = {name: in_units(name, moment) for name, moment in t.C.items()}
-    T = {name: in_units(name, moment) for name, moment in t.T.items()}
+def in_shares(t: Trained, strength: float, task: Moments) -> Mapping[str, Factors]:
+    """With C and T divided, layer by layer, by ‖delta_W X‖² on their own texts."""
+    C, T = (
+        {name: m[name] / output_energy(t.factors[name], m[name]) for name in t.factors}
+        for m in (t.C, task)
+    )
     return with_moments(t, strength, C, T)
 
 
 def task_of_trained(t: Trained, strength: float) -> Mapping[str, Factors]:
-    """T of the trained model's own activations."""
+    """As the package does it: T of the trained model's own activations."""
     return with_moments(t, strength, t.C, t.moments(t.merged(t.factors), t.task_text))
+
+
+def equal_shares_of_trained(t: Trained, strength: float) -> Mapping[str, Factors]:
+    """Equal shares, with that T."""
+    return in_shares(t, strength, t.moments(t.merged(t.factors), t.task_text))
 
 
 def identity(t: Trained, strength: float) -> Mapping[str, Factors]:
@@ -176,6 +184,7 @@ VARIANTS: dict[str, Callable[[Trained, float], Mapping[str, Factors]]] = {
         normalised,
         equal_shares,
         task_of_trained,
+        equal_shares_of_trained,
         identity,
         rescaled,
         rounds,
@@ -184,7 +193,9 @@ VARIANTS: dict[str, Callable[[Trained, float], Mapping[str, Factors]]] = {
 }
 
 
-def measured(run: Path, strengths: Sequence[float]) -> list[dict[str, Any]]:
+def measured(
+    run: Path, variants: Sequence[str], strengths: Sequence[float]
+) -> list[dict[str, Any]]:
     """One row a variant and strength, and one as trained."""
     trained = Trained(run)
     tasks: list[dict[str, Any]] = [{"kind": LEARNED, "limit": 200}, {"kind": KEPT}]
@@ -196,9 +207,9 @@ def measured(run: Path, strengths: Sequence[float]) -> list[dict[str, Any]]:
         return {name: result.value for name, result in found.items()}
 
     rows = [{"run": run.name, "variant": "trained", "strength": 0.0, **scores(trained.factors)}]
-    for name, variant in VARIANTS.items():
+    for name in variants:
         for strength in strengths:
-            found = scores(variant(trained, strength))
+            found = scores(VARIANTS[name](trained, strength))
             rows.append({"run": run.name, "variant": name, "strength": strength, **found})
             print(json.dumps(rows[-1]), flush=True)
     return rows
@@ -209,12 +220,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=["lora", "pissa"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--strengths", nargs="+", type=float, default=list(STRENGTHS))
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for method in asked.methods:
         for run in sorted(asked.runs.glob(f"{method}-*")):
-            rows += measured(run, STRENGTHS)
+            rows += measured(run, asked.variants, asked.strengths)
             write_json(asked.out, rows)
 
 
