@@ -5,8 +5,9 @@
 A classifier that knows digits and shapes learns letters under a new head, from slices of each
 weight's singular components at nine positions (0 is PiSSA's, 1 is MiLoRA's; at rank 32 five), at
 four rates, three seeds and two lengths, for the longer one at two ranks; LoRA, full fine-tuning,
-LoRA-Null and a slice of the activations learn the same beside it. What it knew is asked under its own head. It writes
-slices.csv (one row a run), slices.json and slices.md into DIR. What was done is not done again.
+LoRA-Null and a slice of the activations learn the same beside it. What it knew is asked under its
+own head. It writes slices.csv (one row a run), slices.json and slices.md into DIR. What was done is
+not done again.
 
 The comparisons were fixed before the first run: the two ends (positions 0 and 1) against the
 positions from 1/4 to 3/4, paired by seed and rate, once for each length and rank.
