@@ -80,15 +80,15 @@ def probed(encoder: Path, rows: Sequence[dict[str, str]], out: Path) -> None:
     head = model.classifier
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200)
+    optimizer: Any = torch.optim.LBFGS(head.parameters(), max_iter=200)
 
-    def loss() -> Tensor:
+    def loss() -> Any:
         optimizer.zero_grad()
         found = cross_entropy(head(features), labels) + 1e-4 * head.weight.square().sum()
         found.backward()
         return found
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -88,23 +88,27 @@ def studies(base: str, *, tiny: bool) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     rates, seeds = (RATES[1:3], SEEDS[:1]) if tiny else (RATES, SEEDS)
     axes = {"training.learning_rate": rates, "seed": seeds}
-    for length, steps in LENGTHS.items():
-        shared = recipe(base, 4 if tiny else steps)
-        for rank, positions in POSITIONS.items() if length == "long" else [(8, POSITIONS[8])]:
-            arms = [
-                {
-                    "name": f"{position:g}",
-                    "adapter.options": {"position": position},
-                    "adapter.rank": rank,
-                    "adapter.alpha": rank,
-                }
-                for position in (positions[::2] if tiny else positions)
-            ]
-            name = f"slices-{length}-{rank}"
-            found[name] = {"name": name, "recipe": shared, "arms": arms, "axes": axes}
+    shared = {length: recipe(base, 4 if tiny else steps) for length, steps in LENGTHS.items()}
+    for length, rank in (("long", 8), ("short", 8), ("long", 32)):
+        positions = POSITIONS[rank][:: 4 if tiny else 1]
+        arms = [
+            {
+                "name": f"{position:g}",
+                "adapter.options": {"position": position},
+                "adapter.rank": rank,
+                "adapter.alpha": rank,
+            }
+            for position in positions
+        ]
+        name = f"slices-{length}-{rank}"
+        found[name] = {"name": name, "recipe": shared[length], "arms": arms, "axes": axes}
     arms = BESIDE[:1] if tiny else BESIDE
-    shared = recipe(base, 4 if tiny else LENGTHS["long"])
-    found["beside-long"] = {"name": "beside-long", "recipe": shared, "arms": arms, "axes": axes}
+    found["beside-long"] = {
+        "name": "beside-long",
+        "recipe": shared["long"],
+        "arms": arms,
+        "axes": axes,
+    }
     return found
 
 
