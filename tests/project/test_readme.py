@@ -23,7 +23,9 @@ def test_the_python_example_runs_as_printed(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "pocket_recall" in done.stdout
+    kept = re.search(r"pocket_recall.*?([\d.]+) %", done.stdout)
+    assert kept is not None
+    assert float(kept[1]) >= 98
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
