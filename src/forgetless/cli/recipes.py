@@ -193,7 +193,7 @@ def report(
     folder: Annotated[str, typer.Argument(metavar="STUDY", help="Folder of a study.")],
 ) -> None:
     """Write the page, the tables and the figures of a study or of sequences."""
-    from forgetless.studies.sequence import has_sequences
+    from forgetless.studies.folder import has_sequences
 
     if has_sequences(folder):
         tables.print_sequences(folder)

@@ -16,9 +16,7 @@ from forgetless.reports.evaluated import write_evaluation
 from forgetless.reports.findings import find
 from forgetless.reports.page import page
 from forgetless.reports.payload import payload
-from forgetless.reports.sequences import write_sequences
-from forgetless.studies.folder import COLUMNS, write_tables
-from forgetless.studies.sequence import has_sequences
+from forgetless.studies.folder import COLUMNS, has_sequences, write_tables
 
 __all__ = ["report", "summary", "write_evaluation"]
 
@@ -45,6 +43,8 @@ def report(study_folder: str | Path) -> Path:
         FileNotFoundError: there is no such folder, or it holds no run.
     """
     if has_sequences(study_folder):
+        from forgetless.reports.sequences import write_sequences  # loads torch
+
         return write_sequences(study_folder)
     folder = Path(study_folder) / "report"
     with _warnings() as warnings:

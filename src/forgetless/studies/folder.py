@@ -146,6 +146,11 @@ def planned(study_folder: Path) -> list[RunFolder]:
 # ---- tables --------------------------------------------------------------------------------------
 
 
+def has_sequences(folder: str | Path) -> bool:
+    """Whether the runs of a folder make up sequences."""
+    return bool(read_json(Path(folder) / "runs.json", damaged_as_missing=True).get("sequences"))
+
+
 def results(study_folder: str | Path) -> list[dict[str, Any]]:
     """One row per run and task with the columns of `COLUMNS`; None where nothing was measured.
 

@@ -105,11 +105,6 @@ def _first_name(specs: Listed[Any]) -> str | None:
     return make_tasks(specs[0])[0].name if specs else None
 
 
-def has_sequences(folder: str | Path) -> bool:
-    """Whether the runs of a folder make up sequences."""
-    return bool(read_json(Path(folder) / "runs.json", damaged_as_missing=True).get("sequences"))
-
-
 def matrices(folder: str | Path) -> dict[str, Any]:
     """What the sequences in a folder came to, as plain JSON values; None where nothing is known.
 
