@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -18,12 +19,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.tiny import recipe_of, save_base, save_files
 
 TIMES = ("train_seconds",)
+
+
+# What a run imports is imported once, in the process that the others are forked from.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["forgetless.studies.study", "forgetless.training.loop"])
+
+
+def killed_until_done(work: Callable[..., object], *arguments: Any, most: int = 6) -> int:
+    """Do some work in a process that is killed at random moments, until it ends; how often."""
+    draw = random.Random(os.environ.get("FORGETLESS_KILL_SEED", "0"))
+    for kills in range(most + 1):
+        process = FORKSERVER.Process(target=work, args=arguments)
+        process.start()
+        process.join(draw.uniform(0.3, 4.0) if kills < most else None)
+        if not process.is_alive():
+            assert process.exitcode == 0
+            return kills
+        process.kill()
+        process.join()
+    raise AssertionError("the last one is waited for")
 
 
 def study_of(base: Path, files: Path, steps: int = 6) -> dict[str, Any]:

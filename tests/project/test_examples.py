@@ -27,7 +27,7 @@ def _found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.freeze()  # trainers collect garbage, which walks over all that was ever imported
     yield
     gc.unfreeze()
-    for name in (*TRAINERS, "peft_only"):
+    for name in (*TRAINERS, "peft_only", "sequence_loop"):
         sys.modules.pop(name, None)
 
 
@@ -58,6 +58,21 @@ def test_an_example_trains_resumes_and_exports(name: str, tmp_path: Path) -> Non
     resumed = main(["--out", str(half), "--steps", "4", "--resume"])
     expected = moves(trained)
     assert all(torch.equal(move, expected[key]) for key, move in moves(resumed).items())
+
+
+def test_a_sequence_by_hand_is_thirty_lines(tmp_path: Path) -> None:
+    module = importlib.import_module("sequence_loop")
+    text = (EXAMPLES / "sequence_loop.py").read_text()
+    assert sum(bool(line.strip()) for line in text.splitlines()) <= 30
+    R = module.main(str(tmp_path), steps=2, limit=4)
+    assert [len(row) for row in R] == [3, 3, 3]
+    assert R[0][0] == 1.0
+    base = load_model("pocket")
+    first, both = logits(base), base
+    for number in (1, 2):
+        model = PeftModel.from_pretrained(both, str(tmp_path / f"adapter-{number}"))
+        both = model.merge_and_unload()
+        assert not torch.equal(logits(both), first)
 
 
 def test_a_start_goes_through_a_tool_that_knows_only_peft(

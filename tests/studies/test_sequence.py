@@ -28,6 +28,7 @@ from forgetless.studies.sequence import FORMULAS, Sequence, sequence
 from forgetless.studies.stages import Event, Stages
 from forgetless.tasks import make_task
 from forgetless.training.loop import train
+from tests.killing import killed_until_done
 from tests.sequences import definition_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -263,6 +264,23 @@ def test_a_repair_is_what_the_next_task_starts_from(arms: Sequence) -> None:
     )
     assert all(torch.equal(start[key], matrix) for key, matrix in repaired.items())
     assert not first.aftercare.exists()
+
+
+def _do(definition: dict[str, Any], out: Path) -> None:
+    sequence(definition, out)
+
+
+def test_a_sequence_killed_at_random_moments_ends_with_the_same_matrix(
+    arms: Sequence, tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    definition = definition_of(tiny_base, tiny_files)
+    definition |= {"orders": [["two", "three"]], "name": arms.folder.name}
+    definition["arms"] = [{"name": "repaired-stack", **STACKED["repaired-stack"]}]
+    assert killed_until_done(_do, definition, tmp_path, most=5) > 0
+    (found,) = read_json(tmp_path / arms.folder.name / "report" / "sequence.json")["sequences"]
+    (expected,) = (each for each in arms.matrices["sequences"] if each["arm"] == "repaired-stack")
+    assert found == expected
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 MISPLACED: list[tuple[dict[str, Any], str]] = [

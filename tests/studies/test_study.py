@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import queue
-import random
 import shutil
 import signal
 import subprocess
@@ -26,11 +24,7 @@ from forgetless.studies.folder import RunFolder
 from forgetless.studies.run import prepare
 from forgetless.studies.stages import Event
 from forgetless.studies.study import Study, _run_workers, study
-from tests.killing import results, study_of
-
-# What a run imports is imported once, in the process that the others are forked from.
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["forgetless.studies.study", "forgetless.training.loop"])
+from tests.killing import FORKSERVER, killed_until_done, results, study_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
@@ -369,19 +363,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_numbers(
     whole: tuple[dict[str, Any], Study], tmp_path: Path
 ) -> None:
     definition, done = whole
-    draw = random.Random(os.environ.get("FORGETLESS_KILL_SEED", "0"))
-    kills = 0
-    for _ in range(40):
-        process = FORKSERVER.Process(target=_do, args=(definition, tmp_path))
-        process.start()
-        process.join(draw.uniform(0.3, 4.0) if kills < 6 else None)
-        if not process.is_alive():
-            assert process.exitcode == 0
-            break
-        process.kill()
-        process.join()
-        kills += 1
-    assert kills > 0
+    assert killed_until_done(_do, definition, tmp_path) > 0
     assert results(tmp_path / "killed") == results(done.folder)
     assert not list(tmp_path.rglob(".tmp-*"))
 
