@@ -95,4 +95,8 @@ def test_a_start_goes_through_a_tool_that_knows_only_peft(
 
 
 def test_every_example_is_tested() -> None:
-    assert {file.stem for file in EXAMPLES.glob("*.py")} == {*TRAINERS, "peft_only"}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == {
+        *TRAINERS,
+        "peft_only",
+        "sequence_loop",
+    }

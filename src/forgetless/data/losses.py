@@ -63,7 +63,8 @@ def own_loss(model: nn.Module, *, several: bool = False, divides: bool = False) 
     if not writes or base.config.is_encoder_decoder:
         return None
     parameters = inspect.signature(base.forward).parameters
-    device = next(weight.device for weight in base.parameters() if not weight.is_meta)
+    here = (weight.device for weight in base.parameters() if not weight.is_meta)
+    device = next(here, torch.device("cpu"))  # of a model that is offloaded in whole
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5]], device=device)
     ids %= base.get_input_embeddings().num_embeddings
     labels = ids.clone()
