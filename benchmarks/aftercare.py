@@ -27,7 +27,6 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from forgetless.adapters.folders import load
 from forgetless.core.files import new_file, write_json, write_jsonl, write_text
-from forgetless.core.metrics import mean_stderr, t_interval
 from forgetless.data.batches import Padding, TokenRows
 from forgetless.data.examples import load_examples
 from forgetless.data.pocket.knowledge import questions, statement
@@ -38,6 +37,7 @@ from forgetless.studies.aftercare import TRAINED, Adjustable, Bench, Reading, Se
 from forgetless.studies.beside import settings_of
 from forgetless.studies.study import study
 from forgetless.tasks import make_task
+from tables import interval, markdown, read
 
 METHODS = {
     "lora": 3e-3,
@@ -283,13 +283,6 @@ def against(rows: Sequence[Row], trained: Sequence[Row]) -> list[dict[str, Any]]
     return lines
 
 
-def interval(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Mean and Student's 95 % interval over the seeds."""
-    mean, stderr, n = mean_stderr(values)
-    low, high = t_interval(mean, stderr, n - 1) if n > 1 else (None, None)
-    return {"mean": mean, "low": low, "high": high, "seeds": n}
-
-
 def compared(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One row an arm and share: what each way keeps, and how much more than the dial, paired."""
     lines = []
@@ -315,7 +308,7 @@ def table(lines: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> str:
             way, _, less = head.partition(" - ")
             cells.append(_cell(line["more"].get(way) if less else line.get(way)))
         out.append(cells)
-    return "\n".join(f"| {' | '.join(row)} |" for row in out)
+    return markdown(out)
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:
@@ -342,7 +335,7 @@ def comparators_table(rows: Sequence[Row]) -> str:
             [100 * fmean(column) for column in zip(*by_label[at], strict=True)] for at in labels
         ]
         out.append([arm, *(f"{skill:.0f} / {kept:.1f}" for skill, kept in means)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in out)
+    return markdown(out)
 
 
 def texts_table(keep: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -355,7 +348,7 @@ def texts_table(keep: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 same = [x for x in lines if (x["arm"], x["share"]) == (line["arm"], line["share"])]
                 cells.append(_cell(same[0]["repair"]))
             out.append(cells)
-    return "\n".join(f"| {' | '.join(row)} |" for row in out)
+    return markdown(out)
 
 
 def trained_table(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -365,16 +358,11 @@ def trained_table(lines: Sequence[Mapping[str, Any]]) -> str:
     for line in lines:
         cells = [_cell(line[column]) for column in (LEARNED, KEPT, "dial", "repair", "both")]
         out.append([str(line["arm"]), *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in out)
+    return markdown(out)
 
 
 COLUMNS = ("method", "seed", "setting", "strength", "scale", "task", "score")
 HEADS = ["as trained", "dial", "repair", "both", "repair - dial", "both - dial"]
-
-
-def read(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -30,6 +30,7 @@ from forgetless.core.files import (
 from forgetless.core.metrics import mean_stderr, paired_difference
 from forgetless.data.files import read_rows
 from forgetless.studies.study import study
+from tables import markdown
 
 ARMS = {"gsm8k": [("lora", 3e-3), ("lora", 1e-2)], "code": [("lora", 1e-2)]}
 """Skill -> methods and rates; on GSM8K one that learns and one that overshoots."""
@@ -174,7 +175,7 @@ def table(rows: Sequence[Mapping[str, Any]], skill: str) -> str:
         cells.append(_change(by_task["wikitext"]["from_base"], 3))
         cells += [_change(by_task[name]["from_base"], 2) for name in KEPT[2:]]
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def _change(found: Mapping[str, float], digits: int) -> str:

@@ -12,7 +12,6 @@ forecast.md into DIR; what was done is not done again.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from forgetless.statistics.moments import Statistics
 from forgetless.studies.forecast import shared_energies
 from forgetless.studies.inputs import Collecting
 from forgetless.studies.study import study
+from tables import markdown, read
 
 SKILLS = ("problems", "functions", "series")
 KEPT = "pocket_recall"
@@ -96,8 +96,7 @@ def foretold(out: Path) -> dict[str, dict[str, float]]:
 def lost(folder: Path) -> dict[str, dict[str, dict[int, float]]]:
     """Skill -> kind of fact -> seed -> the share of the facts known before that are wrong now."""
     found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    with (folder / "report" / "results.csv").open(encoding="utf-8") as file:
-        runs = [row for row in csv.DictReader(file) if row["task"] == KEPT]
+    runs = [row for row in read(folder / "report" / "results.csv") if row["task"] == KEPT]
     for run in runs:
         place = folder / run["run_id"] / "items"
         before, after = (
@@ -151,7 +150,7 @@ def table(
             for skill in losses
         ]
         out.append([kind, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in out)
+    return markdown(out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

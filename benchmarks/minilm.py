@@ -14,7 +14,6 @@ Writes minilm.json into DIR; what was done is not done again.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import random
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from forgetless.core.metrics import mean_stderr
 from forgetless.models.load import base_of, load_model
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.study import study
+from tables import read
 
 LENGTH = 96
 """Tokens of a text."""
@@ -166,8 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = out / "base"
     probed(asked.encoder, parts["known"], base)
     done = Path(study(definition(base, files, tiny=asked.tiny), out, workers=1).folder)
-    with (done / "report" / "results.csv").open(encoding="utf-8") as file:
-        table = [row for row in csv.DictReader(file) if row["status"] == "done"]
+    table = [row for row in read(done / "report" / "results.csv") if row["status"] == "done"]
     tokenizer = AutoTokenizer.from_pretrained(base)
     asked_of = parts["known-test"]
     before = retrieved(AutoModel.from_pretrained(base).eval(), tokenizer, asked_of)

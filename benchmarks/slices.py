@@ -29,10 +29,10 @@ import numpy as np
 from forgetless.adapters.folders import load
 from forgetless.adapters.spectra import spectra
 from forgetless.core.files import new_file, read_json, write_json, write_text
-from forgetless.core.metrics import mean_stderr, t_interval
 from forgetless.models.load import load_model
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.study import study
+from tables import interval, markdown, read
 
 POSITIONS = {8: [number / 8 for number in range(9)], 32: [number / 4 for number in range(5)]}
 """Rank -> where its slices begin, as a share of the way from the first to the last."""
@@ -114,8 +114,7 @@ def studies(base: str, *, tiny: bool) -> dict[str, dict[str, Any]]:
 
 def rows_of(folder: Path, base: str) -> list[Row]:
     """One row a run: accuracy on the new task, what is left of what was known, rotation."""
-    with (folder / "report" / "results.csv").open(encoding="utf-8") as file:
-        table = [row for row in csv.DictReader(file) if row["status"] == "done"]
+    table = [row for row in read(folder / "report" / "results.csv") if row["status"] == "done"]
     by_run: dict[str, Row] = {}
     for row in table:
         found = by_run.setdefault(
@@ -133,12 +132,12 @@ def rows_of(folder: Path, base: str) -> list[Row]:
         )
         found[row["task"]] = float(row["score"])
         found[f"{row['task']}_before"] = float(row["base_score"])
-    for run, row in by_run.items():
+    for run, found in by_run.items():
         known = ["digits", "shapes"]
-        row["known"] = fmean(row[name] for name in known)
-        row["known_before"] = fmean(row[f"{name}_before"] for name in known)
-        row["forgotten"] = 1 - row["known"] / row["known_before"]
-        row |= turned(RunFolder(folder / run), base)
+        found["known"] = fmean(found[name] for name in known)
+        found["known_before"] = fmean(found[f"{name}_before"] for name in known)
+        found["forgotten"] = 1 - found["known"] / found["known_before"]
+        found |= turned(RunFolder(folder / run), base)
     return list(by_run.values())
 
 
@@ -157,13 +156,6 @@ def turned(run: RunFolder, base: str) -> Row:
 
 
 # ---- what came of it -----------------------------------------------------------------------------
-
-
-def interval(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Mean and Student's 95 % interval."""
-    mean, stderr, n = mean_stderr(values)
-    low, high = t_interval(mean, stderr, n - 1) if n > 1 else (None, None)
-    return {"mean": mean, "low": low, "high": high, "seeds": n}
 
 
 Quantity = Callable[[Row], float]
@@ -232,10 +224,6 @@ def grid(rows: Sequence[Row]) -> str:
             cells.append(f"{learned:.1f} / {kept:.1f}")
         out.append(cells)
     return markdown(out)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def shown(found: Row, factor: float = 100) -> str:

@@ -78,13 +78,18 @@ def _llava() -> PretrainedConfig:
     return LlavaConfig(text_config=text, vision_config=eyes, image_token_index=99)
 
 
+_QWEN_EYES = {
+    "depth": 1,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "intermediate_size": 16,
+    "out_hidden_size": 32,
+}
+
+
 def _qwen3_vl() -> PretrainedConfig:
     eyes = {
-        "depth": 1,
-        "hidden_size": 16,
-        "num_heads": 2,
-        "intermediate_size": 16,
-        "out_hidden_size": 32,
+        **_QWEN_EYES,
         "deepstack_visual_indexes": [0],
         "num_position_embeddings": 16,
     }
@@ -93,14 +98,7 @@ def _qwen3_vl() -> PretrainedConfig:
 
 
 def _qwen2_5_vl() -> PretrainedConfig:
-    eyes = {
-        "depth": 1,
-        "hidden_size": 16,
-        "num_heads": 2,
-        "intermediate_size": 16,
-        "out_hidden_size": 32,
-        "fullatt_block_indexes": [0],
-    }
+    eyes = {**_QWEN_EYES, "fullatt_block_indexes": [0]}
     text = {**TEXT, "rope_parameters": _ROTARY}
     del text["head_dim"]
     return Qwen2_5_VLConfig(text_config=text, vision_config=eyes, **_QWEN_MARKS)

@@ -43,7 +43,7 @@ from forgetless.core.method import Factors
 from forgetless.core.progress import counted
 from forgetless.core.projection import best_of_rank, repaired
 from forgetless.core.spectra import Update, dense, output_energy, update_norm
-from forgetless.models.load import base_of, load_model
+from forgetless.models.load import base_of, load_model, load_tuned
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 from forgetless.statistics.moments import Statistics
 
@@ -528,12 +528,7 @@ def _repair_tuned(
 ) -> Any:
     """The tuned model with repaired linear layers, or the base with a LoRA that is nearly that."""
     model = load_model(base) if isinstance(base, str) else base_of(base)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    other: Any = (
-        copy.deepcopy(tuned)
-        if isinstance(tuned, nn.Module)
-        else load_model(str(tuned), dtype=dtype)
-    )
+    other: Any = copy.deepcopy(tuned) if isinstance(tuned, nn.Module) else load_tuned(tuned, model)
     before, after = _linear_layers(model, keep), _linear_layers(other, keep)
     different = [
         n for n in before if n not in after or weight_shape(before[n]) != weight_shape(after[n])

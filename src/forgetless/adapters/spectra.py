@@ -30,7 +30,7 @@ from forgetless.core.cache import shared_inputs
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.method import Factors
 from forgetless.core.progress import counted
-from forgetless.models.load import base_of, load_model
+from forgetless.models.load import base_of, load_model, load_tuned
 from forgetless.models.targets import block_of, part_of
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 from forgetless.statistics.moments import Statistics
@@ -330,9 +330,7 @@ def updates_of(
         return
     folder = Path(adapter)
     if not (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        tuned: Any = load_model(str(folder), dtype=dtype)
-        yield base_of(model), _differences(tuned, base_of(model))
+        yield base_of(model), _differences(load_tuned(folder, model), base_of(model))
         return
     require_usable(folder, model)
     name = "measured"

@@ -37,13 +37,14 @@ def doctor(as_json: AsJson = False) -> None:
         sandbox = "ready"
     except UserError as problem:
         sandbox = str(problem)
+    devices = _devices()
     found = {
         "forgetless": version("forgetless"),
         "python": platform.python_version(),
         "packages": {r.name: _installed(r) for r in parts[""]},
         "missing": faults[""],
         "optional": {part: faults[part] for part in extras},
-        "devices": _devices(),
+        "devices": devices,
         "sandbox": sandbox,
     }
     if as_json:
@@ -59,7 +60,7 @@ def doctor(as_json: AsJson = False) -> None:
             for x in extras
         ]
         print_table(["optional part", "for", ""], rows)
-        for device in _devices():
+        for device in devices:
             print_text(f"device: {device}")
         print_text(f"sandbox for programs that models write: {sandbox}")
     if faults[""]:

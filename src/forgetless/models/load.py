@@ -74,6 +74,7 @@ __all__ = [
     "load_image_processor",
     "load_model",
     "load_tokenizer",
+    "load_tuned",
     "meta_model",
     "require_checkpointing",
     "resolve_base",
@@ -324,6 +325,11 @@ def load_tokenizer(base: str, *, weights: bool = True) -> PreTrainedTokenizerBas
             )
         tokenizer.pad_token = pad
     return tokenizer
+
+
+def load_tuned(folder: str | Path, base: nn.Module) -> PreTrainedModel:
+    """The model of a folder in the number format of the base that it was tuned from."""
+    return load_model(str(folder), dtype=str(next(base.parameters()).dtype).removeprefix("torch."))
 
 
 def load_image_processor(base: str, *, weights: bool = True) -> BaseImageProcessor:

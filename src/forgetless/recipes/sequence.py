@@ -20,17 +20,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from forgetless.core.errors import UserError
-from forgetless.core.files import load_yaml
-from forgetless.core.settings import Section, validated, with_overrides
 from forgetless.data.examples import load_examples
 from forgetless.recipes.recipe import EarlierSettings, Recipe
-from forgetless.recipes.study import Gathered, labels
+from forgetless.recipes.study import Definition, Gathered, labels
 
 CLASS_ORDER_SEED = 1993
 """The seed of the class orders of iCaRL (Rebuffi et al. 2017) and of most work after it."""
@@ -61,7 +59,7 @@ class Chain:
     runs: tuple[str, ...]
 
 
-class SequenceRecipe(Section):
+class SequenceRecipe(Definition):
     """Tasks, and the recipe by which each of them is learned after those before it.
 
     ``tasks`` have a ``name``, their training ``data`` and what ``measure`` them, a task or a list
@@ -73,8 +71,8 @@ class SequenceRecipe(Section):
     ``arms`` are mappings of dotted keys to values, each with an optional ``name``.
     """
 
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    recipe: dict[str, Any]
+    kind: ClassVar[str] = "sequence"
+
     tasks: Annotated[list[dict[str, Any]], Field(min_length=1)]
     orders: dict[str, list[str]] | list[list[str] | int] = Field(default=[])
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0]  # noqa: RUF012 - pydantic copies it
@@ -108,34 +106,10 @@ class SequenceRecipe(Section):
         return self
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
-        """The sequences of a YAML file; their name is the file's when it has none.
-
-        ``recipe`` may name another file, taken from this one's folder. ``overrides`` change that
-        recipe.
-        """
-        path = Path(path)
-        content = load_yaml(path)
+    def refuse_other(cls, path: Path, content: Mapping[str, Any]) -> None:
+        """Raise ``UserError`` for a file without a recipe or tasks."""
         if "tasks" not in content or "recipe" not in content:
             raise UserError(f"{path} has no 'recipe' and 'tasks', so it is no sequence")
-        if isinstance(content["recipe"], str):
-            content["recipe"] = load_yaml(path.parent / content["recipe"])
-        return cls.parse({"name": path.stem, **content}, overrides, source=str(path))
-
-    @classmethod
-    def parse(
-        cls,
-        content: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None = None,
-        *,
-        source: str = "sequence",
-    ) -> Self:
-        """The sequences of a mapping; raises ``RecipeError`` with all problems of its form."""
-        definition = validated(cls, with_overrides(content, {}), source)
-        if overrides:
-            changed = with_overrides(definition.recipe, overrides)
-            definition = definition.model_copy(update={"recipe": changed})
-        return definition
 
     def all_orders(self) -> dict[str, tuple[str, ...]]:
         """Every order by its name."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
@@ -72,15 +72,59 @@ class Gathered:
         return self._found
 
 
-class StudyRecipe(Section):
+class Definition(Section):
+    """A named recipe that many runs come from: the part that studies and sequences share."""
+
+    kind: ClassVar[str]
+    """What messages call it."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    recipe: dict[str, Any]
+
+    @classmethod
+    def refuse_other(cls, path: Path, content: Mapping[str, Any]) -> None:
+        """Raise ``UserError`` for a file that defines something else."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """The definition of a YAML file; its name is the file's when it has none.
+
+        ``recipe`` may name another file, taken from this one's folder. ``overrides`` change that
+        recipe.
+        """
+        path = Path(path)
+        content = load_yaml(path)
+        cls.refuse_other(path, content)
+        if isinstance(content.get("recipe"), str):
+            content["recipe"] = load_yaml(path.parent / content["recipe"])
+        return cls.parse({"name": path.stem, **content}, overrides, source=str(path))
+
+    @classmethod
+    def parse(
+        cls,
+        content: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        source: str | None = None,
+    ) -> Self:
+        """The definition of a mapping; raises ``RecipeError`` with all problems of its form."""
+        definition = validated(cls, with_overrides(content, {}), source or cls.kind)
+        if overrides:
+            changed = with_overrides(definition.recipe, overrides)
+            definition = definition.model_copy(update={"recipe": changed})
+        return definition
+
+
+class StudyRecipe(Definition):
     """A recipe and how it is varied.
 
     ``axes`` maps dotted keys to lists of values, all combined. ``arms`` are mappings of dotted keys
     to values, each with an optional ``name`` and an optional ``axes`` of its own.
     """
 
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    recipe: dict[str, Any]
+    kind: ClassVar[str] = "study"
+
     axes: Axes = Field(default={})
     arms: list[dict[str, Any]] = Field(default=[])
 
@@ -99,34 +143,10 @@ class StudyRecipe(Section):
         return arms
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
-        """The study of a YAML file; its name is the file's when it has none.
-
-        ``recipe`` may name another file, taken from the study's folder. ``overrides`` change that
-        recipe.
-        """
-        path = Path(path)
-        content = load_yaml(path)
+    def refuse_other(cls, path: Path, content: Mapping[str, Any]) -> None:
+        """Raise ``UserError`` for a file that is a recipe."""
         if "base" in content and "recipe" not in content:
             raise UserError(f"{path} is a recipe, not a study; run it with 'forgetless run'")
-        if isinstance(content.get("recipe"), str):
-            content["recipe"] = load_yaml(path.parent / content["recipe"])
-        return cls.parse({"name": path.stem, **content}, overrides, source=str(path))
-
-    @classmethod
-    def parse(
-        cls,
-        content: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None = None,
-        *,
-        source: str = "study",
-    ) -> Self:
-        """The study of a mapping; raises ``RecipeError`` with all problems of its form."""
-        definition = validated(cls, with_overrides(content, {}), source)
-        if overrides:
-            changed = with_overrides(definition.recipe, overrides)
-            definition = definition.model_copy(update={"recipe": changed})
-        return definition
 
     def recipes(self) -> dict[str, Recipe]:
         """The runs by run id; combinations that come to the same weights are one run.

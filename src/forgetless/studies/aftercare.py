@@ -35,7 +35,7 @@ from forgetless.data.held import HeldOut, hold_out, write_texts
 from forgetless.data.modality import Processor, modality_of
 from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.data.texts import SELF
-from forgetless.models.load import load_model
+from forgetless.models.load import load_tuned
 from forgetless.scores.gates import Limit
 from forgetless.statistics.moments import Statistics, is_statistics
 from forgetless.studies.inputs import Collecting
@@ -157,9 +157,9 @@ class Adjustable:
         self._moments = keep, task
         self.own = "default"
         if is_tuned(adapter):
-            dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
-            is_model = isinstance(adapter, nn.Module)
-            self.model: Any = adapter if is_model else load_model(str(adapter), dtype=dtype)
+            self.model: Any = (
+                adapter if isinstance(adapter, nn.Module) else load_tuned(adapter, base)
+            )
             self.reference = base
             return
         self.model = adapter if isinstance(adapter, PeftModel) else load(base, str(adapter))

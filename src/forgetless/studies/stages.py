@@ -593,14 +593,19 @@ class Stages:
         """Train the new head alone, as the model's features are; or take what that came to."""
         training, file = self.recipe.training, self.folder.probe / "head.safetensors"
         if self.processes.first(lambda: not file.exists()):
-            name, others = heads_of(model)[0], list[nn.Parameter]()  # type: ignore[index]
+            name = heads_of(model)[0]  # type: ignore[index]
             others = [w for n, w in trained_weights(model).items() if f"{name}.new." not in n]
             for weight in others:
                 weight.requires_grad_(False)
             changes: dict[str, Any] = {
                 "learning_rate": training.head_learning_rate or training.learning_rate,
-                **{"steps": training.probe_steps, "epochs": None, "tokens": None, "measure_at": []},
-                **{"head_learning_rate": None, "probe_steps": 0, "loraplus_ratio": 1.0},
+                "steps": training.probe_steps,
+                "epochs": None,
+                "tokens": None,
+                "measure_at": [],
+                "head_learning_rate": None,
+                "probe_steps": 0,
+                "loraplus_ratio": 1.0,
             }
             alone = training.model_copy(update=changes)
             train(model, self.processor, self.rows, alone, self.folder.probe, seed=self.recipe.seed)

@@ -18,7 +18,7 @@ from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder, read_json, write_json
 from forgetless.data.modality import load_processor
 from forgetless.data.settings import CalibrationSettings, DataSettings
-from forgetless.models.load import load_model, meta_model
+from forgetless.models.load import load_model, load_tuned, meta_model
 from forgetless.scores.gates import Limit, parse_limits
 from forgetless.statistics.moments import Statistics, is_statistics
 from forgetless.studies.aftercare import (
@@ -121,8 +121,7 @@ def adjust(asked: Asked, out: str | Path | None = None) -> Adjusted:
         adapter: Any = load(model, trained.folder)
         layers = list(adapted_layers(adapter))
     else:
-        dtype = str(model.dtype).removeprefix("torch.")
-        adapter = load_model(str(trained.folder), dtype=dtype)
+        adapter = load_tuned(trained.folder, model)
     with tempfile.TemporaryDirectory(prefix="forgetless-aftercare-") as place:
         reading = Reading(
             adapter if trained.is_adapter else model,
