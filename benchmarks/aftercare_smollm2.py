@@ -5,9 +5,11 @@
 
 DATA holds `gsm8k/train.jsonl` and `test.jsonl`, `code_alpaca/code_alpaca_2k.json`,
 `wikitext2/valid.txt`, `lambada/*.jsonl` and `arc/*Easy*`. The skill is the loss on held-out
-answers; what is kept is KL and loss on WikiText-2, LAMBADA and ARC-Easy. The text to keep of the
-repair is sampled from the base itself, as somebody has it who has nothing else. It writes
-aftercare-smollm2.json and .md; about an hour on two cores, and what was done is not done again.
+answers; what is kept is KL and loss on WikiText-2, LAMBADA and ARC-Easy. Plain LoRA is repaired and
+turned down, and stands beside a lower rate, replay, the KL penalty and `lora_null_v2`. The text to
+keep of all of them is sampled from the base itself, as somebody has it who has nothing else. It
+writes aftercare-smollm2.json and .md; about two hours on one core, and what was done is not done
+again.
 """
 
 from __future__ import annotations
@@ -29,15 +31,21 @@ from forgetless.core.files import (
 )
 from forgetless.core.metrics import mean_stderr, paired_difference
 from forgetless.data.files import read_rows
+from forgetless.data.modality import load_processor, modality_of
+from forgetless.models.load import load_model
 from forgetless.studies.study import study
 from tables import markdown
 
-ARMS = {"gsm8k": [("lora", 3e-3), ("lora", 1e-2)], "code": [("lora", 1e-2)]}
-"""Skill -> methods and rates; on GSM8K one that learns and one that overshoots."""
+RATES = {"gsm8k": [3e-3, 1e-2], "code": [1e-2]}
+"""Skill -> the rates of plain LoRA that is repaired and turned down; on GSM8K one that learns and
+one that overshoots. The first is that of the arms with replay or KL; a third of it is tried too."""
 
-STRENGTHS, DIAL = [0.1, 1.0], [0.7]
+NULL_RATE = 1e-2
+"""Of `lora_null_v2`, which needs a higher one than plain LoRA."""
+
+STRENGTHS, SCALES, DIAL = [0.1, 1.0], [1.0, 0.85], [0.7]
 KEPT = ("kl", "wikitext", "lambada_openai", "arc_easy")
-EXAMPLES = {"held": 20, "wikitext": 8, "lambada": 24, "arc": 24}
+EXAMPLES = {"held": 20, "wikitext": 8, "lambada": 40, "arc": 40}
 """Of each task; a tenth of it with --tiny."""
 
 
@@ -81,28 +89,30 @@ def wikitext(source: Path, out: Path) -> Path:
     return path
 
 
+def said(base: Path, out: Path, *, tiny: bool) -> Path:
+    """Texts that the base says of itself, which every arm has to keep what it knows by."""
+    path = out / "said.jsonl"
+    if not path.exists():
+        model = load_model(str(base), dtype="float32")
+        own_texts = modality_of(model).own_texts
+        assert own_texts is not None
+        found = own_texts(model, load_processor(str(base)), *((16, 64) if tiny else (64, 128)), 0)
+        write_jsonl(path, [{"text": text} for text in found if text.strip()])
+    return path
+
+
 def definition(skill: str, base: Path, source: Path, out: Path, *, tiny: bool) -> dict[str, Any]:
     """The study of a skill."""
     train, test = data(source, out, skill)
-    kept = wikitext(source, out)
+    kept, own = wikitext(source, out), str(said(base, out, tiny=tiny))
     limit = {name: max(4, count // 10) if tiny else count for name, count in EXAMPLES.items()}
     few = {"data_dir": str(source.resolve())}
     recipe = {
         "base": str(base.resolve()),
-        "adapter": {"rank": 16, "alpha": 16},
-        "calibration": {
-            "source": "self",
-            "samples": 16 if tiny else 64,
-            "max_length": 64 if tiny else 128,
-        },
+        "adapter": {"method": "lora", "rank": 16, "alpha": 16},
+        "calibration": {"source": own, "samples": 64, "max_length": 128},
         "data": {"train": str(train), "max_length": 256},
         "training": {"steps": 2 if tiny else 20, "batch_size": 8, "learning_rate": 3e-3},
-        "repair": {
-            "strength": STRENGTHS[:1] if tiny else STRENGTHS,
-            "keep": "self",
-            "task": str(out / f"{skill}-moments.jsonl"),
-        },
-        "dial": {"scales": DIAL[:1] if tiny else DIAL},
         "tasks": {
             "learning": [
                 {"kind": "perplexity", "name": skill, "path": str(test), "limit": limit["held"]}
@@ -120,10 +130,34 @@ def definition(skill: str, base: Path, source: Path, out: Path, *, tiny: bool) -
             ],
         },
     }
-    arms = [
-        {"adapter.method": method, "training.learning_rate": rate}
-        for method, rate in (ARMS[skill][:1] if tiny else ARMS[skill])
-    ]
+    first, *others = RATES[skill][:1] if tiny else RATES[skill]
+    aftercare = {
+        "repair": {
+            "strength": STRENGTHS[:1] if tiny else STRENGTHS,
+            "scales": SCALES[:1] if tiny else SCALES,
+            "keep": own,
+            "task": str(out / f"{skill}-moments.jsonl"),
+        },
+        "dial": {"scales": DIAL[:1] if tiny else DIAL},
+    }
+    replay = [{"path": str(train), "weight": 0.9}, {"path": own, "weight": 0.1}]
+    changes: dict[str, dict[str, Any]] = {
+        f"lora at {rate:g}": {"training.learning_rate": rate, **aftercare}
+        for rate in (first, *others)
+    }
+    changes |= {
+        f"lora at {first / 3:g}": {"training.learning_rate": first / 3},
+        "lora with replay": {"training.learning_rate": first, "data.train": replay},
+        "lora with KL": {
+            "training.learning_rate": first,
+            "penalties": [{"kind": "kl", "weight": 0.1, "source": own}],
+        },
+        f"lora_null_v2 at {NULL_RATE:g}": {
+            "adapter.method": "lora_null_v2",
+            "training.learning_rate": NULL_RATE,
+        },
+    }
+    arms = [{"name": name, **own_changes} for name, own_changes in changes.items()]
     return {"name": f"smollm2-{skill}", "recipe": recipe, "arms": arms, "axes": {"seed": [0]}}
 
 
@@ -133,12 +167,12 @@ def definition(skill: str, base: Path, source: Path, out: Path, *, tiny: bool) -
 def results(folder: Path, skill: str) -> list[dict[str, Any]]:
     """One row a run, setting and task: the score, its change from the base and from training."""
     rows: list[dict[str, Any]] = []
-    for run in sorted(path.parent for path in folder.glob("*/aftercare.json")):
-        recipe = load_yaml(run / "recipe.yaml")
+    for run in [folder / run_id for run_id in read_json(folder / "runs.json")["runs"]]:
         places = {"base": run / "items/base", "trained": run / "items/final"}
-        for label in read_json(run / "aftercare.json")["scored"]:
-            places[label] = run / "points" / label / "items/final"
-        arm = f"{recipe['adapter']['method']} at {recipe['training']['learning_rate']:g}"
+        if (run / "aftercare.json").exists():
+            for label in read_json(run / "aftercare.json")["scored"]:
+                places[label] = run / "points" / label / "items/final"
+        arm = load_yaml(run / "recipe.yaml")["name"]
         for task in (skill, *KEPT):
             items = {label: read_jsonl(place / f"{task}.jsonl") for label, place in places.items()}
             scores = {label: [item["score"] for item in own] for label, own in items.items()}
@@ -194,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     parts = ["# Repair and dial on SmolLM2-135M-Instruct"]
-    for skill in ARMS:
+    for skill in RATES:
         made = study(definition(skill, asked.base, asked.data, out, tiny=asked.tiny), out)
         rows += (found := results(Path(made.folder), skill))
         parts += [f"## {skill}", table(found, skill)]

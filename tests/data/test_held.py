@@ -5,15 +5,32 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from forgetless.core.errors import UserError
+from forgetless.data.examples import Examples, load_examples
 from forgetless.data.held import hold_out, write_texts
+from forgetless.data.image_rows import hash_of
+from forgetless.data.pictures import open_image
 from forgetless.data.texts import read_examples
+from tests.images import save_images
 
 
 def rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(found: Examples) -> list[tuple[str, str]]:
+    """What each example says, and its class."""
+    said = [
+        hash_of(record["image"])
+        if found.kind == "image"
+        else " ".join(str(record.get(key)) for key in ("sentence", "pair", "text"))
+        for record in found
+    ]
+    labels = found.labels or [record["label"] for record in found]
+    return list(zip(said, map(str, labels), strict=True))
 
 
 def test_one_in_five_is_held_out_and_none_is_in_both(tmp_path: Path) -> None:
@@ -57,3 +74,42 @@ def test_too_little_to_share_out_is_refused(tmp_path: Path) -> None:
         hold_out(tmp_path / "few.jsonl", tmp_path / "parts")
     with pytest.raises(FileNotFoundError):
         hold_out(tmp_path / "nowhere.txt", tmp_path / "parts")
+
+
+def test_of_examples_with_a_class_one_in_five_of_each_is_held_out(tmp_path: Path) -> None:
+    save_images(tmp_path / "images", {"bars": 10, "dots": 5, "wedge": 10})
+    said = [{"sentence": f"{label} {n}", "label": label} for label in "ab" for n in range(10)]
+    pairs = [{"sentence1": "x", "sentence2": str(n), "label": n % 2} for n in range(10)]
+    beside = [
+        {"text": f"{label} " * 300 + str(n), "label": label} for label in "ab" for n in range(5)
+    ]
+    for name, rows_of in (("said", said), ("pairs", pairs), ("beside", beside)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+    sources = [tmp_path / "images", *(tmp_path / f"{n}.jsonl" for n in ("said", "pairs", "beside"))]
+    for source, classes in zip(sources, (3, 2, 2, 2), strict=True):
+        parts = hold_out(source, tmp_path / "parts", kinds={"image", "sentence", "text"})
+        whole, rest, held = (load_examples(path) for path in (source, *parts))
+        assert whole.kind == rest.kind == held.kind
+        assert len({label for _, label in contents(held)[:classes]}) == classes
+        assert len(held) == len(whole) // 5
+        assert sorted(contents(rest) + contents(held)) == sorted(contents(whole))
+
+
+def test_images_of_the_pocket_world_and_of_rows_keep_every_pixel(tmp_path: Path) -> None:
+    for source in ("pocket:digits:test", str(tmp_path / "grey.npz")):
+        if source.endswith(".npz"):
+            pixels = np.random.default_rng(0).integers(0, 256, (10, 9, 7), np.uint8)
+            np.savez(source, images=pixels, labels=np.arange(10) % 2)
+        rest, held = hold_out(source, tmp_path / "parts", limit=20, kinds={"image"})
+        before = {open_image(r["image"]).tobytes() for r in read_examples(source, 20)}
+        after = [open_image(r["image"]).tobytes() for p in (rest, held) for r in load_examples(p)]
+        assert set(after) == before
+        assert len(after) == len(before)
+
+
+def test_of_many_classes_with_few_examples_some_are_held_out_all_the_same(tmp_path: Path) -> None:
+    save_images(tmp_path / "images", {"bars": 4, "dots": 4})
+    rest, held = hold_out(tmp_path / "images", tmp_path / "parts", kinds={"image"})
+    assert (len(rows(rest)), len(rows(held))) == (7, 1)
+    with pytest.raises(UserError, match="kind 'image'"):
+        hold_out(tmp_path / "images", tmp_path / "parts")

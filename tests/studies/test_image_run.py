@@ -169,7 +169,6 @@ def test_probes_of_images_may_end_a_training(world: Path, tmp_path: Path) -> Non
         ({"calibration.source": "pocket:knowledge"}, "calibration.source: .*kind 'text'"),
         ({"tasks.forgetting": ["pocket_recall"]}, "tasks.forgetting.0: .*not for an image class"),
         ({"probes.forgetting": ["pocket:held"]}, "probes: task 'kl' is not for an image"),
-        ({"dial": {"scales": [0.5]}}, "hold out part of a text"),
     ],
 )
 def test_what_does_not_go_with_images_is_told_before(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from forgetless.adapters.anchored import AnchoredVariant, is_anchored
-from forgetless.adapters.folders import WEIGHTS_FILE
+from forgetless.adapters.folders import WEIGHTS_FILE, without_new_head
 from forgetless.adapters.layer import adapted_layers
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.files import new_file
@@ -102,12 +102,15 @@ def residual(model: PeftModel, adapter_name: str = "default") -> Iterator[PeftMo
 def scale_folder(folder: str | Path, scale: float) -> None:
     """Make the plain LoRA in a folder the one that `dial` gives at a scale, by its B.
 
+    The new head of a classifier stays.
+
     Raises:
         UserError: a DoRA, or modules that were trained in whole: no scale of B turns those.
     """
     folder = Path(folder)
     state = load_file(folder / WEIGHTS_FILE)
-    more = [key for key in state if ".lora_A." not in key and ".lora_B." not in key]
+    whole = [key for key in state if ".lora_A." not in key and ".lora_B." not in key]
+    more = without_new_head(whole, folder)
     if more:
         raise UserError(
             f"this adapter at the scale {scale:g} is no LoRA, for it has {first_few(more)}; use it "

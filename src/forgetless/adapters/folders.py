@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -378,6 +378,13 @@ def learned_classes(folder: str | Path) -> list[str]:
     names = config.get("id2label", {})
     own = config.get("own_classes", len(names))
     return [names[str(number)] for number in range(own, len(names))]
+
+
+def without_new_head(keys: Iterable[str], folder: str | Path) -> list[str]:
+    """Of an adapter's tensors by name those that are not of the new head of a classifier."""
+    whole = read_json(Path(folder) / CONFIG_FILE).get("modules_to_save") or []
+    heads = tuple(f".{name}." for name in whole if learned_classes(folder))
+    return [key for key in keys if not any(head in key for head in heads)]
 
 
 def _is_same(own: Tensor, given: Tensor) -> bool:

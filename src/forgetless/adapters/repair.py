@@ -33,6 +33,7 @@ from forgetless.adapters.folders import (
     export,
     load,
     save,
+    without_new_head,
 )
 from forgetless.adapters.foreign import AdapterCheck, require_usable
 from forgetless.adapters.layer import PREFIX, StartConfig, adapted_layers
@@ -404,10 +405,10 @@ def _look_at(folder: Path, base: nn.Module) -> AdapterCheck:
     found = require_usable(folder, base)
     for note in found.notes:
         warnings.warn(f"{folder}: {note}", stacklevel=4)
-    if found.besides:
+    if besides := without_new_head(found.besides, folder):
         warnings.warn(
             "what is trained beside the A and B of linear layers is left as it is: "
-            + first_few(found.besides),
+            + first_few(besides),
             stacklevel=4,
         )
     return found

@@ -1,15 +1,18 @@
-"""A text in two parts: one to learn from, and one held out, on which a choice is measured."""
+"""Examples in two parts: one to learn from, and one held out, on which a choice is measured."""
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import write_jsonl
-from forgetless.data.examples import require_kind
-from forgetless.data.forms import TEXTS, Record
+from forgetless.data.examples import Examples, require_kind
+from forgetless.data.forms import TEXTS, Kind, Record
 from forgetless.data.texts import read_examples
 
 EVERY = 5
@@ -26,10 +29,16 @@ class HeldOut(NamedTuple):
     held: Path
 
 
-def hold_out(source: str | Path, folder: Path, limit: int | None = None) -> HeldOut:
+def hold_out(
+    source: str | Path,
+    folder: Path,
+    limit: int | None = None,
+    kinds: Collection[Kind] = TEXTS,
+) -> HeldOut:
     """Share the examples of a source out between two files: one in five is held out.
 
-    Raw texts are cut into pieces at white space first, into ten at the least, so that a single
+    Of examples with a class it is one in five of each class, and the classes come in turn. Raw
+    texts without are cut into pieces at white space first, into ten at the least, so that a single
     document has two parts too.
 
     Args:
@@ -37,30 +46,59 @@ def hold_out(source: str | Path, folder: Path, limit: int | None = None) -> Held
             world's; not "self".
         folder: where the two files go.
         limit: of the first so many examples only.
+        kinds: of examples that are read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: a broken file, or too little text to share out.
+        UserError: a broken file, examples of another kind, or too few to share out.
     """
     examples = read_examples(source, limit)
-    require_kind(examples, TEXTS)
-    records = list(examples)
-    if examples.kind == "text":
-        total = sum(len(record["text"]) for record in records)
-        length = min(_CHARACTERS, max(1, total // (2 * EVERY)))
-        pieces = [piece for record in records for piece in _pieces(record["text"], length)]
-        records = [{"text": piece} for piece in pieces]
-    held = records[EVERY - 1 :: EVERY]
+    require_kind(examples, kinds)
+    rows, by_class = list(_rows(examples)), defaultdict(list)
+    for row in rows:
+        by_class[str(row.get("label"))].append(row)
+    parts = list(by_class.values())
+    if max(map(len, parts)) < EVERY:  # of many classes with few examples, some have none held out
+        parts = [rows]
+    held = _in_turn([part[EVERY - 1 :: EVERY] for part in parts])
     if not held:
         raise UserError(
-            f"{source} has {len(records)} examples, too few to hold some out: give at least "
-            f"{EVERY}, or a fixed strength or scale, which needs none"
+            f"{source} has {len(rows)} examples, too few to hold some out: give at least {EVERY}"
         )
-    rest = [record for number, record in enumerate(records, 1) if number % EVERY]
+    rest = _in_turn([[row for n, row in enumerate(part, 1) if n % EVERY] for part in parts])
     found = HeldOut(folder / "rest.jsonl", folder / "held.jsonl")
     for path, part in zip(found, (rest, held), strict=True):
         write_jsonl(path, part)
     return found
+
+
+def _rows(examples: Examples) -> Iterator[Record]:
+    """The examples as rows of a file of the same form, raw texts in pieces."""
+    if examples.kind == "image":
+        from forgetless.data.pictures import cell_of  # loads PIL
+
+        for record in examples:
+            yield {**record, "image": cell_of(record["image"])}
+    elif examples.kind == "sentence":
+        for record in examples:
+            pair = {"sentence1": record["sentence"], "sentence2": record.get("pair")}
+            sentence = pair if "pair" in record else {"sentence": record["sentence"]}
+            yield {**sentence, "label": record["label"]}
+    elif any(label is not None for label in examples.labels):
+        for record, label in zip(examples, examples.labels, strict=True):
+            yield {**record, "label": label}
+    elif examples.kind == "text":
+        total = sum(len(record["text"]) for record in examples)
+        length = min(_CHARACTERS, max(1, total // (2 * EVERY)))
+        for record in examples:
+            yield from ({"text": piece} for piece in _pieces(record["text"], length))
+    else:
+        yield from examples
+
+
+def _in_turn(parts: Sequence[Sequence[Record]]) -> list[Record]:
+    """One of each part in turn."""
+    return [row for row in chain.from_iterable(zip_longest(*parts)) if row is not None]
 
 
 def write_texts(texts: list[str], folder: Path) -> HeldOut:

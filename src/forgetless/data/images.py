@@ -239,6 +239,6 @@ MODALITY = Modality(
     probe=_probe,
     labels=_labels,
     reader=ImageReader.of,
-    loss_task=None,
-    distance_task=None,
+    loss_task="image_accuracy",
+    distance_task="class_kl",
 )

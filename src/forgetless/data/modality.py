@@ -96,9 +96,9 @@ class Modality:
         labels: the labels of examples that have some. None where a base has no head of classes;
             otherwise its processor is a `forgetless.data.classes.ClassReader`.
         reader: the processor as a model of a config needs it: a classifier's with its classes.
-        loss_task: kind of the task that takes the mean loss on held-out examples; None where its
-            examples are not held out, so that there is no repair, dial or spectrum by a text.
-        distance_task: kind of the task that takes KL(base || model) on them; None likewise.
+        loss_task: kind of the task that takes the mean loss on held-out examples, as its value or
+            as what its `extra` calls "loss".
+        distance_task: kind of the task that takes KL(base || model) on them.
     """
 
     kinds: frozenset[Kind]
@@ -112,8 +112,8 @@ class Modality:
     probe: Callable[[PreTrainedModel], Batch]
     labels: Callable[[Examples], Sequence[Any]] | None
     reader: Callable[[Processor, Any], Processor]
-    loss_task: str | None
-    distance_task: str | None
+    loss_task: str
+    distance_task: str
 
 
 def modality_of(base: str | nn.Module) -> Modality:

@@ -7,6 +7,7 @@ import io
 import re
 import warnings
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -16,7 +17,7 @@ from forgetless.data.files import POCKET
 from forgetless.data.image_rows import content_of
 from forgetless.data.pocket.images import pictures
 
-__all__ = ["converted", "open_image", "require_whole", "thumbnail"]
+__all__ = ["cell_of", "converted", "open_image", "require_whole", "thumbnail"]
 
 THUMBNAIL_SIDE = 96
 """Pixels of the longer side of a thumbnail."""
@@ -115,6 +116,23 @@ def converted(image: str, mode: str, *, near: int | None = None) -> Image.Image:
             return found.convert(mode)
         except (OSError, ValueError, SyntaxError) as problem:
             raise UserError(f"{image} is a damaged image ({_said(problem)})") from None
+
+
+def cell_of(image: str) -> str:
+    """What a row of JSON says for an image: the path of its file, or its content as a data URI.
+
+    Raises:
+        UserError: as `converted`.
+    """
+    content = content_of(image)
+    if content is None and not image.startswith(POCKET):
+        return str(Path(image).resolve())
+    if not isinstance(content, bytes):
+        written = io.BytesIO()
+        with open_image(image) as found:
+            found.save(written, format="png")
+        content = written.getvalue()
+    return f"data:;base64,{base64.b64encode(content).decode()}"
 
 
 def thumbnail(image: str) -> str:

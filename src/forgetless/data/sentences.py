@@ -315,6 +315,6 @@ MODALITY = Modality(
     probe=_probe,
     labels=_labels,
     reader=SentenceReader.of,
-    loss_task=None,
-    distance_task=None,
+    loss_task="sentence_accuracy",
+    distance_task="class_kl",
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -603,7 +604,12 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     """
     needed = [(weight, weight.requires_grad) for weight in model.parameters()]
     try:
-        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        with ExitStack() as off:
+            if isinstance(model, PeftModel):
+                with warnings.catch_warnings():
+                    # Where the dial turned the layers off, a classifier's new head stays on.
+                    warnings.filterwarnings("ignore", "The model contains some adapter layers")
+                    off.enter_context(model.disable_adapter())
             yield
     finally:
         for weight, need in needed:

@@ -210,13 +210,6 @@ class Checker:
         if wanted is None and not any(beside):
             return
         yield from self._comparators(recipe)
-        modality, problem = self._attempt(modality_of, recipe.base)
-        if problem is None and modality.distance_task is None:
-            yield (
-                "repair, dial, comparators, residual and spectra hold out part of a text, and the "
-                f"base reads {' or '.join(sorted(modality.kinds))}; leave them out"
-            )
-            return
         try:
             if not is_statistics(recipe.text_to_keep):
                 yield from self._problem("repair.keep", fingerprint, recipe.text_to_keep)

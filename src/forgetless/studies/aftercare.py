@@ -35,6 +35,7 @@ from forgetless.data.held import HeldOut, hold_out, write_texts
 from forgetless.data.modality import Processor, modality_of
 from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.data.texts import SELF
+from forgetless.models.heads import heads_of
 from forgetless.models.load import load_tuned
 from forgetless.scores.gates import Limit
 from forgetless.statistics.moments import Statistics, is_statistics
@@ -273,10 +274,10 @@ class Bench:
         modality = modality_of(trained.model)
         kinds = {"kl": (modality.distance_task, keep), "loss": (modality.loss_task, task)}
         for name, (kind, text) in kinds.items():
-            if text is not None and kind is None:
-                raise UserError(f"{text}: there is no held-out measurement of what this base reads")
             if text is not None:
                 held = {"kind": kind, "name": name, "path": str(text), "limit": HELD_TEXTS}
+                if name == "loss" and heads_of(trained.model) is not None:
+                    held["head"] = "new"
                 self._held[name] = make_task(held)
         self._seen: dict[tuple[Setting, str], TaskResult] = {}
 
@@ -320,7 +321,10 @@ class Bench:
                     batch_size=self.batch_size,
                 )
             self._seen |= {(setting, name): result for name, result in found.items()}
-        return {task.name: self._seen[setting, task.name].value for task in tasks}
+        values = {task.name: self._seen[setting, task.name].value for task in tasks}
+        if "loss" in values:  # an accuracy has it beside its value
+            values["loss"] = self._seen[setting, "loss"].extra.get("loss", values["loss"])
+        return values
 
 
 def choose(
@@ -458,7 +462,7 @@ class Reading:
         """The new task's text, read as training reads it; or saved statistics."""
         if is_statistics(source):
             return Read(Statistics.load(source), None)
-        parts = hold_out(source, folder, self.data.limit)
+        parts = hold_out(source, folder, self.data.limit, modality_of(self.base).kinds)
         return Read(self._collected("task_moment", parts.rest), parts.held)
 
     def measured(self, source: str, folder: Path) -> Read:
@@ -478,7 +482,7 @@ class Reading:
 
     def _parts(self, source: str, folder: Path) -> HeldOut:
         if source != SELF:
-            return hold_out(source, folder)
+            return hold_out(source, folder, kinds=modality_of(self.base).kinds)
         settings = self.calibration
         own_texts = modality_of(self.base).own_texts
         if own_texts is None:
@@ -494,11 +498,9 @@ class Reading:
             self.data.model_copy(update={"train": str(text), "limit": None}),
             self.seed,
         )
-        found = collecting.collect(
-            need,
-            self.base if trained is None else trained,
-            self.processor,
-            adapters_on=trained is not None,
-        )
+        model, processor = self.base if trained is None else trained, self.processor
+        if need == "task_moment" and heads_of(model) is not None:
+            processor = modality_of(model).reader(processor, model.config).under("new")
+        found = collecting.collect(need, model, processor, adapters_on=trained is not None)
         assert isinstance(found, Statistics)
         return found

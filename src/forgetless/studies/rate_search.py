@@ -24,6 +24,7 @@ from forgetless.studies.out_of_memory import naming_what_takes_less
 from forgetless.studies.run import torch_threads
 from forgetless.studies.stages import Listener, Stages
 from forgetless.training.launch import this_launch
+from forgetless.training.probes import LIMIT
 from forgetless.training.rates import Trial, Verdict, find_learning_rate, grid, judge, some_steps
 from forgetless.training.schedules import total_steps
 
@@ -119,9 +120,12 @@ def _kept_texts(recipe: Recipe) -> list[Any]:
     """What to measure forgetting on, where the recipe has something that costs little."""
     if recipe.probes.forgetting:
         return recipe.probes.forgetting
-    measured = modality_of(recipe.base).distance_task is not None
-    sources = [recipe.calibration.source] if measured and recipe.adapter.method != "full" else []
-    return [s for s in sources if isinstance(s, str) and s not in (SELF, DATA, "auto")]
+    source, kind = recipe.calibration.source, modality_of(recipe.base).distance_task
+    if recipe.adapter.method == "full" or source in (SELF, DATA, "auto"):
+        return []
+    if not isinstance(source, str):
+        return []
+    return [source] if kind == "kl" else [{"kind": kind, "path": source, "limit": LIMIT}]
 
 
 def _tried(stages: Stages, rates: Sequence[float], steps: int | None) -> dict[str, Any]:
