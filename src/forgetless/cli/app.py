@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from forgetless.cli import adapters, aftercare, choosing, doctor, recipes, scores
+from forgetless.cli import adapters, aftercare, choosing, doctor, recipes, scores, sharing
 from forgetless.core.errors import UserError
 from forgetless.training.launch import process_index, this_launch
 
@@ -69,7 +69,12 @@ app.command("export")(adapters.export)
 app.command("repair")(aftercare.repair)
 app.command("dial")(aftercare.dial)
 app.command("spectra")(aftercare.spectra)
+app.command("merge")(sharing.merge)
+app.command("chat")(sharing.chat)
+app.command("push")(sharing.push)
+app.command("clean")(sharing.clean)
 app.command("plan")(choosing.plan)
+app.command("new")(choosing.new)
 app.command("data")(choosing.data)
 app.command("methods")(choosing.methods)
 app.command("tasks")(choosing.tasks)

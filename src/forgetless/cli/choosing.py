@@ -75,6 +75,37 @@ def plan(
         print("--out recipe.yaml writes this as a recipe; --json is for programs")
 
 
+def new(
+    context: typer.Context,
+    base: Base,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Training data of the new task.")],
+    keep: Annotated[
+        str | None, typer.Option(help="Text of what is to be kept: replayed and measured.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Held-out examples of the new task: measured.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="The recipe; FILE's name with .yaml.")] = None,
+) -> None:
+    """Write a commented recipe for a base and a file, with the settings that 'plan' advises."""
+    from forgetless.core.files import write_text
+    from forgetless.recipes.plan.advice import Wishes
+    from forgetless.recipes.plan.plan import plan as do
+    from forgetless.recipes.plan.showing import recipe_text
+
+    recipe = Path(f"{Path(file).stem}.yaml" if out is None else out)
+    if recipe.exists():
+        raise UserError(f"{recipe} is there already; give another name by --out, or remove it")
+    hush()
+    made = do(base, file, Wishes(keep=keep, test=test))
+    write_text(recipe, recipe_text(made, context.obj))
+    print_text(f"{recipe}: {made.recipe.adapter.method}, {made.steps} steps; the reasons are in it")
+    print("then:")
+    print(f"  forgetless data {base} {file}")
+    print(f"  forgetless run {recipe} --check")
+    print(f"  forgetless run {recipe}")
+
+
 def data(
     base: Base,
     file: Annotated[str, typer.Argument(metavar="FILE", help="Training data, as in data.train.")],

@@ -34,7 +34,8 @@ def print_table(
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for name in head:
-        table.add_column(name, justify="right" if name in numbers else "left")
+        justify: Any = "right" if name in numbers else "left"
+        table.add_column(name, justify=justify, overflow="fold")  # no name is cut off
     for row in rows:
         table.add_row(*row)
     console().print(table, markup=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
+from forgetless.data.chat import Chat
 from forgetless.data.encoding import encode
 from forgetless.models.load import base_of, evaluating
 from forgetless.models.text import positions_of
@@ -30,10 +31,30 @@ from forgetless.tasks.inference import (
 from forgetless.tasks.journal import in_batches
 from forgetless.tasks.sampling import Sampling
 
-__all__ = ["generate"]
+__all__ = ["chat_prompt", "generate"]
 
 # Steps between two looks for a longer stop, each of which decodes all that was written.
 _LOOK = 8
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> str:
+    """A prompt for `generate`, by the tokenizer's chat template where it has one.
+
+    Raises:
+        UserError: a system prompt without a template.
+    """
+    chat = Chat(tokenizer)
+    if not chat.is_own:
+        if system is not None:
+            raise UserError("a system prompt needs a chat template, and the tokenizer has none")
+        return prompt
+    turns = [{"role": "user", "content": prompt}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    text = chat.render(turns, opening=True)
+    begin = tokenizer.bos_token
+    puts_it = begin and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(begin) if puts_it else text
 
 
 def generate(

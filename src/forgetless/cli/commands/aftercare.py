@@ -13,7 +13,7 @@ from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.layer import adapted_layers
 from forgetless.adapters.repair import checked_strength, repair_folder
 from forgetless.adapters.spectra import Spectra, spectra
-from forgetless.cli.commands.folders import Trained, require_new
+from forgetless.cli.commands.folders import Trained, known_base, require_new
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder, read_json, write_json
 from forgetless.data.modality import load_processor
@@ -228,10 +228,7 @@ def look_into(
 def _found(asked: Asked) -> tuple[Trained, str]:
     """What was trained, and the name of its base."""
     trained = Trained.find(asked.source)
-    base = asked.base or trained.base
-    if base is None:
-        raise UserError(f"{asked.source} does not say which base it is for; give --base")
-    return trained, base
+    return trained, known_base(asked.base or trained.base, asked.source)
 
 
 def _read(reading: Reading, asked: Asked, place: Path) -> tuple[Read, Read]:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.adapters.folders import ExportReport, export, load
-from forgetless.cli.commands.folders import Trained, require_new
-from forgetless.core.errors import UserError
+from forgetless.cli.commands.folders import adapter_and_base, require_new
 from forgetless.core.files import new_folder
 from forgetless.models.load import load_model
 from forgetless.studies.card import write_run_card
@@ -19,12 +18,7 @@ def export_adapter(
     source: str | Path, out: str | Path, rank: Any = "exact", base: str | None = None
 ) -> ExportReport:
     """Write a run's or a folder's adapter as a plain PEFT LoRA for the untouched base."""
-    trained, out = Trained.find(source), Path(out)
-    if not trained.is_adapter:
-        raise UserError(f"{source} is a whole model, not an adapter; use it as it is")
-    base = base or trained.base
-    if base is None:
-        raise UserError(f"{source} does not say which base it is for; give --base")
+    (trained, base), out = adapter_and_base(source, base), Path(out)
     require_new(out)
     model = load(load_model(base), trained.folder)
     with new_folder(out) as folder:

@@ -49,3 +49,18 @@ class Trained:
         raise UserError(
             f"{path} is neither a run nor an adapter: it has no recipe.yaml and no {CONFIG_FILE}"
         )
+
+
+def known_base(base: str | None, source: str | Path) -> str:
+    """The base's name, or ``UserError`` where none is known."""
+    if base is None:
+        raise UserError(f"{source} does not say which base it is for; give --base")
+    return base
+
+
+def adapter_and_base(source: str | Path, base: str | None) -> tuple[Trained, str]:
+    """An adapter and the name of its base, which ``base`` names where it is not recorded."""
+    trained = Trained.find(source)
+    if not trained.is_adapter:
+        raise UserError(f"{source} is a whole model, not an adapter; use it as it is")
+    return trained, known_base(base or trained.base, source)
