@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -323,7 +324,12 @@ def test_run_prints_scores_also_on_the_way_and_its_folder(
     assert "evaluate: 6 measurements (" in found.err  # of 3 tasks at 2 steps
     scores, way = found.out.split("measured on the way")
     assert "sums" in scores
-    heads, *rows, last = way.splitlines()
+    way, loading = way.split("\na plain PEFT LoRA for the untouched base")
+    _, *code, last = loading.splitlines()
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent("\n".join(code)), names)  # what is printed works
+    assert isinstance(names["model"], PeftModel)
+    heads, *rows = way.splitlines()
     assert heads.split() == ["metric", "base", "step", "1", "end", "(2)"]
     assert [row.split()[:2] for row in rows] == [["sums", "loss"], ["prose", "loss"], ["kl", "kl"]]
     folder = Path(last)

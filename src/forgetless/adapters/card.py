@@ -27,7 +27,7 @@ from forgetless.models.pocket import POCKETS
 if TYPE_CHECKING:
     from forgetless.models.load import Head
 
-__all__ = ["CARD_FILE", "Card", "file_name", "is_ours", "pairs", "table", "write"]
+__all__ = ["CARD_FILE", "Card", "file_name", "is_ours", "pairs", "table", "usage", "write"]
 
 CARD_FILE = "README.md"
 
@@ -184,6 +184,20 @@ def write(folder: Path, card: Card) -> None:
     file = folder / CARD_FILE
     if not file.exists() or is_ours(file):
         write_text(file, card.text)
+
+
+def usage(folder: str | Path, base: str) -> list[str]:
+    """The lines of Python by which an adapter's card says how to load it; none without a card.
+
+    They name the folder and the base as they are here, and not as the card has them for others.
+    """
+    file = Path(folder) / CARD_FILE
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    code = "" if found is None else found[1]
+    for name, here in (("this-folder", str(folder)), (_base_name(base), base)):
+        code = code.replace(json.dumps(name), json.dumps(here))
+    return [line for line in code.splitlines() if line and not line.startswith("#")]
 
 
 def is_ours(file: Path) -> bool:

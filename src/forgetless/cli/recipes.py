@@ -73,6 +73,7 @@ def run(
             asked = found.recipe
         done = do(asked, out, study, threads=threads, listen=listen)
     tables.print_run(done)
+    tables.print_usage(done)
     tables.print_end(done)
 
 

@@ -128,6 +128,20 @@ def print_run(done: Run) -> None:
     _print_points(done)
 
 
+def print_usage(done: Run) -> None:
+    """How to load the adapter of a run, as its card says it, and where its repaired one lies."""
+    from forgetless.adapters.card import CARD_FILE, usage
+    from forgetless.recipes.recipe import Recipe
+    from forgetless.studies.folder import RunFolder
+
+    run = RunFolder(done.folder)
+    if lines := usage(run.adapter, Recipe.load(run.recipe).base):
+        print(f"\na plain PEFT LoRA for the untouched base (for vLLM see its {CARD_FILE}):")
+        print(*(f"    {line}" for line in lines), sep="\n")
+    if run.repaired.is_dir():
+        print(f"repaired: {run.repaired}")
+
+
 def print_end(done: Run) -> None:
     """What ended the training before its last step, if anything did, and where the run lies."""
     if done.exceeded is not None:
