@@ -32,6 +32,23 @@ def folder(tmp_path: Path) -> Path:
     return save_images(tmp_path / "images", {"bars": 3, "dots": 2, "wedge": 4})
 
 
+def test_some_classes_of_a_source_are_read_alone(folder: Path) -> None:
+    few = load_examples(f"{folder}#wedge, bars", limit=3)
+    assert [record["label"] for record in few] == ["bars", "wedge", "bars"]
+    assert few.fingerprint != load_examples(folder, limit=3).fingerprint
+    with pytest.raises(UserError, match="no class 'bar'; its classes are bars, dots, wedge"):
+        load_examples(f"{folder}#bar,dots")
+    drawn = load_examples("pocket:pictures:test#ring,letter A")
+    assert {record["label"] for record in drawn} == {"ring", "letter A"}
+    assert len(drawn) == 100
+    assert read_examples("pocket:letters:test#letter A").fingerprint == fingerprint(
+        "pocket:pictures:test#letter A"
+    )
+    (odd := folder.parent / "a#b").mkdir()
+    shutil.move(folder, odd / "in")
+    assert len(load_examples(odd / "in")) == 9
+
+
 def test_classes_come_in_turn_and_a_limit_has_all_of_them(folder: Path) -> None:
     (folder / "bars" / "notes.txt").write_text("no image")
     (folder / ".hidden").mkdir()

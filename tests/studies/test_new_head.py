@@ -394,8 +394,8 @@ def test_a_sequence_learns_classes_under_one_new_head(world: Path, tmp_path: Pat
     assert row["step0_score"] == {r["task"]: r for r in done.scores}["first"]["score"]
     for head, words in (("new", "share one new head"), (["lines", "rings"], "no class 'waves'")):
         assert any(words in problem for problem in check(then.override({"adapter.head": head})))
-    stacked = {"sequence": {**after, "between": "stack"}}
-    assert any("continues one adapter" in p for p in check(then.override(stacked)))
+    others = {"sequence": {**after, "classes": ["stripes"]}}
+    assert any("'stripes' is no class of the new head" in p for p in check(then.override(others)))
     with pytest.raises(ValueError, match="a list of two classes or more"):
         then.override({"adapter.head": ["lines"]})
 

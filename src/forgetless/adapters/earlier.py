@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from forgetless.adapters.folders import load
@@ -36,7 +37,20 @@ def on_earlier(
         return model.merge_and_unload(), plain
     for layer in adapted_layers(model, EARLIER).values():
         layer.lora_dropout[EARLIER] = nn.Identity()
+    _give_back_modules(model)
     return model, plain
+
+
+def _give_back_modules(model: Any) -> None:
+    """Put the modules that the earlier adapters trained whole in the place of the base's.
+
+    A new adapter starts its own from these, and of several adapters PEFT uses one's alone.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module.modules_to_save[EARLIER])
+    model.peft_config[EARLIER].modules_to_save = None
 
 
 def use_together(model: PeftModel, trainable: bool = False) -> PeftModel:

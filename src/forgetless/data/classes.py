@@ -89,6 +89,15 @@ class ClassReader:
             )
         return own if not missing[0] else new if not missing[1] else self.under("all")
 
+    def keeping(self, labels: Iterable[Any]) -> Self:
+        """The reader for what is to be kept: under the new head if this alone has all the labels.
+
+        Otherwise it is under the own one, which may not have them.
+        """
+        found = set(map(str, labels))
+        has_all = bool(found) and found <= self.new.keys() and not found <= self.classes.keys()
+        return self.under("new" if has_all else "own")
+
     def require_known(self, labels: Iterable[Any], source: str) -> None:
         """See to it that the head has every class; a missing label is none.
 

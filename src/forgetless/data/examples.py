@@ -127,7 +127,8 @@ def load_examples(
             folder of images for each class, or a pocket skill: ``pocket:problems``,
             ``pocket:functions``, ``pocket:series``, each also with ``:test``; ``pocket:knowledge``,
             the facts of the pocket world as raw text; or images of it: ``pocket:digits``,
-            ``pocket:shapes``, ``pocket:letters``, ``pocket:patterns``, each also with ``:test``.
+            ``pocket:shapes``, ``pocket:letters``, ``pocket:patterns``, ``pocket:pictures`` (all of
+            these), each also with ``:test``. ``digits.npz#3,4`` are the rows of some classes.
         limit: read no more than the first rows.
         kind: what the examples have to be; prompts with completions can be read as ``text``, in
             which every token is learned.

@@ -45,6 +45,9 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[s
         limit: stop after so many rows.
     """
     require_counts(limit=limit)
+    source, classes = source_and_classes(path)
+    if classes:
+        return islice(_of_classes(source, classes), limit)
     if str(path).startswith(POCKET):
         return islice(_read_pocket(str(path)), limit)
     path = Path(path)
@@ -58,6 +61,24 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[s
     if not path.is_file():
         raise UserError(f"{path} is a pipe or a device, no file; give a file of type {allowed}")
     return _with_pictures(islice(_READERS[path.suffix.lower()](path), limit), path)
+
+
+def source_and_classes(path: str | Path) -> tuple[str, list[str]]:
+    """Of ``digits.npz#3,4`` the file and the classes of it that are read; of a file none."""
+    source, _, names = str(path).partition("#")
+    if not names or Path(path).exists():
+        return str(path), []
+    return source, [name.strip() for name in names.split(",")]
+
+
+def _of_classes(source: str, classes: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """The rows of some classes, in the order of the source."""
+    rows = list(read_rows(source))
+    labels = [str(row.get("label")) if isinstance(row, Mapping) else "" for _, row in rows]
+    if unknown := [name for name in classes if name not in labels]:
+        known = first_few(sorted({label for label in labels if label != "None"}))
+        raise UserError(f"{source} has no class {unknown[0]!r}; its classes are {known or 'none'}")
+    return (row for row, label in zip(rows, labels, strict=True) if label in classes)
 
 
 def names_images(path: str | Path) -> bool:
@@ -249,7 +270,7 @@ def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_pocket(name: str) -> Iterator[tuple[str, Any]]:
     from forgetless.data.pocket.functions import functions
-    from forgetless.data.pocket.images import DOMAINS
+    from forgetless.data.pocket.images import CLASSES, DOMAINS
     from forgetless.data.pocket.knowledge import knowledge_text
     from forgetless.data.pocket.problems import problems
     from forgetless.data.pocket.series import series
@@ -259,10 +280,11 @@ def _read_pocket(name: str) -> Iterator[tuple[str, Any]]:
             yield f"row {number}", {"text": text}
         return
     domain, _, split = name.removeprefix(POCKET).partition(":")
-    if domain in DOMAINS and (split or "train") in POCKET_SIZES:
+    drawn = {**DOMAINS, "pictures": CLASSES}
+    if domain in drawn and (split or "train") in POCKET_SIZES:
         split = split or "train"
-        for number in range(POCKET_SIZES[split] // len(DOMAINS[domain])):
-            for label in DOMAINS[domain]:
+        for number in range(POCKET_SIZES[split] // 10):
+            for label in drawn[domain]:
                 picture = f"{POCKET}{label}/{split}/{number}"
                 yield picture, {"image": Picture(picture), "label": label}
         return
@@ -270,7 +292,7 @@ def _read_pocket(name: str) -> Iterator[tuple[str, Any]]:
     skill, _, split = name.removeprefix(POCKET).partition(":")
     split = split or "train"
     if skill not in make or split not in POCKET_SIZES:
-        known = ", ".join(f"'{POCKET}{known}'" for known in (*make, *DOMAINS))
+        known = ", ".join(f"'{POCKET}{known}'" for known in (*make, *drawn))
         raise UserError(
             f"unknown pocket data {name!r}; give {known}, or one with ':test', or "
             f"'{POCKET_KNOWLEDGE}'"

@@ -211,7 +211,7 @@ def _batches(
         raise UserError("an image classifier says nothing by itself; give a folder of images")
     examples = read_examples(source)
     require_kind(examples, KINDS)
-    rows = ImageRows(examples, ImageReader.of(reader, model.config).under("own"))
+    rows = ImageRows(examples, ImageReader.of(reader, model.config).keeping(_labels(examples)))
     drawn = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))
     parts = [drawn[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
     return [rows.join([rows[index] for index in part]) for part in parts]

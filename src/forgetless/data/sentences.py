@@ -283,7 +283,7 @@ def _batches(
     drawn = random.Random(seed).sample(range(len(found)), min(samples, len(found)))
     drawn_ones = replace(found, records=[found.records[index] for index in drawn], places=())
     length = min(max_length, _positions(model) or max_length)
-    reader = SentenceReader.of(reader, model.config).under("own")
+    reader = SentenceReader.of(reader, model.config).keeping(_labels(examples))
     rows = SentenceRows(drawn_ones, reader, length)
     rows.require_fitting(model)
     parts = longest_first([rows[index] for index in range(len(rows))], batch_size)

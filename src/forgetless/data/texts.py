@@ -17,7 +17,7 @@ from forgetless.core.progress import counted
 from forgetless.data.chat import Chat
 from forgetless.data.encoding import encode, ended
 from forgetless.data.examples import Examples, from_rows, require_kind
-from forgetless.data.files import read_rows, require_counts
+from forgetless.data.files import read_rows, require_counts, source_and_classes
 from forgetless.data.forms import TEXTS
 
 if TYPE_CHECKING:
@@ -37,8 +37,10 @@ POCKET_TEXTS = {
 }
 """The texts of the pocket world, and what they are."""
 
-POCKET_PICTURES = ("pocket:digits", "pocket:shapes", "pocket:letters", "pocket:patterns")
-"""Its images for training, ten classes each; with ``:test`` those for testing."""
+POCKET_PICTURES = (
+    *("pocket:digits", "pocket:shapes", "pocket:letters", "pocket:patterns", "pocket:pictures"),
+)
+"""Its images for training, ten classes each and all forty; with ``:test`` those for testing."""
 
 # What the keys and values of sequences sampled together may take; more at a time is faster.
 _CACHE_BYTES = 4 * 2**30
@@ -158,7 +160,8 @@ def read_examples(source: str | Path, limit: int | None = None) -> Examples:
         held = [] if source == "pocket:knowledge" else knowledge.questions("held_out")
         texts = [question.prompt for question in held] or knowledge.knowledge_text()
         return Examples("text", [{"text": text} for text in spread(texts, limit)], source)
-    known = source in POCKET_TEXTS or source.removesuffix(":test") in POCKET_PICTURES
+    plain, _ = source_and_classes(source)
+    known = plain in POCKET_TEXTS or plain.removesuffix(":test") in POCKET_PICTURES
     if source.startswith("pocket:") and not known:
         raise unknown("calibration source", source, (SELF, *POCKET_TEXTS))
     rows = ((place, _as_example(row)) for place, row in read_rows(source, limit=limit))

@@ -3,9 +3,10 @@
 The last layer of a classifier, `own`, and the layer of the new classes, `new`, read the same
 features. The model then gives the logits of both, (rows, own + new), the own ones first, and takes
 as its loss - log p of a row's class under the head that has the class: a training on new classes
-does not see the own head, and rows that are replayed do not see the new one. Beside a model that is
-saved its config says how many classes are its own (`own_classes`); its weights then hold one last
-layer for both heads, as transformers and PEFT read it.
+does not see the own head, and rows that are replayed do not see the new one. `learn_among` leaves
+out classes of the new head that a training has nothing of. Beside a model that is saved its config
+says how many classes are its own (`own_classes`); its weights then hold one last layer for both
+heads, as transformers and PEFT read it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ __all__ = [
     "head_classes",
     "heads_of",
     "joined",
+    "learn_among",
     "own_logits",
     "without_head",
 ]
@@ -136,6 +138,21 @@ def add_head(model: Any, classes: Sequence[str]) -> Any:
     config.label2id = {label: n for n, label in reversed(config.id2label.items())}
     config.own_classes = len(known)
     model.config, model.num_labels = config, config.num_labels
+    return model
+
+
+def learn_among(model: Any, classes: Sequence[str]) -> Any:
+    """Let a row of one of these classes be learned against them alone, and not the whole new head.
+
+    Rows of its other classes have the loss over the whole of it, as all rows have without this. It
+    is for this model in memory: nothing of it is saved.
+
+    Args:
+        model: a classifier with a new head, which is given back.
+        classes: of the new head.
+    """
+    own, new = head_classes(model.config)
+    model.learned_among = [len(own) + new.index(name) for name in classes]
     return model
 
 
@@ -249,16 +266,23 @@ def _with_heads(kind: Any) -> Any:
         found = kind.forward(self, *args, **kwargs)
         if labels is None:
             return found
-        loss = _loss(found.logits, labels.to(found.logits.device), self.config.own_classes)
+        among = getattr(self, "learned_among", [])
+        loss = _loss(found.logits, labels.to(found.logits.device), self.config.own_classes, among)
         return type(found)(**{**found, "loss": loss})
 
     members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward}
     return type(kind.__name__, (_WithHeads, kind), members)
 
 
-def _loss(logits: Tensor, labels: Tensor, own: int) -> Tensor:
-    """Mean of - log p of the labels (rows,), each under its own head; _IGNORED are left out."""
-    is_new = torch.arange(logits.shape[-1], device=logits.device) >= own
-    others = is_new != (labels >= own)[:, None]
+def _loss(logits: Tensor, labels: Tensor, own: int, among: Sequence[int]) -> Tensor:
+    """Mean of - log p of the labels (rows,), each under its own head; _IGNORED are left out.
+
+    Labels of ``among``, of the new head, are told apart from these alone.
+    """
+    numbers = torch.arange(logits.shape[-1], device=logits.device)
+    others = (numbers >= own) != (labels >= own)[:, None]
+    if among:
+        asked = torch.tensor(among, device=logits.device)
+        others |= torch.isin(labels, asked)[:, None] & ~torch.isin(numbers, asked)
     under_its_own = logits.float().masked_fill(others, -torch.inf)
     return cross_entropy(under_its_own, labels, ignore_index=_IGNORED)

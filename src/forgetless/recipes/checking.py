@@ -339,8 +339,8 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
             "adapter.head: the tasks of a sequence share one new head; name the classes of all of "
             "them, head: [a, b, ...]"
         )
-    elif recipe.adapter.has_new_head and (alone or repair):
-        yield "adapter.head: with a new head a sequence continues one adapter, without a repair"
+    elif wrong := [c for c in sequence.classes or () if c not in recipe.adapter.head]:
+        yield f"sequence.classes: {wrong[0]!r} is no class of the new head, {recipe.adapter.head}"
     if full and (alone or repair):
         yield "sequence: full has no adapter to stack, merge or repair; continue without a repair"
     method = METHODS.get(recipe.adapter.method)

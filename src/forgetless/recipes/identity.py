@@ -141,6 +141,8 @@ def run_id(recipe: Recipe) -> str:
         more = {"earlier"} if "second_moment" in inputs else set()
         more |= {"apart"} if recipe.sequence.apart else set()
         decides["sequence"] = recipe.sequence.model_dump(include={"after", "between", *more})
+    if recipe.sequence is not None and recipe.sequence.classes:
+        decides["classes"] = sorted(recipe.sequence.classes)
     if recipe.is_repaired and recipe.repair is not None:
         decides["repair"] = recipe.repair.model_dump(include={"strength", "task"})
     if recipe.penalties:

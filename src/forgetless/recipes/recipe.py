@@ -49,12 +49,14 @@ class SequenceSettings(Section):
     starts, in memory alone. What is trained comes to one adapter for the base in any case.
     ``apart`` is the weight of the penalty that keeps a new adapter's inputs orthogonal to those of
     the earlier ones (O-LoRA, normalised).
+    ``classes`` are those of the new head over which the loss runs; without, all of it.
     """
 
     after: Name | None = None
     between: Literal["continue", "stack", "merge"] = "continue"
     earlier: EarlierSettings = EarlierSettings()
     apart: Annotated[float, Field(gt=0)] | None = None
+    classes: list[str] | None = None
 
 
 class Recipe(Section):

@@ -15,18 +15,19 @@ is the base's knowledge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
+from forgetless.data.modality import modality_of, new_classes
 from forgetless.recipes.recipe import EarlierSettings, Recipe
 from forgetless.recipes.study import Definition, Gathered, labels
 
@@ -40,6 +41,10 @@ _EARLIER = "earlier"
 """What stands for the data of every earlier task as the source of a penalty."""
 
 
+Bound = Literal["joint", "separate"]
+"""What sequences are compared with, as values of `between`."""
+
+
 @dataclass(frozen=True)
 class Chain:
     """One sequence of runs.
@@ -50,6 +55,8 @@ class Chain:
         seed: of every run.
         tasks: names, in the order in which they are learned.
         runs: their run ids.
+        bound: "joint" of one run that learns all tasks at once, "separate" of runs that each learn
+            one from the base; None of a sequence.
     """
 
     arm: str
@@ -57,6 +64,7 @@ class Chain:
     seed: int
     tasks: tuple[str, ...]
     runs: tuple[str, ...]
+    bound: Bound | None = None
 
 
 class SequenceRecipe(Definition):
@@ -65,9 +73,14 @@ class SequenceRecipe(Definition):
     ``tasks`` have a ``name``, their training ``data`` and what ``measure`` them, a task or a list
     of which the first is what the matrix shows; further keys are dotted and change the recipe.
     ``orders`` are lists of names, by name or not, or numbers, each the seed of a random order.
+    ``between`` is a run's own, see `SequenceSettings`, or ``joint``, one run that learns all tasks
+    at once, or ``separate``, a run for each from the base: what sequences are compared with.
     With a ``replay`` of 0.1 a buffer has a tenth of every earlier task's examples, each of which
     comes once an epoch. A penalty whose ``source`` is ``earlier`` is one on the data of each
     earlier task.
+    With ``adapter.head: new`` all tasks of a classifier share one new head for the classes of all
+    of them. ``loss_over`` says over which of these a run's loss runs: those of its ``data``, the
+    task's and its buffers'; all that were ``seen`` so far; or ``all`` of the head.
     ``arms`` are mappings of dotted keys to values, each with an optional ``name``.
     """
 
@@ -76,10 +89,11 @@ class SequenceRecipe(Definition):
     tasks: Annotated[list[dict[str, Any]], Field(min_length=1)]
     orders: dict[str, list[str]] | list[list[str] | int] = Field(default=[])
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0]  # noqa: RUF012 - pydantic copies it
-    between: Literal["continue", "stack", "merge"] = "continue"
+    between: Literal["continue", "stack", "merge", "joint", "separate"] = "continue"
     earlier: EarlierSettings = EarlierSettings()
     apart: Annotated[float, Field(gt=0)] | None = None
     replay: Annotated[float, Field(gt=0, le=1)] | None = None
+    loss_over: Literal["data", "seen", "all"] = "data"
     arms: list[dict[str, Any]] = Field(default=[])
 
     @field_validator("tasks")
@@ -128,24 +142,42 @@ class SequenceRecipe(Definition):
     def chains(self) -> tuple[list[Chain], dict[str, Recipe]]:
         """Every sequence, and the recipes of their runs by run id, each after the one before it.
 
-        Sequences that begin alike share the runs of their beginning.
+        Sequences that begin alike share the runs of their beginning. What is learned jointly or
+        separately has no order, so that of several with the same tasks the first stands for all.
 
         Raises:
             RecipeError: the problems of all runs, each said once.
         """
         gathered, found = Gathered(self.name), []
         for arm, changes in self.arm_changes():
-            for order, names in self.all_orders().items():
+            bound = changes.get("sequence.between")
+            bound = changes.pop("sequence.between") if bound in get_args(Bound) else None
+            for order, names in self._orders(bound).items():
+                parts = [names[: position + 1] for position in range(len(names))]
+                if bound is not None:
+                    parts = [names] if bound == "joint" else [(name,) for name in names]
                 for seed in self.seeds:
                     runs: list[str | None] = []
-                    for position in range(len(names)):
-                        overrides = self.run_changes(names[: position + 1], changes, seed)
-                        overrides["name"] = f"{arm}: {' > '.join(names[: position + 1])}"
-                        if position:
+                    for learned in parts:
+                        overrides = self.run_changes(learned, changes, seed, bound == "joint")
+                        joined = (" > " if bound is None else " + ").join(learned)
+                        overrides["name"] = f"{arm}: {joined}"
+                        if runs and bound is None:
                             overrides["sequence.after"] = runs[-1] or "unknown"
                         runs.append(gathered.add(arm, self.recipe, overrides))
-                    found.append(Chain(arm, order, seed, names, tuple(map(str, runs))))
+                    found.append(Chain(arm, order, seed, names, tuple(map(str, runs)), bound))
         return found, gathered.recipes()
+
+    def _orders(self, bound: Bound | None) -> dict[str, tuple[str, ...]]:
+        """The orders of a sequence; of what has no order, one of those with the same tasks."""
+        found = self.all_orders()
+        if bound is None:
+            return found
+        known = [task["name"] for task in self.tasks]
+        apart = {frozenset(names): order for order, names in reversed(found.items())}
+        return {
+            order: tuple(sorted(names, key=known.index)) for names, order in reversed(apart.items())
+        }
 
     def arm_changes(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The name of every arm and what it changes."""
@@ -162,27 +194,47 @@ class SequenceRecipe(Definition):
             )
 
     def run_changes(
-        self, learned: tuple[str, ...], changes: Mapping[str, Any], seed: int
+        self, learned: tuple[str, ...], changes: Mapping[str, Any], seed: int, joint: bool = False
     ) -> dict[str, Any]:
-        """What the recipe of a run changes, without the run before it."""
+        """What the recipe of a run changes, without the run before it.
+
+        Args:
+            learned: names of tasks, the last of which the run learns after the others, or ``joint``
+                with all of them in as many steps as they take one after the other.
+            changes: of the arm.
+            seed: of the run.
+            joint: see above.
+        """
         *earlier, task = (t for name in learned for t in self.tasks if t["name"] == name)
-        others = [spec for each in self.tasks if each is not task for spec in measures(each)]
+        now = [*earlier, task] if joint else [task]
+        others = [spec for each in self.tasks if each not in now for spec in measures(each)]
         own = {key: value for key, value in task.items() if key not in _OF_A_TASK}
         found = {**changes, **own, "data.train": task["data"], "seed": seed}
         replay = found.pop("replay", self.replay)
+        if joint:
+            replay, steps = 1.0, found.get("training.steps", self._section("training").get("steps"))
+            found |= {} if steps is None else {"training.steps": steps * len(now)}
         if earlier and replay is not None:
             found["data.train"] = self._replayed(task["data"], [t["data"] for t in earlier], replay)
         penalties = []
         for spec in found.get("penalties", self.recipe.get("penalties")) or ():
             sources = [spec.get("source")] if isinstance(spec, Mapping) else [None]
             if sources == [_EARLIER]:
-                penalties += [{**spec, "source": each["data"]} for each in earlier]
+                penalties += [{**spec, "source": t["data"]} for t in earlier if t not in now]
             else:
                 penalties.append(spec)
+        loss_over = found.pop("loss_over", self.loss_over)
+        head = found.get("adapter.head", self._section("adapter").get("head"))
+        if head == "new" and all(self.classes.values()):
+            found["adapter.head"] = _union(self.classes.values())
+            with_earlier = loss_over == "seen" or (loss_over == "data" and replay is not None)
+            over = [*earlier, task] if with_earlier else [task]
+            if loss_over != "all":
+                found["sequence.classes"] = _union(self.classes[each["name"]] for each in over)
         return {
             **found,
             "penalties": penalties,
-            "tasks.learning": measures(task),
+            "tasks.learning": [spec for each in now for spec in measures(each)],
             "tasks.forgetting": [*self.knowledge, *others],
         }
 
@@ -205,10 +257,29 @@ class SequenceRecipe(Definition):
                 found[path] = len(load_examples(path))
         return found
 
+    @cached_property
+    def classes(self) -> dict[str, list[str]]:
+        """The classes of every task that a new head learns; none where they cannot be read."""
+        found: dict[str, list[str]] = {task["name"]: [] for task in self.tasks}
+        with suppress(OSError, ValueError, TypeError):
+            modality = modality_of(str(self.recipe["base"]))
+            if modality.labels is not None:
+                for task in self.tasks:
+                    found[task["name"]] = new_classes(modality, task["data"])
+        return found
+
     @property
     def knowledge(self) -> list[Any]:
         """What measures the base's knowledge, the first for the matrix."""
-        return list((self.recipe.get("tasks") or {}).get("forgetting") or [])
+        return list(self._section("tasks").get("forgetting") or [])
+
+    def _section(self, name: str) -> Mapping[str, Any]:
+        found = self.recipe.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+
+def _union(parts: Iterable[Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(name for part in parts for name in part))
 
 
 def measures(task: Mapping[str, Any]) -> list[Any]:

@@ -54,8 +54,7 @@ def write_sequences(folder: str | Path) -> Path:
         .get_template("sequence.html")
         .render(
             found=found,
-            maps={arm["arm"]: list(_maps(found, arm)) for arm in found["arms"]},
-            lost={arm["arm"]: list(_lost(found, arm["arm"])) for arm in found["arms"]},
+            parts=list(_parts(found)),
             metrics=MAIN_METRICS,
             mean=_mean,
             unfinished=sum(s != "done" for each in found["sequences"] for s in each["status"]),
@@ -65,6 +64,30 @@ def write_sequences(folder: str | Path) -> Path:
     )
     write_text(place / "index.html", text)
     return place / "index.html"
+
+
+def _parts(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the page shows: of classifiers that share a head both ways to tell classes apart."""
+    by_task = found.get("task_incremental")
+    says = "Class-incremental: every answer is one of all classes of the head." if by_task else ""
+    yield _part(found, "", says)
+    if by_task:
+        says = "Task-incremental: every answer is one of the classes of its own task."
+        yield _part({**found, **by_task}, "-by-task", says)
+
+
+def _part(found: Mapping[str, Any], id: str, says: str) -> dict[str, Any]:
+    return {
+        "id": id,
+        "says": says,
+        "arms": found["arms"],
+        "maps": {arm["arm"]: list(_maps(found, arm)) for arm in found["arms"]},
+        "lost": {
+            arm["arm"]: list(_lost(found, arm["arm"]))
+            for arm in found["arms"]
+            if not any(order.get("bound") for order in arm["orders"].values())
+        },
+    }
 
 
 def _mean(metric: Mapping[str, Any]) -> tuple[str, str]:
@@ -106,7 +129,11 @@ def _maps(found: Mapping[str, Any], arm: Mapping[str, Any]) -> Iterator[dict[str
                 )
                 for value, column, kind in zip(row, columns, kinds, strict=True)
             ]
-            label = "base" if i == 0 else f"after {order['tasks'][i - 1]}"
+            if i and order.get("bound") == "joint" and i < len(order["tasks"]):
+                continue  # one run learns all of them
+            learned = order["tasks"][i - 1]
+            after = {"joint": "all together", "separate": f"{learned} alone"}
+            label = "base" if i == 0 else after.get(order.get("bound"), f"after {learned}")
             rows.append((label, cells[not known :]))
         yield {
             "order": name, "seeds": len(order["seeds"]), "heads": columns[not known :], "rows": rows

@@ -39,7 +39,12 @@ FORMULAS = {
     "forgetting (Mammoth)": "as forgetting, with the maximum over i = 1 .. K: never negative",
 }
 """What the metrics are, by name. R[i, j] is the score on task j after task i; row 0 is the base,
-and column 0 the base's knowledge. Scores of which less is better count negative."""
+and column 0 the base's knowledge. Scores of which less is better count negative.
+
+Of tasks that are learned jointly R has the rows of the base and of the one run, its last. Of tasks
+that are learned separately row i is the run that learned task i alone; ACC and learning are then
+the mean of its R[j, j], knowledge lost R[0, 0] less the mean of R[i, 0], and nothing else is known.
+"""
 
 
 MAIN_METRICS = ("ACC", "BWT", "forgetting", "FWT", "learning", "knowledge lost")
@@ -113,7 +118,9 @@ def matrices(folder: str | Path) -> dict[str, Any]:
         runs, "R" of (K + 1, K + 1) with row and column 0 for the base, "metrics", and "lost", for
         every column how much is lost since its best score, and after which task most of it went;
         "arms": for each the mean of every metric over seeds and orders with its 95 % interval, and
-        by order the mean matrix "R" over seeds.
+        by order the mean matrix "R" over seeds. Of a classifier whose tasks share a new head these
+        are of its accuracy over all classes of the head (class-incremental), and
+        "task_incremental" has "sequences" and "arms" of that over each task's own; None of others.
 
     Raises:
         FileNotFoundError: there are no sequences in the folder.
@@ -122,7 +129,15 @@ def matrices(folder: str | Path) -> dict[str, Any]:
     index = read_json(folder / "runs.json", damaged_as_missing=True)
     if not index.get("sequences"):
         raise FileNotFoundError(f"no sequences in {folder}; 'forgetless sequence' makes some")
-    found = [_sequence(folder, index, chain) for chain in index["sequences"]]
+    cells = [_cells(folder, index, chain) for chain in index["sequences"]]
+    found, by_task = (
+        [
+            _sequence(folder, chain, own, part)
+            for chain, own in zip(index["sequences"], cells, strict=True)
+        ]
+        for part in ("value", _BY_TASK)
+    )
+    has_classes = any(_BY_TASK in cell for own in cells for row in own for cell in row)
     return {
         "name": folder.resolve().name,
         "measured_by": index["measured_by"],
@@ -130,41 +145,74 @@ def matrices(folder: str | Path) -> dict[str, Any]:
         "formulas": FORMULAS,
         "sequences": found,
         "arms": _arms(found),
+        "task_incremental": {"sequences": by_task, "arms": _arms(by_task)} if has_classes else None,
     }
 
 
-def _sequence(folder: Path, index: Mapping[str, Any], chain: Mapping[str, Any]) -> dict[str, Any]:
+_BY_TASK = "task_accuracy"
+"""What a task measures beside the value where a head has more classes than it."""
+
+
+def _cells(
+    folder: Path, index: Mapping[str, Any], chain: Mapping[str, Any]
+) -> list[list[dict[str, Any]]]:
+    """For every cell of a matrix the score that was measured, with its extra; empty of none."""
     runs = [RunFolder(folder / run_id) for run_id in chain["runs"]]
     columns = [index["knowledge"], *(index["measured_by"][task] for task in chain["tasks"])]
-    rows = [[_score(runs[0], "base", task) for task in columns]]
-    rows += [[_score(run, "final", task) for task in columns] for run in runs]
-    scores, higher = [[value for value, _ in row] for row in rows], []
-    for column in zip(*rows, strict=True):
-        higher.append(next((is_higher for _, is_higher in column if is_higher is not None), True))
-    R = np.array(scores) * np.where(higher, 1.0, -1.0)
-    metrics = continual_metrics(R[1:, 1:], R[0, 1:], variants=True)
-    metrics["learning"] = float(R[1:, 1:].diagonal().mean())
-    metrics["knowledge lost"] = float(R[0, 0] - R[-1, 0])
+
+    def row(run: RunFolder, phase: Phase) -> list[dict[str, Any]]:
+        found = []
+        for task in columns:
+            path = run.scores(phase, task) if task else None
+            score = read_json(path, damaged_as_missing=True) if path else {}
+            found.append({**score.get("extra", {}), **score})
+        return found
+
+    unmeasured: list[list[dict[str, Any]]] = [
+        [{} for _ in columns] for _ in range(len(columns) - 1 - len(runs))
+    ]
+    return [row(runs[0], "base"), *unmeasured, *(row(run, "final") for run in runs)]
+
+
+def _sequence(
+    folder: Path, chain: Mapping[str, Any], cells: Listed[Listed[Mapping[str, Any]]], part: str
+) -> dict[str, Any]:
+    """The matrix of one sequence and its metrics, of that part of a score, or else its value."""
+    nothing = math.nan
+    scores = [[cell.get(part, cell.get("value", nothing)) for cell in row] for row in cells]
+    higher = [
+        next((cell["higher_is_better"] for cell in column if "higher_is_better" in cell), True)
+        for column in zip(*cells, strict=True)
+    ]
+    R = np.array(scores, np.float64) * np.where(higher, 1.0, -1.0)
+    learned = R[1:, 1:].diagonal()
+    if chain.get("bound") == "separate":
+        metrics = dict.fromkeys(FORMULAS, math.nan)
+        metrics["ACC"] = metrics["learning"] = float(learned.mean())
+        metrics["knowledge lost"] = float(R[0, 0] - R[1:, 0].mean())
+    else:
+        metrics = continual_metrics(R[1:, 1:], R[0, 1:], variants=True)
+        metrics["learning"] = float(learned.mean())
+        metrics["knowledge lost"] = float(R[0, 0] - R[-1, 0])
+    after = ["base", *chain["tasks"]]
+    is_a_sequence = chain.get("bound") is None
     return {
         **chain,
-        "R": [[_known(value) for value in row] for row in scores],
+        "R": [[_known(value) for value in row] for row in R * np.where(higher, 1.0, -1.0)],
         "higher_is_better": higher,
         "metrics": {name: _known(metrics[name]) for name in FORMULAS},
-        "lost": [_lost(R[j:, j], ["base", *chain["tasks"]][j:]) for j in range(len(columns))],
-        "status": [run.read().get("status", "pending") for run in runs],
+        "lost": [
+            _lost(R[j:, j] if is_a_sequence else R[:0, j], after[j:]) for j in range(len(after))
+        ],
+        "status": [
+            RunFolder(folder / run_id).read().get("status", "pending") for run_id in chain["runs"]
+        ],
     }
-
-
-def _score(run: RunFolder, phase: Phase, task: str | None) -> tuple[float, bool | None]:
-    """A score, nan where it was not measured, and whether more is better, if that is known."""
-    found = {} if task is None else read_json(run.scores(phase, task), damaged_as_missing=True)
-    value = found.get("value")
-    return math.nan if value is None else value, found.get("higher_is_better")
 
 
 def _lost(scores: NDArray[np.float64], after: Listed[str]) -> dict[str, Any]:
     """What became of one column, from the row in which its task was learned."""
-    if np.isnan(scores).any():
+    if not scores.size or np.isnan(scores).any():
         return {"lost": None, "most_after": None}
     falls = scores[:-1] - scores[1:]
     worst = int(falls.argmax()) if falls.size and falls.max() > 0 else None
@@ -185,6 +233,7 @@ def _arms(found: Listed[Mapping[str, Any]]) -> list[dict[str, Any]]:
             mean = np.array([each["R"] for each in alike], np.float64).mean(axis=0)
             orders[order] = {
                 "tasks": alike[0]["tasks"],
+                "bound": alike[0].get("bound"),
                 "seeds": [each["seed"] for each in alike],
                 "R": [[_known(value) for value in row] for row in mean],
             }

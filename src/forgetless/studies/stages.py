@@ -65,7 +65,7 @@ from forgetless.data.modality import (
     new_classes,
 )
 from forgetless.methods import METHODS
-from forgetless.models.heads import add_head, heads_of
+from forgetless.models.heads import add_head, heads_of, learn_among
 from forgetless.models.load import load_model, meta_model, target_layers
 from forgetless.models.weights import linear_weight, weight_shape
 from forgetless.recipes.identity import base_hash, input_keys
@@ -296,7 +296,13 @@ class Stages:
 
     def _load_base(self, device: str = "auto") -> Any:
         model = load_model(self.recipe.base, dtype=self.recipe.dtype, device=device)
-        return add_head(model, self.new_classes) if self.new_classes else model
+        return self._with_classes(add_head(model, self.new_classes) if self.new_classes else model)
+
+    def _with_classes(self, model: Any) -> Any:
+        """A model whose loss runs over the classes that a sequence asks for, if it does."""
+        sequence = self.recipe.sequence
+        over = None if sequence is None else sequence.classes
+        return learn_among(model, over) if over else model
 
     def _model(self, which: str, load: Callable[[], Any]) -> Any:
         """The model called ``which``; the one held before is freed first."""
@@ -580,6 +586,7 @@ class Stages:
         device = "cpu" if this_launch().strategy == "FSDP2" else "auto"
         if self.full and self.before is not None:
             model = load_model(str(self.before.model), dtype=self.recipe.dtype, device=device)
+            model = self._with_classes(model)
         else:
             model = self._below(device)
         if not self.full:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from forgetless.core.errors import unknown
 from forgetless.core.metrics import calibration_error, mean_stderr
 from forgetless.data.examples import Examples, require_kind
+from forgetless.data.files import source_and_classes
 from forgetless.data.forms import Kind, Record
 from forgetless.data.texts import POCKET_PICTURES, read_examples
 from forgetless.tasks.base import Item, Task, TaskResult, whole_number
@@ -52,10 +53,11 @@ class ClassTask(Task):
 
     def problems(self) -> Iterable[str | None]:
         """Of path and limit, as far as that shows without reading."""
-        if str(self.path).startswith("pocket:"):
-            if str(self.path).removesuffix(":test") not in POCKET_PICTURES:
+        path, _ = source_and_classes(self.path)
+        if path.startswith("pocket:"):
+            if path.removesuffix(":test") not in POCKET_PICTURES:
                 yield str(unknown("pocket images", str(self.path), POCKET_PICTURES))
-        elif not isinstance(self.path, str | Path) or not Path(self.path).exists():
+        elif not isinstance(self.path, str | Path) or not Path(path).exists():
             what = "a folder or a file of images or sentences"
             if self.kinds == {"image"}:
                 what = "a folder or a file of images"
@@ -140,7 +142,10 @@ class HeadAccuracy(ClassTask):
     the classes: the base's own or the new one. Classes of both are told apart over both at once.
 
     `extra` has the mean loss, - log p of the class, with its standard error, and the calibration
-    error of the likeliest class's p, see `forgetless.core.metrics.calibration_error`.
+    error of the likeliest class's p, see `forgetless.core.metrics.calibration_error`. Where the
+    examples have fewer classes than the head it also has `task_accuracy`, the share of which the
+    class is the likeliest of those that the examples have, with its standard error: what is called
+    task-incremental, where the accuracy itself is class-incremental.
 
     Attributes:
         head: "own", "new" or "all" where it is not the classes that say which is asked.
@@ -179,24 +184,27 @@ class HeadAccuracy(ClassTask):
         rows.require_fitting(model)
         names = {number: name for name, number in reader.classes.items()}
         asked_of = torch.tensor(sorted(names))
+        labels = [reader.number(label) for label in modality.labels(self.examples)]
+        present = torch.tensor(sorted({number for number in labels if number is not None}))
         parts, batch_of = batch_by_batch(model, rows, batch_size)
 
         def answers(places: Sequence[int]) -> list[list[float]]:
-            """The likeliest class, its p, the right one and its loss."""
+            """The likeliest class, its p, the right one, its loss, the likeliest of the task."""
             batch, labels = batch_of(places)
             logits = model(**batch).logits.float().cpu()[:, asked_of]
             require_numbers(logits)
             losses = cross_entropy(logits, torch.searchsorted(asked_of, labels), reduction="none")
             found, p = asked_of[logits.argmax(-1)], logits.softmax(-1).amax(-1)
-            columns = [found.float(), p, labels.float(), losses]
+            of_task = present[logits[:, torch.searchsorted(asked_of, present)].argmax(-1)]
+            columns = [found.float(), p, labels.float(), losses, of_task.float()]
             return torch.stack(columns, dim=1).tolist()
 
         asked = [dict(record) for record in self.examples]
         with evaluating(model):
-            found = in_batches(self.kind, asked, parts, answers, "confidence")
-        rights = [names[int(label)] for _, _, label, _ in found]
+            found = in_batches(self.kind, asked, parts, answers, "confidence", "of its task")
+        rights = [names[int(label)] for _, _, label, *_ in found]
         items = self.answered(rights, [names[int(answer)] for answer, *_ in found])
-        loss = mean_stderr([loss for *_, loss in found], [1.0] * len(found))
+        loss = mean_stderr([loss for *_, loss, _ in found], [1.0] * len(found))
         extra = {
             "loss": loss.value,
             "loss_stderr": loss.stderr,
@@ -204,4 +212,7 @@ class HeadAccuracy(ClassTask):
                 [p for _, p, *_ in found], [item.score for item in items]
             ),
         }
+        if len(present) < len(names):
+            of_task = mean_stderr([float(best == label) for _, _, label, _, best in found])
+            extra |= {"task_accuracy": of_task.value, "task_accuracy_stderr": of_task.stderr}
         return TaskResult.of_items(self, items, metric="accuracy", extra=extra)
