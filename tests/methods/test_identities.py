@@ -300,6 +300,29 @@ def test_identity_of_sc_lora() -> None:
     torch.testing.assert_close((Q.mT @ difference @ Q).trace(), best)
 
 
+def test_identity_of_inflora() -> None:
+    """A is outside of what is kept, and there nothing of its rank has more of the task's energy."""
+    Y = draw(TOKENS, IN, seed=6)
+    T = Y.mT @ Y / TOKENS
+    start = decompose(W, RANK, "inflora", 2.0, C, task_moment=T, energy=0.99)
+    assert not start.B.any()
+    orthonormal(start.A * 3**0.5)
+    values, vectors = torch.linalg.eigh(C)
+    kept = int((values.flip(0).cumsum(0) < 0.99 * values.sum()).sum()) + 1
+    assert 0 < kept < IN - RANK
+    M = vectors[:, -kept:]
+    assert (start.A @ M).abs().max() < 1e-12
+    P = torch.eye(IN).double() - M @ M.mT
+    best = torch.linalg.eigvalsh(P @ T @ P)[-RANK:].sum()
+    torch.testing.assert_close(3 * (start.A @ T @ start.A.mT).trace(), best)
+    # With nothing to keep A is that of EVA; with all of it, what is kept least.
+    same = decompose(W, RANK, "eva", task_moment=T).A
+    free = decompose(W, RANK, "inflora", 1.0, C, task_moment=T, energy=0).A
+    torch.testing.assert_close((free.mT @ free) * 3, same.mT @ same)
+    least = decompose(W, RANK, "inflora", 1.0, C, task_moment=T, energy=1.0).A
+    assert (least @ vectors[:, RANK:]).abs().max() < 1e-12
+
+
 def test_identity_of_full() -> None:
     """Every weight is trained, so there is nothing to decompose."""
     assert METHODS["full"].trains == ("W",)

@@ -100,7 +100,8 @@ def attach(
         keep: instead of `stats`, what is to be kept: a text itself, a file, or
             another source of `forgetless.data.texts.batches`; 256 pieces of it are run through the
             base, which must have a name by which its processor is found.
-        task_stats: activations on the new task's data, for `eva`, `corda_ipm` and `sc_lora`.
+        task_stats: activations on the new task's data, for `eva`, `corda_ipm`, `sc_lora` and
+            `inflora`.
         gradients: layer name -> gradient of the new task's loss, (out, in), for `lora_ga`.
         dropout: probability, on the adapter's input while training.
         seed: of random starts; every layer draws from a generator of its own.

@@ -31,6 +31,7 @@ _NAMES = (
     "lora_ga",
     "mica",
     "sc_lora",
+    "inflora",
     "full",
 )
 
