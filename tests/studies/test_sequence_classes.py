@@ -23,6 +23,7 @@ from forgetless.reports import report
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.sequence import Sequence, sequence
 from tests.images import CLASSES, save_classifier, save_images
+from tests.killing import killed_until_done
 from tests.sentences import save_classifier as save_text_classifier
 from tests.sentences import write_rows
 
@@ -172,6 +173,8 @@ def test_both_accuracies_have_their_matrix_and_metrics(done: Sequence) -> None:
     page = report(done.folder).read_text()
     assert "Class-incremental" in page
     assert "Task-incremental" in page
+    assert page.count("all together") == 2
+    assert page.count("then alone") == 2
 
 
 def test_all_tasks_share_one_head_and_the_loss_has_its_data_s_classes(
@@ -237,6 +240,20 @@ def test_what_has_no_order_is_learned_once(world: Path) -> None:
         for tasks in (("first", "then"), ("then",))
     ]
     assert len(recipes) == 3
+
+
+def _do(definition: dict[str, Any], out: Path) -> None:
+    sequence(definition, out)
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_matrices(
+    done: Sequence, world: Path, tmp_path: Path
+) -> None:
+    definition = definition_of(world, arms=[{"name": "stacked", **ARMS["stacked"]}])
+    assert killed_until_done(_do, definition, tmp_path, most=4) > 0
+    found = Sequence(tmp_path / definition["name"]).matrices
+    assert found["sequences"] == [of(done, "stacked")]
+    assert found["task_incremental"]["sequences"] == [of(done, "stacked", "task_incremental")]
 
 
 @pytest.mark.parametrize("between", ["continue", "stack"])

@@ -150,8 +150,7 @@ class SequenceRecipe(Definition):
         """
         gathered, found = Gathered(self.name), []
         for arm, changes in self.arm_changes():
-            bound = changes.get("sequence.between")
-            bound = changes.pop("sequence.between") if bound in get_args(Bound) else None
+            bound = _bound(changes)
             for order, names in self._orders(bound).items():
                 parts = [names[: position + 1] for position in range(len(names))]
                 if bound is not None:
@@ -159,7 +158,7 @@ class SequenceRecipe(Definition):
                 for seed in self.seeds:
                     runs: list[str | None] = []
                     for learned in parts:
-                        overrides = self.run_changes(learned, changes, seed, bound == "joint")
+                        overrides = self.run_changes(learned, changes, seed)
                         joined = (" > " if bound is None else " + ").join(learned)
                         overrides["name"] = f"{arm}: {joined}"
                         if runs and bound is None:
@@ -194,24 +193,26 @@ class SequenceRecipe(Definition):
             )
 
     def run_changes(
-        self, learned: tuple[str, ...], changes: Mapping[str, Any], seed: int, joint: bool = False
+        self, learned: tuple[str, ...], changes: Mapping[str, Any], seed: int
     ) -> dict[str, Any]:
         """What the recipe of a run changes, without the run before it.
 
         Args:
-            learned: names of tasks, the last of which the run learns after the others, or ``joint``
+            learned: names of tasks, the last of which the run learns after the others, or jointly
                 with all of them in as many steps as they take one after the other.
             changes: of the arm.
             seed: of the run.
-            joint: see above.
         """
         *earlier, task = (t for name in learned for t in self.tasks if t["name"] == name)
-        now = [*earlier, task] if joint else [task]
+        bound = _bound(changes)
+        now = [*earlier, task] if bound == "joint" else [task]
         others = [spec for each in self.tasks if each not in now for spec in measures(each)]
         own = {key: value for key, value in task.items() if key not in _OF_A_TASK}
         found = {**changes, **own, "data.train": task["data"], "seed": seed}
+        if bound is not None:
+            del found["sequence.between"]
         replay = found.pop("replay", self.replay)
-        if joint:
+        if bound == "joint":
             replay, steps = 1.0, found.get("training.steps", self._section("training").get("steps"))
             found |= {} if steps is None else {"training.steps": steps * len(now)}
         if earlier and replay is not None:
@@ -276,6 +277,12 @@ class SequenceRecipe(Definition):
     def _section(self, name: str) -> Mapping[str, Any]:
         found = self.recipe.get(name)
         return found if isinstance(found, Mapping) else {}
+
+
+def _bound(changes: Mapping[str, Any]) -> Bound | None:
+    """What an arm is as a bound of sequences; None of a sequence."""
+    between = changes.get("sequence.between")
+    return between if between in get_args(Bound) else None
 
 
 def _union(parts: Iterable[Sequence[str]]) -> list[str]:
