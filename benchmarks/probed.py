@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from forgetless.core.files import new_file, new_folder
-from forgetless.models.heads import without_head
+from forgetless.models.heads import features
 
 COUNTS = {"known": 2000, "known-test": 500, "new": 2000, "new-test": 300}
 """Images of each file; "known" are CIFAR-10's, "new" are MNIST's."""
@@ -93,21 +93,21 @@ def probed(encoder: Path, known: str, side: int, out: Path) -> float:
             encoder, id2label=classes, label2id={name: n for n, name in classes.items()}
         ).eval()
         _set_side(model, side)
-    with torch.no_grad(), without_head(model):
+    with torch.no_grad():
         given = [Image.fromarray(image) for image in images]
         parts = [
             processor(images=given[start : start + 50], return_tensors="pt")
             for start in range(0, len(given), 50)
         ]
-        features = torch.cat([model(**part).logits for part in parts])
+        read = torch.cat([features(model, part) for part in parts])
     head = model.classifier
     if not out.exists():
-        _fit(head, features, labels)
+        _fit(head, read, labels)
         with new_folder(out) as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
     with torch.no_grad():
-        return float((head(features).argmax(-1) == labels).float().mean())
+        return float((head(read).argmax(-1) == labels).float().mean())
 
 
 @torch.no_grad()
@@ -121,16 +121,16 @@ def _set_side(model: Any, side: int) -> None:
     model.config.image_size = side
 
 
-def _fit(head: Any, features: Tensor, labels: Tensor) -> None:
+def _fit(head: Any, read: Tensor, labels: Tensor) -> None:
     """A logistic regression on standardised features, which the head undoes."""
-    mean, std = features.mean(0), features.std(0) + 1e-6
+    mean, std = read.mean(0), read.std(0) + 1e-6
     weight = torch.zeros(head.weight.shape, requires_grad=True)
     bias = torch.zeros(len(weight), requires_grad=True)
     optimizer: Any = torch.optim.LBFGS([weight, bias], max_iter=200)
 
     def loss() -> Any:
         optimizer.zero_grad()
-        logits = ((features - mean) / std) @ weight.T + bias
+        logits = ((read - mean) / std) @ weight.T + bias
         found: Any = cross_entropy(logits, labels) + 0.01 * weight.square().sum()
         found.backward()
         return found

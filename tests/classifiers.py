@@ -13,7 +13,6 @@ import forgetless as fl
 from forgetless.adapters.attachment import attach
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import load_processor, modality_of
-from forgetless.models.heads import add_head
 from forgetless.models.load import adapter_off, load_model
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.gradients import collect_gradients
@@ -27,10 +26,9 @@ def check_start(
 
     With `classes` it has a new head for them.
     """
-    model = load_model(str(base))
+    model = load_model(str(base), new_classes=classes)
     reader, modality = load_processor(str(base)), modality_of(model)
     if classes:
-        add_head(model, classes)
         reader = reader.with_new(classes)
     probe = modality.probe(model)
     with torch.no_grad():

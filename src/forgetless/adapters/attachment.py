@@ -29,7 +29,7 @@ from forgetless.core.method import Decomposition, Factors, Method
 from forgetless.core.progress import counted
 from forgetless.data.modality import modality_of
 from forgetless.methods import decompose, find
-from forgetless.models.heads import heads_of
+from forgetless.models.heads import new_modules
 from forgetless.models.load import Targets, as_base, base_of, find_targets
 from forgetless.models.weights import is_offloaded, linear_weight, unreadable, weight_shape
 from forgetless.statistics.collection import collect
@@ -155,7 +155,6 @@ def attach(
         seed=seed,
         options=options,
     )
-    heads = heads_of(model)
     config = StartConfig(
         r=rank,
         lora_alpha=alpha,
@@ -166,7 +165,7 @@ def attach(
         lora_dropout=dropout,
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers.values()),
         task_type=task_type_of(base_of(model)),
-        modules_to_save=None if heads is None else [f"{heads[0]}.new"],
+        modules_to_save=new_modules(model) or None,
         start=asdict(start),
     )
     adapted = add_adapter(model, config, adapter_name)

@@ -57,6 +57,7 @@ class Card:
         versions: of the packages it was made with.
         head: of the base, where it is none that PEFT has a name for.
         new_classes: of the new head of a classifier.
+        own_classes: how many the base's own head has, 0 where it has none.
     """
 
     base: str
@@ -70,6 +71,7 @@ class Card:
     versions: Mapping[str, str] = field(default_factory=dict)
     head: Head | None = None
     new_classes: Sequence[str] = ()
+    own_classes: int = 0
 
     @property
     def text(self) -> str:
@@ -146,6 +148,7 @@ def write_export_card(
     tied: tuple[str, str] | None = None,
     head: Head | None = None,
     new_classes: Sequence[str] = (),
+    own_classes: int = 0,
 ) -> None:
     """Write the card of an adapter of which nothing but the export is known.
 
@@ -157,6 +160,7 @@ def write_export_card(
         tied: see `Card`.
         head: of the base.
         new_classes: of the new head.
+        own_classes: how many the base's own head has.
     """
     known, versions = start or {}, {"python": platform.python_version()}
     for package in ("forgetless", "torch", "transformers", "peft"):
@@ -175,6 +179,7 @@ def write_export_card(
             versions=versions,
             head=head,
             new_classes=new_classes,
+            own_classes=own_classes,
         ),
     )
 

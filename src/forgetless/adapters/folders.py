@@ -33,7 +33,15 @@ from forgetless.adapters.plain import PlainLora, lora_config, plain_lora
 from forgetless.adapters.tuner import add_adapter, check_addable, take_off
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.files import new_folder, read_json, write_json
-from forgetless.models.heads import add_head, divided_state, head_classes, heads_of, joined
+from forgetless.models.heads import (
+    add_head,
+    divided_state,
+    head_classes,
+    heads_of,
+    joined,
+    name_classes,
+    new_modules,
+)
 from forgetless.models.load import base_modules, base_of, head_of
 from forgetless.models.weights import is_linear, weight_shape
 
@@ -112,6 +120,7 @@ def export(
         plain.config.modules_to_save, state = [heads[0]], joined(state, model)
     with _replaced(Path(folder)) as new:
         _write(new, plain.config, state, model)
+        classes = head_classes(base_of(model).config) if new_modules(model) else ((), ())
         write_export_card(
             new,
             plain.config.base_model_name_or_path or "",
@@ -119,7 +128,8 @@ def export(
             error=plain.relative_error,
             tied=tied,
             head=head_of(model),
-            new_classes=head_classes(base_of(model).config)[1] if heads else (),
+            new_classes=classes[1],
+            own_classes=len(classes[0]),
         )
     return ExportReport(
         folder=Path(folder),
@@ -194,7 +204,7 @@ def _write(
     save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if start is not None:
         write_json(folder / START_FILE, start)
-    if config.modules_to_save and heads_of(model):
+    if config.modules_to_save and new_modules(model):
         base: Any = base_of(model)
         base.config.to_json_file(folder / HEADS_FILE)
     usual, values = LoraConfig().to_dict(), {}
@@ -324,7 +334,7 @@ def _keep_whole_modules_apart(
             if tensor.shape != state[key].shape:
                 other = tuple(state[key].shape)
                 sizes.append(f"{name!r} is {tuple(tensor.shape)} and {other} in the adapter")
-        if sizes or any(name.endswith(whole) for whole in config.modules_to_save or ()):
+        if sizes or any(f".{whole}." in f".{name}." for whole in config.modules_to_save or ()):
             continue
         if all(_is_same(tensor, state[key]) for key, tensor in own.items()):
             for key in own:
@@ -359,6 +369,15 @@ def _with_its_head(
     """
     classes = learned_classes(folder)
     if not classes:
+        return state
+    if read_json(folder / HEADS_FILE)["own_classes"] == 0:
+        model: Any = base_of(base)
+        if model.config.num_labels != len(classes) or heads_of(model):
+            raise UserError(
+                f"{folder} has a head of {len(classes)} classes for a base without one, and this "
+                f"base gives {model.config.num_labels}; load it with that many (num_labels)"
+            )
+        name_classes(model.config, [], classes)
         return state
     add_head(base_of(base), classes)
     name, heads = heads_of(base)  # type: ignore[misc]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from forgetless.core.errors import UserError
 from forgetless.models.heads import head_classes
+from forgetless.models.load import config_of
 
 __all__ = ["HEADS", "ClassReader", "HeadName", "require_reader", "some"]
 
@@ -22,14 +24,33 @@ class ClassReader:
     """The part of a classifier's processor that turns classes into numbers.
 
     Attributes:
-        classes: of the head under which labels are read, name -> number of the logit.
+        processor: of the base, as transformers has it.
+        classes: of the head under which labels are read, name -> number of the logit; none of a
+            base without a head.
         new: of a new head beside the base's own, until it is decided which one is meant.
         is_new: whether `classes` are those of the new head, which go by their names alone.
     """
 
+    load_processor: ClassVar[Callable[..., Any]]
+    processor: Any
     classes: Mapping[str, int]
     new: Mapping[str, int] = field(default_factory=dict)
     is_new: bool = False
+
+    @classmethod
+    def of(cls, processor: Any, config: Any) -> Self:
+        """The reader of a model by its config."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, base: str, *, weights: bool = True) -> Self:
+        """The reader of a base by its name."""
+        processor = cls.load_processor(base, weights=weights)
+        return cls.of(processor, config_of(base, weights=weights))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the processor beside a model, whose config has the classes."""
+        self.processor.save_pretrained(folder)
 
     def number(self, label: str | int) -> int | None:
         """The number of a class by its name or, of the base's own head, by its number; or None."""
@@ -72,15 +93,18 @@ class ClassReader:
         Raises:
             UserError: a class that no head has, or two heads that have them all.
         """
+        if head == "own" and self.new and not self.classes:
+            raise UserError(f"{source}: the base is an encoder, and has no head of its own")
         if head is not None or not self.new:
             return self.under(head or "own")
         found = {str(label): label for label in labels}.values()
         own, new = self.under("own"), self.under("new")
         missing = [[x for x in found if each.number(x) is None] for each in (own, new)]
         if neither := [label for label in missing[0] if label in missing[1]]:
+            known = some(own.classes) or "none"
             raise UserError(
                 f"{source}: neither head has the class {some(map(str, neither))}; the base's own "
-                f"classes are {some(own.classes)}, the new ones {some(new.classes)}"
+                f"classes are {known}, the new ones {some(new.classes)}"
             )
         if not any(missing):
             raise UserError(

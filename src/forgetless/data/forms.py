@@ -108,8 +108,10 @@ def _sentences(row: Row, where: str) -> Record:
     return {"sentence": first, "pair": second, "label": _label(row, where)}
 
 
-def _label(row: Row, where: str) -> str | int:
-    """The name of a class, or its number."""
+def _label(row: Row, where: str) -> str | int | None:
+    """The name of a class, or its number; None of a row without one."""
+    if "label" not in row:
+        return None
     label = row["label"]
     if type(label) is int:
         return label
@@ -248,6 +250,7 @@ _FORMS = (
     Form("image", ("image", "label"), _image),
     Form("sentence", ("sentence", "label"), _sentence),
     Form("sentence", ("sentence1", "sentence2", "label"), _sentences),
+    Form("sentence", ("sentence1", "sentence2"), _sentences),
 )
 
 

@@ -7,7 +7,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from forgetless.data.modality import Batch, Modality, Sample
 from forgetless.data.packing import IGNORED
 from forgetless.data.pictures import converted, open_image
 from forgetless.data.texts import SELF, read_examples
-from forgetless.models.load import evaluating, load_image_processor, meta_model
+from forgetless.models.load import evaluating, load_image_processor
 
 __all__ = ["MODALITY", "ImageReader", "ImageRows"]
 
@@ -36,33 +35,23 @@ USUAL_SIZE = 224
 """Pixels of a side where a config names none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageReader(ClassReader):
     """The processor of an image classifier: images become pixel values, classes their numbers.
 
     Attributes:
-        processor: resizes and normalises.
         channels: of an image, 3 or 1.
     """
 
-    processor: BaseImageProcessor
+    load_processor = staticmethod(load_image_processor)
     channels: int = 3
 
     @classmethod
     def of(cls, processor: BaseImageProcessor | ImageReader, config: Any) -> ImageReader:
         """The reader of a model by its config."""
         plain = processor.processor if isinstance(processor, cls) else processor
-        return cls(plain, getattr(config, "num_channels", 3), **own_and_new(config))
-
-    @classmethod
-    def load(cls, base: str, *, weights: bool = True) -> ImageReader:
-        """The reader of a base by its name."""
-        processor = load_image_processor(base, weights=weights)
-        return cls.of(processor, meta_model(base, weights=weights).config)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the processor beside a model, whose config has the classes."""
-        self.processor.save_pretrained(folder)
+        channels = getattr(config, "num_channels", 3)
+        return cls(processor=plain, channels=channels, **own_and_new(config))
 
     def pixels(self, image: str) -> Tensor:
         """The pixel values of an image, (channels, height, width), float32.

@@ -7,7 +7,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,8 @@ from forgetless.data.forms import Kind, Record
 from forgetless.data.modality import Batch, Modality, Sample, longest_first
 from forgetless.data.packing import IGNORED
 from forgetless.data.texts import SELF, read_examples
-from forgetless.models.load import load_tokenizer, meta_model
+from forgetless.models.heads import head_classes
+from forgetless.models.load import load_tokenizer
 from forgetless.models.text import positions_of
 
 __all__ = ["MODALITY", "SentenceReader", "SentenceRows"]
@@ -34,18 +34,17 @@ PROBE = 4, 32
 """Rows and tokens of the probe; fewer tokens where the model has fewer positions."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SentenceReader(ClassReader):
     """The processor of a text classifier: sentences become tokens, classes their numbers.
 
     Attributes:
-        tokenizer: of the base.
         pad: the token of the model's config that fills a batch: a decoder pools at the last token
             that is another one, so that the tokenizer's own would not do.
         type_ids: whether the model tells the two sentences of a pair apart by type.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    load_processor = staticmethod(load_tokenizer)
     pad: int
     type_ids: bool = False
 
@@ -56,10 +55,14 @@ class SentenceReader(ClassReader):
         Raises:
             UserError: the head gives no single class, or batches of the model cannot be padded.
         """
-        if isinstance(processor, SentenceReader):
-            processor = processor.tokenizer
+        plain: Any = processor.processor if isinstance(processor, cls) else processor
         problem = getattr(config, "problem_type", None)
-        if config.num_labels < 2 or problem not in (None, "single_label_classification"):
+        own, new = head_classes(config)
+        is_bare = not own and not new
+        if (len(own + new) < 2 and not is_bare) or problem not in (
+            None,
+            "single_label_classification",
+        ):
             raise UserError(
                 f"the head of this base has {config.num_labels} outputs for {problem or 'a number'}"
                 "; only heads that give one of two or more classes are read"
@@ -74,19 +77,9 @@ class SentenceReader(ClassReader):
                 f"last token of a sentence; set it to one of 0..{words - 1} and save the config "
                 "again"
             )
-        given = "token_type_ids" in processor.model_input_names
+        given = "token_type_ids" in plain.model_input_names
         types = given and getattr(config, "type_vocab_size", 0) > 1
-        return cls(processor, pad, types, **own_and_new(config))
-
-    @classmethod
-    def load(cls, base: str, *, weights: bool = True) -> SentenceReader:
-        """The reader of a base by its name."""
-        tokenizer = load_tokenizer(base, weights=weights)
-        return cls.of(tokenizer, meta_model(base, weights=weights).config)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer beside a model, whose config has the classes."""
-        self.tokenizer.save_pretrained(folder)
+        return cls(processor=plain, pad=pad, type_ids=types, **own_and_new(config))
 
     def labelled(self, examples: Examples) -> Examples:
         """The examples, each with the name of its class.
@@ -119,7 +112,7 @@ class SentenceReader(ClassReader):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides tokens and class numbers, but for the tokenizer's words."""
-        content = [type(self.tokenizer).__name__, self.classes, self.pad, self.type_ids]
+        content = [type(self.processor).__name__, self.classes, self.pad, self.type_ids]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,7 +146,7 @@ class SentenceRows(torch.utils.data.Dataset[Sample]):
     def __init__(self, examples: Examples, reader: SentenceReader, max_length: int | None) -> None:
         self.reader = reader
         pairs = [record["pair"] for record in examples if "pair" in record]
-        found = reader.tokenizer(
+        found = reader.processor(
             [record["sentence"] for record in examples],
             pairs or None,
             truncation=max_length is not None,

@@ -1,4 +1,4 @@
-"""A new head beside a classifier's own: classes that are learned, and the known ones untouched.
+"""New heads of classifiers: classes that are learned, and the known ones untouched.
 
 The last layer of a classifier, `own`, and the layer of the new classes, `new`, read the same
 features. The model then gives the logits of both, (rows, own + new), the own ones first, and takes
@@ -7,14 +7,17 @@ does not see the own head, and rows that are replayed do not see the new one. `l
 out classes of the new head that a training has nothing of. Beside a model that is saved its config
 says how many classes are its own (`own_classes`); its weights then hold one last layer for both
 heads, as transformers and PEFT read it.
+
+A base that is an encoder alone has no own head (`own_classes` is 0). Its new head is all that its
+architecture's classifier has beside the encoder, a layer before the last one too, and is trained
+whole.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache, wraps
 from typing import Any
 
@@ -31,12 +34,17 @@ __all__ = [
     "add_head",
     "divided",
     "divided_state",
+    "features",
     "head_classes",
     "heads_of",
+    "is_of_new_head",
     "joined",
     "learn_among",
+    "mean_states",
+    "name_classes",
+    "new_modules",
     "own_logits",
-    "without_head",
+    "start_head",
 ]
 
 _PEFTS = re.compile(r"\.(lora_\w+|modules_to_save)\.")
@@ -74,28 +82,77 @@ def heads_of(model: Any) -> tuple[str, Heads] | None:
     return None
 
 
-@contextmanager
-def without_head(model: Any) -> Iterator[None]:
-    """The model's logits are what its last layer reads: pooled features (rows, features)."""
+def new_modules(model: Any) -> list[str]:
+    """The modules of a model's new head, by name, below an adapter too; none where it has none.
+
+    They are trained whole and not adapted. Without an own head they are all that the model has
+    beside its largest part, the encoder.
+    """
+    if found := heads_of(model):
+        return [f"{found[0]}.new"]
+    if not _is_without_own(base := _base_of(model)):
+        return []
+    sizes = {n: sum(w.numel() for w in part.parameters()) for n, part in base.named_children()}
+    encoder = max(sizes, key=lambda name: sizes[name])
+    return [name for name, size in sizes.items() if size and name != encoder]
+
+
+def is_of_new_head(model: Any, weight: str) -> bool:
+    """Whether a weight, by its name in the model or below an adapter, is the new head's."""
+    name = weight.removeprefix("base_model.model.")
+    return any(name.startswith(f"{part}.") for part in new_modules(model))
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _is_without_own(base: Any) -> bool:
+    return getattr(getattr(base, "config", None), "own_classes", None) == 0
+
+
+def features(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """What a model makes of each row whatever its head, (rows, features).
+
+    That is what its last layer reads; of a text encoder without an own head, whose layers before
+    the last may be as new, `mean_states`.
+    """
+    base = _base_of(model)
+    if "attention_mask" in batch and _is_without_own(base):
+        return mean_states(model, batch)
     found = heads_of(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     layer = base.get_submodule(found[0] if found else _last_layer(base))
     hook = layer.register_forward_hook(lambda module, given, logits: given[0])
     try:
-        yield
+        read: Tensor = model(**batch).logits
+        return read
     finally:
         hook.remove()
+
+
+def mean_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean of an encoder's last hidden states over the tokens of each row, (rows, width)."""
+    states: Tensor = _base_of(model).base_model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1).to(states)
+    return (states * mask).sum(1) / mask.sum(1)
 
 
 def head_classes(config: Any) -> tuple[list[str], list[str]]:
     """The names of the classes of the own head and of the new one, in the order of their logits."""
     names = [str(config.id2label[number]) for number in sorted(config.id2label)]
-    own = getattr(config, "own_classes", None) or len(names)
+    own = getattr(config, "own_classes", None)
+    own = len(names) if own is None else own
     return names[:own], names[own:]
 
 
 def own_logits(model: Any, logits: Tensor) -> Tensor:
-    """Of a model's logits (..., classes) those of its own head."""
+    """Of a model's logits (..., classes) those of its own head.
+
+    Raises:
+        UserError: it has none.
+    """
+    if _is_without_own(_base_of(model)):
+        raise UserError("the base is an encoder without a head of its own, which could be compared")
     own = getattr(model.config, "own_classes", None)
     return logits if own is None else logits[..., :own]
 
@@ -118,7 +175,7 @@ def add_head(model: Any, classes: Sequence[str]) -> Any:
     if not classes or len(set(classes)) != len(classes):
         raise UserError(f"a new head needs classes, each once, got {list(classes)!r}")
     known, new = head_classes(model.config)
-    if heads_of(model) is not None:
+    if new_modules(model):
         if list(classes) != new:
             raise UserError(
                 f"the model has a new head already, for {new}, and these are {list(classes)}"
@@ -133,11 +190,8 @@ def add_head(model: Any, classes: Sequence[str]) -> Any:
     dtype = torch.promote_types(kept.dtype, torch.float32)  # also of a packed weight
     made = _linear(start, bias)
     _put(model, name, own, made.to("meta") if kept.is_meta else made.to(kept.device, dtype))
-    config = copy.deepcopy(model.config)
-    config.id2label = dict(enumerate([*known, *classes]))
-    config.label2id = {label: n for n, label in reversed(config.id2label.items())}
-    config.own_classes = len(known)
-    model.config, model.num_labels = config, config.num_labels
+    model.config = name_classes(copy.deepcopy(model.config), known, classes)
+    model.num_labels = model.config.num_labels
     return model
 
 
@@ -152,15 +206,61 @@ def learn_among(model: Any, classes: Sequence[str]) -> Any:
         classes: of the new head.
     """
     own, new = head_classes(model.config)
+    if not isinstance(model, _WithHeads):  # without an own head the loss was transformers' own
+        kind: Any = type(model)
+        model.__class__ = _with_heads(kind)
     model.learned_among = [len(own) + new.index(name) for name in classes]
     return model
+
+
+def name_classes(config: Any, own: Sequence[str], new: Sequence[str]) -> Any:
+    """The config of a model, changed to that with these classes."""
+    config.id2label = dict(enumerate([*own, *new]))
+    config.label2id = {label: n for n, label in reversed(config.id2label.items())}
+    config.own_classes = len(own)
+    return config
+
+
+@torch.no_grad()
+def start_head(model: Any) -> Any:
+    """Start the head of a model without an own one, in place, at what `add_head` starts at.
+
+    Its weights are of at least float32, to which what it reads is converted.
+
+    Raises:
+        UserError: it has more than linear layers and norms.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name in new_modules(model):
+        part = model.get_submodule(name)
+        for module in part.modules():
+            if is_linear(module):
+                start = torch.randn(module.weight.shape, generator=generator) * 0.02
+                module.weight.copy_(start)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif next(module.parameters(recurse=False), None) is not None:
+                raise UserError(
+                    f"the head of {type(model).__name__} has a {type(module).__name__}, for which "
+                    "there is no start; give a base with a trained head"
+                )
+        part.to(torch.promote_types(next(part.parameters()).dtype, torch.float32))
+        part.register_forward_pre_hook(_widened)
+    return model
+
+
+def _widened(part: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(part.parameters()).dtype
+    return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in given)
 
 
 @torch.no_grad()
 def divided(model: Any) -> Any:
     """A model whose last layer was saved for both heads, in place with two; another as it is."""
     own = getattr(model.config, "own_classes", None)
-    if own is not None and heads_of(model) is None:
+    if own and heads_of(model) is None:
         name = _last_layer(model)
         layer = model.get_submodule(name)
         bias = [None, None] if layer.bias is None else [layer.bias[:own], layer.bias[own:]]
@@ -176,7 +276,8 @@ def joined(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     It has the dtype of the new head, which holds the numbers of the own one too.
     """
     found, heads = dict(state), heads_of(model)
-    assert heads is not None
+    if heads is None:
+        return found
     name, own = heads[0], heads[1].own
     for key in state:
         before, is_new, part = key.partition(f"{name}.new.")

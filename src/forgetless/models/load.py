@@ -43,7 +43,14 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from forgetless.core.errors import UserError, unknown
-from forgetless.models.heads import divided, heads_of
+from forgetless.models.heads import (
+    add_head,
+    divided,
+    is_of_new_head,
+    name_classes,
+    new_modules,
+    start_head,
+)
 from forgetless.models.pocket import POCKETS
 from forgetless.models.targets import PARTS, part_of, shortest_endings
 from forgetless.models.text import unread_by_text
@@ -67,6 +74,7 @@ __all__ = [
     "base_modules",
     "base_of",
     "checkpoint_activations",
+    "config_of",
     "evaluating",
     "find_targets",
     "has_weights",
@@ -212,7 +220,9 @@ def _is_cached(hub_id: str) -> bool:
     return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
 
 
-def load_model(base: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load_model(
+    base: str, *, dtype: str = "auto", device: str = "auto", new_classes: Sequence[str] = ()
+) -> PreTrainedModel:
     """The base with its own head, see `HEADS`, in evaluation mode.
 
     Args:
@@ -220,6 +230,8 @@ def load_model(base: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
         dtype: "auto" keeps the number format of the stored weights; or float32, bfloat16,
             float16, float64.
         device: "auto" is the first accelerator, or the CPU where there is none; or a torch device.
+        new_classes: of a new head, see `forgetless.models.heads`; an encoder without a head of its
+            own must be given one.
 
     Raises:
         UserError: `base` has none of the heads, its files cannot be read, or weights that the
@@ -228,20 +240,30 @@ def load_model(base: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     source = resolve_base(base)
-    _, head = _load_config(base, source)
+    config, head = _load_config(base, source)
+    is_bare = _is_bare(config)
+    if is_bare:
+        _require_head(base, config, new_classes)
+        name_classes(config, [], new_classes)
+    more = {"config": config} if is_bare else {}
     try:
         model, loading = head.auto_class.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, trust_remote_code=is_trusted(base)
+            source,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=is_trusted(base),
+            **more,
         )
     except (*_LOADING_ERRORS, ImportError) as problem:
         raise UserError(f"cannot load base {base!r}: {_first_line(problem)}") from problem
-    missing = sorted(loading["missing_keys"])
+    missing = sorted(name for name in loading["missing_keys"] if not is_of_new_head(model, name))
     if missing:
         raise UserError(
             f"the weights of base {base!r} are incomplete: {len(missing)} missing, "
             f"{missing[0]!r} among them"
         )
-    return divided(model.to(_device(device))).eval()
+    model = (start_head if is_bare else divided)(model).to(_device(device))
+    return (add_head(model, new_classes) if new_classes else model).eval()
 
 
 def _device(device: str) -> torch.device:
@@ -252,7 +274,10 @@ def _device(device: str) -> torch.device:
 
 
 def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
-    """The config of a base and its head; one with none of `HEADS` is refused by name."""
+    """The config of a base and its head; one with none of `HEADS` is refused by name.
+
+    Of an encoder alone it is the head that its architecture can have, still without a class.
+    """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=is_trusted(base))
     except (*_LOADING_ERRORS, ImportError) as problem:
@@ -269,11 +294,37 @@ def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
         if is_trusted(base):
             return config, of_its_own
         raise _needs_trust(base)
+    for head in HEADS:
+        fits = head.modality != "language" and config.model_type in head.classes
+        if fits and not config.is_encoder_decoder:
+            return name_classes(config, [], []), head
     raise UserError(
         f"base {base!r} is a {stored[0] if stored else config.model_type}, not "
         f"{' or '.join(head.noun for head in HEADS)} with a trained head, and none is put on it; "
         "load such a model yourself and use forgetless.attach on it"
     )
+
+
+def _is_bare(config: PretrainedConfig) -> bool:
+    """Whether `_load_config` found an encoder without a head."""
+    return getattr(config, "own_classes", None) == 0 and config.num_labels == 0
+
+
+def _require_head(base: str, config: PretrainedConfig, new_classes: Sequence[str]) -> None:
+    if not new_classes:
+        raise UserError(
+            f"base {base!r} is a {(config.architectures or [config.model_type])[0]}, which has no "
+            "trained head of classes; set 'adapter.head: new' in the recipe to train one on it"
+        )
+
+
+def config_of(base: str, *, weights: bool = True) -> PretrainedConfig:
+    """The config of a base; an encoder without a head has no class there.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    return _load_config(base, resolve_base(base, weights=weights))[0]
 
 
 def head_of(base: str | nn.Module) -> Head | None:
@@ -357,18 +408,23 @@ def _load_beside(base: str, auto_class: Any, noun: str, weights: bool) -> Any:
         ) from problem
 
 
-def meta_model(base: str, *, weights: bool = True) -> PreTrainedModel:
+def meta_model(base: str, *, weights: bool = True, bare: bool = False) -> PreTrainedModel:
     """The base's architecture on the meta device: every shape, not one weight.
 
     Args:
         base: see `resolve_base`.
         weights: whether a folder without any is refused.
+        bare: whether an encoder without a head is taken, with a new head of two classes.
 
     Raises:
         UserError: as `load_model`.
     """
     source = resolve_base(base, weights=weights)
     config, head = _load_config(base, source)
+    if _is_bare(config):
+        classes = ["", " "] if bare else []
+        _require_head(base, config, classes)
+        name_classes(config, [], classes)
     with torch.device("meta"):
         found: PreTrainedModel = divided(
             head.auto_class.from_config(config, trust_remote_code=is_trusted(base))
@@ -429,10 +485,10 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
     base = base_of(model)
     require_readable(base)
     wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
-    everything, heads = dict(base_modules(base)), heads_of(base)
-    modules = everything
-    if heads is not None:  # which are not adapted: the own one stays, the new one is trained whole
-        modules = {n: m for n, m in everything.items() if not n.startswith(f"{heads[0]}.")}
+    everything = dict(base_modules(base))
+    # They are not adapted: the own one stays, the new one is trained whole.
+    heads = tuple(f"{name.removesuffix('.new')}." for name in new_modules(base))
+    modules = {n: m for n, m in everything.items() if not f"{n}.".startswith(heads)}
     unread = set(unread_by_text(base, modules))
     experts = _expert_tensors(modules, unread)
     _refuse_experts(wanted, experts)
@@ -461,11 +517,11 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
                 "model reads past any adapter; name other layers, or use 'all-linear', which "
                 "leaves it out"
             )
-        given = given if heads is None else shortest_endings(found, everything)
+        given = shortest_endings(found, everything) if heads else given
         return Targets(found, given, [], [])
     left_out = {*unread, *_read_past_adapters(modules)}
     layers = {name: layer for name, layer in found.items() if name not in left_out}
-    if heads is not None or len(layers) < len(found):
+    if heads or len(layers) < len(found):
         given = shortest_endings(layers, [*everything, *experts])
     return Targets(layers, given, experts, [name for name in found if name in unread])
 

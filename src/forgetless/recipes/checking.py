@@ -19,18 +19,25 @@ from forgetless.data.modality import load_processor, modality_of, new_classes
 from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF, fingerprint, read_examples
 from forgetless.methods import METHODS, find
-from forgetless.models.heads import add_head
-from forgetless.models.load import head_of, meta_model, require_checkpointing, target_layers
+from forgetless.models.heads import add_head, new_modules
+from forgetless.models.load import (
+    config_of,
+    head_of,
+    meta_model,
+    require_checkpointing,
+    target_layers,
+)
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.moments import is_statistics
 from forgetless.tasks import Task, make_tasks
-from forgetless.tasks.accuracy import HeadAccuracy
+from forgetless.tasks.accuracy import ClassTask
 from forgetless.training.forgetting import from_settings
 from forgetless.training.launch import this_launch
 from forgetless.training.model import compile_problems
 from forgetless.training.optimizers import optimizer_problems
 from forgetless.training.penalties import make_penalty
+from forgetless.training.penalties.penalty import HeldTexts
 from forgetless.training.settings import ProbeSettings
 from forgetless.training.trackers import tracker_problems
 
@@ -81,9 +88,13 @@ class Checker:
         _, problem = self._attempt(look, *arguments)
         return [] if problem is None else [f"{where}: {problem}"]
 
+    def _shapes(self, recipe: Recipe) -> Any:
+        """The shapes of the base; None where it cannot be loaded."""
+        return self._attempt(_shapes, recipe.base, recipe.adapter.has_new_head)[0]
+
     def adapter(self, base: str, settings: AdapterSettings) -> list[str]:
         """The problems of an adapter on a base."""
-        found = self._problem("base", meta_model, base)
+        found = self._problem("base", _shapes, base, settings.has_new_head)
         found = found or self._problem("base", load_processor, base)
         method, problem = self._attempt(find, settings.method)
         if problem is not None:
@@ -91,16 +102,15 @@ class Checker:
         if method.factors is None:
             return found
         options = self._problem("adapter.options", method.check, 1, (1, 1), settings.options)
-        model, _ = self._attempt(meta_model, base)
-        if settings.has_new_head and model is not None:
-            model, _ = self._attempt(_with_head, base)
+        shapes = _with_head if settings.has_new_head and not found else _shapes
+        model, _ = self._attempt(shapes, base)
         layers = () if options or model is None else _rank_problems(model, settings)
         return [*found, *options, *layers]
 
     def _head(self, recipe: Recipe) -> Iterator[str]:
         """What is wrong with the new head, or with settings for one that there is not."""
         if recipe.adapter.has_new_head:
-            if self._attempt(meta_model, recipe.base)[1] is None:
+            if self._shapes(recipe) is not None:
                 yield from self._problem("adapter.head", _with_head, recipe.base)
             return
         for name in ("head_learning_rate", "probe_steps"):
@@ -109,7 +119,7 @@ class Checker:
 
     def _checkpointing(self, recipe: Recipe) -> list[str]:
         """Whether the base can recompute activations, where that is asked for."""
-        model, _ = self._attempt(meta_model, recipe.base)
+        model = self._shapes(recipe)
         try:
             if model is not None and recipe.training.gradient_checkpointing:
                 require_checkpointing(model)
@@ -162,6 +172,8 @@ class Checker:
 
         Where it has a new head, ``head`` names its classes, or they are those of the file ``new``.
         """
+        if self._attempt(_shapes, base, new is not None)[1] is not None:
+            return None
         processor, problem = self._attempt(load_processor, base)
         modality = None if problem else modality_of(base)
         if modality is None or new is None or modality.labels is None:
@@ -169,14 +181,13 @@ class Checker:
         return processor.with_new(new_classes(modality, new) if isinstance(head, str) else head)
 
     def _require_classes(
-        self, base: str, new: str | None, head: str | Sequence[str], task: HeadAccuracy
+        self, base: str, new: str | None, head: str | Sequence[str], task: ClassTask
     ) -> None:
-        """Raise which classes of a task the head that it asks does not have."""
+        """Raise what of a task's classes the base cannot be asked."""
         processor = self._processor(base, new, head)
         labels = modality_of(base).labels if processor is not None else None
         if labels is not None:
-            found, source = labels(task.examples), task.examples.source
-            processor.reading(found, source, task.head).require_known(found, source)
+            task.require_known(processor, labels(task.examples))
 
     def _calibration(self, recipe: Recipe) -> Iterator[str]:
         method = METHODS.get(recipe.adapter.method)
@@ -223,7 +234,7 @@ class Checker:
             yield "repair: a DoRA adapter has no A to repair; leave use_dora or the repair out"
 
     def _comparators(self, recipe: Recipe) -> Iterator[str]:
-        model, _ = self._attempt(meta_model, recipe.base)
+        model = self._shapes(recipe)
         try:
             layers = target_layers(model, recipe.adapter.target_modules) if model else {}
         except ValueError:  # which the adapter's own check tells
@@ -245,8 +256,15 @@ class Checker:
             penalty, problem = self._attempt(make_penalty, spec)
             if problem is None:
                 _, problem = self._attempt(penalty.check, recipe.adapter.method)
+            if problem is None and isinstance(penalty, HeldTexts) and self._is_bare(recipe):
+                problem = f"{spec['kind']} asks the base's own head, and this base has none"
             if problem is not None:
                 yield f"penalties.{position}: {problem}"
+
+    def _is_bare(self, recipe: Recipe) -> bool:
+        """Whether the base is an encoder without a head."""
+        config, _ = self._attempt(config_of, recipe.base)
+        return config is not None and getattr(config, "own_classes", None) == 0
 
     def _probes(self, recipe: Recipe) -> Iterator[str]:
         yield from self._problem("probes", from_settings, recipe.probes)
@@ -275,7 +293,7 @@ class Checker:
                 others = list(self._for_others(where, recipe.base, made))
                 yield from others
                 for task in made:
-                    if isinstance(task, HeadAccuracy) and not (others or unread):
+                    if isinstance(task, ClassTask) and not (others or unread):
                         asked = recipe.base, first, recipe.adapter.head, task
                         yield from self._problem(where, self._require_classes, *asked)
                     if kind == "learning" and _is_trained_on(task, recipe):
@@ -292,7 +310,13 @@ def _with_head(base: str) -> Any:
     """The shapes of a base with a new head."""
     if modality_of(base).labels is None:
         raise UserError("new heads are for classifiers, and this base answers with tokens")
-    return add_head(meta_model(base), ["", " "])
+    model = meta_model(base, bare=True)
+    return model if new_modules(model) else add_head(model, ["", " "])
+
+
+def _shapes(base: str, has_new_head: bool = False) -> Any:
+    """The shapes of a base, which may be without a head where it is to have a new one."""
+    return meta_model(base, bare=has_new_head)
 
 
 def _is_trained_on(task: Task, recipe: Recipe) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.adapters.card import Card, file_name, table, write
-from forgetless.adapters.folders import CONFIG_FILE, learned_classes
+from forgetless.adapters.folders import CONFIG_FILE, HEADS_FILE, learned_classes
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
 from forgetless.methods import METHODS
@@ -60,6 +60,7 @@ def write_run_card(
         versions=record.get("versions", {}),
         head=head,
         new_classes=learned_classes(folder),
+        own_classes=read_json(folder / HEADS_FILE).get("own_classes", 0),
     )
     write(folder, card)
 

@@ -170,7 +170,7 @@ def execute(
 def torch_threads(threads: int | None, base: str) -> Iterator[None]:
     """Run with so many threads: one on a small model, where more are slower."""
     before = torch.get_num_threads()
-    if threads is None and meta_model(base).num_parameters() < SMALL_MODEL:
+    if threads is None and meta_model(base, bare=True).num_parameters() < SMALL_MODEL:
         threads = 1
     torch.set_num_threads(threads or before)
     try:

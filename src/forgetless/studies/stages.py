@@ -65,7 +65,7 @@ from forgetless.data.modality import (
     new_classes,
 )
 from forgetless.methods import METHODS
-from forgetless.models.heads import add_head, heads_of, learn_among
+from forgetless.models.heads import is_of_new_head, learn_among
 from forgetless.models.load import load_model, meta_model, target_layers
 from forgetless.models.weights import linear_weight, weight_shape
 from forgetless.recipes.identity import base_hash, input_keys
@@ -295,8 +295,9 @@ class Stages:
         return base
 
     def _load_base(self, device: str = "auto") -> Any:
-        model = load_model(self.recipe.base, dtype=self.recipe.dtype, device=device)
-        return self._with_classes(add_head(model, self.new_classes) if self.new_classes else model)
+        how = {"dtype": self.recipe.dtype, "device": device}
+        model = load_model(self.recipe.base, **how, new_classes=self.new_classes)
+        return self._with_classes(model)
 
     def _with_classes(self, model: Any) -> Any:
         """A model whose loss runs over the classes that a sequence asks for, if it does."""
@@ -575,7 +576,7 @@ class Stages:
         """Say at once what of the data the base cannot be trained on; measuring may take hours."""
         if self._is_trained():
             return
-        self.rows.require_fitting(meta_model(self.recipe.base))
+        self.rows.require_fitting(meta_model(self.recipe.base, bare=True))
         if self.rows.several:  # only the model itself tells whether it keeps them apart
             self.rows.require_fitting(self._base())
 
@@ -600,8 +601,8 @@ class Stages:
         """Train the new head alone, as the model's features are; or take what that came to."""
         training, file = self.recipe.training, self.folder.probe / "head.safetensors"
         if self.processes.first(lambda: not file.exists()):
-            name = heads_of(model)[0]  # type: ignore[index]
-            others = [w for n, w in trained_weights(model).items() if f"{name}.new." not in n]
+            trained = trained_weights(model).items()
+            others = [weight for name, weight in trained if not is_of_new_head(model, name)]
             for weight in others:
                 weight.requires_grad_(False)
             changes: dict[str, Any] = {

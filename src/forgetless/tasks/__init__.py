@@ -49,6 +49,7 @@ _KINDS = (
     "image_accuracy",
     "sentence_accuracy",
     "neighbours",
+    "retrieval",
     "class_kl",
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,10 +19,10 @@ from forgetless.tasks.base import Item, Task, TaskResult, whole_number
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from forgetless.data.modality import Batch, Rows
+    from forgetless.data.modality import Batch, Modality, Rows
     from forgetless.tasks.base import Model
 
-__all__ = ["ClassTask", "HeadAccuracy", "batch_by_batch"]
+__all__ = ["ClassTask", "HeadAccuracy", "any_class", "batch_by_batch", "unit_vectors"]
 
 _ROWS = 64
 """Rows at once where nothing else is asked for."""
@@ -70,6 +71,9 @@ class ClassTask(Task):
     def examples(self) -> Examples:
         """What the task shows."""
         return self._read(self.path, self.limit)
+
+    def require_known(self, reader: Any, labels: Sequence[Any]) -> None:
+        """Raise what of the classes of the examples a model with this reader cannot be asked."""
 
     def _read(self, path: str | Path, limit: int | None) -> Examples:
         found = read_examples(path, limit)
@@ -135,6 +139,45 @@ def batch_by_batch(
     return [range(s, min(s + size, len(rows))) for s in range(0, len(rows), size)], batch_of
 
 
+def any_class(modality: Modality, examples: Examples, reader: Any) -> Rows:
+    """The examples as the model reads them, of whatever classes or none."""
+    count, one = len(examples), "any"
+    records = [{**record, "label": one} for record in examples]
+    beside = [one] * count if examples.kind == "text" else ()
+    alike = replace(examples, records=records, labels=beside)
+    any_reader = replace(reader, new={}).with_new([one]).under("new")
+    return modality.rows(alike, any_reader, max_length=None)
+
+
+def unit_vectors(
+    model: Any,
+    examples: Examples,
+    processor: Any,
+    batch_size: int | None,
+    read: Callable[[Any, Batch], Tensor],
+) -> Tensor:
+    """What `read` makes of the model and a batch, (examples, width), float32, of length 1."""
+    import torch
+    from torch.nn.functional import normalize
+
+    from forgetless.core.progress import counted
+    from forgetless.data.modality import modality_of
+    from forgetless.models.load import evaluating
+    from forgetless.tasks.inference import require_numbers
+
+    modality = modality_of(model)
+    rows = any_class(modality, examples, modality.reader(processor, model.config))
+    rows.require_fitting(model)
+    parts, batch_of = batch_by_batch(model, rows, batch_size)
+    found = []
+    with evaluating(model):
+        for places in counted(parts, "features", "batches"):
+            vectors = read(model, batch_of(places)[0]).float()
+            require_numbers(vectors)
+            found.append(normalize(vectors, dim=-1))
+    return torch.cat(found)
+
+
 class HeadAccuracy(ClassTask):
     """The share of examples of which the model's head finds their class the likeliest.
 
@@ -158,6 +201,11 @@ class HeadAccuracy(ClassTask):
         yield from super().problems()
         if self.head not in (None, "own", "new", "all"):
             yield f"head must be own, new or all, got {self.head!r}"
+
+    def require_known(self, reader: Any, labels: Sequence[Any]) -> None:
+        """Raise which classes the head that is asked does not have."""
+        source = self.examples.source
+        reader.reading(labels, source, self.head).require_known(labels, source)
 
     def content(self) -> Sequence[object]:
         """The examples and their classes, and under which head if that is given."""

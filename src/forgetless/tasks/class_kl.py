@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr
-from forgetless.data.examples import Examples
-from forgetless.tasks.accuracy import ClassTask, batch_by_batch
+from forgetless.tasks.accuracy import ClassTask, any_class, batch_by_batch
 from forgetless.tasks.base import Item, TaskResult
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from forgetless.data.modality import Modality, Rows
     from forgetless.tasks.base import Model
 
 __all__ = ["ClassKL"]
@@ -55,6 +53,14 @@ class ClassKL(ClassTask):
         """The examples without what lies beside them."""
         return (self.examples.fingerprint,)
 
+    def require_known(self, reader: Any, labels: Sequence[Any]) -> None:
+        """Raise that the base has no head of its own."""
+        if not reader.under("own").classes:
+            raise UserError(
+                f"task {self.name!r} compares what the base's own head says, and this base is an "
+                "encoder without one; neighbours or retrieval needs none"
+            )
+
     def measure(
         self, model: Model, processor: Any, reference: Model | None, batch_size: int | None
     ) -> TaskResult:
@@ -74,8 +80,9 @@ class ClassKL(ClassTask):
                 "PeftModel"
             )
         reader = modality.reader(processor, model.config)
+        self.require_known(reader, ())
         own = {number: name for name, number in reader.under("own").classes.items()}
-        rows = _rows(modality, self.examples, reader)
+        rows = any_class(modality, self.examples, reader)
         rows.require_fitting(model)
         parts, batch_of = batch_by_batch(model, rows, batch_size)
 
@@ -118,16 +125,6 @@ class ClassKL(ClassTask):
             "top1_agreement_stderr": same.stderr,
         }
         return TaskResult.of_items(self, items, metric="kl", higher_is_better=False, extra=extra)
-
-
-def _rows(modality: Modality, examples: Examples, reader: Any) -> Rows:
-    """The examples as the model reads them, of whatever classes."""
-    count, one = len(examples), "any"
-    records = [{**record, "label": one} for record in examples]
-    beside = [one] * count if examples.kind == "text" else ()
-    alike = replace(examples, records=records, labels=beside)
-    any_class = replace(reader, new={}).with_new([one]).under("new")
-    return modality.rows(alike, any_class, max_length=None)
 
 
 TASK = ClassKL

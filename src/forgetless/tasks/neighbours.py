@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgetless.core.errors import UserError
 from forgetless.data.examples import Examples
-from forgetless.tasks.accuracy import ClassTask, batch_by_batch
+from forgetless.tasks.accuracy import ClassTask, unit_vectors
 from forgetless.tasks.base import TaskResult, whole_number
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class Neighbours(ClassTask):
     """The share of images or sentences whose class their nearest neighbours have.
 
     The features are what the last layer of the classifier reads, so no head has a say and classes
-    that none knows can be asked for. Each of the k neighbours with the largest cosine similarity s
+    that none knows can be asked for; of a text encoder without a head of its own they are the means
+    of its last hidden states. Each of the k neighbours with the largest cosine similarity s
     votes for its class with weight exp(s / 0.07). The neighbours are looked for among the examples
     of `train`, or where there is none among all others (leave one out).
 
@@ -93,6 +94,7 @@ class Neighbours(ClassTask):
         import torch
 
         from forgetless.data.modality import modality_of
+        from forgetless.models.heads import features
 
         labels: Any = modality_of(model).labels
         sets = [each for each in (self.examples, self.known) if each is not None]
@@ -100,39 +102,12 @@ class Neighbours(ClassTask):
             if len(labels(each)) != len(each):
                 raise UserError(f"{each.source}: some rows have no label, the class to be found")
         classes = sorted({str(label) for each in sets for label in labels(each)})
-        found = [_features(model, each, classes, processor, batch_size) for each in sets]
+        found = [unit_vectors(model, each, processor, batch_size, features) for each in sets]
         numbers = [torch.tensor([classes.index(str(x)) for x in labels(each)]) for each in sets]
         answers = votes(found[0], found[-1], numbers[-1], self.k, own=self.known is None)
         rights = [classes[int(number)] for number in numbers[0]]
         items = self.answered(rights, [classes[int(number)] for number in answers])
         return TaskResult.of_items(self, items, metric="accuracy")
-
-
-def _features(
-    model: Any, examples: Examples, classes: Sequence[str], processor: Any, batch_size: int | None
-) -> Tensor:
-    """What the last layer reads of each example, (examples, features), float32, of length 1."""
-    import torch
-    from torch.nn.functional import normalize
-
-    from forgetless.core.progress import counted
-    from forgetless.data.modality import modality_of
-    from forgetless.models.heads import without_head
-    from forgetless.models.load import evaluating
-    from forgetless.tasks.inference import require_numbers
-
-    modality = modality_of(model)
-    reader = replace(modality.reader(processor, model.config), new={}).with_new(classes)
-    rows = modality.rows(examples, reader.under("new"), max_length=None)
-    rows.require_fitting(model)
-    parts, batch_of = batch_by_batch(model, rows, batch_size)
-    found = []
-    with evaluating(model), without_head(model):
-        for places in counted(parts, "features", "batches"):
-            features = model(**batch_of(places)[0]).logits.float()
-            require_numbers(features)
-            found.append(normalize(features, dim=-1))
-    return torch.cat(found)
 
 
 def votes(asked: Tensor, known: Tensor, classes: Tensor, k: int, *, own: bool) -> Tensor:

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from forgetless.core.errors import UserError
 from forgetless.data.losses import Loss
-from forgetless.models.heads import heads_of
+from forgetless.models.heads import is_of_new_head
 from forgetless.models.load import base_of
 from forgetless.training import checkpoints
 from forgetless.training.devices import (
@@ -191,9 +191,9 @@ class ExactTrainer(Trainer):
         plain = self.model if model is None else model
         if self.settings.loraplus_ratio != 1:
             speed_up(optimizer, plain, self.settings.loraplus_ratio)
-        if (rate := self.settings.head_learning_rate) and (heads := heads_of(plain)):
+        if rate := self.settings.head_learning_rate:
             trained = trained_weights(plain).items()
-            set_rate(optimizer, [w for name, w in trained if f"{heads[0]}.new." in name], rate)
+            set_rate(optimizer, [w for name, w in trained if is_of_new_head(plain, name)], rate)
         # DeepSpeed drops empty groups, and the files are the same whoever trains.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         if stage := this_launch().zero_stage:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from forgetless.adapters.folders import ExportReport, export, load
+from forgetless.adapters.folders import ExportReport, export, learned_classes, load
 from forgetless.cli.commands.folders import adapter_and_base, require_new
 from forgetless.core.files import new_folder
 from forgetless.models.load import load_model
@@ -20,7 +20,7 @@ def export_adapter(
     """Write a run's or a folder's adapter as a plain PEFT LoRA for the untouched base."""
     (trained, base), out = adapter_and_base(source, base), Path(out)
     require_new(out)
-    model = load(load_model(base), trained.folder)
+    model = load(load_model(base, new_classes=learned_classes(trained.folder)), trained.folder)
     with new_folder(out) as folder:
         report = export(model, folder, rank)
         if (run := RunFolder(Path(source))).recipe.exists():

@@ -13,7 +13,6 @@ from forgetless.cli.commands.folders import Trained
 from forgetless.core.errors import UserError
 from forgetless.core.files import write_json
 from forgetless.data.modality import load_processor
-from forgetless.models.heads import add_head
 from forgetless.models.load import load_model
 from forgetless.recipes.identity import base_hash, weights_hash
 from forgetless.scores.cache import ScoreCache, default_folder
@@ -55,8 +54,7 @@ class _Models:
     @cached_property
     def base(self) -> Any:
         """The base; after `adapted` was asked for, an adapter sits on it."""
-        model = load_model(self.base_name, dtype=self.dtype)
-        return add_head(model, self.new_classes) if self.new_classes else model
+        return load_model(self.base_name, dtype=self.dtype, new_classes=self.new_classes)
 
     @cached_property
     def new_classes(self) -> list[str]:
