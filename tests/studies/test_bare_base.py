@@ -236,14 +236,15 @@ print(json.dumps(found))
 
 
 def test_a_run_learns_and_a_fresh_process_agrees(world: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(world, **{"training.steps": 60, "training.probe_steps": 60})
+    longer: dict[str, Any] = {"training.steps": 60, "training.probe_steps": 60}
+    recipe = recipe_of(world, **longer)
     assert check(recipe) == []
     done = run(recipe, tmp_path)
     assert done.record["start"]["equals_base"]
     rows = {row["task"]: row for row in done.scores}
     assert all(row["step0_score"] == row["base_score"] for row in rows.values())
     assert rows["new"]["score"] > 0.7
-    assert (rows["retrieval"]["kind"], rows["retrieval"]["n"]) == ("retrieval", 7)
+    assert (rows["retrieval"]["kind"], rows["retrieval"]["n"]) == ("forgetting", 7)
     adapter, test = done.folder / "adapter", str(world / "test.jsonl")
     arguments = [str(world / "base"), str(adapter), test]
     out = subprocess.run(
@@ -281,7 +282,7 @@ def test_images_too(world: Path, tmp_path: Path) -> None:
 
 def test_what_only_a_head_can_answer_is_refused(world: Path) -> None:
     base, test = str(world / "base"), str(world / "test.jsonl")
-    unasked = {"training.probe_steps": 0, "training.head_learning_rate": None}
+    unasked: dict[str, Any] = {"training.probe_steps": 0, "training.head_learning_rate": None}
     (problem,) = check(recipe_of(world, **{"adapter.head": "own", **unasked}))
     assert problem.startswith("base: ")
     assert "is a RobertaModel, which has no trained head of classes" in problem
@@ -289,13 +290,16 @@ def test_what_only_a_head_can_answer_is_refused(world: Path) -> None:
         ({"kind": "class_kl", "path": test}, "neighbours or retrieval needs none"),
         ({"kind": "sentence_accuracy", "path": test, "head": "own"}, "has no head of its own"),
     ):
-        problems = check(recipe_of(world, **{"tasks.forgetting": [task]}))
+        asked: dict[str, Any] = {"tasks.forgetting": [task]}
+        problems = check(recipe_of(world, **asked))
         assert len(problems) == 1
         assert words in problems[0]
     for kind in ("kl", "ewc"):
         penalty = {"kind": kind, "weight": 1.0, "source": str(world / "pairs.jsonl")}
         (problem,) = check(recipe_of(world, penalties=[penalty]))
         assert problem == f"penalties.0: {kind} asks the base's own head, and this base has none"
+    (problem,) = check(recipe_of(world, dial={"scales": [0.5]}))
+    assert "own head says, and this base has none" in problem
     model = load_model(base, new_classes=CLASSES)
     with pytest.raises(UserError, match="neighbours or retrieval needs none"):
         fl.evaluate(

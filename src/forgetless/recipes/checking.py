@@ -220,6 +220,12 @@ class Checker:
         beside = recipe.dial, recipe.comparators, recipe.spectra, recipe.residual
         if wanted is None and not any(beside):
             return
+        if self._is_bare(recipe):
+            yield (
+                "repair, dial, comparators, residual and spectra hold out what the base's own head "
+                "says, and this base has none; leave them out"
+            )
+            return
         yield from self._comparators(recipe)
         try:
             if not is_statistics(recipe.text_to_keep):

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from peft import PeftModel
 
-from forgetless.adapters.folders import START_FILE, load
+from forgetless.adapters.folders import START_FILE, learned_classes, load
 from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.layer import adapted_layers
 from forgetless.cli.commands.exports import export_adapter
@@ -45,7 +45,7 @@ def merge_adapter(
     """
     require_new(Path(out))
     trained, name = adapter_and_base(source, base)
-    model = load_model(name, dtype=dtype)
+    model = load_model(name, dtype=dtype, new_classes=learned_classes(trained.folder))
     if getattr(model, "quantization_method", None) is not None:
         raise UserError(f"the weights of {name} are packed; merge into the base before packing")
     require_usable(trained.folder, model)
