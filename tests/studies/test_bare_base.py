@@ -41,7 +41,7 @@ from forgetless.core.files import read_json, read_jsonl
 from forgetless.core.settings import with_overrides
 from forgetless.data.modality import load_processor, modality_of
 from forgetless.methods import METHODS
-from forgetless.models.heads import add_head, heads_of, new_modules
+from forgetless.models.heads import add_head, heads_of, learn_among, new_modules
 from forgetless.models.load import adapter_off, load_model, target_layers
 from forgetless.recipes.checking import check
 from forgetless.recipes.recipe import Recipe
@@ -340,3 +340,17 @@ def test_weights_that_the_encoder_lacks_are_not_made_up(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"incomplete: 2 missing, 'bert\.pooler"):
         load_model(str(tmp_path), new_classes=NEW)
     assert FAMILIES["bert"]
+
+
+def test_a_head_alone_is_learned_among_some_classes_too(tmp_path: Path) -> None:
+    model = load_model(save_bare(tmp_path / "base", "bert"), new_classes=NEW)
+    probe, labels = modality_of(model).probe(model), torch.tensor([0, 1, 1, 0])
+    whole = model(**probe, labels=labels)
+    learn_among(model, NEW[:2])
+    some = model(**probe, labels=labels)
+    assert torch.equal(some.logits, whole.logits)
+    expected = torch.nn.functional.cross_entropy(whole.logits[:, :2], labels)
+    assert float(some.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(some.loss) < float(whole.loss)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(load_model(str(tmp_path / "saved"))), logits_of(model))
