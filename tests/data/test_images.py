@@ -15,8 +15,10 @@ from PIL import Image
 from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
 from forgetless.data.images import MODALITY, ImageReader, ImageRows
+from forgetless.data.mixture import Mixture
 from forgetless.data.modality import load_processor, modality_of, training_batches
 from forgetless.data.packing import IGNORED
+from forgetless.data.settings import AugmentSettings
 from forgetless.data.texts import fingerprint, read_examples
 from forgetless.models.load import head_of, load_model, meta_model
 from tests.images import CLASSES, save_classifier, save_images
@@ -237,3 +239,39 @@ def test_a_base_with_no_processor_is_named(tmp_path: Path) -> None:
     assert head.noun == "an image classifier"
     with pytest.raises(UserError, match="no image processor that can be loaded"):
         load_processor(str(tmp_path))
+
+
+def test_training_images_vary_by_seed_epoch_and_place_alone(base: str, folder: Path) -> None:
+    reader, examples = load_processor(base), load_examples(folder)
+    plain = MODALITY.rows(examples, reader)
+    how = {"augment": AugmentSettings(flip=True, crop=1), "seed": 3}
+    rows, again = (MODALITY.rows(examples, reader, **how) for _ in range(2))
+    assert isinstance(rows, ImageRows)
+    assert rows.fingerprint == again.fingerprint != plain.fingerprint
+
+    def pixels(given: Any) -> list[torch.Tensor]:
+        return [given[index]["pixel_values"] for index in range(len(given))]
+
+    first, still = pixels(rows), pixels(plain)
+    rows.set_epoch(1)
+    second = pixels(rows)
+    Mixture([rows, rows], [1, 1], seed=0).set_epoch(1)
+    assert all(map(torch.equal, second, pixels(rows)))
+    assert all(map(torch.equal, first, reversed([again[n]["pixel_values"] for n in
+        reversed(range(len(again)))])))  # fmt: skip
+    assert not all(map(torch.equal, first, second))
+    assert all(map(torch.equal, still, pixels(plain)))
+    padded = [torch.nn.functional.pad(each, (1, 1, 1, 1)) for each in still]
+    for found, whole in zip([*first, *second], [*padded, *padded], strict=True):
+        side = found.shape[-1]
+        moved = [whole[:, a : a + side, b : b + side] for a in range(3) for b in range(3)]
+        mirrored = [
+            torch.nn.functional.pad(whole[:, 1:-1, 1:-1].flip(-1), (1, 1, 1, 1))[
+                :, a : a + side, b : b + side
+            ]
+            for a in range(3)
+            for b in range(3)
+        ]
+        assert any(torch.equal(found, each) for each in [*moved, *mirrored])
+    batches = MODALITY.batches(str(folder), load_model(base), reader, samples=4, batch_size=4)
+    assert all(any(torch.equal(x, y) for y in still) for x in batches[0]["pixel_values"])

@@ -298,6 +298,9 @@ def test_what_only_a_head_can_answer_is_refused(world: Path) -> None:
         penalty = {"kind": kind, "weight": 1.0, "source": str(world / "pairs.jsonl")}
         (problem,) = check(recipe_of(world, penalties=[penalty]))
         assert problem == f"penalties.0: {kind} asks the base's own head, and this base has none"
+    varied: dict[str, Any] = {"data.augment": {"flip": True}}
+    (problem,) = check(recipe_of(world, **varied))
+    assert problem.startswith("data.augment: is for images, and ")
     (problem,) = check(recipe_of(world, dial={"scales": [0.5]}))
     assert "own head says, and this base has none" in problem
     model = load_model(base, new_classes=CLASSES)

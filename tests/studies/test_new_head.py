@@ -255,6 +255,18 @@ def test_a_run_measures_each_head_and_a_fresh_process_agrees(world: Path, tmp_pa
     assert "own, new = config.own_classes" in card
 
 
+def test_varied_images_are_the_same_after_a_stop(world: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"data.augment": {"flip": True, "crop": 1}, "training.steps": 9}
+    changes["training.checkpoint_every"] = 2
+    recipe = recipe_of(world, **changes)
+    assert check(recipe) == []
+    assert run_id(recipe) != run_id(recipe_of(world, **{**changes, "data.augment": None}))
+    check_stopped(recipe, tmp_path)
+    empty: dict[str, Any] = {"data.augment": {}}
+    with pytest.raises(UserError, match="give flip: true, a crop of so many pixels"):
+        recipe_of(world, **empty)
+
+
 @pytest.mark.parametrize("method", ["pissa", "full"])
 def test_a_stopped_run_comes_to_the_same_weights(method: str, world: Path, tmp_path: Path) -> None:
     recipe = recipe_of(world, method, **{"training.checkpoint_every": 2})

@@ -21,6 +21,7 @@ from forgetless.data.forms import Kind, Record
 from forgetless.data.modality import Batch, Modality, Sample
 from forgetless.data.packing import IGNORED
 from forgetless.data.pictures import converted, open_image
+from forgetless.data.settings import AugmentSettings
 from forgetless.data.texts import SELF, read_examples
 from forgetless.models.load import evaluating, load_image_processor
 
@@ -79,11 +80,20 @@ class ImageRows(torch.utils.data.Dataset[Sample]):
     Args:
         examples: of kind ``image``.
         reader: of the base.
+        augment: how they are varied; None for not at all.
+        seed: of the variations.
     """
 
     several = False
 
-    def __init__(self, examples: Examples, reader: ImageReader) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        reader: ImageReader,
+        augment: AugmentSettings | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.augment, self.seed, self._epoch = augment, seed, 0
         self.records: Sequence[Record] = examples.records
         self.reader = reader
         self._content = examples.fingerprint
@@ -92,12 +102,19 @@ class ImageRows(torch.utils.data.Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Vary the images as in this epoch."""
+        self._epoch = epoch
+
     def __getitem__(self, index: int) -> Sample:
         record, pixels = self.records[index], self._kept.get(index)
         if pixels is None:
             pixels = self.reader.pixels(record["image"])
             if (len(self._kept) + 1) * pixels.nbytes <= KEPT_BYTES:
                 self._kept[index] = pixels
+        if self.augment is not None:
+            draw = random.Random(f"{self.seed} {self._epoch} {index}")
+            pixels = _varied(pixels, self.augment, draw)
         number = self.reader.number(record["label"])
         label = torch.tensor(IGNORED if number is None else number)
         return {"pixel_values": pixels, "labels": label, "lengths": [1]}
@@ -110,7 +127,10 @@ class ImageRows(torch.utils.data.Dataset[Sample]):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the images, their classes and how both are read."""
-        return hashlib.sha256(f"{self._content} {self.reader.fingerprint}".encode()).hexdigest()
+        content = f"{self._content} {self.reader.fingerprint}"
+        if self.augment is not None:
+            content += f" {self.augment.model_dump()} {self.seed}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def join(self, rows: Sequence[Sample]) -> Batch:
         """`pixel_values` (rows, channels, height, width) and `labels` (rows,)."""
@@ -133,6 +153,16 @@ class ImageRows(torch.utils.data.Dataset[Sample]):
                 f"the model cannot read what its image processor makes, {tuple(pixels.shape[1:])} "
                 f"for one image: {problem}"
             ) from None
+
+
+def _varied(pixels: Tensor, how: AugmentSettings, draw: random.Random) -> Tensor:
+    """Pixel values (channels, height, width) mirrored or moved at random."""
+    if how.flip and draw.random() < 0.5:
+        pixels = pixels.flip(-1)
+    height, width = pixels.shape[-2:]
+    top, left = draw.randint(0, 2 * how.crop), draw.randint(0, 2 * how.crop)
+    wide = torch.nn.functional.pad(pixels, (how.crop,) * 4)  # 0 is the processor's mean
+    return wide[:, top : top + height, left : left + width]
 
 
 def _check(examples: Examples, reader: ImageReader) -> None:
@@ -172,11 +202,13 @@ def _rows(
     *,
     max_length: int | None = None,
     pack: bool | Literal["auto"] = "auto",
+    augment: AugmentSettings | None = None,
+    seed: int = 0,
 ) -> ImageRows:
     """Images have no length to be cut at."""
     require_reader(reader, ImageReader, "an image processor", pack)
     reader = _reading(examples, reader)
-    return ImageRows(examples, reader)
+    return ImageRows(examples, reader, augment, seed)
 
 
 def _batches(

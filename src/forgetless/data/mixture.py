@@ -45,7 +45,10 @@ class Mixture(torch.utils.data.Dataset[Sample]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the rows of this epoch from every source."""
+        """Take the rows of this epoch from every source, as each has them then."""
+        for part in self.parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
         self._picked = [(0, row) for row in range(len(self.parts[0]))]
         for source in range(1, len(self.parts)):
             count = self.counts[source]

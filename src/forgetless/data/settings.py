@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from forgetless.core.settings import Count, Section
 
@@ -52,6 +52,24 @@ class CalibrationSettings(Section):
         return [(part["source"], float(part["weight"])) for part in self.source]
 
 
+class AugmentSettings(Section):
+    """How images are varied while training, and never else; the random numbers of an image depend
+    on the seed, the epoch and its place in the data alone.
+
+    ``flip`` mirrors half of them left to right; ``crop`` moves each by up to so many pixels of the
+    size that the model reads, with the mean colour of its processor in what becomes free.
+    """
+
+    flip: bool = False
+    crop: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.flip and not self.crop:
+            raise ValueError("give flip: true, a crop of so many pixels, or leave augment out")
+        return self
+
+
 class DataSettings(Section):
     """The training data, and how its examples become tokens.
 
@@ -59,6 +77,7 @@ class DataSettings(Section):
     ``train`` is one source, or a list of ``{path, weight}`` for replay: the first is the new task,
     of which every example is in every epoch, the others have their exact share of an epoch's rows;
     a ``buffer`` beside the weight is how many of a source's rows are ever seen, drawn by the seed.
+    ``augment`` is for images.
     """
 
     train: Any
@@ -66,6 +85,7 @@ class DataSettings(Section):
     max_length: Annotated[int, Field(ge=2)] = 512
     pack: Any = "auto"
     limit: Count | None = None
+    augment: AugmentSettings | None = None
 
     @field_validator("train")
     @classmethod

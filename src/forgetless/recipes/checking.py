@@ -140,6 +140,8 @@ class Checker:
                 as_kind(recipe.data.format, examples)
             except ValueError as misfit:
                 yield f"data.format: {misfit}"
+            if recipe.data.augment is not None and examples.kind != "image":
+                yield f"data.augment: is for images, and {path} has none; leave it out"
             if examples.kind == "image":
                 classes |= {record["label"] for record in examples}
         if len(classes) == 1 and not failed:

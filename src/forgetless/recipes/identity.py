@@ -133,7 +133,10 @@ def run_id(recipe: Recipe) -> str:
         "seed": recipe.seed,
         "adapter": _adapter_key(recipe.adapter),
         "calibration": alone or inputs or None,
-        "data": {**recipe.data.model_dump(exclude={"train"}), "content": content},
+        "data": {
+            **without_idle(recipe.data.model_dump(exclude={"train"}), {"augment": None}),
+            "content": content,
+        },
         "training": what_decides_a_training(recipe.training),
     }
     if recipe.sequence is not None and recipe.after is not None:

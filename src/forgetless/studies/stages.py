@@ -219,6 +219,8 @@ class Stages:
         """What is trained on, as the base reads it."""
         data, parts = self.recipe.data, []
         how: dict[str, Any] = {"max_length": data.max_length, "pack": data.pack}
+        if data.augment is not None:
+            how |= {"augment": data.augment, "seed": self.recipe.seed}
         for number, (path, _) in enumerate(data.sources):
             examples = load_examples(path, limit=data.limit, kind=data.format)
             is_new = self.new_classes and number == 0
