@@ -6,7 +6,7 @@ DATA has text_classification/ with the folders agnews, amazon, dbpedia and yelp 
 JSON lists of rows with `label` and `sentence`, and wikitext2/ with valid.txt and test.txt. Of each
 set 2,000 rows for training and 500 others for testing are drawn, always the same; DBpedia's from
 its test rows and Yelp's from its training rows, since the other files are missing there. Texts are
-cut at 400 characters. What is to be kept are paragraphs of WikiText-2 (known.jsonl), and what asks
+cut at 240 characters. What is to be kept are paragraphs of WikiText-2 (known.jsonl), and what asks
 for it pairs of two halves of others (pairs.jsonl), each of which is to find the other.
 """
 
@@ -28,7 +28,7 @@ SETS = {
 """Name -> the files for training and for testing; the same file is divided."""
 
 TRAIN, TEST, PAIRS, KNOWN = 2000, 500, 300, 500
-LENGTH = 400
+LENGTH = 240
 """Characters of a text."""
 
 

@@ -177,9 +177,15 @@ def _cells(
 def _sequence(
     folder: Path, chain: Mapping[str, Any], cells: Listed[Listed[Mapping[str, Any]]], part: str
 ) -> dict[str, Any]:
-    """The matrix of one sequence and its metrics, of that part of a score, or else its value."""
-    nothing = math.nan
-    scores = [[cell.get(part, cell.get("value", nothing)) for cell in row] for row in cells]
+    """The matrix of one sequence and its metrics, of that part of a task's score or its value.
+
+    Knowledge has its value in any case: it is asked under a head that learned all of its classes.
+    """
+    scores = [
+        [row[0].get("value", math.nan)]
+        + [cell.get(part, cell.get("value", math.nan)) for cell in row[1:]]
+        for row in cells
+    ]
     higher = [
         next((cell["higher_is_better"] for cell in column if "higher_is_better" in cell), True)
         for column in zip(*cells, strict=True)
