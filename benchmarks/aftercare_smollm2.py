@@ -111,11 +111,17 @@ def definition(skill: str, base: Path, source: Path, out: Path, *, tiny: bool) -
         "base": str(base.resolve()),
         "adapter": {"method": "lora", "rank": 16, "alpha": 16},
         "calibration": {"source": own, "samples": 64, "max_length": 128},
-        "data": {"train": str(train), "max_length": 256},
+        "data": {"train": str(train), "max_length": 256, "chat_template": "off"},
         "training": {"steps": 2 if tiny else 20, "batch_size": 8, "learning_rate": 3e-3},
         "tasks": {
             "learning": [
-                {"kind": "perplexity", "name": skill, "path": str(test), "limit": limit["held"]}
+                {
+                    "kind": "perplexity",
+                    "name": skill,
+                    "path": str(test),
+                    "limit": limit["held"],
+                    "chat_template": "off",
+                }
             ],
             "forgetting": [
                 {"kind": "kl", "path": str(kept), "limit": limit["wikitext"]},

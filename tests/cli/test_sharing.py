@@ -83,19 +83,17 @@ def test_a_chat_template_opens_the_answer_and_begins_once(
         "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"
     )
-    asked: list[str] = []
+    asked: list[tuple[str, bool]] = []
 
     def answers(model: Any, tokenizer: Any, prompts: list[str], **how: Any) -> list[str]:
-        asked.extend(prompts)
+        asked.extend((prompt, how["rendered"]) for prompt in prompts)
         return ["x"]
 
     monkeypatch.setattr(sharing, "generate", answers)
     assert pair.answers("hi", 4, system="brief") == ("x", "x")
-    first = pair.tokenizer(asked[0])["input_ids"]
-    assert asked[0].endswith("s:brief;u:hi;a:")
-    assert first.count(pair.tokenizer.bos_token_id) == 1
+    assert asked == [("<s>s:brief;u:hi;a:", True)] * 2
     pair.answers("hi", 4, template="off")
-    assert asked[-1] == "hi"
+    assert asked[-1] == ("hi", False)
 
 
 class Hub:

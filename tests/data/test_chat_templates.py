@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import unicodedata
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +20,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from forgetless.core.errors import UserError
-from forgetless.data.chat import TODAY, Chat
+from forgetless.data.chat import TODAY, Chat, opened
+from forgetless.data.encoding import encode
 from forgetless.data.examples import from_rows, load_examples
 from forgetless.data.packing import IGNORED
 from forgetless.data.tokens import tokenize
@@ -275,6 +277,38 @@ def test_what_comes_before_an_answer_is_tokenised_as_at_generation(
     prompt = Chat(tokenizer).render(messages[:first], opening=True)
     start = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
     assert row["input_ids"][:start] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_with_its_answer_is_a_conversation(name: str, system: str | None) -> None:
+    tokenizer = speaker(FAMILIES[name])
+    pair = from_rows([("line 7", {"prompt": "Hello? ", "completion": " Hi."})], "pairs.jsonl")
+    asked = replace(pair, system=system)
+    if system and not FAMILIES[name].system:
+        with pytest.raises(UserError, match=r"pairs\.jsonl, line 7: .*refuses"):
+            tokenize(asked, tokenizer)
+        return
+    found = list(tokenize(asked, tokenizer))
+    before = [] if system is None else [SYSTEM]
+    assert found == rows(tokenizer, [*before, ASK, ANSWER])
+    start = next(i for i, label in enumerate(found[0]["labels"]) if label != IGNORED)
+    if name != "deepseek_r1_distill":  # whose generation prompt opens thoughts
+        prompt = opened(tokenizer, "Hello? ", system)
+        assert found[0]["input_ids"][:start] == encode(tokenizer, [prompt], rendered=True)[0]
+    plain = list(tokenize(replace(pair, chat_template="off"), tokenizer))
+    assert tokenizer.decode(plain[0]["input_ids"]).removeprefix("<s>").startswith("Hello?  Hi.")
+
+
+def test_without_a_template_pairs_stay_and_no_system_prompt_is_said() -> None:
+    tokenizer = speaker(FAMILIES["qwen2_5"])
+    pair = from_rows([("line 7", {"prompt": "Hello?", "completion": " Hi."})], "pairs.jsonl")
+    off = list(tokenize(replace(pair, chat_template="off"), tokenizer))
+    with pytest.raises(UserError, match="a system prompt needs a chat template"):
+        tokenize(replace(pair, chat_template="off", system="Be brief."), tokenizer)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    assert list(tokenize(pair, tokenizer)) == off
 
 
 MARKED = [name for name in FAMILIES if (TEMPLATES / f"{name}_training.jinja").is_file()]

@@ -19,6 +19,7 @@ from forgetless.tasks import TaskResult, make_task
 from forgetless.tasks.generate import ExactMatch, normalised
 from forgetless.tasks.multiple_choice import MultipleChoice, choice_scores
 from forgetless.tasks.perplexity import Perplexity
+from tests.tiny import tokenizer as tiny_tokenizer
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
@@ -186,7 +187,8 @@ def says(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def scores_of(path: Path, tokenizer: Any = None, **settings: Any) -> list[float]:
-    found = ExactMatch(path, **settings).evaluate(Says(), tokenizer)
+    words = tiny_tokenizer() if tokenizer is None else tokenizer
+    found = ExactMatch(path, **settings).evaluate(Says(), words)
     return [item.score for item in found.items]
 
 

@@ -111,18 +111,26 @@ def data(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Training data, as in data.train.")],
     count: Annotated[int, typer.Option("--examples", min=1, help="How many to show.")] = 3,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of the longest example.")] = 512,
+    chat_template: Annotated[
+        str, typer.Option(help="auto, or off for prompts and answers as they stand.")
+    ] = "auto",
+    system: Annotated[str | None, typer.Option(help="A system prompt before each of them.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show examples as a base meets them: its tokens, and which of them are learned."""
+    from forgetless.core.settings import validated
     from forgetless.data.examples import load_examples
     from forgetless.data.modality import modality_of
+    from forgetless.data.settings import DataSettings
     from forgetless.data.shown import shown, template_of
 
     hush()
     modality = modality_of(base)
     if modality.loss_task != "perplexity":
         raise UserError(f"base {base!r} is no language model; its data has no tokens to learn")
-    tokenizer, examples = modality.load_processor(base, weights=False), load_examples(file)
+    given = {"train": file, "chat_template": chat_template, "system": system}
+    examples = load_examples(file, **validated(DataSettings, given, "data").reading)
+    tokenizer = modality.load_processor(base, weights=False)
     found = shown(examples, tokenizer, count, max_length)
     if as_json:
         print_json([asdict(example) for example in found])

@@ -109,12 +109,20 @@ def _recipe(path: str, changes: list[str] | None) -> Recipe:
 def _say_check(path: str, recipe: Recipe) -> None:
     """Say that nothing is wrong, or raise all that is."""
     from forgetless.core.errors import RecipeError
+    from forgetless.data.examples import load_examples
+    from forgetless.data.modality import modality_of
+    from forgetless.data.shown import template_of
     from forgetless.recipes.checking import check
     from forgetless.recipes.identity import run_id
 
     if problems := check(recipe):
         raise RecipeError(path, problems)
     print(f"{path}: no problems; the run would be {run_id(recipe)}")
+    modality = modality_of(recipe.base)
+    if modality.own_texts is not None:  # of what is no text there is nothing to say
+        first = load_examples(recipe.data.sources[0][0], **{**recipe.data.reading, "limit": 1})
+        told = template_of(first, modality.load_processor(recipe.base, weights=False))
+        print(f"{first.source}: {told}")
 
 
 def study(

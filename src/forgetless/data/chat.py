@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from itertools import pairwise
@@ -31,7 +31,9 @@ from forgetless.data.packing import IGNORED, TokenRow
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PLAIN_CHAT_TEMPLATE", "THOUGHTS", "Chat", "is_learned"]
+    from forgetless.data.examples import Examples
+
+__all__ = ["PLAIN_CHAT_TEMPLATE", "THOUGHTS", "Chat", "as_chat", "is_learned", "opened"]
 
 T = TypeVar("T")
 Message = Mapping[str, Any]
@@ -264,6 +266,46 @@ class Chat:
             ids = ids + found[0]
             offsets += [(start + a, start + b) for a, b in found[1]]
         return ids, offsets
+
+
+def as_chat(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """Prompts with completions as conversations of the user's turn and the assistant's.
+
+    So a chat model is trained, measured and calibrated as it will be asked. Examples of another
+    kind stay as they are, and so do all where their `chat_template` is "off" or the tokenizer has
+    none of its own. The space around a prompt and a completion is the template's to give.
+
+    Raises:
+        UserError: a system prompt that no template can say.
+    """
+    if examples.kind != "prompt_completion":
+        return examples
+    if examples.chat_template == "off" or not Chat(tokenizer).is_own:
+        if examples.system is not None:
+            raise UserError(
+                "a system prompt needs a chat template: that of the base is off, or it has none"
+            )
+        return examples
+    before = [] if examples.system is None else [{"role": "system", "content": examples.system}]
+    records = [
+        {
+            "messages": [
+                *before,
+                {"role": "user", "content": record["prompt"].strip()},
+                {"role": "assistant", "content": record["completion"].strip()},
+            ]
+        }
+        for record in examples
+    ]
+    return replace(examples, kind="messages", records=records)
+
+
+def opened(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> str:
+    """A prompt, by the tokenizer's chat template, up to where the assistant answers."""
+    turns = [{"role": "user", "content": prompt.strip()}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    return Chat(tokenizer).render(turns, opening=True)
 
 
 def is_learned(message: Message) -> bool:

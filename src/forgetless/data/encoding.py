@@ -16,13 +16,21 @@ Span = tuple[int, int]
 _BEFORE = ("", "\n", ".", "a", "1")
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, rendered: bool = False
+) -> list[list[int]]:
     """Token ids of each text with the tokenizer's own beginning, without an end that it adds.
 
-    A text that was rendered with its special tokens already begins once.
+    A text with that beginning begins once. Texts that were ``rendered`` by the tokenizer's chat
+    template have all of their special tokens, and get no others.
     """
     if not texts:
         return []
+    if rendered:
+        ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        return ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     added = tokenizer("", verbose=False)["input_ids"]
     begins = bos is not None and added[:1] == [bos]

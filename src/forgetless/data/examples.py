@@ -7,7 +7,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import datasets
 
 
+ChatTemplate = Literal["auto", "off"]
+
+
 @dataclass(frozen=True)
 class Examples:
     """Checked training examples of one kind.
@@ -34,6 +37,9 @@ class Examples:
         places: of each record in the source (``"line 7"``), for messages; empty for its number.
         labels: what lies beside a ``text`` as its ``label``, or None; a text classifier learns it,
             and a language model does not see it.
+        chat_template: whether prompts with completions go through the tokenizer's chat template
+            where it has one, or stay as they are; see `forgetless.data.chat.as_chat`.
+        system: what is said before each of them then.
     """
 
     kind: Kind
@@ -41,6 +47,8 @@ class Examples:
     source: str
     places: Sequence[str] = ()
     labels: Sequence[Any] = ()
+    chat_template: ChatTemplate = "auto"
+    system: str | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -117,7 +125,12 @@ def _confusable(labels: Sequence[str | int], places: Sequence[str]) -> str | Non
 
 
 def load_examples(
-    path: str | Path, *, limit: int | None = None, kind: Kind | Literal["auto"] = "auto"
+    path: str | Path,
+    *,
+    limit: int | None = None,
+    kind: Kind | Literal["auto"] = "auto",
+    chat_template: ChatTemplate = "auto",
+    system: str | None = None,
 ) -> Examples:
     """The training examples of a file, checked row by row.
 
@@ -132,6 +145,8 @@ def load_examples(
         limit: read no more than the first rows.
         kind: what the examples have to be; prompts with completions can be read as ``text``, in
             which every token is learned.
+        chat_template: see `Examples`.
+        system: likewise.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -140,7 +155,7 @@ def load_examples(
             are.
     """
     examples = from_rows(read_rows(path, limit=limit), source=str(path))
-    return as_kind(kind, examples)
+    return replace(as_kind(kind, examples), chat_template=chat_template, system=system)
 
 
 def source_hash(source: str, fingerprint: Callable[[str], str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.data.batches import TokenRows
-from forgetless.data.chat import Chat
+from forgetless.data.chat import Chat, as_chat
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.forms import TEXTS
 from forgetless.data.modality import Batch, Modality
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def _check(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise what is no text, or what the tokenizer's chat template has against conversations."""
     require_kind(examples, TEXTS)
+    examples = as_chat(examples, tokenizer)
     if examples.kind == "messages":
         Chat(tokenizer).check([record["messages"] for record in examples], examples.where)
 

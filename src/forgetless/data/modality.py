@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forgetless.core.errors import UserError
-from forgetless.data.examples import Examples, load_examples
+from forgetless.data.examples import ChatTemplate, Examples, load_examples
 from forgetless.data.forms import Kind
 from forgetless.models.load import HEADS, head_of
 
@@ -167,6 +167,8 @@ def training_batches(
     batch_size: int = 8,
     limit: int | None = None,
     kind: Kind | Literal["auto"] = "auto",
+    chat_template: ChatTemplate = "auto",
+    system: str | None = None,
     seed: int = 0,
 ) -> list[Batch]:
     """Batches of training data as training sees it: one sequence a row, labels on what is learned.
@@ -180,6 +182,8 @@ def training_batches(
         batch_size: sequences a batch; sequences of similar length go together.
         limit: read no more than the first rows of the file.
         kind: see `forgetless.data.load_examples`.
+        chat_template: likewise.
+        system: likewise.
         seed: decides which sequences are drawn.
 
     Returns:
@@ -189,7 +193,8 @@ def training_batches(
         FileNotFoundError: there is no such file.
         UserError: a broken file, or nothing to learn within `max_length`.
     """
-    examples = load_examples(path, limit=limit, kind=kind)
+    how: dict[str, Any] = {"kind": kind, "chat_template": chat_template, "system": system}
+    examples = load_examples(path, limit=limit, **how)
     rows = modality_of(model).rows(examples, processor, max_length=max_length, pack=False)
     drawn = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))
     return [rows.join(part) for part in longest_first([rows[index] for index in drawn], batch_size)]

@@ -77,6 +77,8 @@ class DataSettings(Section):
     ``train`` is one source, or a list of ``{path, weight}`` for replay: the first is the new task,
     of which every example is in every epoch, the others have their exact share of an epoch's rows;
     a ``buffer`` beside the weight is how many of a source's rows are ever seen, drawn by the seed.
+    Prompts with completions go through the base's chat template where it has one, after the words
+    of ``system`` if there are any; with ``chat_template`` ``off`` they stay as they are.
     ``augment`` is for images.
     """
 
@@ -86,6 +88,18 @@ class DataSettings(Section):
     pack: Any = "auto"
     limit: Count | None = None
     augment: AugmentSettings | None = None
+    chat_template: Literal["auto", "off"] = "auto"
+    system: str | None = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How a source is read: arguments of `forgetless.data.load_examples`."""
+        return {
+            "limit": self.limit,
+            "kind": self.format,
+            "chat_template": self.chat_template,
+            "system": self.system,
+        }
 
     @field_validator("train")
     @classmethod

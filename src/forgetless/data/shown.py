@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from forgetless.core.errors import UserError
-from forgetless.data.chat import Chat
+from forgetless.data.chat import Chat, as_chat
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.forms import TEXTS
 from forgetless.data.packing import IGNORED
@@ -89,6 +89,6 @@ def _pieces(
 
 def template_of(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the examples are put into, in words."""
-    if examples.kind != "messages":
+    if as_chat(examples, tokenizer).kind != "messages":
         return "as they are, no chat template"
     return "by the tokenizer's chat template" if Chat(tokenizer).is_own else "by a plain template"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from forgetless.core.errors import UserError, unknown
 from forgetless.core.progress import counted
-from forgetless.data.chat import Chat
+from forgetless.data.chat import Chat, as_chat
 from forgetless.data.encoding import encode, ended
 from forgetless.data.examples import Examples, from_rows, require_kind
 from forgetless.data.files import read_rows, require_counts, source_and_classes
@@ -75,8 +75,9 @@ def batches(
     """Batches of tokens of the knowledge to keep.
 
     Raw text, and prompts without answers, are joined end to end, each text closed by the
-    end-of-text token, and cut into windows of `max_length` tokens. Prompts with completions and
-    conversations are one sequence each, cut off at `max_length`.
+    end-of-text token, and cut into windows of `max_length` tokens. Prompts with completions, by
+    the tokenizer's chat template where it has one, and conversations are one sequence each, cut off
+    at `max_length`.
 
     Args:
         source: "self" for text sampled from the base, "pocket:knowledge" for the facts of the
@@ -198,7 +199,8 @@ def _windows(
         texts = [record["text"] for record in examples]
         windows = _joined(texts, tokenizer, samples, max_length, draw)
     else:
-        chosen = draw.sample(list(examples), min(samples, len(examples)))
+        asked = list(as_chat(examples, tokenizer))
+        chosen = draw.sample(asked, min(samples, len(asked)))
         windows = [_sequence(record, tokenizer)[:max_length] for record in chosen]
     windows = [window for window in windows if window]
     if not windows:

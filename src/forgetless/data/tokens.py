@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from forgetless.core.errors import UserError
-from forgetless.data.chat import Chat
+from forgetless.data.chat import Chat, as_chat
 from forgetless.data.encoding import continuation, encode, ended
 from forgetless.data.examples import Examples
 from forgetless.data.files import optional_package
@@ -27,8 +27,9 @@ def tokenize(
 ) -> datasets.Dataset:
     """Token ids and labels of every example; labels are IGNORED where nothing is learned.
 
-    Prompt and completion are joined as they stand and the completion ends in the end-of-sequence
-    token; of `messages` the assistant's turns are learned (`data.chat`). What is longer than
+    Prompt and completion go through the tokenizer's chat template (`data.chat.as_chat`). Without
+    one they are joined as they stand, and the completion ends in the end-of-sequence token. Of
+    `messages` the assistant's turns are learned (`data.chat`). What is longer than
     `max_length` loses its end, so the beginning of the answer stays; an example whose prompt alone
     fills `max_length` has nothing to learn and is left out. Warnings count both. Raw text loses
     nothing: it is cut into blocks.
@@ -52,6 +53,7 @@ def tokenize(
     """
     if max_length < 2:
         raise UserError(f"max_length must be 2 or more, got {max_length}")
+    examples = as_chat(examples, tokenizer)
     if examples.kind == "text":
         texts = encode(tokenizer, [record["text"] for record in examples])
         documents = [ended(tokenizer, ids) for ids in texts]

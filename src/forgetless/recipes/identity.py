@@ -54,6 +54,10 @@ def weights_hash(folder: str | Path, more: Set[str] = frozenset()) -> str:
     return files_hash((f for f in folder.iterdir() if f.suffix in endings), folder)
 
 
+_AS_USUAL = {"augment": None, "chat_template": "auto", "system": None}
+"""Settings of data that are not in an id where they are these."""
+
+
 def _data_hash(path: str) -> str:
     return source_hash(path, _fingerprint)
 
@@ -81,8 +85,10 @@ def input_keys(recipe: Recipe, *more: str) -> dict[str, dict[str, Any]]:
         **without_idle(settings, {"skip_first": 0}),
         **({"head": recipe.adapter.head} if recipe.adapter.has_new_head else {}),
     }
+    said = recipe.data.model_dump(include={"chat_template", "system"})
     data_as_text: dict[str, Any] = {
         **({"format": "text"} if recipe.data.format == "text" else {}),
+        **without_idle(said, _AS_USUAL),
         "data": _data_hash(recipe.data.sources[0][0]),
         "max_length": recipe.data.max_length,
         "limit": recipe.data.limit,
@@ -134,7 +140,7 @@ def run_id(recipe: Recipe) -> str:
         "adapter": _adapter_key(recipe.adapter),
         "calibration": alone or inputs or None,
         "data": {
-            **without_idle(recipe.data.model_dump(exclude={"train"}), {"augment": None}),
+            **without_idle(recipe.data.model_dump(exclude={"train"}), _AS_USUAL),
             "content": content,
         },
         "training": what_decides_a_training(recipe.training),

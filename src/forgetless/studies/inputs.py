@@ -137,7 +137,7 @@ class Collecting:
         with the same text only.
         """
         settings = self.calibration
-        counts = {"samples": settings.samples, "batch_size": settings.batch_size}
+        counts: dict[str, Any] = {"samples": settings.samples, "batch_size": settings.batch_size}
         if source == DATA:
             data, has_new = self._training_data(), self.adapter.has_new_head
             return training_batches(
@@ -145,8 +145,7 @@ class Collecting:
                 model,
                 processor.under("new") if has_new else processor,
                 max_length=data.max_length,
-                limit=data.limit,
-                kind=data.format,
+                **data.reading,
                 seed=self.seed,
                 **counts,
             )

@@ -222,7 +222,7 @@ class Stages:
         if data.augment is not None:
             how |= {"augment": data.augment, "seed": self.recipe.seed}
         for number, (path, _) in enumerate(data.sources):
-            examples = load_examples(path, limit=data.limit, kind=data.format)
+            examples = load_examples(path, **data.reading)
             is_new = self.new_classes and number == 0
             reader = self.processor.under("new") if is_new else self.processor
             parts.append(self.modality.rows(examples, reader, **how))

@@ -45,6 +45,9 @@ class ExactMatch(Generating):
         normalise: compare without case, articles, and punctuation around words.
         stop: the text that ends an answer.
         max_new_tokens: length of an answer.
+        chat_template: auto for the tokenizer's own, where it has one: the prompt is then what the
+            user says; or off.
+        system: what is said before each prompt, by the template.
         name: of the task.
         limit: the first so many questions only.
 
@@ -66,9 +69,12 @@ class ExactMatch(Generating):
     max_new_tokens: int = 32
     name: str = "generate"
     limit: int | None = None
+    chat_template: str = "auto"
+    system: str | None = None
 
     def problems(self) -> Iterable[str | None]:
         """Of every setting."""
+        yield from super().problems()
         yield file_problem(self.path)
         yield prompt_problem(self.prompt)
         if self.pattern is not None:
@@ -109,7 +115,8 @@ class ExactMatch(Generating):
     def content(self) -> Sequence[object]:
         """The prompts, the accepted answers, and how answers are read."""
         asked = [[prompt, *accepted] for prompt, accepted in self._asked]
-        return asked, [self.pattern, self.normalise, self.stop, self.max_new_tokens]
+        how = [self.pattern, self.normalise, self.stop, self.max_new_tokens]
+        return asked, how, *self.said("auto")
 
     def questions(self) -> Sequence[Item]:
         """The questions, each with its accepted answers."""

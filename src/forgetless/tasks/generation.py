@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
-from forgetless.data.chat import Chat
 from forgetless.data.encoding import encode
 from forgetless.models.load import base_of, evaluating
 from forgetless.models.text import positions_of
@@ -31,30 +30,10 @@ from forgetless.tasks.inference import (
 from forgetless.tasks.journal import in_batches
 from forgetless.tasks.sampling import Sampling
 
-__all__ = ["chat_prompt", "generate"]
+__all__ = ["generate"]
 
 # Steps between two looks for a longer stop, each of which decodes all that was written.
 _LOOK = 8
-
-
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> str:
-    """A prompt for `generate`, by the tokenizer's chat template where it has one.
-
-    Raises:
-        UserError: a system prompt without a template.
-    """
-    chat = Chat(tokenizer)
-    if not chat.is_own:
-        if system is not None:
-            raise UserError("a system prompt needs a chat template, and the tokenizer has none")
-        return prompt
-    turns = [{"role": "user", "content": prompt}]
-    if system is not None:
-        turns.insert(0, {"role": "system", "content": system})
-    text = chat.render(turns, opening=True)
-    begin = tokenizer.bos_token
-    puts_it = begin and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(begin) if puts_it else text
 
 
 def generate(
@@ -66,6 +45,7 @@ def generate(
     stop: str | Sequence[str] = "\n",
     batch_size: int | None = None,
     sampling: Sampling | None = None,
+    rendered: bool = False,
 ) -> list[str]:
     """The most probable continuation of each prompt, token by token, in the order of the prompts.
 
@@ -83,13 +63,14 @@ def generate(
         stop: a text, usually the newline, or several of which the first that comes ends it.
         batch_size: prompts at once; None for as many as `rows_with_cache` says, 32 to 256.
         sampling: draw each token instead of taking the most probable one.
+        rendered: the prompts were rendered by the tokenizer's chat template, see `encode`.
 
     Raises:
         UserError: not a causal language model; a prompt that does not fit with its answer; or
             logits that are nan.
     """
     require_causal(model)
-    rows = encode(tokenizer, prompts)
+    rows = encode(tokenizer, prompts, rendered=rendered)
     _check_room(model, rows, max_new_tokens)
     ends = _end_ids(model, tokenizer)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)

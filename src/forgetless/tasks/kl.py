@@ -46,6 +46,9 @@ class KL(TextTask):
         name: of the task.
         limit: read the first so many prompts only; of the pocket world's facts, so many evenly
             spread ones.
+        chat_template: off for prompts as they stand; otherwise they are what the user says, by the
+            tokenizer's chat template where it has one.
+        system: what is said before each of them, by the template.
         max_length: longer texts are cut into pieces of so many tokens, which are read apart; less
             where the model's context is shorter.
 
@@ -66,6 +69,8 @@ class KL(TextTask):
     name: str = "kl"
     limit: int | None = None
     max_length: int = 256
+    chat_template: str = "auto"
+    system: str | None = None
 
     def problems(self) -> Iterable[str | None]:
         """Of every setting."""
@@ -73,7 +78,7 @@ class KL(TextTask):
 
     def content(self) -> Sequence[object]:
         """The texts and where they are cut."""
-        return self.examples.fingerprint, self.max_length
+        return self.examples.fingerprint, self.max_length, *self.said("auto")
 
     def measure(
         self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
@@ -85,9 +90,12 @@ class KL(TextTask):
         if self.examples.kind == "messages":
             whole = tokenize(self.examples, tokenizer, max_length=sys.maxsize, pack=False)
             rows: list[list[int]] = list(whole["input_ids"])
+        elif self.examples.kind == "text":
+            rows = encode(tokenizer, [record["text"] for record in self.examples])
         else:
-            key = "text" if self.examples.kind == "text" else "prompt"
-            rows = encode(tokenizer, [record[key] for record in self.examples])
+            asked = [record["prompt"] for record in self.examples]
+            prompts, rendered = self.opened(asked, tokenizer)
+            rows = encode(tokenizer, prompts, rendered=rendered)
         length = min(self.max_length, positions_of(model) or self.max_length)
         pieces = distances(
             model, rows, max_length=length, reference=reference, batch_size=batch_size

@@ -32,11 +32,16 @@ class Perplexity(TextTask):
     token; lower is better. An item is a document; its score is its own mean loss, its weight its
     number of tokens. A single long document has its windows as items.
 
+    Prompts with completions go through the tokenizer's chat template, where it has one, as in
+    training.
+
     Attributes:
         path: a file that `forgetless.data.load_examples` reads, or a text of the pocket world.
         name: of the task.
         limit: read the first so many examples only; of a single document, so many windows.
         max_length: tokens that the model sees at once; less where its context is shorter.
+        chat_template: off for prompts and completions as they stand.
+        system: what is said before each of them, by the template.
         stride: tokens by which windows of a longer document move on; None for half a window.
             Smaller is slower and gives each token more context.
 
@@ -52,6 +57,8 @@ class Perplexity(TextTask):
     limit: int | None = None
     max_length: int = 512
     stride: int | None = None
+    chat_template: str = "auto"
+    system: str | None = None
 
     def problems(self) -> Iterable[str | None]:
         """Of every setting."""
@@ -72,7 +79,8 @@ class Perplexity(TextTask):
     def content(self) -> Sequence[object]:
         """The texts and the window."""
         windows = [] if self._windows is None else [{"windows": self._windows}]
-        return self.examples.fingerprint, self.max_length, self.stride, *windows
+        said = self.said("auto")
+        return self.examples.fingerprint, self.max_length, self.stride, *windows, *said
 
     def measure(
         self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from forgetless.tasks.base import Item, Task, TaskResult
+from forgetless.tasks.asking import Asking
+from forgetless.tasks.base import Item, TaskResult
 from forgetless.tasks.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Generating"]
 
 
-class Generating(Task):
+class Generating(Asking):
     """A task whose questions may be answered several times.
 
     Attributes:
@@ -47,10 +48,13 @@ class Generating(Task):
         # Imports torch, which naming and checking a task does not need.
         from forgetless.tasks.generation import generate
 
+        asked = [item.prompt for item in self.questions() for _ in range(samples)]
+        prompts, rendered = self.opened(asked, tokenizer)
         texts = generate(
             model,
             tokenizer,
-            [item.prompt for item in self.questions() for _ in range(samples)],
+            prompts,
+            rendered=rendered,
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
             batch_size=batch_size,

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from forgetless.core.errors import unknown
 from forgetless.core.metrics import mean_stderr
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.forms import TEXTS
 from forgetless.data.texts import POCKET_TEXTS, read_examples
-from forgetless.tasks.base import Item, Task, whole_number
+from forgetless.tasks.asking import Asking
+from forgetless.tasks.base import Item, whole_number
 
 if TYPE_CHECKING:
     from forgetless.tasks.base import Tokenizer
@@ -30,7 +32,7 @@ LARGEST_LOSS = 700.0
 _HEAD, _BEGINNING = 48, 100
 
 
-class TextTask(Task):
+class TextTask(Asking):
     """A task over the examples of a file, or over a text of the pocket world.
 
     Attributes:
@@ -52,13 +54,15 @@ class TextTask(Task):
         elif not Path(self.path).exists():
             yield f"no such file: {self.path}"
         yield whole_number("limit", self.limit, optional=True)
+        yield from super().problems()
 
     @cached_property
     def examples(self) -> Examples:
         """What the task reads."""
         found = read_examples(self.path, self.limit)
         require_kind(found, TEXTS)
-        return found
+        said: Any = {"chat_template": self.chat_template, "system": self.system}
+        return replace(found, **said)
 
 
 class Piece(NamedTuple):

@@ -28,7 +28,8 @@ from forgetless.core.files import lock, new_folder, remove
 from forgetless.data.modality import Processor, load_processor, modality_of
 from forgetless.models.load import adapter_off, load_model, load_tuned
 from forgetless.studies.folder import RunFolder
-from forgetless.tasks.generation import chat_prompt, generate
+from forgetless.tasks.asking import as_asked
+from forgetless.tasks.generation import generate
 
 UPLOADED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "README.md")
 """What an adapter's repository holds; nothing else that lies in the folder is uploaded."""
@@ -99,17 +100,14 @@ class Pair:
         """
         if template not in ("auto", "off"):
             raise unknown("template", template, ("auto", "off"))
-        if template == "auto":
-            prompt = chat_prompt(self.tokenizer, prompt, system)
-        elif system is not None:
-            raise UserError("a system prompt needs the chat template; leave --template off out")
+        prompts, rendered = as_asked([prompt], self.tokenizer, template, system)
         off: AbstractContextManager[None] = nullcontext()
         if isinstance(self.model, PeftModel):
             off = adapter_off(self.model)
-        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": ()}
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": (), "rendered": rendered}
         with off:
-            (before,) = generate(self.base or self.model, self.tokenizer, [prompt], **how)
-        (after,) = generate(self.model, self.tokenizer, [prompt], **how)
+            (before,) = generate(self.base or self.model, self.tokenizer, prompts, **how)
+        (after,) = generate(self.model, self.tokenizer, prompts, **how)
         return before.strip(), after.strip()
 
 
