@@ -33,6 +33,7 @@ from forgetless.core.metrics import mean_stderr, paired_difference
 from forgetless.data.files import read_rows
 from forgetless.data.modality import load_processor, modality_of
 from forgetless.models.load import load_model
+from forgetless.studies.folder import planned
 from forgetless.studies.study import study
 from tables import markdown
 
@@ -173,7 +174,7 @@ def definition(skill: str, base: Path, source: Path, out: Path, *, tiny: bool) -
 def results(folder: Path, skill: str) -> list[dict[str, Any]]:
     """One row a run, setting and task: the score, its change from the base and from training."""
     rows: list[dict[str, Any]] = []
-    for run in [folder / run_id for run_id in read_json(folder / "runs.json")["runs"]]:
+    for run in [each.path for each in planned(folder)]:
         places = {"base": run / "items/base", "trained": run / "items/final"}
         if (run / "aftercare.json").exists():
             for label in read_json(run / "aftercare.json")["scored"]:
