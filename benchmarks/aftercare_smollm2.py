@@ -39,7 +39,10 @@ from tables import markdown
 
 RATES = {"gsm8k": [3e-3, 1e-2], "code": [1e-2]}
 """Skill -> the rates of plain LoRA that is repaired and turned down; on GSM8K one that learns and
-one that overshoots. The first is that of the arms with replay or KL; a third of it is tried too."""
+one that overshoots. The first is that of the arms with replay or KL."""
+
+LOWER = {"gsm8k": [1e-3], "code": []}
+"""Rates at which plain LoRA is trained instead."""
 
 NULL_RATE = 1e-2
 """Of `lora_null_v2`, which needs a higher one than plain LoRA."""
@@ -153,7 +156,7 @@ def definition(skill: str, base: Path, source: Path, out: Path, *, tiny: bool) -
         for rate in (first, *others)
     }
     changes |= {
-        f"lora at {first / 3:g}": {"training.learning_rate": first / 3},
+        **{f"lora at {rate:g}": {"training.learning_rate": rate} for rate in LOWER[skill]},
         "lora with replay": {"training.learning_rate": first, "data.train": replay},
         "lora with KL": {
             "training.learning_rate": first,

@@ -118,7 +118,9 @@ def test_help_answers_without_torch() -> None:
 
 
 def test_no_command_is_help(forgetless: Any) -> None:
-    assert forgetless().out == forgetless("--help").out != ""
+    assert forgetless().out == forgetless("--help").out == forgetless("-h").out != ""
+    assert forgetless("run", "-h").out == forgetless("run", "--help").out != ""
+    assert "--install-completion" in forgetless("-h").out
 
 
 def test_version(forgetless: Any) -> None:

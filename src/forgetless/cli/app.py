@@ -20,7 +20,7 @@ _TOGETHER = ("run", "train", "stats")
 app = typer.Typer(
     name="forgetless",
     help="Fine-tune with low-rank adapters, keep what the model knew, and measure both.",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
