@@ -82,6 +82,13 @@ def test_pairs_train_as_the_conversations_they_are(world: dict[str, Path], tmp_p
     assert len({run_id(asked) for asked in (recipe(world), off, system)}) == 3
 
 
+def test_a_system_prompt_that_nothing_can_say_is_told_before(world: dict[str, Path]) -> None:
+    off = {"data.chat_template": "off", "data.system": "Count."}
+    for asked in (recipe(world, **off), recipe(world, base=world["plain"], **{"data.system": "x"})):
+        (problem,) = check(asked)
+        assert "data.train: a system prompt needs a chat template" in problem
+
+
 def test_what_is_kept_and_the_new_task_are_read_by_the_template_too(
     world: dict[str, Path],
 ) -> None:

@@ -37,8 +37,8 @@ POCKET_TEXTS = {
 }
 """The texts of the pocket world, and what they are."""
 
-POCKET_PICTURES = (
-    *("pocket:digits", "pocket:shapes", "pocket:letters", "pocket:patterns", "pocket:pictures"),
+POCKET_PICTURES = tuple(
+    f"pocket:{domain}" for domain in ("digits", "shapes", "letters", "patterns", "pictures")
 )
 """Its images for training, ten classes each and all forty; with ``:test`` those for testing."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from forgetless.adapters.settings import AdapterSettings, OPLoRA, Ties
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import with_overrides
-from forgetless.data.examples import as_kind, load_examples, require_kind
+from forgetless.data.examples import ChatTemplate, as_kind, load_examples, require_kind
 from forgetless.data.modality import load_processor, modality_of, new_classes
 from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF, fingerprint, read_examples
@@ -153,14 +154,21 @@ class Checker:
         if problem is None:
             head = recipe.adapter.head
             new = recipe.data.sources[0][0] if recipe.adapter.has_new_head else None
-            _, problem = self._attempt(self._require_readable, recipe.base, path, new, head)
+            said = recipe.data.chat_template, recipe.data.system
+            _, problem = self._attempt(self._require_readable, recipe.base, path, new, head, said)
         return examples, problem
 
     def _require_readable(
-        self, base: str, path: str, new: str | None, head: str | Sequence[str]
+        self,
+        base: str,
+        path: str,
+        new: str | None,
+        head: str | Sequence[str],
+        said: tuple[ChatTemplate, str | None],
     ) -> None:
-        """Raise what the base's processor has against a file's examples."""
+        """Raise what the base's processor has against a file's examples, ``said`` by a template."""
         examples, _ = self._attempt(load_examples, path)
+        examples = replace(examples, chat_template=said[0], system=said[1])
         processor = self._processor(base, new, head)
         if processor is None:
             return
