@@ -53,7 +53,7 @@ def main() -> None:
         long = [line.strip() for line in lines if len(line) >= 2 * LENGTH]
         drawn = random.Random(0).sample(long, min(count, len(long)))
         if file == "valid":
-            write_jsonl(given.out / "known.jsonl", [{"sentence": x[:LENGTH]} for x in drawn])
+            write_jsonl(given.out / "known.jsonl", [{"text": x[:LENGTH]} for x in drawn])
         else:
             halves = [(x[:LENGTH], x[LENGTH : 2 * LENGTH]) for x in drawn]
             pairs = [{"sentence1": first, "sentence2": second} for first, second in halves]
