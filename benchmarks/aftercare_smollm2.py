@@ -212,9 +212,12 @@ def table(rows: Sequence[Mapping[str, Any]], skill: str) -> str:
     for row in rows:
         found[row["arm"], row["setting"]][row["task"]] = row
     lines = [heads, ["---"] * len(heads)]
-    for (arm, setting), by_task in found.items():
-        cells = [arm, setting, f"{by_task[skill]['score']:.3f}"]
-        cells.append(_change(by_task[skill]["from_trained"], 3))
+    for number, ((arm, setting), by_task) in enumerate(found.items()):
+        if setting == "base" and number:  # the same for all arms
+            continue
+        is_base = setting == "base"
+        cells = ["" if is_base else arm, setting, f"{by_task[skill]['score']:.3f}"]
+        cells.append("" if is_base else _change(by_task[skill]["from_trained"], 3))
         cells.append(_change(by_task["kl"]["from_base"], 3))
         cells.append(_change(by_task["wikitext"]["from_base"], 3))
         cells += [_change(by_task[name]["from_base"], 2) for name in KEPT[2:]]
