@@ -226,7 +226,13 @@ def test_a_result_says_how_its_task_was_set(tmp_path: Path) -> None:
     }
     path = tmp_path / "held.txt"
     path.write_text("Once upon a time.")
-    assert settings_of(KL(path)) == {"path": "held.txt", "limit": None, "max_length": 256}
+    assert settings_of(KL(path)) == {
+        "path": "held.txt",
+        "limit": None,
+        "max_length": 256,
+        "chat_template": "auto",
+        "system": None,
+    }
     base = replace(answers(1, 0), settings={"limit": 3})
     assert TaskResult.from_json(base.to_json(), base.items) == base
 

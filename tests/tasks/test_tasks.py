@@ -330,7 +330,7 @@ def every_task(tmp_path: Path) -> list[Task]:
 
 TESTED_ELSEWHERE = {
     *("lm_eval", "humaneval", "mbpp", "diversity", "image_accuracy", "sentence_accuracy"),
-    *("neighbours", "class_kl"),
+    *("neighbours", "class_kl", "retrieval"),
     *("pocket_choice", "pocket_functions", "pocket_series"),
 }
 """Kinds whose own test files check what is checked here of the others."""

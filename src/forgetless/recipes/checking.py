@@ -421,7 +421,9 @@ def check(recipe: Recipe) -> list[str]:
 
 
 def load_recipe(
-    given: Recipe | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any] | None = None
+    given: Recipe | Mapping[str, Any] | str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    checker: Checker | None = None,
 ) -> Recipe:
     """The recipe of a YAML file or a mapping, with all that is wrong with it told together.
 
@@ -431,6 +433,7 @@ def load_recipe(
     Args:
         given: a `Recipe`, the mapping that one is written as, or the path of a YAML file.
         overrides: dotted keys with their values.
+        checker: that of other recipes which share files with this one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -444,7 +447,7 @@ def load_recipe(
         return Recipe.parse(content, overrides, source=source)
     except RecipeError as error:
         rest = _well_formed_part(with_overrides(content, overrides or {}))
-        further = [] if rest is None else check(rest)
+        further = [] if rest is None else (checker or Checker()).check(rest)
         raise RecipeError(source, [*error.problems, *further]) from None
 
 

@@ -44,7 +44,7 @@ class Gathered:
         """The run id of one more recipe; None as soon as something is wrong with any of them."""
         self._count += 1
         try:
-            recipe = load_recipe(content, overrides)
+            recipe = load_recipe(content, overrides, self._checker)
             wrong = self._checker.check(recipe)
         except RecipeError as error:
             wrong = error.problems
