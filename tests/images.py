@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +13,31 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 CLASSES = ("bars", "dots", "wedge")
 
+VIT_SIZES: dict[str, Any] = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+"""Of a ViT and its kin on images of 8 x 8."""
+
+SWIN_SIZES: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+}
+
 
 def save_classifier(folder: Path, classes: Sequence[str] = CLASSES, seed: int = 0) -> Path:
     """A ViT of two layers with random weights on images of 8 x 8, with its processor."""
     torch.manual_seed(seed)
     config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        **VIT_SIZES,
         id2label=dict(enumerate(classes)),
         label2id={name: number for number, name in enumerate(classes)},
     )

@@ -47,8 +47,8 @@ from forgetless.recipes.checking import check
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.run import run
 from tests.classifiers import check_start, check_stopped
+from tests.images import SWIN_SIZES, VIT_SIZES, save_images
 from tests.images import save_classifier as save_image_classifier
-from tests.images import save_images
 from tests.sentences import CLASSES, FAMILIES, save_classifier, sentences, write_rows
 
 pytestmark = [
@@ -57,26 +57,10 @@ pytestmark = [
 ]
 
 NEW = ("lines", "rings", "waves")
-VIT: dict[str, Any] = {
-    "image_size": 8,
-    "patch_size": 4,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-SWIN: dict[str, Any] = {
-    "image_size": 16,
-    "patch_size": 2,
-    "window_size": 4,
-    "embed_dim": 16,
-    "depths": [1, 1],
-    "num_heads": [2, 2],
-}
 IMAGES: dict[str, Any] = {
-    "vit": (ViTModel, ViTConfig(**VIT)),
-    "dinov2": (Dinov2Model, Dinov2Config(**VIT)),
-    "swin": (SwinModel, SwinConfig(**SWIN)),
+    "vit": (ViTModel, ViTConfig(**VIT_SIZES)),
+    "dinov2": (Dinov2Model, Dinov2Config(**VIT_SIZES)),
+    "swin": (SwinModel, SwinConfig(**SWIN_SIZES)),
     "convnext": (ConvNextModel, ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)),
 }
 TEXTS: dict[str, Any] = {"bert": BertModel, "roberta": RobertaModel, "llama": LlamaModel}

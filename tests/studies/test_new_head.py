@@ -44,7 +44,7 @@ from forgetless.studies import stages
 from forgetless.studies.run import run
 from forgetless.training.loop import train
 from tests.classifiers import check_start, check_stopped
-from tests.images import CLASSES, save_classifier, save_images
+from tests.images import CLASSES, SWIN_SIZES, VIT_SIZES, save_classifier, save_images
 from tests.sentences import save_classifier as save_text_classifier
 from tests.sentences import write_rows
 
@@ -54,23 +54,10 @@ pytestmark = [
 ]
 
 NEW = ("lines", "rings", "waves", "zebra")
-SMALL: dict[str, Any] = {
-    "image_size": 8,
-    "patch_size": 4,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 IMAGE_MODELS: dict[str, Any] = {
-    "deit": (DeiTForImageClassification, DeiTConfig, SMALL),
-    "dinov2": (Dinov2ForImageClassification, Dinov2Config, SMALL),
-    "swin": (
-        SwinForImageClassification,
-        SwinConfig,
-        {"image_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [1, 1]}
-        | {"num_heads": [2, 2]},
-    ),
+    "deit": (DeiTForImageClassification, DeiTConfig, VIT_SIZES),
+    "dinov2": (Dinov2ForImageClassification, Dinov2Config, VIT_SIZES),
+    "swin": (SwinForImageClassification, SwinConfig, SWIN_SIZES),
 }
 
 
@@ -359,7 +346,7 @@ def test_a_budget_of_drift_goes_back_to_both_heads(
 
 
 def test_no_head_is_put_beside_several(tmp_path: Path) -> None:
-    config = DeiTConfig(**SMALL, id2label=dict(enumerate(CLASSES)))
+    config = DeiTConfig(**VIT_SIZES, id2label=dict(enumerate(CLASSES)))
     with pytest.raises(UserError, match="no single linear layer"):
         add_head(DeiTForImageClassificationWithTeacher(config), NEW)
 

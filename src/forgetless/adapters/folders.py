@@ -401,9 +401,10 @@ def learned_classes(folder: str | Path) -> list[str]:
 
 def without_new_head(keys: Iterable[str], folder: str | Path) -> list[str]:
     """Of an adapter's tensors by name those that are not of the new head of a classifier."""
-    whole = read_json(Path(folder) / CONFIG_FILE).get("modules_to_save") or []
-    heads = tuple(f".{name}." for name in whole if learned_classes(folder))
-    return [key for key in keys if not any(head in key for head in heads)]
+    if not learned_classes(folder):
+        return list(keys)
+    heads = read_json(Path(folder) / CONFIG_FILE).get("modules_to_save") or []
+    return [key for key in keys if not any(f".{head}." in key for head in heads)]
 
 
 def _is_same(own: Tensor, given: Tensor) -> bool:

@@ -20,17 +20,18 @@ from forgetless.cli.tables import (
 )
 from forgetless.core.errors import UserError
 
+Keep = Annotated[
+    str | None, typer.Option(help="Text of what is to be kept: replayed and measured.")
+]
+Test = Annotated[str | None, typer.Option(help="Held-out examples of the new task: measured.")]
+
 
 def plan(
     context: typer.Context,
     base: Base,
     data: Annotated[str, typer.Option(help="Training data of the new task, or raw text.")],
-    keep: Annotated[
-        str | None, typer.Option(help="Text of what is to be kept: replayed and measured.")
-    ] = None,
-    test: Annotated[
-        str | None, typer.Option(help="Held-out examples of the new task: measured.")
-    ] = None,
+    keep: Keep = None,
+    test: Test = None,
     goal: Annotated[str, typer.Option(help="learn, balance or keep.")] = "balance",
     method: Annotated[str | None, typer.Option(help="Instead of the advised one.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,
@@ -79,12 +80,8 @@ def new(
     context: typer.Context,
     base: Base,
     file: Annotated[str, typer.Argument(metavar="FILE", help="Training data of the new task.")],
-    keep: Annotated[
-        str | None, typer.Option(help="Text of what is to be kept: replayed and measured.")
-    ] = None,
-    test: Annotated[
-        str | None, typer.Option(help="Held-out examples of the new task: measured.")
-    ] = None,
+    keep: Keep = None,
+    test: Test = None,
     out: Annotated[str | None, typer.Option(help="The recipe; FILE's name with .yaml.")] = None,
 ) -> None:
     """Write a commented recipe for a base and a file, with the settings that 'plan' advises."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -20,7 +21,7 @@ HEADS: tuple[HeadName, ...] = ("own", "new", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassReader:
+class ClassReader(ABC):
     """The part of a classifier's processor that turns classes into numbers.
 
     Attributes:
@@ -38,9 +39,9 @@ class ClassReader:
     is_new: bool = False
 
     @classmethod
+    @abstractmethod
     def of(cls, processor: Any, config: Any) -> Self:
         """The reader of a model by its config."""
-        raise NotImplementedError
 
     @classmethod
     def load(cls, base: str, *, weights: bool = True) -> Self:

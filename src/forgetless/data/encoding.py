@@ -27,10 +27,8 @@ def encode(
     if not texts:
         return []
     if rendered:
-        ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        return ids
+        plain = tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        return list(plain["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     added = tokenizer("", verbose=False)["input_ids"]
     begins = bos is not None and added[:1] == [bos]

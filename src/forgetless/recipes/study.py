@@ -11,6 +11,7 @@ arms:                                         # one run each, times the axes
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -82,9 +83,9 @@ class Definition(Section):
     recipe: dict[str, Any]
 
     @classmethod
+    @abstractmethod
     def refuse_other(cls, path: Path, content: Mapping[str, Any]) -> None:
         """Raise ``UserError`` for a file that defines something else."""
-        raise NotImplementedError
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:

@@ -121,9 +121,8 @@ def _kept_texts(recipe: Recipe) -> list[Any]:
     if recipe.probes.forgetting:
         return recipe.probes.forgetting
     source, kind = recipe.calibration.source, modality_of(recipe.base).distance_task
-    if recipe.adapter.method == "full" or source in (SELF, DATA, "auto"):
-        return []
-    if not isinstance(source, str):
+    is_named = isinstance(source, str) and source not in (SELF, DATA, "auto")
+    if recipe.adapter.method == "full" or not is_named:
         return []
     return [source] if kind == "kl" else [{"kind": kind, "path": source, "limit": LIMIT}]
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from peft import PeftModel
 
 from forgetless.adapters.folders import START_FILE, learned_classes, load
 from forgetless.adapters.foreign import require_usable
@@ -101,11 +100,8 @@ class Pair:
         if template not in ("auto", "off"):
             raise unknown("template", template, ("auto", "off"))
         prompts, rendered = as_asked([prompt], self.tokenizer, template, system)
-        off: AbstractContextManager[None] = nullcontext()
-        if isinstance(self.model, PeftModel):
-            off = adapter_off(self.model)
         how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": (), "rendered": rendered}
-        with off:
+        with adapter_off(self.model):
             (before,) = generate(self.base or self.model, self.tokenizer, prompts, **how)
         (after,) = generate(self.model, self.tokenizer, prompts, **how)
         return before.strip(), after.strip()
