@@ -172,11 +172,23 @@ def test_decoded_images_are_kept_up_to_a_bound(
     base: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("forgetless.data.images.KEPT_BYTES", 2 * 3 * 8 * 8 * 4)
-    rows = ImageRows(load_examples(folder), load_processor(base))
-    first = [rows[index]["pixel_values"] for index in range(4)]
-    second = [rows[index]["pixel_values"] for index in range(4)]
-    assert [a is b for a, b in zip(first, second, strict=True)] == [True, True, False, False]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    reader = load_processor(base)
+    rows, alike = (ImageRows(load_examples(folder), reader) for _ in range(2))
+    other = ImageRows(load_examples(folder, limit=3), reader)
+
+    def read(rows: ImageRows) -> list[torch.Tensor]:
+        return [rows[index]["pixel_values"] for index in range(3)]
+
+    def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> list[bool]:
+        assert all(map(torch.equal, one, two))
+        return [a is b for a, b in zip(one, two, strict=True)]
+
+    first = read(rows)
+    assert same(first, read(rows)) == [True, True, False]
+    assert same(first, read(alike)) == [True, True, False]  # of whatever data set has this content
+    others = read(other)  # and the one in use before goes
+    assert same(others, read(other)) == [True, True, False]
+    assert same(first, read(rows)) == [False, False, False]
 
 
 def test_images_to_keep_may_be_of_any_class(base: str, tmp_path: Path) -> None:

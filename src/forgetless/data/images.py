@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,8 +30,8 @@ __all__ = ["MODALITY", "ImageReader", "ImageRows"]
 
 KINDS: frozenset[Kind] = frozenset({"image"})
 
-KEPT_BYTES = 1 << 28
-"""Of decoded images that are kept in memory, for each data set."""
+KEPT_BYTES = 1 << 29
+"""Of pixel values that are kept in memory by a process, see `_kept_of`."""
 
 USUAL_SIZE = 224
 """Pixels of a side where a config names none."""
@@ -68,10 +69,45 @@ class ImageReader(ClassReader):
         return values
 
     @property
+    def pixels_fingerprint(self) -> str:
+        """SHA-256 of all that decides pixel values."""
+        return _sha256([self.processor.to_dict(), self.channels])
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides pixel values and class numbers."""
-        content = [self.processor.to_dict(), self.classes, self.channels]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        return _sha256([self.processor.to_dict(), self.classes, self.channels])
+
+
+def _sha256(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+_KEPT: OrderedDict[str, dict[int, Tensor]] = OrderedDict()
+
+
+def _kept_of(content: str) -> dict[int, Tensor]:
+    """The pixel values of a data set by their places, as far as this process has kept them.
+
+    The runs of a study read the same images again and again, and so do the epochs of one.
+    """
+    kept = _KEPT.setdefault(content, {})
+    _KEPT.move_to_end(content)
+    return kept
+
+
+def _keep(kept: dict[int, Tensor], index: int, pixels: Tensor) -> None:
+    """Keep one more of the last set asked for; the others go, the longest unused one first."""
+    while sum(_bytes(some) for some in _KEPT.values()) + pixels.nbytes > KEPT_BYTES:
+        if len(_KEPT) == 1:
+            return
+        _KEPT.popitem(last=False)
+    kept[index] = pixels
+
+
+def _bytes(kept: dict[int, Tensor]) -> int:
+    """Of the pixel values of one data set, of which all have one size."""
+    return len(kept) * next(iter(kept.values())).nbytes if kept else 0
 
 
 class ImageRows(torch.utils.data.Dataset[Sample]):
@@ -97,7 +133,7 @@ class ImageRows(torch.utils.data.Dataset[Sample]):
         self.records: Sequence[Record] = examples.records
         self.reader = reader
         self._content = examples.fingerprint
-        self._kept: dict[int, Tensor] = {}
+        self._pixels = f"{self._content} {reader.pixels_fingerprint}"
 
     def __len__(self) -> int:
         return len(self.records)
@@ -107,11 +143,11 @@ class ImageRows(torch.utils.data.Dataset[Sample]):
         self._epoch = epoch
 
     def __getitem__(self, index: int) -> Sample:
-        record, pixels = self.records[index], self._kept.get(index)
+        record, kept = self.records[index], _kept_of(self._pixels)
+        pixels = kept.get(index)
         if pixels is None:
             pixels = self.reader.pixels(record["image"])
-            if (len(self._kept) + 1) * pixels.nbytes <= KEPT_BYTES:
-                self._kept[index] = pixels
+            _keep(kept, index, pixels)
         if self.augment is not None:
             draw = random.Random(f"{self.seed} {self._epoch} {index}")
             pixels = _varied(pixels, self.augment, draw)
