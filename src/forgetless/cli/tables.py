@@ -34,8 +34,11 @@ def print_table(
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for name in head:
-        justify: Any = "right" if name in numbers else "left"
-        table.add_column(name, justify=justify, overflow="fold")  # no name is cut off
+        number, longest = name in numbers, max(map(len, name.split() or [""]))
+        justify: Any = "right" if number else "left"
+        table.add_column(  # no name is cut off, and no word above numbers broken
+            name, justify=justify, overflow="fold", min_width=longest if number else None
+        )
     for row in rows:
         table.add_row(*row)
     console().print(table, markup=False)
@@ -182,7 +185,7 @@ def print_sequences(folder: str | Path, *, page: bool = True) -> None:
     """The mean matrix of every arm and order, the metrics, and the page, which is written."""
     from forgetless.reports import report
     from forgetless.reports.numbers import three_decimals
-    from forgetless.studies.sequence import MAIN_METRICS, matrices
+    from forgetless.studies.sequence import MAIN_METRICS, matrices, row_names
 
     found = matrices(folder)
     for arm in found["arms"]:
@@ -191,23 +194,33 @@ def print_sequences(folder: str | Path, *, page: bool = True) -> None:
             print(f"{arm['arm']}, {order}{f', mean of {seeds} seeds' if seeds > 1 else ''}")
             known = found["knowledge"] is not None
             heads = [*([found["knowledge"]] if known else []), *of_order["tasks"]]
-            names = ["base", *(f"after {task}" for task in of_order["tasks"])]
             rows = [
                 [name, *(_number(value, three_decimals) for value in row[not known :])]
-                for name, row in zip(names, of_order["R"], strict=True)
+                for name, row in zip(row_names(of_order), of_order["R"], strict=True)
+                if name is not None
             ]
             print_table(["", *heads], rows, heads)
             print()
-    names = list(MAIN_METRICS)
-    rows = [
-        [arm["arm"], str(arm["metrics"]["ACC"]["n"]), *(_mean(arm["metrics"][n]) for n in names)]
-        for arm in found["arms"]
-    ]
-    print_table(["arm", "n", *names], rows, ["n", *names])
-    print()
+    names, by_task = list(MAIN_METRICS), found["task_incremental"]
+    parts = {"": found["arms"]}
+    if by_task:
+        parts = {"class-incremental": found["arms"], "task-incremental": by_task["arms"]}
+    for heading, arms in parts.items():
+        if heading:
+            print(f"{heading}:")
+        rows = [
+            [
+                arm["arm"],
+                str(arm["metrics"]["ACC"]["n"]),
+                *(_mean(arm["metrics"][n]) for n in names),
+            ]
+            for arm in arms
+        ]
+        print_table(["arm", "n", *names], rows, ["n", *names])
+        print()
     for name in names:
         print_text(f"{name}: {found['formulas'][name]}.")
-    print_text("n: sequences, over seeds and orders, with the 95 % interval of their mean.")
+    print_text("n: sequences, over seeds and orders; ±: half of the 95 % interval of their mean.")
     if page:
         print(f"report: {report(folder)}")
 
@@ -217,7 +230,7 @@ def _mean(found: Mapping[str, Any]) -> str:
     if found["mean"] is None:
         return "–"
     shown = f"{found['mean']:.3f}"
-    return shown if found["low"] is None else f"{shown} ({found['low']:.3f} to {found['high']:.3f})"
+    return shown if found["low"] is None else f"{shown}\n±{found['high'] - found['mean']:.3f}"
 
 
 def print_comparison(comparison: Comparison, items: int) -> None:

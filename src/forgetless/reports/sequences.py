@@ -15,7 +15,7 @@ from forgetless.core.files import write_json, write_text
 from forgetless.reports.numbers import NOT_MEASURED, three_decimals
 from forgetless.reports.words import environment
 from forgetless.studies.folder import results, write_tables
-from forgetless.studies.sequence import MAIN_METRICS, matrices
+from forgetless.studies.sequence import COMPARED, MAIN_METRICS, matrices, row_names
 
 __all__ = ["write_sequences"]
 
@@ -81,6 +81,7 @@ def _part(found: Mapping[str, Any], id: str, says: str) -> dict[str, Any]:
         "id": id,
         "says": says,
         "arms": found["arms"],
+        "ahead": {metric: list(_ahead(found, metric)) for metric in COMPARED},
         "maps": {arm["arm"]: list(_maps(found, arm)) for arm in found["arms"]},
         "lost": {
             arm["arm"]: list(_lost(found, arm["arm"]))
@@ -88,6 +89,24 @@ def _part(found: Mapping[str, Any], id: str, says: str) -> dict[str, Any]:
             if not any(order.get("bound") for order in arm["orders"].values())
         },
     }
+
+
+def _ahead(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str, str, str]]:
+    """For each arm those that it is better than, level with and worse than."""
+    mirrored = {"better": "worse", "worse": "better", "level": "level"}
+    told: dict[str, dict[str, list[str]]] = {}
+    for pair in found["pairs"]:
+        if pair["metric"] == metric and pair["difference"] is not None:
+            for arm, other, verdict in (
+                (pair["arm"], pair["other"], pair["verdict"]),
+                (pair["other"], pair["arm"], mirrored[pair["verdict"]]),
+            ):
+                told.setdefault(arm, {}).setdefault(verdict, []).append(other)
+    for arm, others in told.items():
+        better, level, worse = (
+            ", ".join(others.get(verdict, ())) or "none" for verdict in ("better", "level", "worse")
+        )
+        yield arm, better, level, worse
 
 
 def _mean(metric: Mapping[str, Any]) -> tuple[str, str]:
@@ -118,7 +137,9 @@ def _maps(found: Mapping[str, Any], arm: Mapping[str, Any]) -> Iterator[dict[str
     }
     for name, order in arm["orders"].items():
         columns, rows = _columns(found, order["tasks"]), []
-        for i, row in enumerate(order["R"]):
+        for i, (label, row) in enumerate(zip(row_names(order), order["R"], strict=True)):
+            if label is None:
+                continue
             kinds = ["seen" if j == 0 or j < i else "own" if j == i else "new"
                      for j in range(len(row))]  # fmt: skip
             cells = [
@@ -129,11 +150,6 @@ def _maps(found: Mapping[str, Any], arm: Mapping[str, Any]) -> Iterator[dict[str
                 )
                 for value, column, kind in zip(row, columns, kinds, strict=True)
             ]
-            if i and order.get("bound") == "joint" and i < len(order["tasks"]):
-                continue  # one run learns all of them
-            learned = order["tasks"][i - 1]
-            after = {"joint": "all together", "separate": f"{learned} alone"}
-            label = "base" if i == 0 else after.get(order.get("bound"), f"after {learned}")
             rows.append((label, cells[not known :]))
         yield {
             "order": name, "seeds": len(order["seeds"]), "heads": columns[not known :], "rows": rows

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Listed
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from numpy.typing import NDArray
 
 from forgetless.core.continual import continual_metrics
 from forgetless.core.files import read_json, write_json
-from forgetless.core.metrics import mean_stderr, t_interval
+from forgetless.core.metrics import mean_stderr, t_interval, t_probability
 from forgetless.recipes.sequence import SequenceRecipe, measures
 from forgetless.scores.files import Phase
+from forgetless.scores.seeds import holm
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.stages import Listener
 from forgetless.studies.study import Study, do_runs
@@ -49,6 +51,11 @@ the mean of its R[j, j], knowledge lost R[0, 0] less the mean of R[i, 0], and no
 
 MAIN_METRICS = ("ACC", "BWT", "forgetting", "FWT", "learning", "knowledge lost")
 """Those that are shown; the others are the two libraries' variants."""
+
+COMPARED = ("ACC", "knowledge lost", "forgetting")
+"""Those by which every two arms are compared."""
+
+LESS_IS_BETTER = frozenset({"knowledge lost", "forgetting"})
 
 
 class Sequence(Study):
@@ -118,9 +125,10 @@ def matrices(folder: str | Path) -> dict[str, Any]:
         runs, "R" of (K + 1, K + 1) with row and column 0 for the base, "metrics", and "lost", for
         every column how much is lost since its best score, and after which task most of it went;
         "arms": for each the mean of every metric over seeds and orders with its 95 % interval, and
-        by order the mean matrix "R" over seeds. Of a classifier whose tasks share a new head these
-        are of its accuracy over all classes of the head (class-incremental), and
-        "task_incremental" has "sequences" and "arms" of that over each task's own; None of others.
+        by order the mean matrix "R" over seeds; "pairs": see `pairs`. Of a classifier whose tasks
+        share a new head these are of its accuracy over all classes of the head (class-incremental),
+        and "task_incremental" has "sequences", "arms" and "pairs" of that over each task's own;
+        None of others.
 
     Raises:
         FileNotFoundError: there are no sequences in the folder.
@@ -144,8 +152,8 @@ def matrices(folder: str | Path) -> dict[str, Any]:
         "knowledge": index["knowledge"],
         "formulas": FORMULAS,
         "sequences": found,
-        "arms": _arms(found),
-        "task_incremental": {"sequences": by_task, "arms": _arms(by_task)} if has_classes else None,
+        **_summed_up(found),
+        "task_incremental": {"sequences": by_task, **_summed_up(by_task)} if has_classes else None,
     }
 
 
@@ -228,6 +236,60 @@ def _lost(scores: NDArray[np.float64], after: Listed[str]) -> dict[str, Any]:
     }
 
 
+def _summed_up(found: Listed[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"arms": _arms(found), "pairs": pairs(found)}
+
+
+def pairs(found: Listed[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every two arms by each metric of `COMPARED`, over the sequences that both have.
+
+    Returns:
+        For each "metric", "arm" and "other" the mean "difference" of the first less the second over
+        the same orders and seeds (over seeds alone with a bound, which has no order), its 95 %
+        interval "low" and "high", their number "n", "p" by Student's test on the differences,
+        corrected by Holm's method for all pairs of the metric, and "verdict": "better" or "worse"
+        where p is below 0.05, else "level". Where fewer than two pairs are known, p is 1.
+    """
+    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    for each in found:
+        by_arm.setdefault(each["arm"], []).append(each)
+    compared = []
+    for metric in COMPARED:
+        rows = []
+        for arm, other in combinations(by_arm, 2):
+            differences = _differences(by_arm[arm], by_arm[other], metric)
+            row = {"metric": metric, "arm": arm, "other": other, **mean_over(differences), "p": 1.0}
+            if row["low"] is not None:
+                error = mean_stderr(np.array(differences, np.float64)).stderr
+                row["p"] = t_probability(row["mean"], error, row["n"] - 1)
+            rows.append(row)
+        for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+            mean = row.pop("mean")
+            better = p < 0.05 and (mean > 0) != (metric in LESS_IS_BETTER)
+            verdict = "level" if p >= 0.05 else "better" if better else "worse"
+            compared.append({**row, "difference": mean, "p": p, "verdict": verdict})
+    return compared
+
+
+def _differences(
+    one: Listed[Mapping[str, Any]], other: Listed[Mapping[str, Any]], metric: str
+) -> list[float | None]:
+    """Of a metric between the sequences of two arms that have the same seed and order."""
+    bounded = any(each.get("bound") for each in (*one, *other))
+
+    def by_case(arm: Listed[Mapping[str, Any]]) -> dict[object, float]:
+        cases: dict[object, list[float]] = {}
+        for each in arm:
+            case = each["seed"] if bounded else (each["seed"], each["order"])
+            value = each["metrics"][metric]
+            cases.setdefault(case, []).append(math.nan if value is None else value)
+        return {case: float(np.mean(values)) for case, values in cases.items()}
+
+    first, second = by_case(one), by_case(other)
+    # Rounded, so that sums in another order are no difference.
+    return [_known(round(first[case] - second[case], 12)) for case in first if case in second]
+
+
 def _arms(found: Listed[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds and orders, in the order of the definition."""
     arms = []
@@ -246,6 +308,15 @@ def _arms(found: Listed[Mapping[str, Any]]) -> list[dict[str, Any]]:
         metrics = {name: mean_over([each["metrics"][name] for each in own]) for name in FORMULAS}
         arms.append({"arm": arm, "metrics": metrics, "orders": orders})
     return arms
+
+
+def row_names(order: Mapping[str, Any]) -> list[str | None]:
+    """What each row of the matrix of an order is called; None for one that was never measured."""
+    tasks = order["tasks"]
+    if order.get("bound") == "joint":  # one run learns all of them
+        return ["base", *[None] * (len(tasks) - 1), "all together"]
+    says = "{} alone" if order.get("bound") == "separate" else "after {}"
+    return ["base", *(says.format(task) for task in tasks)]
 
 
 def mean_over(values: Listed[float | None]) -> dict[str, Any]:
