@@ -30,8 +30,8 @@ from forgetless.core.files import (
     write_text,
 )
 from forgetless.core.metrics import mean_stderr, paired_difference
-from forgetless.data.files import read_rows
 from forgetless.data.modality import load_processor, modality_of
+from forgetless.data.sources import read_rows
 from forgetless.models.load import load_model
 from forgetless.studies.folder import planned
 from forgetless.studies.study import study

@@ -86,11 +86,13 @@ def new(
 ) -> None:
     """Write a commented recipe for a base and a file, with the settings that 'plan' advises."""
     from forgetless.core.files import write_text
+    from forgetless.data.sources import Source
     from forgetless.recipes.plan.advice import Wishes
     from forgetless.recipes.plan.plan import plan as do
     from forgetless.recipes.plan.showing import recipe_text
 
-    recipe = Path(f"{Path(file).stem}.yaml" if out is None else out)
+    name = Path(Source.of(file).name).stem.replace(":", "-")  # of hub:ID:CONFIG:SPLIT the last
+    recipe = Path(f"{name}.yaml" if out is None else out)
     if recipe.exists():
         raise UserError(f"{recipe} is there already; give another name by --out, or remove it")
     hush()

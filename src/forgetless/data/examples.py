@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from forgetless.core.errors import UserError
 from forgetless.core.hashing import content_hash
-from forgetless.data.files import POCKET, bad_rows, names_images, optional_package, read_rows
+from forgetless.data.files import HUB, POCKET, bad_rows, names_images, optional_package
 from forgetless.data.forms import Form, Kind, Record, form_of, names_of, show
 from forgetless.data.image_rows import hash_of
+from forgetless.data.sources import read_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -141,7 +142,8 @@ def load_examples(
             ``pocket:functions``, ``pocket:series``, each also with ``:test``; ``pocket:knowledge``,
             the facts of the pocket world as raw text; or images of it: ``pocket:digits``,
             ``pocket:shapes``, ``pocket:letters``, ``pocket:patterns``, ``pocket:pictures`` (all of
-            these), each also with ``:test``. ``digits.npz#3,4`` are the rows of some classes.
+            these), each also with ``:test``; or ``hub:ID:CONFIG:SPLIT``, a data set of the
+            Hugging Face hub. What may stand behind it is in `forgetless.data.sources`.
         limit: read no more than the first rows.
         kind: what the examples have to be; prompts with completions can be read as ``text``, in
             which every token is learned.
@@ -163,16 +165,16 @@ def source_hash(source: str, fingerprint: Callable[[str], str]) -> str:
 
     Of rows that name the files of images it is the fingerprint too, since the images decide.
     """
-    if source.startswith(POCKET):
-        return _pocket_hash(source, fingerprint)
+    if source.startswith((POCKET, HUB)):
+        return _fingerprint_once(source, fingerprint)
     if Path(source).exists() and not names_images(source):
         return content_hash(source)
     return fingerprint(source)
 
 
 @cache
-def _pocket_hash(source: str, fingerprint: Callable[[str], str]) -> str:
-    """The fingerprint of data of the pocket world, which is made anew each time it is read."""
+def _fingerprint_once(source: str, fingerprint: Callable[[str], str]) -> str:
+    """The fingerprint of data of the hub or the pocket world, which takes long to read."""
     return fingerprint(source)
 
 

@@ -26,6 +26,7 @@ Row = Mapping[str, Any]
 
 
 POCKET = "pocket:"
+HUB = "hub:"
 POCKET_KNOWLEDGE = "pocket:knowledge"
 POCKET_SIZES = {"train": 4000, "test": 500}
 
@@ -37,48 +38,59 @@ def require_counts(**counts: int | None) -> None:
             raise UserError(f"{name} must be 1 or more, got {value}")
 
 
-def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[str, Any]]:
-    """The raw rows of a file, one after the other, each with its place such as ``"line 7"``.
+def raw_rows(
+    name: str, *, columns: Mapping[str, str] | None = None, limit: int | None = None
+) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, a folder, a data set of the hub or of the pocket world, with places.
 
     Args:
-        path: as in `load_examples`.
+        name: where they are.
+        columns: what a row calls a column -> what it is called there; of others, nothing is read.
         limit: stop after so many rows.
     """
-    require_counts(limit=limit)
-    source, classes = source_and_classes(path)
-    if classes:
-        return islice(_of_classes(source, classes), limit)
-    if str(path).startswith(POCKET):
-        return islice(_read_pocket(str(path)), limit)
-    path = Path(path)
-    if path.is_dir():
-        return _with_pictures(islice(_read_folder(path), limit), path)
-    allowed = f"{', '.join(_READERS)}, a datasets folder, class folders or '{POCKET}problems'"
+    path = Path(name)
+    if name.startswith(POCKET):
+        rows, path = _read_pocket(name), Path()
+    elif name.startswith(HUB):
+        rows, path = _read_hub(name), Path()
+    elif path.is_dir():
+        rows = _read_folder(path)
+    else:
+        rows = _reader(path)(path)
+    if columns:
+        rows = _renamed(rows, columns, name)
+    return _with_pictures(islice(rows, limit), path)
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[tuple[str, Any]]]:
+    """What reads files of this type."""
+    allowed = (
+        f"{', '.join(_READERS)}, a datasets folder, class folders, '{HUB}ID:CONFIG:SPLIT' or "
+        f"'{POCKET}problems'"
+    )
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}; give a file of type {allowed}")
     if path.suffix.lower() not in _READERS:
         raise UserError(f"{path}: unknown file type {path.suffix!r}; give {allowed}")
     if not path.is_file():
         raise UserError(f"{path} is a pipe or a device, no file; give a file of type {allowed}")
-    return _with_pictures(islice(_READERS[path.suffix.lower()](path), limit), path)
+    return _READERS[path.suffix.lower()]
 
 
-def source_and_classes(path: str | Path) -> tuple[str, list[str]]:
-    """Of ``digits.npz#3,4`` the file and the classes of it that are read; of a file none."""
-    source, _, names = str(path).partition("#")
-    if not names or Path(path).exists():
-        return str(path), []
-    return source, [name.strip() for name in names.split(",")]
-
-
-def _of_classes(source: str, classes: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """The rows of some classes, in the order of the source."""
-    rows = list(read_rows(source))
-    labels = [str(row.get("label")) if isinstance(row, Mapping) else "" for _, row in rows]
-    if unknown := [name for name in classes if name not in labels]:
-        known = first_few(sorted({label for label in labels if label != "None"}))
-        raise UserError(f"{source} has no class {unknown[0]!r}; its classes are {known or 'none'}")
-    return (row for row, label in zip(rows, labels, strict=True) if label in classes)
+def _renamed(
+    rows: Iterable[tuple[str, Any]], columns: Mapping[str, str], name: str
+) -> Iterator[tuple[str, Any]]:
+    """The rows with these columns alone, by these names."""
+    problems: list[str] = []
+    for place, row in rows:
+        there = list(row) if isinstance(row, Mapping) else []
+        if missing := [column for column in columns.values() if column not in there]:
+            known = ", ".join(map(repr, there)) or "none"
+            problems.append(f"{place}: has no column {missing[0]!r}; its columns are {known}")
+        if not problems:
+            yield place, {ours: row[theirs] for ours, theirs in columns.items()}
+    if problems:
+        raise bad_rows(name, problems)
 
 
 def names_images(path: str | Path) -> bool:
@@ -87,7 +99,7 @@ def names_images(path: str | Path) -> bool:
     if path.is_dir() and not any((path / name).is_file() for name in _DATASETS_FILES):
         return False
     try:
-        first = next(iter(read_rows(path, limit=1)), ("", None))[1]
+        first = next(raw_rows(str(path), limit=1), ("", None))[1]
     except (UserError, FileNotFoundError):  # which those tell that read all of it
         return False
     image = first.get("image") if isinstance(first, Mapping) else None
@@ -226,11 +238,9 @@ def _read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
 def _arrow_rows(batches: Iterable[Any], schema: Any) -> Iterator[tuple[str, Any]]:
     """Rows with their numbers; of images with a class these two alone."""
     if columns_of(schema.names):
-        yield from arrow_rows(batches, schema)
-        return
+        return arrow_rows(batches, schema)
     rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
@@ -260,12 +270,39 @@ def _read_folder(path: Path) -> Iterator[tuple[str, Any]]:
                 f"give the folder of one, such as {path / splits[0]}"
             )
         loaded = loaded["train" if "train" in loaded else splits[0]]
-    if columns_of(loaded.column_names):
-        batches = loaded.with_format("arrow").iter(batch_size=1024)
-        yield from arrow_rows(batches, loaded.features.arrow_schema)
-        return
-    for number, row in enumerate(loaded, start=1):
-        yield f"row {number}", row
+    yield from _rows_of(loaded)
+
+
+def _rows_of(loaded: Any) -> Iterator[tuple[str, Any]]:
+    """The rows of a `datasets.Dataset`, whose images are not decoded."""
+    batches = loaded.with_format("arrow").iter(batch_size=1024)
+    return _arrow_rows(batches, loaded.features.arrow_schema)
+
+
+def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
+    """The rows of ``hub:ID``, ``hub:ID:CONFIG`` or ``hub:ID:CONFIG:SPLIT``."""
+    repository, _, rest = name.removeprefix(HUB).partition(":")
+    configuration, _, split = rest.partition(":")
+    hint = f"write '{HUB}ID:CONFIG:SPLIT', or give a file"
+    return _rows_of(hub_data(repository, configuration or None, split or "train", hint))
+
+
+def hub_data(repository: str, configuration: str | None, split: str, hint: str) -> Any:
+    """A data set on the hub, or its copy in the local cache, as a `datasets.Dataset`.
+
+    Raises:
+        UserError: it cannot be had; ``hint`` says what to do.
+    """
+    datasets = optional_package("datasets")
+    try:
+        return datasets.load_dataset(repository, configuration, split=split)
+    except Exception as problem:
+        # What there is to choose from stands in the second line.
+        line = " ".join(str(problem).split("\n")[:2]).rstrip(".")
+        raise UserError(
+            f"{repository} could not be loaded from the hub, configuration "
+            f"{configuration or '(none)'}, split {split!r} ({line}); {hint}"
+        ) from problem
 
 
 def _read_pocket(name: str) -> Iterator[tuple[str, Any]]:

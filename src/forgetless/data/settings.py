@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from forgetless.core.settings import Count, Section
+from forgetless.core.settings import Count, Name, Section
+from forgetless.data.sources import Source
 
 DATA = "data"
 """The calibration source that stands for the training data."""
@@ -77,12 +79,16 @@ class DataSettings(Section):
     ``train`` is one source, or a list of ``{path, weight}`` for replay: the first is the new task,
     of which every example is in every epoch, the others have their exact share of an epoch's rows;
     a ``buffer`` beside the weight is how many of a source's rows are ever seen, drawn by the seed.
+    ``columns`` says what the new task's file calls what a row has here, ``{prompt: q, completion:
+    a}``; then its other columns are not read. Columns of another source stand behind its path, see
+    `forgetless.data.sources`.
     Prompts with completions go through the base's chat template where it has one, after the words
     of ``system`` if there are any; with ``chat_template`` ``off`` they stay as they are.
     ``augment`` is for images.
     """
 
     train: Any
+    columns: dict[str, Name] = {}
     format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 512
     pack: Any = "auto"
@@ -116,9 +122,13 @@ class DataSettings(Section):
     @property
     def sources(self) -> list[tuple[str, float]]:
         """Every source with its weight, the new task first."""
-        if isinstance(self.train, str):
-            return [(self.train, 1.0)]
-        return [(source["path"], float(source["weight"])) for source in self.train]
+        given: Any = (
+            [{"path": self.train, "weight": 1}] if isinstance(self.train, str) else self.train
+        )
+        first, *others = ((source["path"], float(source["weight"])) for source in given)
+        source = Source.of(first[0])
+        source = replace(source, columns={**source.columns, **self.columns})
+        return [(str(source), first[1]), *others]
 
     @property
     def buffers(self) -> list[int | None]:

@@ -17,8 +17,9 @@ from forgetless.core.progress import counted
 from forgetless.data.chat import Chat, as_chat
 from forgetless.data.encoding import encode, ended
 from forgetless.data.examples import Examples, from_rows, require_kind
-from forgetless.data.files import read_rows, require_counts, source_and_classes
+from forgetless.data.files import require_counts
 from forgetless.data.forms import TEXTS
+from forgetless.data.sources import Source, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -161,7 +162,7 @@ def read_examples(source: str | Path, limit: int | None = None) -> Examples:
         held = [] if source == "pocket:knowledge" else knowledge.questions("held_out")
         texts = [question.prompt for question in held] or knowledge.knowledge_text()
         return Examples("text", [{"text": text} for text in spread(texts, limit)], source)
-    plain, _ = source_and_classes(source)
+    plain = Source.of(source).name
     known = plain in POCKET_TEXTS or plain.removesuffix(":test") in POCKET_PICTURES
     if source.startswith("pocket:") and not known:
         raise unknown("calibration source", source, (SELF, *POCKET_TEXTS))

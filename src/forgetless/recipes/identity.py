@@ -140,7 +140,7 @@ def run_id(recipe: Recipe) -> str:
         "adapter": _adapter_key(recipe.adapter),
         "calibration": alone or inputs or None,
         "data": {
-            **without_idle(recipe.data.model_dump(exclude={"train"}), _AS_USUAL),
+            **without_idle(recipe.data.model_dump(exclude={"train", "columns"}), _AS_USUAL),
             "content": content,
         },
         "training": what_decides_a_training(recipe.training),

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from forgetless.core.errors import unknown
 from forgetless.core.metrics import calibration_error, mean_stderr
 from forgetless.data.examples import Examples, require_kind
-from forgetless.data.files import source_and_classes
 from forgetless.data.forms import Kind, Record
+from forgetless.data.sources import Source
 from forgetless.data.texts import POCKET_PICTURES, read_examples
 from forgetless.tasks.base import Item, Task, TaskResult, whole_number
 
@@ -54,11 +54,12 @@ class ClassTask(Task):
 
     def problems(self) -> Iterable[str | None]:
         """Of path and limit, as far as that shows without reading."""
-        path, _ = source_and_classes(self.path)
+        source = Source.of(self.path)
+        path = source.name
         if path.startswith("pocket:"):
             if path.removesuffix(":test") not in POCKET_PICTURES:
                 yield str(unknown("pocket images", str(self.path), POCKET_PICTURES))
-        elif not isinstance(self.path, str | Path) or not Path(path).exists():
+        elif not isinstance(self.path, str | Path) or not source.is_here:
             what = "a folder or a file of images or sentences"
             if self.kinds == {"image"}:
                 what = "a folder or a file of images"

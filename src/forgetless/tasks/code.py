@@ -5,17 +5,17 @@ from __future__ import annotations
 import ast
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr, pass_at_k
-from forgetless.data.files import Row
+from forgetless.data.files import Row, hub_data
 from forgetless.tasks.base import Item, TaskResult, whole_number
 from forgetless.tasks.questions import Generating
 from forgetless.tasks.rows import file_problem, read_records
@@ -248,10 +248,11 @@ class DownloadedCodeTask(CodeTask):
                 raise UserError(f"data_dir {self.data_dir}: no {file}.jsonl in it or below it")
         if path is not None:
             return read_records(path, None)
+        hint = "give the task a file: path, or --data-dir with a folder that holds it"
         return [
-            (f"{hub}, {split} {i}", row)
+            (f"{hub}, {split} {i}", dict(row))
             for split in splits
-            for i, row in enumerate(_hub_rows(hub, split, configuration))
+            for i, row in enumerate(hub_data(hub, configuration, split, hint))
         ]
 
 
@@ -270,21 +271,3 @@ def pass_curve(correct: Sequence[int], samples: int, ks: Sequence[int]) -> dict[
         if mean.n > 1:
             curve[f"pass@{k}_stderr"] = mean.stderr
     return curve
-
-
-def _hub_rows(name: str, split: str, configuration: str | None) -> list[Mapping[str, Any]]:
-    """The rows of a data set on the hub, or of its copy in the local cache.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    try:
-        import datasets
-
-        return [dict(row) for row in datasets.load_dataset(name, configuration, split=split)]
-    except Exception as problem:
-        line = str(problem).split("\n", 1)[0]
-        raise UserError(
-            f"{name} could not be loaded from the hub ({line}); give the task a file: "
-            "path, or --data-dir with a folder that holds it"
-        ) from problem

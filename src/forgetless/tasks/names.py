@@ -8,6 +8,7 @@ from typing import Any
 
 from forgetless.core.errors import UserError, unknown
 from forgetless.core.files import load_yaml
+from forgetless.data.sources import Source
 from forgetless.tasks.harness.index import find, is_installed
 from forgetless.tasks.harness.layouts import STANDARD
 
@@ -85,7 +86,7 @@ def _own_task(path: Path) -> Settings | None:
             f"{path}: a task needs a 'kind', one of multiple_choice, generate, perplexity and what "
             "else 'forgetless tasks' lists"
         )
-    beside = path.parent / str(content.get("path"))
-    if isinstance(content.get("path"), str) and beside.exists():
-        content = {**content, "path": str(beside)}
+    source = content.get("path")
+    if isinstance(source, str) and (path.parent / Source.of(source).name).exists():
+        content = {**content, "path": str(path.parent / source)}
     return {"name": path.stem, **content}

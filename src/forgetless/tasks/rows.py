@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError
-from forgetless.data.files import Row, read_rows
+from forgetless.data.files import Row
+from forgetless.data.sources import Source, read_rows
 
 __all__ = ["file_problem", "made_prompt", "prompt_problem", "read_records", "the_field"]
 
@@ -21,7 +22,7 @@ def file_problem(path: object) -> str | None:
     """Why a file of questions cannot be read, as far as that shows without reading it."""
     if not isinstance(path, str | Path) or not str(path):
         return f"path must be a file, got {path!r}"
-    return None if Path(path).is_file() else f"no such file: {path}"
+    return None if Source.of(path).is_here else f"no such file: {path}"
 
 
 def prompt_problem(prompt: object) -> str | None:

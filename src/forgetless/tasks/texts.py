@@ -16,6 +16,7 @@ from forgetless.core.errors import unknown
 from forgetless.core.metrics import mean_stderr
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.forms import TEXTS
+from forgetless.data.sources import Source
 from forgetless.data.texts import POCKET_TEXTS, read_examples
 from forgetless.tasks.asking import Asking
 from forgetless.tasks.base import Item, whole_number
@@ -48,10 +49,10 @@ class TextTask(Asking):
         if not isinstance(self.path, str | Path) or not str(self.path):
             known = ", ".join(POCKET_TEXTS)
             yield f"path must be a file, a folder or one of {known}, got {self.path!r}"
-        elif str(self.path).startswith("pocket:"):
-            if self.path not in POCKET_TEXTS:
+        elif (name := Source.of(self.path).name).startswith("pocket:"):
+            if name not in POCKET_TEXTS:
                 yield str(unknown("pocket text", str(self.path), POCKET_TEXTS))
-        elif not Path(self.path).exists():
+        elif not Source.of(self.path).is_here:
             yield f"no such file: {self.path}"
         yield whole_number("limit", self.limit, optional=True)
         yield from super().problems()

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from forgetless.core.errors import UserError
-from forgetless.data.files import read_rows
+from forgetless.data.sources import read_rows
 from forgetless.tasks.harness.index import tasks_folder
 from forgetless.tasks.harness.layouts import STANDARD, WORDS, Standard
 
