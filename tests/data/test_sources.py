@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,81 @@ def test_names_that_have_a_hash_are_names(tmp_path: Path) -> None:
 def test_columns_must_name_columns() -> None:
     with pytest.raises(UserError, match=r"columns\.prompt: must be text, got 1"):
         validated(DataSettings, {"train": "a.csv", "columns": {"prompt": 1}}, "data")
+
+
+# ---- two parts by content ------------------------------------------------------------------------
+
+
+def texts(source: str) -> list[str]:
+    return [json.dumps(row, sort_keys=True) for row in load_examples(source)]
+
+
+def test_the_same_rows_are_held_out_whatever_their_order_format_and_number(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} + 1 =", "completion": str(i + 1)} for i in range(300)]
+    plain = write(tmp_path / "new.jsonl", rows)
+    held, rest = texts(f"{plain}#held=0.2"), texts(f"{plain}#rest=0.2")
+    assert sorted(held + rest) == sorted(texts(str(plain)))
+    assert 0.1 < len(held) / len(rows) < 0.3
+    # Twice each, in another order, in another format, by other names, with what is no content.
+    twice = [{"q": r["prompt"], "a": r["completion"], "id": str(i)} for i, r in enumerate(rows * 2)]
+    random.Random(0).shuffle(twice)
+    other = write(tmp_path / "other.csv", twice)
+    names = "prompt=q,completion=a"
+    assert sorted(texts(f"{other}#{names},held=0.2")) == sorted(held * 2)
+    ids = [{**row, "id": i} for i, row in enumerate(rows)]
+    assert texts(f"{write(tmp_path / 'ids.jsonl', ids)}#held=0.2") == held
+    # Rows that come later leave those that were there where they were; so does a larger share.
+    fewer = write(tmp_path / "fewer.jsonl", rows[:150])
+    assert texts(f"{fewer}#held=0.2") == [text for text in held if text in texts(str(fewer))]
+    assert set(held) < set(texts(f"{plain}#held=0.5"))
+    assert texts(f"{plain}#held=0.2")[:3] == [json.dumps(r, sort_keys=True) for r in three(plain)]
+
+
+def three(path: Path) -> list[Any]:
+    return list(load_examples(f"{path}#held=0.2", limit=3))
+
+
+def test_images_are_held_out_by_their_pixels(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    from PIL import Image
+
+    shades = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(40)]
+    both = {"image": [*shades, *shades], "label": ["a", "b"] * 40}
+    made = datasets.Dataset.from_dict(both).cast_column("image", datasets.Image())
+    made.save_to_disk(tmp_path / "folder")
+    found = load_examples(f"{tmp_path / 'folder'}#held=0.3")
+    numbers = {int(record["image"].rpartition(" ")[2]) for record in found}
+    assert {number % 40 for number in numbers} == {n % 40 for n in numbers if n <= 40}
+    assert 5 < len(numbers) < 40
+
+
+def load_rows(source: str) -> int:
+    try:
+        return len(load_examples(source))
+    except UserError:
+        return 0
+
+
+def test_a_share_that_leaves_nothing_or_is_none_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "one.jsonl", [{"text": "alone"}])
+    part = "rest" if load_rows(f"{path}#held=0.999999") else "held"
+    with pytest.raises(UserError, match=f"of its 1 rows, none is in the part {part}=0.999999"):
+        load_examples(f"{path}#{part}=0.999999")
+    for share in ("0", "1.5", "x"):
+        with pytest.raises(UserError, match=f"between 0 and 1, got {share}"):
+            load_examples(f"{path}#held={share}")
+    with pytest.raises(UserError, match="names a part of itself"):
+        validated(DataSettings, {"train": f"{path}#rest=0.1", "validation": 0.1}, "data")
+
+
+def test_a_task_asks_what_training_did_not_see(tmp_path: Path) -> None:
+    path = write(tmp_path / "new.jsonl", ROWS)
+    settings = DataSettings(
+        train=str(path), columns={"prompt": "q", "completion": "a"}, validation=0.3
+    )
+    seen = {row["prompt"] for row in load_examples(settings.sources[0][0])}
+    own = {"kind": "generate", "path": settings.held_out, "question": "prompt", "name": "sums"}
+    asked = make_task({**own, "answer": "completion", "prompt": "{question}"})
+    prompts = {item.prompt for item in asked.questions()}  # type: ignore[attr-defined]
+    assert prompts | seen == {row["q"] for row in ROWS}
+    assert not prompts & seen

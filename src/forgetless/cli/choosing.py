@@ -23,7 +23,9 @@ from forgetless.core.errors import UserError
 Keep = Annotated[
     str | None, typer.Option(help="Text of what is to be kept: replayed and measured.")
 ]
-Test = Annotated[str | None, typer.Option(help="Held-out examples of the new task: measured.")]
+Test = Annotated[
+    str | None, typer.Option(help="Held-out examples, or the share of the data to hold out: 0.1.")
+]
 
 
 def plan(

@@ -14,6 +14,9 @@ from forgetless.data.sources import Source
 DATA = "data"
 """The calibration source that stands for the training data."""
 
+VALIDATION = "validation"
+"""The path of a task or a probe that stands for the share of the training data held out."""
+
 
 class CalibrationSettings(Section):
     """The text whose knowledge is to be kept; read only when the method needs its statistics.
@@ -81,7 +84,8 @@ class DataSettings(Section):
     a ``buffer`` beside the weight is how many of a source's rows are ever seen, drawn by the seed.
     ``columns`` says what the new task's file calls what a row has here, ``{prompt: q, completion:
     a}``; then its other columns are not read. Columns of another source stand behind its path, see
-    `forgetless.data.sources`.
+    `forgetless.data.sources`. ``validation`` is the share of its rows, chosen by their content,
+    that is held out: tasks and probes read it as the path `VALIDATION`.
     Prompts with completions go through the base's chat template where it has one, after the words
     of ``system`` if there are any; with ``chat_template`` ``off`` they stay as they are.
     ``augment`` is for images.
@@ -89,6 +93,7 @@ class DataSettings(Section):
 
     train: Any
     columns: dict[str, Name] = {}
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
     format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 512
     pack: Any = "auto"
@@ -128,7 +133,22 @@ class DataSettings(Section):
         first, *others = ((source["path"], float(source["weight"])) for source in given)
         source = Source.of(first[0])
         source = replace(source, columns={**source.columns, **self.columns})
+        if self.validation is not None:
+            source = replace(source, share=self.validation)
         return [(str(source), first[1]), *others]
+
+    @property
+    def held_out(self) -> str | None:
+        """The source of what is held out of the new task's data; None for nothing."""
+        source = Source.of(self.sources[0][0])
+        return None if self.validation is None else str(replace(source, held=True))
+
+    @model_validator(mode="after")
+    def _one_part(self) -> Self:
+        first = self.train if isinstance(self.train, str) else self.train[0]["path"]
+        if Source.of(first).share is not None and self.validation is not None:
+            raise ValueError(f"{first} names a part of itself; leave that or validation out")
+        return self
 
     @property
     def buffers(self) -> list[int | None]:

@@ -29,6 +29,7 @@ from forgetless.models.load import (
     target_layers,
 )
 from forgetless.models.weights import weight_shape
+from forgetless.recipes.measuring import probed, tasked
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.moments import is_statistics
 from forgetless.tasks import Task, make_tasks
@@ -283,8 +284,9 @@ class Checker:
         return config is not None and getattr(config, "own_classes", None) == 0
 
     def _probes(self, recipe: Recipe) -> Iterator[str]:
-        yield from self._problem("probes", from_settings, recipe.probes)
-        if callback := self._attempt(from_settings, recipe.probes)[0]:
+        wanted = probed(recipe)
+        yield from self._problem("probes", from_settings, wanted)
+        if callback := self._attempt(from_settings, wanted)[0]:
             probes = callback.probes
             asked = [*probes.learning.values(), *probes.forgetting.values()]
             yield from self._for_others("probes", recipe.base, asked)
@@ -301,8 +303,9 @@ class Checker:
         first = recipe.data.sources[0][0] if recipe.adapter.has_new_head else None
         # The classes of unreadable data are not known, and one mistake is told once.
         unread = any(self._readable(recipe, path)[1] for path, _ in recipe.data.sources)
+        wanted, _ = self._attempt(tasked, recipe)  # None where the base is none, which is told
         for kind in ("learning", "forgetting"):
-            for position, spec in enumerate(getattr(recipe.tasks, kind)):
+            for position, spec in enumerate(getattr(wanted or recipe.tasks, kind)):
                 where = f"tasks.{kind}.{position}"
                 yield from self._problem(where, make_tasks, spec)
                 made = self._attempt(make_tasks, spec)[0] or ()
@@ -372,6 +375,12 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
     sequence, repair = recipe.sequence, recipe.repair
     if sequence is None:
         return
+    if recipe.data.columns or recipe.data.validation is not None:
+        yield (
+            "data.columns, data.validation: each task of a sequence has data of its own; write "
+            "them behind it, as in FILE#prompt=q,completion=a,rest=0.1, and behind the path of its "
+            "test, FILE#prompt=q,completion=a,held=0.1"
+        )
     full, dora = recipe.adapter.method == "full", recipe.adapter.use_dora
     alone = sequence.between != "continue"
     if recipe.adapter.head == "new":

@@ -17,6 +17,7 @@ from forgetless.data.texts import fingerprint
 from forgetless.methods import METHODS
 from forgetless.models.load import resolve_base
 from forgetless.models.trust import is_trusted
+from forgetless.recipes.measuring import probed
 from forgetless.recipes.recipe import Recipe
 from forgetless.training.forgetting import from_settings
 from forgetless.training.penalties import identity_of
@@ -140,7 +141,9 @@ def run_id(recipe: Recipe) -> str:
         "adapter": _adapter_key(recipe.adapter),
         "calibration": alone or inputs or None,
         "data": {
-            **without_idle(recipe.data.model_dump(exclude={"train", "columns"}), _AS_USUAL),
+            **without_idle(
+                recipe.data.model_dump(exclude={"train", "columns", "validation"}), _AS_USUAL
+            ),
             "content": content,
         },
         "training": what_decides_a_training(recipe.training),
@@ -157,7 +160,7 @@ def run_id(recipe: Recipe) -> str:
     if recipe.penalties:
         decides["penalties"] = [identity_of(spec) for spec in recipe.penalties]
     if recipe.probes.max_kl is not None or recipe.probes.max_drop is not None:
-        probes = from_settings(recipe.probes)
+        probes = from_settings(probed(recipe))
         decides |= probes.decides if probes else {}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return f"{recipe.adapter.method}-{digest[:10]}"

@@ -18,6 +18,7 @@ from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF
 from forgetless.recipes.checking import check
 from forgetless.recipes.identity import run_id
+from forgetless.recipes.measuring import probed
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.out_of_memory import naming_what_takes_less
@@ -119,7 +120,7 @@ def _at(recipe: Recipe, rate: float) -> Recipe:
 def _kept_texts(recipe: Recipe) -> list[Any]:
     """What to measure forgetting on, where the recipe has something that costs little."""
     if recipe.probes.forgetting:
-        return recipe.probes.forgetting
+        return probed(recipe).forgetting
     source, kind = recipe.calibration.source, modality_of(recipe.base).distance_task
     is_named = isinstance(source, str) and source not in (SELF, DATA, "auto")
     if recipe.adapter.method == "full" or not is_named:

@@ -69,6 +69,7 @@ from forgetless.models.heads import is_of_new_head, learn_among
 from forgetless.models.load import load_model, meta_model, target_layers
 from forgetless.models.weights import linear_weight, weight_shape
 from forgetless.recipes.identity import base_hash, input_keys
+from forgetless.recipes.measuring import probed, tasked
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.cache import ScoreCache, digest
 from forgetless.scores.files import Phase
@@ -187,7 +188,7 @@ class Stages:
     @cached_property
     def tasks(self) -> list[tuple[Task, str]]:
         """Every task with its kind, in the recipe's order."""
-        specs = self.recipe.tasks
+        specs = tasked(self.recipe)
         return [
             (task, kind)
             for kind, given in (("learning", specs.learning), ("forgetting", specs.forgetting))
@@ -643,7 +644,7 @@ class Stages:
             self.folder.path,
             seed=recipe.seed,
             penalties=self._penalties,
-            probes=from_settings(recipe.probes),
+            probes=from_settings(probed(recipe)),
             on_step=lambda step, steps: self.tell("train", step=step, steps=steps),
             on_point=lambda step: self._save(model, self.folder.point(step)),
         )

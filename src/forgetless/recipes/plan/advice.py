@@ -213,7 +213,8 @@ class Wishes:
         method: None for the advised one.
         rank: None for the advised one.
         keep: text of the knowledge to keep; None where there is none.
-        test: held-out examples of the new task; None where there are none.
+        test: held-out examples of the new task, or the share of its data to hold out, such as
+            "0.1"; None where there are none.
         memory: bytes that the run may take; None for as many as it needs.
     """
 
@@ -223,6 +224,15 @@ class Wishes:
     keep: str | None = None
     test: str | None = None
     memory: int | None = None
+
+    @property
+    def share(self) -> float | None:
+        """What is to be held out of the data."""
+        try:
+            share = float(self.test or "")
+        except ValueError:
+            return None
+        return share if 0 < share < 1 else None
 
 
 def advise(base: Base, rows: Rows, wishes: Wishes) -> list[Advice]:

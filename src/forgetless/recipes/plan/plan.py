@@ -13,6 +13,7 @@ import torch
 
 from forgetless.core.errors import RecipeError, UserError, unknown
 from forgetless.data.examples import load_examples
+from forgetless.data.settings import DataSettings
 from forgetless.methods import find
 from forgetless.models.load import has_weights, target_layers
 from forgetless.models.weights import weight_shape
@@ -129,10 +130,11 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
         raise unknown("goal", wishes.goal, GOALS)
     if wishes.method is not None:
         find(wishes.method)
-    for path in filter(None, (wishes.keep, wishes.test)):
+    for path in filter(None, (wishes.keep, None if wishes.share else wishes.test)):
         load_examples(path)
     found = Base.find(base)
-    rows = Rows.of(data, found)
+    trained_on = DataSettings(train=data, validation=wishes.share)
+    rows = Rows.of(trained_on.sources[0][0], found)
     advice = advise(found, rows, wishes)
     values = {each.key: each.value for each in advice}
     all_rows, epochs = len(rows.lengths), values["training.epochs"]
@@ -182,7 +184,9 @@ def _settings(base: str, data: str, wishes: Wishes, values: Mapping[str, Any]) -
     def task(kind: str, name: str, path: str) -> dict[str, Any]:
         return {"kind": kind, "name": name, "path": path, "limit": 100}
 
-    if wishes.test is not None:
+    if wishes.share is not None:
+        found["data"]["validation"] = wishes.share
+    elif wishes.test is not None:
         found["tasks"]["learning"] = [task("perplexity", "new_task", wishes.test)]
     if wishes.keep is not None:
         found["data"]["train"] = [
@@ -202,7 +206,10 @@ def _notes(is_whole: bool, wishes: Wishes) -> list[str]:
     if not is_whole:
         found.append("The base's folder holds no weights yet: put them there before the run.")
     if wishes.test is None:
-        found.append("Nothing measures what is learned: give held-out examples by --test FILE.")
+        found.append(
+            "Nothing measures what is learned: give held-out examples by --test FILE, or a share "
+            "of the data by --test 0.1."
+        )
     if wishes.keep is None:
         found.append("Nothing measures what is forgotten: give text to keep by --keep FILE.")
     else:
