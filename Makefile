@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-quantised check format bench clean
+.PHONY: demo test test-quantised check docs format bench clean
 
 demo: $(READY)
 	$(BIN)/forgetless demo --out runs
@@ -29,6 +29,14 @@ check: $(READY)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest --quiet tests/project/test_layout.py
 
+# The site, in site/index.html; a link that leads nowhere is an error.
+docs: $(VENV)/.docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -48,4 +56,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-quantised runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-quantised runs site .pytest_cache .mypy_cache .ruff_cache
