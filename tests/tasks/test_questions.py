@@ -17,6 +17,7 @@ from forgetless.core.errors import UserError
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.tasks import TaskResult, make_task
 from forgetless.tasks.generate import ExactMatch, normalised
+from forgetless.tasks.generation import Written
 from forgetless.tasks.multiple_choice import MultipleChoice, choice_scores
 from forgetless.tasks.perplexity import Perplexity
 from tests.tiny import tokenizer as tiny_tokenizer
@@ -221,6 +222,62 @@ def test_a_pattern_finds_the_answer(says: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("wanted", "said", "right"),
+    [
+        ("Paris", "The capital of France is Paris.", True),
+        ("Paris", "It is PARIS, of course", True),
+        ("Paris", "The parish of Lyon", False),
+        ("the U.K.", "Somewhere in the U.K., I think", True),
+        ("18", "so 3*6 is 18.", True),
+        ("18", "so 3*6 is 180", False),
+        ("18", "it costs $18.", True),
+        ("18", "it is 18.5 or -18", False),
+        ("1,000", "about 1000 people", True),
+        ("3.5", "it is 13.5", False),
+        ("owl", "no idea", False),
+        ("巴黎", "法国的首都是巴黎。", True),
+        ("!", "yes!", False),
+    ],
+)
+def test_an_answer_may_contain_an_accepted_one(
+    wanted: str, said: str, right: bool, says: Any, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "q.jsonl", [{"question": "?", "answer": ["zebra", wanted]}])
+    says(said)
+    assert scores_of(path, match="contains") == [float(right)]
+    assert scores_of(path) == [0.0]
+
+
+def test_as_it_stands_an_answer_contains_the_very_text(says: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", [{"question": "?", "answer": "Paris"}] * 2)
+    says("In Paris.", "in paris.")
+    assert scores_of(path, match="contains", normalise=False) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("empty", "cut"), [(2, 0), (1, 1), (0, 2), (0, 4)])
+@pytest.mark.parametrize("kind", ["generate", "pocket_problems"])
+def test_answers_that_are_empty_or_cut_are_told(
+    empty: int, cut: int, kind: str, says: Any, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "q.jsonl", [{"question": f"{i}?", "answer": "x"} for i in range(4)])
+    task = make_task(
+        {"kind": kind, "limit": 4} | ({"path": str(path)} if kind == "generate" else {})
+    )
+    answers = [" "] * empty + [Written("and so", is_cut=True)] * cut
+    says(*[*answers, *["x"] * 4][:4])
+    with pytest.warns(UserWarning, match=rf"of 4 answers {empty} are empty and {cut} were cut off"):
+        found = task.evaluate(Says(), tiny_tokenizer())
+    assert found.extra == {"empty_answers": empty / 4, "cut_answers": cut / 4}
+
+
+def test_of_fewer_nothing_is_said(says: Any, tmp_path: Path, recwarn: Any) -> None:
+    path = write(tmp_path / "q.jsonl", [{"question": f"{i}?", "answer": "x"} for i in range(3)])
+    says("", Written("x", is_cut=False), "x")
+    assert ExactMatch(path).evaluate(Says(), tiny_tokenizer()).extra == {}
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
     ("one", "other", "same"),
     [
         ("The Beatles", "beatles", True),
@@ -248,6 +305,7 @@ def test_normalising_twice_is_normalising_once(text: str) -> None:
     ("settings", "message"),
     [
         ({"pattern": "("}, "is no regular expression"),
+        ({"match": "contain"}, "unknown match 'contain'; did you mean 'contains'"),
         ({"stop": ""}, "stop must be the text that ends an answer, got ''"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number"),
         ({"answer": "solution"}, "line 1: has no 'solution'"),
@@ -270,6 +328,7 @@ def test_everything_that_changes_a_question_changes_the_fingerprint(tmp_path: Pa
         {"prompt": "{question}"},
         {"pattern": "."},
         {"normalise": False},
+        {"match": "contains"},
         {"stop": "."},
         {"max_new_tokens": 3},
         {"limit": 1},

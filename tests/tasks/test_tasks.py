@@ -167,6 +167,7 @@ def test_rows_end_at_the_end_of_text_a_newline_or_the_limit(
 ) -> None:
     found = generate(chain(tokenizer, text), tokenizer, list(expected), max_new_tokens=8)
     assert found == list(expected.values())
+    assert [each.is_cut for each in found] == [len(each) == 8 for each in found]
 
 
 def test_the_models_own_ends_count_and_its_sampling_does_not(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,8 @@ def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
     known = {kind: task.defaults() for kind, task in TASKS.items()}
     given = {key: value for key, value in options.items() if value is not None}
     specs: list[dict[str, Any]] = []
-    for name in filter(None, (part.strip() for part in names.split(","))):
+    parts = re.split(r",(?![^,:]*=)", names)  # of FILE#prompt=q,completion=a the commas stay
+    for name in filter(None, (part.strip() for part in parts)):
         kind, _, path = name.partition(":")
         label = folder_name(f"{kind}_{Path(path).stem}")
         spec = {"kind": kind, "path": path, "name": label} if path else {"kind": kind}

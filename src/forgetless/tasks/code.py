@@ -163,7 +163,8 @@ class CodeTask(Generating):
         ]
         further = [k for k in self.k if k > 1]
         curve = pass_curve([sum(passed) for passed in right], self.samples, further)
-        return TaskResult.of_items(self, items, metric="pass@1", extra=curve)
+        extra = curve | self.unfinished(written)
+        return TaskResult.of_items(self, items, metric="pass@1", extra=extra)
 
 
 @dataclass(frozen=True)

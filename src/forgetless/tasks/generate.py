@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from forgetless.core.errors import UserError
+from forgetless.core.errors import UserError, unknown
 from forgetless.data.files import Row
 from forgetless.tasks.base import Item, whole_number
 from forgetless.tasks.questions import Generating
@@ -26,11 +26,15 @@ from forgetless.tasks.rows import (
 __all__ = ["ExactMatch", "normalised"]
 
 _ARTICLES = frozenset({"a", "an", "the"})
+_MATCHES = ("exact", "contains")
+
+# Thai and Lao, Burmese, Khmer, Japanese and Chinese.
+_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 
 
 @dataclass(frozen=True)
 class ExactMatch(Generating):
-    """Share of questions whose greedy answer is one of the accepted ones.
+    """Share of questions whose greedy answer is one of the accepted ones, or contains one.
 
     The value is the accuracy, 0..1; an item has the whole text that the model wrote.
 
@@ -42,6 +46,8 @@ class ExactMatch(Generating):
         prompt: what the model reads; {question} and other fields of the row are put in.
         pattern: a regular expression; what it finds first in the text (its group, if it has one) is
             the answer. Accepted answers in which it is found are cut by it too.
+        match: "exact" where the answer must be an accepted one, or "contains" where one must stand
+            in it, as words of its own.
         normalise: compare without case, articles, and punctuation around words.
         stop: the text that ends an answer.
         max_new_tokens: length of an answer.
@@ -64,6 +70,7 @@ class ExactMatch(Generating):
     aliases: str | None = None
     prompt: str = "Question: {question}\nAnswer:"
     pattern: str | None = None
+    match: str = "exact"
     normalise: bool = True
     stop: str = "\n"
     max_new_tokens: int = 32
@@ -82,6 +89,8 @@ class ExactMatch(Generating):
                 re.compile(self.pattern)
             except (re.error, TypeError) as problem:
                 yield f"pattern {self.pattern!r} is no regular expression: {problem}"
+        if self.match not in _MATCHES:
+            yield str(unknown("match", str(self.match), _MATCHES))
         if not (isinstance(self.stop, str) and self.stop):
             yield f"stop must be the text that ends an answer, got {self.stop!r}"
         yield whole_number("max_new_tokens", self.max_new_tokens)
@@ -116,6 +125,7 @@ class ExactMatch(Generating):
         """The prompts, the accepted answers, and how answers are read."""
         asked = [[prompt, *accepted] for prompt, accepted in self._asked]
         how = [self.pattern, self.normalise, self.stop, self.max_new_tokens]
+        how += [] if self.match == "exact" else [self.match]
         return asked, how, *self.said("auto")
 
     def questions(self) -> Sequence[Item]:
@@ -131,9 +141,11 @@ class ExactMatch(Generating):
         ]
 
     def _is_right(self, answer: str, accepted: Iterable[str]) -> bool:
-        if not self.normalise:
-            return answer in accepted
-        return normalised(answer) in {normalised(other) for other in accepted}
+        if self.normalise:
+            answer, accepted = normalised(answer), [normalised(other) for other in accepted]
+        if self.match == "contains":
+            return any(_contains(answer, other) for other in accepted)
+        return answer in accepted
 
 
 def normalised(text: str) -> str:
@@ -150,6 +162,17 @@ def normalised(text: str) -> str:
     words = [_bare(word) for word in plain.split()]
     kept = [word for word in words if word and word not in _ARTICLES]
     return " ".join(kept or [word for word in words if word])
+
+
+def _contains(text: str, part: str) -> bool:
+    """Whether a part stands in a text, and not within a word or a number of it.
+
+    Scripts that have no spaces have no such words: there it may stand anywhere.
+    """
+    if not part:
+        return text == part
+    apart = rf"(?<![^\W{_SPACELESS}])(?<!\d[.,]){re.escape(part)}(?![^\W{_SPACELESS}])(?![.,]\d)"
+    return re.search(rf"(?<![-−]){apart}" if part[0].isdigit() else apart, text) is not None
 
 
 def _bare(word: str) -> str:

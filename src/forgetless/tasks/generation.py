@@ -30,10 +30,26 @@ from forgetless.tasks.inference import (
 from forgetless.tasks.journal import in_batches
 from forgetless.tasks.sampling import Sampling
 
-__all__ = ["generate"]
+__all__ = ["Written", "generate"]
 
 # Steps between two looks for a longer stop, each of which decodes all that was written.
 _LOOK = 8
+
+
+class Written(str):
+    """What a model wrote.
+
+    Attributes:
+        is_cut: whether it was still writing when it had all of its tokens.
+    """
+
+    __slots__ = ("is_cut",)
+    is_cut: bool
+
+    def __new__(cls, text: str, is_cut: bool = False) -> Written:
+        made = super().__new__(cls, text)
+        made.is_cut = is_cut
+        return made
 
 
 def generate(
@@ -46,7 +62,7 @@ def generate(
     batch_size: int | None = None,
     sampling: Sampling | None = None,
     rendered: bool = False,
-) -> list[str]:
+) -> list[Written]:
     """The most probable continuation of each prompt, token by token, in the order of the prompts.
 
     A continuation ends before `stop`, at the model's or tokenizer's end of text, or after
@@ -78,9 +94,10 @@ def generate(
     decoder = _Decoder(model, tokenizer, ends.union(*inside), max_new_tokens, stops)
     longest = max(map(len, rows), default=0) + max_new_tokens
 
-    def continuations(places: Sequence[int]) -> list[str]:
+    def continuations(places: Sequence[int]) -> list[tuple[str, bool]]:
         choose = _best if sampling is None else sampling.chooser(places, max_new_tokens)
         found = decoder.continuations([rows[i] for i in places], choose)
+        full = [len(ids) == max_new_tokens and ids[-1] not in ends for ids in found]
         # A token with the stop in it may hold the end of the answer, an end of text does not.
         found = [ids[:-1] if ids[-1] in ends else ids for ids in found]
         asked = [list(rows[i]) for i in places]
@@ -88,9 +105,13 @@ def generate(
         # A text alone loses its first blank where the tokenizer puts one in front of every text.
         said = tokenizer.batch_decode(asked + wholes + found, skip_special_tokens=True)
         n = len(asked)
-        return [
-            _until(whole[len(prompt) :] if whole.startswith(prompt) else alone, stops)
+        texts = [
+            whole[len(prompt) :] if whole.startswith(prompt) else alone
             for prompt, whole, alone in zip(said[:n], said[n : 2 * n], said[2 * n :], strict=True)
+        ]
+        return [
+            (before := _until(text, stops), is_full and before == text)
+            for text, is_full in zip(texts, full, strict=True)
         ]
 
     drawn = [] if sampling is None else [[sampling.temperature, sampling.top_p, sampling.seed]]
@@ -105,7 +126,9 @@ def generate(
                 stacklevel=2,
             )
         batches = by_length(rows, size, alike=alike)
-        return in_batches("generate", rows, batches, continuations, max_new_tokens, stop, *drawn)
+        how = (max_new_tokens, stop, *drawn)
+        found = in_batches("written", rows, batches, continuations, *how)
+    return [Written(*each) for each in found]
 
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -60,7 +61,7 @@ class Generating(Asking):
             batch_size=batch_size,
             sampling=sampling,
         )
-        return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+        return [[*texts[i : i + samples]] for i in range(0, len(texts), samples)]
 
     def measure(
         self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None
@@ -72,4 +73,23 @@ class Generating(Asking):
             replace(item, answer=text.strip(), score=float(right))
             for item, (text,), (right,) in judged
         ]
-        return TaskResult.of_items(self, items, metric="accuracy")
+        extra = self.unfinished(written)
+        return TaskResult.of_items(self, items, metric="accuracy", extra=extra)
+
+    def unfinished(self, written: Sequence[Sequence[str]]) -> dict[str, float]:
+        """The shares of answers that are empty and that were cut off, where that is half of them.
+
+        Then the score says more of the settings than of the model, and a warning says so.
+        """
+        texts = [text for each in written for text in each]
+        empty = sum(not text.strip() for text in texts)
+        cut = sum(bool(text.strip()) and getattr(text, "is_cut", False) for text in texts)
+        if 2 * (empty + cut) < len(texts) or not texts:
+            return {}
+        warnings.warn(
+            f"task {self.name!r}: of {len(texts)} answers {empty} are empty and {cut} were cut off "
+            f"after max_new_tokens={self.max_new_tokens}; look at them, and at the task's prompt, "
+            "stop, max_new_tokens and chat_template",
+            stacklevel=2,
+        )
+        return {"empty_answers": empty / len(texts), "cut_answers": cut / len(texts)}
