@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-quantised check docs format bench clean
+.PHONY: demo test test-quantised check docs fuzz format bench clean
 
 demo: $(READY)
 	$(BIN)/forgetless demo --out runs
@@ -36,6 +36,10 @@ docs: $(VENV)/.docs-ready
 $(VENV)/.docs-ready: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
+
+# A thousand damaged files, each read by a command: it ends well or says which file and why.
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzzing --cases 1000
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forgetless.adapters.anchored import AnchoredVariant, is_anchored
@@ -27,6 +27,7 @@ from forgetless.adapters.folders import WEIGHTS_FILE, without_new_head
 from forgetless.adapters.layer import adapted_layers
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.files import new_file
+from forgetless.core.tensors import read_tensors
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def scale_folder(folder: str | Path, scale: float) -> None:
         UserError: a DoRA, or modules that were trained in whole: no scale of B turns those.
     """
     folder = Path(folder)
-    state = load_file(folder / WEIGHTS_FILE)
+    state = read_tensors(folder / WEIGHTS_FILE, finite=True)
     whole = [key for key in state if ".lora_A." not in key and ".lora_B." not in key]
     more = without_new_head(whole, folder)
     if more:

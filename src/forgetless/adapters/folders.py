@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forgetless.adapters.anchored import Anchor
@@ -31,8 +30,9 @@ from forgetless.adapters.layer import (
 )
 from forgetless.adapters.plain import PlainLora, lora_config, plain_lora
 from forgetless.adapters.tuner import add_adapter, check_addable, take_off
-from forgetless.core.errors import UserError, first_few
+from forgetless.core.errors import UserError, first_few, reading
 from forgetless.core.files import new_folder, read_json, write_json
+from forgetless.core.tensors import read_tensors
 from forgetless.models.heads import (
     add_head,
     divided_state,
@@ -274,22 +274,24 @@ def load(
     check_addable(base, adapter_name)
     folder = Path(folder)
     config = _read_config(folder)
-    state = load_file(folder / WEIGHTS_FILE)
-    _check_fits(folder, config, state, base)
-    state = _with_its_head(folder, config, state, base)
-    _keep_whole_modules_apart(folder, config, state, base)
-    _name_base(folder, config, base)
-    config.inference_mode = not trainable
-    start, model = config.start, add_adapter(base, config, adapter_name)
-    try:
-        if start is not None:
-            made = Start.from_dict(start)
-            for name, module in adapted_layers(model, adapter_name).items():
-                install(module, adapter_name, made, *_saved_parameters(state, name, made.anchored))
-        _fill(model, adapter_name, state, folder)
-    except (KeyError, UserError):
-        take_off(model, adapter_name, base)
-        raise
+    state = read_tensors(folder / WEIGHTS_FILE, finite=True)
+    with reading(f"the adapter in {folder}", "export or save it again"):
+        _check_fits(folder, config, state, base)
+        state = _with_its_head(folder, config, state, base)
+        _keep_whole_modules_apart(folder, config, state, base)
+        _name_base(folder, config, base)
+        config.inference_mode = not trainable
+        start, model = config.start, add_adapter(base, config, adapter_name)
+        try:
+            if start is not None:
+                made = Start.from_dict(start)
+                for name, module in adapted_layers(model, adapter_name).items():
+                    parameters = _saved_parameters(state, name, made.anchored)
+                    install(module, adapter_name, made, *parameters)
+            _fill(model, adapter_name, state, folder)
+        except Exception:
+            take_off(model, adapter_name, base)
+            raise
     model.set_requires_grad(adapter_name, requires_grad=trainable)
     return model.train(trainable)
 
@@ -431,7 +433,7 @@ def down_projections(folder: str | Path) -> dict[str, Tensor]:
     """
     folder = Path(folder)
     _read_config(folder)  # refuses what is no LoRA
-    state = load_file(folder / WEIGHTS_FILE)
+    state = read_tensors(folder / WEIGHTS_FILE, finite=True)
     found = {}
     for key, A in state.items():
         name, is_A, _ = key.partition(".lora_A.")
@@ -442,12 +444,9 @@ def down_projections(folder: str | Path) -> dict[str, Tensor]:
 
 
 def _read_config(folder: Path) -> StartConfig:
-    try:
-        values = json.loads((folder / CONFIG_FILE).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no adapter: it has no {CONFIG_FILE}") from None
-    except json.JSONDecodeError as problem:
-        raise UserError(f"{folder / CONFIG_FILE} is not valid JSON: {problem}") from None
+    values = read_json(folder / CONFIG_FILE)
+    if not values:
+        raise UserError(f"{folder} is no adapter: it has no {CONFIG_FILE}")
     if not (folder / WEIGHTS_FILE).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         hint = "; its adapter_model.bin is a pickle, so save it with safetensors" if pickled else ""
@@ -458,7 +457,7 @@ def _read_config(folder: Path) -> StartConfig:
     if kind == "LORA" and (folder / START_FILE).is_file():
         # An anchored one says it in its config; a file that says so here is another adapter's.
         start = read_json(folder / START_FILE)
-        values["start"] = None if start["anchored"] else start
+        values["start"] = None if start.get("anchored") else start
     if str(values.get("init_lora_weights")).startswith(_CHANGES_THE_BASE):
         raise UserError(
             f"{folder} was saved with init_lora_weights={values['init_lora_weights']!r}: it is for "
@@ -468,7 +467,8 @@ def _read_config(folder: Path) -> StartConfig:
     known = StartConfig.__dataclass_fields__
     if ignored := sorted(key for key in values.keys() - known.keys() if values[key]):
         warnings.warn(f"{folder}: this PEFT does not know {', '.join(ignored)}", stacklevel=3)
-    return StartConfig(**{key: value for key, value in values.items() if key in known})
+    with reading(folder / CONFIG_FILE):
+        return StartConfig(**{key: value for key, value in values.items() if key in known})
 
 
 def _name_base(folder: Path, config: LoraConfig, base: nn.Module) -> None:

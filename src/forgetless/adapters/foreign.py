@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from forgetless.adapters.folders import CONFIG_FILE, WEIGHTS_FILE
@@ -24,6 +22,7 @@ from forgetless.core.errors import UserError, first_few
 from forgetless.core.files import read_json
 from forgetless.core.method import Factors
 from forgetless.core.spectra import update_norm
+from forgetless.core.tensors import read_tensors
 from forgetless.models.load import base_of
 from forgetless.models.weights import is_linear, linear_weight, unreadable, weight_shape
 
@@ -243,11 +242,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _state(folder: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / WEIGHTS_FILE)
+        return read_tensors(folder / WEIGHTS_FILE)
     except FileNotFoundError:
         raise UserError(f"{folder} is no complete adapter: it has no {WEIGHTS_FILE}") from None
-    except SafetensorError as problem:
-        raise UserError(f"{folder / WEIGHTS_FILE} is damaged: {problem}") from None
 
 
 def _version(config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +44,7 @@ from forgetless.core.method import Factors
 from forgetless.core.progress import counted
 from forgetless.core.projection import best_of_rank, repaired
 from forgetless.core.spectra import Update, dense, output_energy, update_norm
+from forgetless.core.tensors import read_tensors
 from forgetless.models.load import base_of, load_model, load_tuned
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 from forgetless.statistics.moments import Statistics
@@ -490,7 +491,7 @@ def repair_folder(
     if (config.start or {}).get("anchored"):
         raise UserError(f"{source} is an anchored adapter; 'forgetless export' makes it a LoRA")
     layers = _look_at(source, base).layers
-    state = load_file(source / WEIGHTS_FILE)
+    state = read_tensors(source / WEIGHTS_FILE, finite=True)
     keys = {name: f"{PREFIX}{name}.lora_" for name in layers}
     factors = {
         name: Factors(A=state[f"{key}A.weight"], B=state[f"{key}B.weight"])

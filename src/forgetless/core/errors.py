@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -37,6 +39,40 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(given, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return UserError(f"unknown {kind} {given!r}{hint} Known: {', '.join(names) or 'none'}")
+
+
+@contextmanager
+def reading(file: str | Path, remedy: str = "") -> Iterator[None]:
+    """Turn whatever is raised over the content of a file or folder into a line that names it.
+
+    Libraries raise anything over a damaged file: of a parser's own kind, a TypeError, a bare
+    Exception. The first is the cause, for ``--debug``.
+
+    Args:
+        file: what is read in the block.
+        remedy: what to do about it.
+
+    Raises:
+        UserError: anything but what says itself what is wrong: a `UserError`, an OSError, and
+            memory or an optional package that is missing.
+    """
+    try:
+        yield
+    except (UserError, OSError, MemoryError, ImportError):
+        raise
+    except Exception as problem:
+        hint = f"; {remedy}" if remedy else ""
+        raise UserError(f"{file} cannot be read: {first_line(problem)}{hint}") from problem
+
+
+def first_line(problem: BaseException) -> str:
+    """What an error of a library says, in one line without control characters."""
+    lines = str(problem).strip().splitlines()
+    said = lines[0][:300] if lines else ""
+    if isinstance(problem, KeyError):
+        said = f"{said} is missing"
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
+    return plain or type(problem).__name__
 
 
 def first_few(problems: Sequence[str], shown: int = 3) -> str:

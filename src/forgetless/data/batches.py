@@ -19,7 +19,7 @@ from forgetless.core.errors import UserError
 from forgetless.data.modality import Batch, Sample
 from forgetless.data.packing import IGNORED
 from forgetless.models.load import base_of, evaluating
-from forgetless.models.text import positions_of, without_cache
+from forgetless.models.text import positions_of, require_known_tokens, without_cache
 
 
 class TokenRows(torch.utils.data.Dataset[Sample]):
@@ -93,13 +93,7 @@ class TokenRows(torch.utils.data.Dataset[Sample]):
                 f"the longest example has {self.longest} tokens, but the model has {positions} "
                 f"positions; set max_length to {positions} or less"
             )
-        words = model.get_input_embeddings().num_embeddings
-        largest = int(self.flat["input_ids"].max())
-        if largest >= words:
-            raise UserError(
-                f"the data holds the token {largest}, but the model knows {words} tokens; "
-                "use the tokenizer of this model"
-            )
+        require_known_tokens([[int(self.flat["input_ids"].max())]], model)
         if all(weight.is_meta for weight in model.parameters()):
             return
         base = base_of(model)

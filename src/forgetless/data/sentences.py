@@ -24,7 +24,7 @@ from forgetless.data.packing import IGNORED
 from forgetless.data.texts import SELF, read_examples
 from forgetless.models.heads import head_classes
 from forgetless.models.load import load_tokenizer
-from forgetless.models.text import positions_of
+from forgetless.models.text import positions_of, require_known_tokens
 
 __all__ = ["MODALITY", "SentenceReader", "SentenceRows"]
 
@@ -211,13 +211,7 @@ class SentenceRows(torch.utils.data.Dataset[Sample]):
                 f"the longest example has {longest} tokens, but the model has {positions} "
                 f"positions; set max_length to {positions} or less"
             )
-        words = model.get_input_embeddings().num_embeddings
-        largest = max(int(ids.max()) for ids in self.columns["input_ids"])
-        if largest >= words:
-            raise UserError(
-                f"the data holds the token {largest}, but the model knows {words} tokens; "
-                "use the tokenizer of this model"
-            )
+        require_known_tokens([[int(ids.max()) for ids in self.columns["input_ids"]]], model)
 
 
 def _positions(model: nn.Module) -> int | None:

@@ -105,7 +105,7 @@ def batches(
 
     from forgetless.data.batches import Padding
     from forgetless.data.modality import longest_first
-    from forgetless.models.text import positions_of
+    from forgetless.models.text import positions_of, require_known_tokens
 
     require_counts(samples=samples, max_length=max_length, batch_size=batch_size)
     if model.config.is_encoder_decoder:
@@ -121,7 +121,7 @@ def batches(
         examples = read_examples(source)
         require_kind(examples, TEXTS)
         windows = _windows(examples, tokenizer, samples, max_length, draw)
-        _check_vocabulary(windows, model)
+        require_known_tokens(windows, model)
     rows = [
         {"input_ids": ids, "labels": ids, "lengths": [len(ids)]}
         for ids in map(torch.tensor, windows)
@@ -261,16 +261,6 @@ def _sequence(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     text = chat.render(record["messages"])
     ids: list[int] = tokenizer(text, add_special_tokens=not chat.is_own, verbose=False)["input_ids"]
     return ids
-
-
-def _check_vocabulary(windows: Iterable[Sequence[int]], model: PreTrainedModel) -> None:
-    largest = max(max(window) for window in windows)
-    size = model.get_input_embeddings().weight.shape[0]
-    if largest >= size:
-        raise UserError(
-            f"the text has token {largest}, but the model knows only 0..{size - 1}: the tokenizer "
-            "belongs to another model"
-        )
 
 
 def self_text(

@@ -22,7 +22,6 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -42,7 +41,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from forgetless.core.errors import UserError, unknown
+from forgetless.core.errors import UserError, first_line, unknown
 from forgetless.models.heads import (
     add_head,
     divided,
@@ -152,7 +151,6 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def resolve_base(base: str, *, weights: bool = True) -> str:
@@ -254,8 +252,8 @@ def load_model(
             trust_remote_code=is_trusted(base),
             **more,
         )
-    except (*_LOADING_ERRORS, ImportError) as problem:
-        raise UserError(f"cannot load base {base!r}: {_first_line(problem)}") from problem
+    except Exception as problem:  # whatever a library raises for a bad file
+        raise UserError(f"cannot load base {base!r}: {first_line(problem)}") from problem
     missing = sorted(name for name in loading["missing_keys"] if not is_of_new_head(model, name))
     if missing:
         raise UserError(
@@ -280,12 +278,10 @@ def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=is_trusted(base))
-    except (*_LOADING_ERRORS, ImportError) as problem:
+    except Exception as problem:  # whatever a library raises for a bad file
         if "trust_remote_code" in str(problem):
             raise _needs_trust(base) from None
-        raise UserError(
-            f"cannot read the config of base {base!r}: {_first_line(problem)}"
-        ) from None
+        raise UserError(f"cannot read the config of base {base!r}: {first_line(problem)}") from None
     stored = getattr(config, "architectures", None) or []
     for head in HEADS:
         if config.model_type in head.classes and (not stored or head.names.intersection(stored)):
@@ -353,11 +349,6 @@ def _needs_trust(base: str) -> UserError:
     )
 
 
-def _first_line(problem: BaseException) -> str:
-    lines = str(problem).strip().splitlines()
-    return lines[0] if lines else type(problem).__name__
-
-
 def load_tokenizer(base: str, *, weights: bool = True) -> PreTrainedTokenizerBase:
     """The base's tokenizer, always with a padding token.
 
@@ -368,6 +359,11 @@ def load_tokenizer(base: str, *, weights: bool = True) -> PreTrainedTokenizerBas
         UserError: the base comes without a tokenizer, or the tokenizer has no special token.
     """
     tokenizer: PreTrainedTokenizerBase = _load_beside(base, AutoTokenizer, "tokenizer", weights)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(
+            f"the tokenizer of base {base!r} has model_max_length "
+            f"{str(tokenizer.model_max_length)[:40]!r}, which is no number of tokens"
+        )
     if tokenizer.pad_token is None:
         pad = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
         if pad is None:
@@ -399,11 +395,11 @@ def _load_beside(base: str, auto_class: Any, noun: str, weights: bool) -> Any:
     source = resolve_base(base, weights=weights)
     try:
         return auto_class.from_pretrained(source, trust_remote_code=is_trusted(base))
-    except (*_LOADING_ERRORS, ImportError) as problem:
+    except Exception as problem:  # whatever a library raises for a bad file
         if "trust_remote_code" in str(problem):
             raise _needs_trust(base) from None
         raise UserError(
-            f"base {base!r} has no {noun} that can be loaded ({_first_line(problem)}); "
+            f"base {base!r} has no {noun} that can be loaded ({first_line(problem)}); "
             f"save one into the folder with {noun.replace(' ', '_')}.save_pretrained"
         ) from problem
 

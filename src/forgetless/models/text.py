@@ -7,13 +7,22 @@ that no text passes through stand beside it.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
 
-__all__ = ["positions_of", "text_config", "unread_by_text", "vocabulary_of", "without_cache"]
+from forgetless.core.errors import UserError
+
+__all__ = [
+    "positions_of",
+    "require_known_tokens",
+    "text_config",
+    "unread_by_text",
+    "vocabulary_of",
+    "without_cache",
+]
 
 _POSITIONS = (
     *("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len"),
@@ -47,6 +56,21 @@ def vocabulary_of(model: Any) -> int | None:
     """Tokens that the model tells apart, where its config says so."""
     found = getattr(text_config(model), "vocab_size", None)
     return found if isinstance(found, int) else None
+
+
+def require_known_tokens(rows: Iterable[Sequence[int]], model: Any) -> None:
+    """See to it that the model has an embedding for every token of these rows.
+
+    Raises:
+        UserError: it has not; the tokenizer is that of another model.
+    """
+    embeddings = getattr(model, "get_input_embeddings", None)
+    largest = max((max(row, default=-1) for row in rows), default=-1)
+    if embeddings is not None and largest >= (known := embeddings().weight.shape[0]):
+        raise UserError(
+            f"the text has the token {largest}, but the model knows {known} tokens; use the "
+            "tokenizer of this model"
+        )
 
 
 def unread_by_text(base: Any, names: Collection[str]) -> list[str]:

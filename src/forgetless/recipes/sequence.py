@@ -272,7 +272,8 @@ class SequenceRecipe(Definition):
     @property
     def knowledge(self) -> list[Any]:
         """What measures the base's knowledge, the first for the matrix."""
-        return list(self._section("tasks").get("forgetting") or [])
+        found = self._section("tasks").get("forgetting") or []
+        return list(found) if isinstance(found, list) else [found]
 
     def _section(self, name: str) -> Mapping[str, Any]:
         found = self.recipe.get(name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from forgetless.core.errors import UserError
+from forgetless.core.errors import UserError, reading
 from forgetless.core.files import read_json, read_jsonl, write_json
 from forgetless.tasks.base import Item, TaskResult
 from forgetless.tasks.evaluation import Scores
@@ -112,10 +112,11 @@ def _read_file(path: Path) -> Scores:
                 f"were the same: keep {records.name}, which 'forgetless eval --out' writes, "
                 "beside it"
             )
-    return Scores(
-        TaskResult.from_json({**record, "task": task}, _items(record.get("items", ())))
-        for task, record in content.items()
-    )
+    with reading(records if records.exists() else path, "measure again with 'forgetless eval'"):
+        return Scores(
+            TaskResult.from_json({**record, "task": task}, _items(record.get("items", ())))
+            for task, record in content.items()
+        )
 
 
 def _read_run(folder: Path, phase: Phase) -> SavedScores:
@@ -125,8 +126,9 @@ def _read_run(folder: Path, phase: Phase) -> SavedScores:
     for task in kinds:
         score = read_json(score_file(folder, phase, task))
         if score:
-            items = _items(read_jsonl(items_file(folder, phase, task)))
-            results.append(TaskResult.from_json(score, items))
+            with reading(score_file(folder, phase, task), "delete it, and run the recipe again"):
+                items = _items(read_jsonl(items_file(folder, phase, task)))
+                results.append(TaskResult.from_json(score, items))
     if not results:
         raise UserError(
             f"the run {folder} has no {phase} scores yet; 'forgetless run' measures them"

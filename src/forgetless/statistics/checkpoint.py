@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import write_json
 from forgetless.core.processes import Processes
+from forgetless.core.tensors import read_tensors
 from forgetless.statistics.collector import Batch, Collector
 from forgetless.statistics.moments import OnDisk
 
@@ -108,7 +109,7 @@ class Checkpoint:
         sums = self._record["sums"]
         if sums is None or sums["names"] != names:
             return 0
-        collector.resume(load_file(self._folder / sums["file"]), sums["tokens"])
+        collector.resume(read_tensors(self._folder / sums["file"]), sums["tokens"])
         done: int = sums["batches"]
         return done
 

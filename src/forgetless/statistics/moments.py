@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from forgetless.core.errors import reading
 from forgetless.statistics.files import FileFormat
 
 _FORMAT = FileFormat("statistics", version=1, make="'forgetless stats'")
@@ -233,14 +235,20 @@ class OnDisk(Mapping[str, Tensor]):
         self._files = dict(files)
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as opened:
+        with self._opened(name) as opened:
             tensor: Tensor = opened.get_tensor(name)
             return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one, from its file's header."""
-        with safe_open(self._files[name], framework="pt") as opened:
+        with self._opened(name) as opened:
             return tuple(opened.get_slice(name).get_shape())
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        file = self._files[name]
+        with reading(file, "make it again"), safe_open(file, framework="pt") as opened:
+            yield opened
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from forgetless.core.tensors import read_tensors
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -204,7 +206,7 @@ class _States:
 
     def get(self, number: int) -> Any:
         form = self._forms[number]
-        parts = load_file(self._folder / f"{number}.safetensors")
+        parts = read_tensors(self._folder / f"{number}.safetensors")
         if isinstance(form, torch.device):
             return parts["0"].to(form)
         return tuple(None if d is None else parts[str(i)].to(d) for i, d in enumerate(form))

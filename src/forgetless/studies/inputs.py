@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder
 from forgetless.core.processes import Processes
+from forgetless.core.tensors import read_tensors
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import Batch, Processor, modality_of, training_batches
 from forgetless.data.settings import DATA, CalibrationSettings, DataSettings
@@ -167,7 +168,7 @@ class Collecting:
 
         Processes.current().first(write)
         kept: dict[int, Batch] = {}
-        for key, value in load_file(file).items():
+        for key, value in read_tensors(file).items():
             number, _, name = key.partition(".")
             kept.setdefault(int(number), {})[name] = value
         return [kept[number] for number in sorted(kept)]

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forgetless.adapters.attachment import attach
@@ -54,6 +54,7 @@ from forgetless.core.files import (
 )
 from forgetless.core.method import Factors
 from forgetless.core.processes import Processes
+from forgetless.core.tensors import read_tensors
 from forgetless.data.examples import load_examples
 from forgetless.data.mixture import Mixture
 from forgetless.data.modality import (
@@ -628,7 +629,7 @@ class Stages:
             self.processes.first(write)
             for weight in others:
                 weight.requires_grad_(True)
-        put_back(model, load_file(file))
+        put_back(model, read_tensors(file))
 
     def train(self) -> str | None:
         """Train, from the newest checkpoint if there is one, and write the result down."""

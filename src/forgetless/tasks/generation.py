@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from forgetless.core.errors import UserError
 from forgetless.data.encoding import encode
 from forgetless.models.load import base_of, evaluating
-from forgetless.models.text import positions_of
+from forgetless.models.text import positions_of, require_known_tokens
 from forgetless.tasks.inference import (
     Ids,
     accepts,
@@ -87,6 +87,7 @@ def generate(
     """
     require_causal(model)
     rows = encode(tokenizer, prompts, rendered=rendered)
+    require_known_tokens(rows, model)
     _check_room(model, rows, max_new_tokens)
     ends = _end_ids(model, tokenizer)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from forgetless.data.packing import IGNORED
 from forgetless.models.load import evaluating
+from forgetless.models.text import require_known_tokens
 from forgetless.tasks.inference import Ids, by_length, device_of, pad, require_causal, rows_that_fit
 from forgetless.tasks.journal import in_batches
 from forgetless.tasks.texts import Piece
@@ -62,6 +63,7 @@ def losses(
         UserError: not a causal language model.
     """
     require_causal(model)
+    require_known_tokens(rows, model)
     windows = [
         window
         for text, ids in enumerate(rows)

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
+from forgetless.core.tensors import read_tensors
 from forgetless.data.examples import Examples
 from forgetless.data.modality import Processor
 from forgetless.data.texts import read_examples as read_texts
@@ -217,5 +218,5 @@ class RecordedBase(nn.Module):
                 "pass reference=, the untouched base, or start the training anew"
             )
         recorded = cls(None)
-        recorded.kept = dict(load_file(file))
+        recorded.kept = read_tensors(file)
         return recorded
