@@ -154,11 +154,11 @@ def test_what_is_no_adapter_is_said(folder: Path, tmp_path: Path) -> None:
         check_adapter(tmp_path, base())
     assert "not a LoRA" in problem(with_config(folder, peft_type="IA3"))
     (folder / "adapter_model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="cannot be read"):
         check_adapter(folder, base())
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="no complete adapter"):
         check_adapter(folder, base())
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="cannot be read"):
         check_adapter(folder, base())
