@@ -160,5 +160,5 @@ def test_what_is_no_adapter_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete adapter"):
         check_adapter(folder, base())
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="damaged"):
         check_adapter(folder, base())
