@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -183,6 +184,19 @@ def test_export_is_a_plain_lora_that_peft_loads_on_a_fresh_base(
 
 def method_is_anchored(model: PeftModel) -> bool:
     return bool(model.peft_config["default"].start["anchored"])
+
+
+@pytest.mark.parametrize("method", ONE_OF_EACH)
+def test_an_export_holds_factors_of_linear_layers_alone(
+    family: str, method: str, tmp_path: Path
+) -> None:
+    """What converters to other formats read: llama.cpp's takes no whole embedding or head."""
+    folder = export(trained(family, method), tmp_path).folder
+    state = load_file(folder / "adapter_model.safetensors")
+    layers = set(target_layers(FAMILIES[family].model()))
+    wanted = {f"base_model.model.{n}.lora_{f}.weight" for n in layers for f in "AB"}
+    assert state.keys() == wanted
+    assert all(tensor.isfinite().all() for tensor in state.values())
 
 
 def test_save_and_load_lose_nothing(family: str, method: str, tmp_path: Path) -> None:

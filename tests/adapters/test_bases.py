@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     LlamaForCausalLM,
@@ -28,6 +28,7 @@ from transformers import (
 
 from forgetless.adapters.attachment import attach
 from forgetless.adapters.folders import export, load, save
+from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.layer import adapted_layers, delta_weights
 from forgetless.core.errors import UserError
 from forgetless.models.load import find_targets, target_layers
@@ -274,6 +275,21 @@ def test_experts_that_are_asked_for_by_name_are_refused(
         with pytest.raises(UserError, match="reach the stacked expert tensors"):
             attach(experts(), "lora", 4, target_modules=targets)
     assert find_targets(experts(), ["q_proj"]).skipped == []
+
+
+@pytest.mark.parametrize("rank", [2, 4], ids=["fewer", "as many as experts"])
+def test_an_adapter_of_stacked_experts_is_refused_by_name(
+    rank: int, experts: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    """Its factors of all experts lie in one matrix, whose order no shape tells."""
+    wanted = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    config = LoraConfig(r=rank, target_modules=["q_proj"], target_parameters=wanted)
+    get_peft_model(experts(), config).save_pretrained(str(tmp_path))
+    named = r"adapts stacked expert tensors \(mlp\.experts\.down_proj; .*PeftModel\.from_pretrained"
+    with pytest.raises(UserError, match=named):
+        load(experts(), tmp_path)
+    with pytest.raises(UserError, match=named):
+        require_usable(tmp_path, experts())
 
 
 # ---- shared, tied --------------------------------------------------------------------------------

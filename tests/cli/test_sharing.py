@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import forgetless as fl
+from forgetless.adapters.rounding import nf4
 from forgetless.cli.commands import sharing
 from forgetless.core.files import lock
-from forgetless.models.load import load_model, load_tokenizer
+from forgetless.data.language import MODALITY
+from forgetless.models.load import load_model, load_tokenizer, target_layers
 from forgetless.recipes.checking import check
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.study import study
@@ -47,7 +53,12 @@ def test_a_merged_model_says_what_the_adapter_says(
     tmp_path: Path,
 ) -> None:
     run, out = run_of(trained), tmp_path / "merged"
-    assert forgetless("merge", run, "--out", out).code == 0
+    told = forgetless("merge", run, "--out", out)
+    assert told.code == 0
+    assert "the adapter is in 14 of its weights" in told.out
+    assert "0.0 % of the update vanished in rounding" in " ".join(told.out.split())
+    assert "already merged" not in told.err
+    assert "--dtype float32" not in told.out
     ids = {"input_ids": torch.arange(3, 11)[None]}
     with torch.no_grad():
         model = fl.load(load_model(str(tiny_base)), run / "native")
@@ -57,6 +68,113 @@ def test_a_merged_model_says_what_the_adapter_says(
     assert load_tokenizer(str(out))("abc") == load_tokenizer(str(tiny_base))("abc")
     assert "is not empty" in forgetless("merge", run, "--out", out).err
     assert "is a whole model" in forgetless("merge", out, "--out", tmp_path / "again").err
+
+
+def save_adapter(base: Any, folder: Path, size: float = 0.1, **settings: Any) -> PeftModel:
+    """A plain LoRA of PEFT whose every weight was moved, in a folder."""
+    torch.manual_seed(0)
+    usual: dict[str, Any] = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's on tied embeddings
+        model = get_peft_model(base, LoraConfig(**usual | settings))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(size * torch.randn(weight.shape))
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["embeddings", "both", "adapted head", "head"],
+)
+def test_a_merged_model_with_tied_embeddings_says_the_same_in_a_new_process(
+    settings: dict[str, Any],
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
+    ids = torch.arange(3, 11)[None]
+    adapted = save_adapter(load_model(str(tiny_base)), tmp_path / "adapter", **settings)
+    with torch.no_grad():
+        wanted = adapted(input_ids=ids).logits
+    told = forgetless(
+        "merge", tmp_path / "adapter", "--base", tiny_base, "--out", tmp_path / "merged"
+    )
+    assert told.code == 0, told.err
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M; "
+        "model = M.from_pretrained(sys.argv[1]).eval(); "
+        "torch.save(model(input_ids=torch.arange(3, 11)[None]).logits, sys.argv[2])"
+    )
+    file = tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", script, tmp_path / "merged", file], check=True)
+    torch.testing.assert_close(torch.load(file).detach(), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("size", "left"), [(1e-5, False), (1.0, True)])
+def test_merging_says_how_much_of_the_update_rounding_left(
+    size: float,
+    left: bool,
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
+    """Of entries below half a step of bfloat16 nothing is left where the base has that format."""
+    base = load_model(str(tiny_base), dtype="bfloat16")
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer(str(tiny_base)).save_pretrained(tmp_path / "base")
+    save_adapter(base, tmp_path / "adapter", size=size)
+    merge = ["merge", tmp_path / "adapter", "--base", tmp_path / "base", "--out"]
+    found = json.loads(forgetless(*merge, tmp_path / "one", "--json").out)
+    told = " ".join(forgetless(*merge, tmp_path / "two").out.split())
+    assert (found["stored"]["kept"] > 0.9) == left
+    assert ("Merge with --dtype float32" in told) == (not left)
+    assert f"{100 * (1 - found['stored']['kept']):.1f} % of the update vanished" in told
+    assert found["layers"].keys() == set(target_layers(base, ["q_proj", "v_proj"]))
+    assert (found["four_bits"]["error"] > 1) == (not left)
+    wide = json.loads(forgetless(*merge, tmp_path / "wide", "--dtype", "float32", "--json").out)
+    assert wide["stored"]["kept"] == pytest.approx(1, abs=1e-3)
+    assert wide["difference"] < 1e-5 <= 1e-5 + found["difference"]
+
+
+def test_merging_onto_another_base_says_how_far_apart_the_two_are(
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after QLoRA: trained on weights of 4 bits, merged into those of 16."""
+    rounded = load_model(str(tiny_base))
+    with torch.no_grad():
+        for layer in target_layers(rounded).values():
+            weight: Any = layer.weight
+            weight.copy_(nf4(8 * weight))  # so much that it shows in a tiny model
+    rounded.save_pretrained(tmp_path / "four_bits")
+    load_tokenizer(str(tiny_base)).save_pretrained(tmp_path / "four_bits")
+    save_adapter(load_model(str(tmp_path / "four_bits")), tmp_path / "adapter")
+    merge = ["merge", tmp_path / "adapter", "--json", "--out"]
+    same = json.loads(forgetless(*merge, tmp_path / "same").out)
+    other = json.loads(forgetless(*merge, tmp_path / "other", "--base", tiny_base).out)
+    assert same["kl"] is None
+    logits = []
+    for base in (rounded, load_model(str(tiny_base))):
+        with torch.no_grad():
+            logits.append(fl.load(base, tmp_path / "adapter")(**MODALITY.probe(base)).logits)
+    p, q = (each.double().log_softmax(-1) for each in logits)
+    assert other["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    monkeypatch.setattr(sharing, "KL_OF_ANOTHER_BASE", other["kl"] / 2)
+    merge.remove("--json")
+    told = forgetless(*merge, tmp_path / "told", "--base", tiny_base)
+    assert "not the base that the adapter was trained on" in " ".join(told.out.split())
+    assert "which is much; measure both" in " ".join(told.out.split())
 
 
 def test_base_and_adapter_answer_the_same_question(

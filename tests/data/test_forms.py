@@ -459,7 +459,7 @@ def test_truncation_keeps_the_beginning_of_the_answer() -> None:
     with pytest.warns(UserWarning, match="1 of 3 examples do not fit max_length=7") as said:
         tokenized = tokenize(examples(*rows), tokenizer, max_length=7)
     left_out, cut_off = (str(warning.message) for warning in said)
-    assert left_out.endswith("with their prompts alone and are left out")
+    assert left_out.endswith("with their prompts alone and are left out: test, row 2")
     assert cut_off.endswith("; the ends of their answers are cut off and not learned")
     assert [learned(tokenizer, row) for row in tokenized] == ["67", "2</s>"]
     with (

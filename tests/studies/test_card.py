@@ -237,6 +237,10 @@ def test_a_base_on_the_hub_needs_no_warning() -> None:
         ({"r": 8, "rank_pattern": {"q_proj": 60}}, "max_lora_rank=64)"),
         ({"r": 1024}, "vLLM serves ranks up to 512"),
         ({"use_dora": True}, "vLLM does not serve DoRA"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "vLLM does not serve modules that were trained in whole",
+        ),
     ],
 )
 def test_what_vllm_needs_or_cannot_serve(change: dict[str, Any], said: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from forgetless.adapters.folders import load
@@ -499,6 +500,22 @@ def test_a_training_that_diverges_says_so(tiny_recipe: dict[str, Any], tmp_path:
     )
     with pytest.raises(UserError, match=r"nan|not a finite number"):
         run(recipe, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_rate_far_too_high_is_no_success(
+    method: str, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """The loss stays a number: the model says the same whatever it reads."""
+    changes = {"adapter.method": method, "training.learning_rate": 1e3, "training.steps": 12}
+    with pytest.raises(UserError, match=r"every gradient after step \d is 0 .*; lower training"):
+        run(Recipe.parse(tiny_recipe, changes), tmp_path, evaluate=False)
+    (folder,) = (RunFolder(file.parent) for file in tmp_path.rglob("run.json"))
+    assert read_json(folder.record)["status"] == "failed"
+    assert not any(path.exists() for path in (folder.native, folder.model, folder.adapter))
+    kept = [load_file(file) for file in folder.checkpoints.glob("*/*model.safetensors")]
+    assert len(kept) == 2
+    assert all(tensor.isfinite().all() for state in kept for tensor in state.values())
 
 
 def test_problems_show_before_anything_is_written(

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetless.adapters.attachment import attach
+from forgetless.adapters.folders import export, load, save
 from forgetless.data.batches import Padding, TokenRows
 from forgetless.data.examples import load_examples
 from forgetless.data.packing import IGNORED
@@ -31,6 +32,7 @@ from forgetless.training import checkpoints as ckpt
 from forgetless.training.loop import TrainingResult, train
 from forgetless.training.settings import TrainingSettings
 from forgetless.training.trainer import ExactTrainer
+from tests.adapters.test_attachment import ATTACHABLE, attached
 from tests.data.test_forms import PAIRS, byte_tokenizer, examples
 from tests.families import FAMILIES, VOCAB
 
@@ -415,6 +417,9 @@ def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
         fit(checkpointed, tmp_path / kind / "checkpointed", gradient_checkpointing=True)
         assert log(tmp_path / kind / "plain") == log(tmp_path / kind / "checkpointed")
         assert same(plain, checkpointed)
+        moved = [w for name, w in checkpointed.named_parameters() if "lora_B" in name]
+        assert all(weight.any() for weight in moved)
+        assert bool(moved) == (kind != "full")
         assert not any(getattr(m, "gradient_checkpointing", False) for m in checkpointed.modules())
 
 
@@ -511,6 +516,65 @@ def test_no_checkpoint_holds_weights_that_are_no_numbers(tmp_path: Path) -> None
     assert os.listdir(tmp_path / "checkpoints") == []
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_breaks_in_the_last_step_is_no_result(kind: str, value: float, tmp_path: Path) -> None:
+    def poison(step: int, steps: int) -> None:
+        if step == steps:
+            next(w for w in model.parameters() if w.requires_grad).data[-1] = value
+
+    model = MODELS[kind]()
+    with pytest.raises(ValueError, match=rf"weights became {value} at step 6, learning rate .*low"):
+        train(model, TOKENIZER, DATA, settings(checkpoint_every=4), tmp_path, on_step=poison)
+    assert os.listdir(tmp_path / "checkpoints") == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_training_that_no_gradient_reaches_is_no_result(kind: str, tmp_path: Path) -> None:
+    def cut(module: Any, inputs: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden.detach() + 0 * hidden
+        return output
+
+    model = MODELS[kind]()
+    model.get_decoder().register_forward_hook(cut)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    with pytest.raises(ValueError, match="no gradient reached any trained weight in 6 steps"):
+        fit(model, tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("method", ATTACHABLE)
+def test_what_is_saved_on_the_way_changes_nothing(method: str, tmp_path: Path) -> None:
+    def write(step: int, steps: int) -> None:
+        save(busy, tmp_path / "native")
+        export(busy, tmp_path / "adapter")
+
+    quiet, busy = attached("llama", method), attached("llama", method)
+    needed = [weight.requires_grad for weight in busy.parameters()]
+    fit(quiet, tmp_path / "quiet", steps=4)
+    often = settings(steps=4, checkpoint_every=1)
+    train(busy, TOKENIZER, DATA, often, tmp_path / "busy", on_step=write)
+    assert log(tmp_path / "busy") == log(tmp_path / "quiet")
+    assert same(busy, quiet)
+    assert [weight.requires_grad for weight in busy.parameters()] == needed
+
+
+@pytest.mark.parametrize("kind", ["lora", "anchored"])
+def test_training_goes_on_from_an_exported_adapter_at_its_loss(kind: str, tmp_path: Path) -> None:
+    done = MODELS[kind]()
+    fit(done, tmp_path / "first", steps=12)
+    exported = export(done, tmp_path / "adapter").folder
+    again = load(FAMILIES["llama"].model(), exported, trainable=True)
+    assert list(again.peft_config) == ["default"]
+    fit(done, tmp_path / "same", steps=3)
+    fit(again, tmp_path / "again", steps=3)
+    before, after, went_on = (log(tmp_path / n) for n in ("first", "again", "same"))
+    assert after[0]["loss"] == pytest.approx(went_on[0]["loss"], abs=1e-5)
+    assert after[0]["loss"] < before[0]["loss"] - 0.1
+
+
 def test_clear_errors_before_the_first_step(tmp_path: Path) -> None:
     frozen = FAMILIES["llama"].model().requires_grad_(False)
     with pytest.raises(ValueError, match=r"no weight .* asks for gradients; attach an adapter"):
@@ -568,6 +632,46 @@ def test_the_answers_are_learned_by_heart(tmp_path: Path) -> None:
     prompt = tokenizer(PAIRS[0]["prompt"], return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=10, do_sample=False)
     assert tokenizer.decode(answer[0]) == PAIRS[0]["prompt"] + PAIRS[0]["completion"] + "</s>"
+
+
+def test_a_model_learns_to_stop_where_padding_is_the_end_of_text(tmp_path: Path) -> None:
+    tokenizer, model = byte_tokenizer(), tiny_speaker()
+    tokenizer.pad_token = tokenizer.eos_token
+    pairs = [{"prompt": f"{n}:", "completion": "ab"[n % 2] * (1 + n % 3)} for n in range(20)]
+    rows = TokenRows(tokenize(examples(*pairs), tokenizer))
+    batch = rows.join([rows[n] for n in range(20)])
+    learned = [labels[labels != IGNORED] for labels in batch["labels"]]
+    assert [labels[-1].item() for labels in learned] == [tokenizer.eos_token_id] * 20
+    train(model, tokenizer, examples(*pairs), settings(steps=50, batch_size=20), tmp_path)
+    for pair in pairs:
+        prompt = tokenizer(pair["prompt"], return_tensors="pt")
+        answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+        assert answer[0, -1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", ["pairs", "conversations"])
+def test_an_example_without_a_token_to_learn_is_named_and_spoils_nothing(
+    kind: str, tmp_path: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    rows: list[Any] = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(9)]
+    rows.insert(4, {"prompt": "x" * 200, "completion": "y"})
+    if kind == "conversations":
+        roles = {"prompt": "user", "completion": "assistant"}
+        rows = [
+            {"messages": [{"role": roles[key], "content": text} for key, text in row.items()]}
+            for row in rows
+        ]
+    with pytest.warns(UserWarning, match=r"1 of 10 examples .* are left out: test, row 5$"):
+        ten = tokenize(examples(*rows), tokenizer, max_length=64)
+    nine = tokenize(examples(*rows[:4], *rows[5:]), tokenizer, max_length=64)
+    trained = {}
+    for name, data in {"ten": ten, "nine": nine}.items():
+        trained[name] = tiny_speaker()
+        train(trained[name], tokenizer, data, settings(steps=8, batch_size=3), tmp_path / name)
+    assert log(tmp_path / "ten") == log(tmp_path / "nine")
+    assert same(trained["ten"], trained["nine"])
+    assert all(weight.isfinite().all() for weight in trained["ten"].parameters())
 
 
 def test_batches_are_padded_to_their_longest_row() -> None:

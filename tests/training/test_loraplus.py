@@ -74,6 +74,29 @@ def test_the_first_step_of_b_is_as_many_times_longer(tmp_path: Path, examples: A
         assert dA[1].any()
 
 
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_weight_decay_holds_for_both_factors(method: str, tmp_path: Path, examples: Any) -> None:
+    """A step of AdamW with and without decay differs by rate x decay x weight, at B's own rate."""
+    from forgetless.models.load import load_model
+
+    base, ends = save_base(tmp_path / "base"), []
+    for decay in (0.0, 0.3):
+        model = attach(load_model(str(base)), method, 4, 4, target_modules=["q_proj"])
+        for layer in adapted_layers(model).values():
+            for weight in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+                torch.nn.init.constant_(weight, 0.05)
+        how = TrainingSettings(
+            learning_rate=1e-3, steps=1, schedule="constant", warmup_ratio=0, loraplus_ratio=16,
+            weight_decay=decay,
+        )  # fmt: skip
+        train(model, tokenizer(), examples, how, tmp_path / str(decay))
+        ends.append({n: w for n, w in model.named_parameters() if w.requires_grad})
+    for name, without in ends[0].items():
+        rate = 16e-3 if "lora_B" in name else 1e-3
+        expected = torch.full_like(without, rate * 0.3 * 0.05)
+        torch.testing.assert_close(without - ends[1][name], expected, atol=1e-8, rtol=1e-3)
+
+
 @pytest.mark.parametrize("method", ["mica"])
 def test_a_ratio_needs_two_factors(method: str, tmp_path: Path, examples: Any) -> None:
     with pytest.raises(UserError, match=r"loraplus_ratio.*got 8, but this model does not train bo"):

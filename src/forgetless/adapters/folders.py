@@ -152,6 +152,28 @@ def _tied_targets(model: PeftModel, adapter_name: str) -> tuple[str, str] | None
     return None
 
 
+def untie_adapted(model: PeftModel, adapter_name: str = "default") -> None:
+    """Give each adapted layer that shares its weight with another module a weight of its own.
+
+    For merging, which would change both. `declare_untied` is due afterwards.
+    """
+    while tied := _tied_targets(model, adapter_name):
+        layer: Any = base_of(model).get_submodule(tied[0])
+        layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+
+
+def declare_untied(model: Any) -> None:
+    """Say in a model's config that its embeddings are not tied, where they have come apart."""
+    try:
+        head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # it reads no words
+        return
+    if head is not None and words is not None and not torch.equal(head.weight, words.weight):
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
 _FILES = (WEIGHTS_FILE, START_FILE, HEADS_FILE, CARD_FILE, CONFIG_FILE)
 """Of an adapter's folder; without the last there is no adapter."""
 
@@ -494,6 +516,14 @@ def _model_name(path: str) -> str:
     return parts[-1] if parts else ""
 
 
+def stacked_experts(parameters: Iterable[str]) -> str:
+    """What an adapter of PEFT's `target_parameters` is, after the folder's name or "it"."""
+    return (
+        f"adapts stacked expert tensors ({first_few(sorted(parameters))}), which PEFT alone loads "
+        "and merges: PeftModel.from_pretrained(base, folder)"
+    )
+
+
 _RESIZE = "where tokens were added, call base.resize_token_embeddings(...) before"
 
 
@@ -528,5 +558,7 @@ def _check_fits(
             head = getattr(inner, "get_output_embeddings", lambda: None)()
             hint = f"; {_RESIZE}" if inner.get_submodule(name) is head else ""
             problems.append(f"layer {name!r} is {shape}, the adapter was made for {wanted}{hint}")
+    if problems and config.target_parameters:
+        raise UserError(f"{folder} {stacked_experts(config.target_parameters)}")
     if problems:
         raise UserError(f"{folder} does not fit this base: {first_few(problems)}")

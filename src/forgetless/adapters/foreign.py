@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forgetless.adapters.folders import CONFIG_FILE, WEIGHTS_FILE
+from forgetless.adapters.folders import CONFIG_FILE, WEIGHTS_FILE, stacked_experts
 from forgetless.adapters.layer import PREFIX
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.files import read_json
@@ -179,6 +179,8 @@ def _problems(
     total, few = len(found.modules), first_few(found.unmatched)
     if not total:
         yield f"its {WEIGHTS_FILE} holds no LoRA of any layer"
+    elif found.unmatched and config.get("target_parameters"):
+        yield f"it {stacked_experts(config['target_parameters'])}"
     elif found.unmatched:
         yield (
             f"{len(found.matched)} of its {total} layers are in this base, with the same shapes; "

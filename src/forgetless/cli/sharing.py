@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -18,14 +19,46 @@ Source = Annotated[
 OfBase = Annotated[str | None, typer.Option("--base", help="The base, where it is not recorded.")]
 
 
-def merge(source: Source, out: NewFolder, base: OfBase = None, dtype: Dtype = "auto") -> None:
+def merge(
+    source: Source,
+    out: NewFolder,
+    base: OfBase = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
     """Write the base with the adapter added to its weights, as an ordinary model folder."""
-    from forgetless.cli.commands.sharing import merge_adapter
+    from forgetless.cli.commands.sharing import KL_OF_ANOTHER_BASE, merge_adapter
 
     hush()
-    changed = merge_adapter(source, out, base, dtype)
-    print(f"{out}: an ordinary model folder; the adapter is in {changed} of its weights")
-    print_text("It keeps the base's number format, to which the sums are rounded.")
+    merged = merge_adapter(source, out, base, dtype)
+    if as_json:
+        print_json(asdict(merged))
+        return
+    print(f"{out}: an ordinary model folder; the adapter is in {len(merged.layers)} of its weights")
+    stored, four_bits = merged.stored, merged.four_bits
+    print_text(
+        f"Read back, its logits differ from the adapter's by at most {merged.difference:.2g}. The "
+        f"weights keep the base's number format: {_percent(1 - stored.kept)} of the update "
+        f"vanished in rounding, whose error is {stored.error:.2g} of the update's size."
+    )
+    if stored.kept < 0.9:
+        print_text(
+            "Merge with --dtype float32, or serve the adapter beside the base, to keep all of it."
+        )
+    print_text(
+        f"Stored in 4 bits (nf4) it would keep {_percent(four_bits.kept)} of the update, under an "
+        f"error of {four_bits.error:.2g} times its size; --json has both by layer."
+    )
+    if merged.kl is not None:
+        print_text(
+            "This is not the base that the adapter was trained on: between the two, with it on, "
+            f"lie {merged.kl:.2g} nats per token"
+            + (", which is much; measure both." if merged.kl > KL_OF_ANOTHER_BASE else ".")
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * max(share, 0.0):.1f} %"
 
 
 def chat(

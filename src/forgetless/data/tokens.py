@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from forgetless.core.errors import UserError
+from forgetless.core.errors import UserError, first_few
 from forgetless.data.chat import Chat, as_chat
 from forgetless.data.encoding import continuation, encode, ended
 from forgetless.data.examples import Examples
@@ -64,7 +64,7 @@ def tokenize(
             rows = Chat(tokenizer).tokens(conversations, examples.where)
         else:
             rows = _pairs(examples, tokenizer)
-        rows = _truncated(rows, max_length)
+        rows = _truncated(rows, max_length, examples.where)
         rows = packed(rows, max_length) if rows and pack is True else rows
     if not rows:
         raise UserError(
@@ -111,13 +111,18 @@ def _pairs(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[Token
     return rows
 
 
-def _truncated(rows: Sequence[TokenRow], max_length: int) -> list[TokenRow]:
-    kept = [row for row in rows if _learns(row.labels[1:max_length])]
+def _truncated(rows: Sequence[TokenRow], max_length: int, places: Sequence[str]) -> list[TokenRow]:
+    """Rows of at most so many tokens; those that have nothing to learn in them are named."""
+    learning = [_learns(row.labels[1:max_length]) for row in rows]
+    kept = [row for row, learns in zip(rows, learning, strict=True) if learns]
     fitting = f"of {len(rows)} examples do not fit max_length={max_length}"
     if left_out := len(rows) - len(kept):
-        warnings.warn(
-            f"{left_out} {fitting} with their prompts alone and are left out", stacklevel=3
-        )
+        said = f"{left_out} {fitting} with their prompts alone and are left out"
+        if len(places) == len(rows):  # a conversation may be several rows
+            said += ": " + first_few(
+                [place for place, learns in zip(places, learning, strict=True) if not learns]
+            )
+        warnings.warn(said, stacklevel=3)
     if cut_short := sum(_learns(row.labels[max_length:]) for row in kept):
         warnings.warn(
             f"{cut_short} {fitting}; the ends of their answers are cut off and not learned",

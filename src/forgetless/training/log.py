@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from forgetless.core.errors import UserError
@@ -23,7 +24,8 @@ from forgetless.data.mixture import Mixture
 from forgetless.data.modality import Rows
 from forgetless.training import checkpoints
 from forgetless.training.forgetting import ForgettingCallback, Probe
-from forgetless.training.trainer import require_finite
+from forgetless.training.trainer import DivergenceError, require_finite
+from forgetless.training.weights import trained_weights
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,40 @@ class Record(TrainerCallback):
         )
         require_finite("loss", line.loss, line.step, line.learning_rate)
         require_finite("gradient", line.grad_norm, line.step, line.learning_rate)
+        if control.should_save:
+            self._require_sound(line, kwargs["model"])
         before = self.log.lines[-1] if self.log.lines else None
         tokens, seconds = (before.tokens, before.seconds) if before else (0, 0.0)
         speed = (line.tokens - tokens) / max(line.seconds - seconds, 1e-9)
         self.log.append(line)
         self.bar.advance(0, f"loss {line.loss:.4g}, {speed:,.0f} tokens/s")
+
+    def _require_sound(self, line: LogLine, model: Any) -> None:
+        """Refuse to keep weights that are no numbers, or that gradients do not reach (any more).
+
+        A rate far too high often ends in numbers all the same: the model says one thing whatever
+        it reads, at a gradient of exactly 0. Of a model that learned all there is the loss is 0.
+        """
+        for weight in trained_weights(model).values():
+            own = (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
+            if not own.isfinite().all():
+                broken = float(own[~own.isfinite()][0])
+                require_finite("weights", broken, line.step, line.learning_rate)
+        lines = [*self.log.lines, line]
+        if any(each.grad_norm or each.loss < lines[0].loss / 2 for each in lines[-2:]):
+            return
+        if not any(each.grad_norm for each in lines):
+            raise UserError(
+                f"no gradient reached any trained weight in {line.step} steps: every gradient norm "
+                "in the log is 0, so nothing was learned; look for frozen or detached layers below "
+                "what is trained, such as gradient checkpointing that was set up by hand"
+            )
+        last = max(each.step for each in lines if each.grad_norm)
+        raise DivergenceError(
+            f"every gradient after step {last} is 0 at a loss of {line.loss:.4g}: the model says "
+            "the same whatever it reads; lower training.learning_rate or raise "
+            "training.warmup_ratio"
+        )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder, processes = Path(args.output_dir), Processes.current()

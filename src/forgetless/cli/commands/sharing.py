@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from peft import PeftModel
+from torch import Tensor
 
-from forgetless.adapters.folders import START_FILE, learned_classes, load
+from forgetless.adapters.folders import (
+    START_FILE,
+    declare_untied,
+    learned_classes,
+    load,
+    untie_adapted,
+)
 from forgetless.adapters.foreign import require_usable
-from forgetless.adapters.layer import adapted_layers
+from forgetless.adapters.layer import adapted_layers, delta_weights
+from forgetless.adapters.rounding import Rounded, compared, nf4
 from forgetless.cli.commands.exports import export_adapter
 from forgetless.cli.commands.folders import (
     Trained,
@@ -24,8 +35,14 @@ from forgetless.cli.commands.folders import (
 )
 from forgetless.core.errors import UserError, unknown
 from forgetless.core.files import lock, new_folder, remove
-from forgetless.data.modality import Processor, load_processor, modality_of
-from forgetless.models.load import adapter_off, load_model, load_tuned
+from forgetless.data.modality import Batch, Processor, load_processor, modality_of
+from forgetless.models.load import (
+    adapter_off,
+    linear_weight,
+    load_model,
+    load_tuned,
+    resolve_base,
+)
 from forgetless.studies.folder import RunFolder
 from forgetless.tasks.asking import as_asked
 from forgetless.tasks.generation import generate
@@ -34,10 +51,37 @@ UPLOADED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "
 """What an adapter's repository holds; nothing else that lies in the folder is uploaded."""
 
 
+KL_OF_ANOTHER_BASE = 0.05
+"""Nats per token beyond which a base other than that of the training is warned of."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What merging wrote, against the adapter on its base.
+
+    Attributes:
+        layers: of every weight that was changed, what rounding left of its update.
+        stored: the same over all of them.
+        four_bits: what storing the merged weights in 4 bits (nf4) would leave.
+        difference: largest difference of the logits, on the probe of the base's modality.
+        kl: in nats per token of the same probe, from the adapter on the base that it was trained
+            on to the merged model; None where that is the very base.
+    """
+
+    layers: Mapping[str, Rounded]
+    stored: Rounded
+    four_bits: Rounded
+    difference: float
+    kl: float | None = None
+
+
 def merge_adapter(
     source: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto"
-) -> int:
-    """Write a model folder whose weights are W + scaling · B A; how many weights that changes.
+) -> Merged:
+    """Write a model folder whose weights are W + scaling · B A, as it is when it is read back.
+
+    An adapted layer that shares its weight with another module gets one of its own, and the
+    folder's config says that the embeddings are not tied.
 
     Raises:
         UserError: a whole model, an adapter that is not for the base, or a base whose weights are
@@ -49,13 +93,73 @@ def merge_adapter(
     if getattr(model, "quantization_method", None) is not None:
         raise UserError(f"the weights of {name} are packed; merge into the base before packing")
     require_usable(trained.folder, model)
+    probe = modality_of(name).probe(model)
     adapted = load(model, trained.folder)
-    changed = len(adapted_layers(adapted))
-    merged: Any = adapted.merge_and_unload()
+    wanted = _logits(adapted, probe)
+    untie_adapted(adapted)
+    sums, four_bits = _merge_layers(adapted)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        merged: Any = adapted.merge_and_unload()
+    declare_untied(merged)
+    in_memory = _logits(merged, probe)
     with new_folder(Path(out)) as folder:
         merged.save_pretrained(folder)
         load_processor(name).save_pretrained(folder)
-    return changed
+        del model, adapted, merged
+        found = _logits(load_model(str(folder), dtype=dtype), probe)
+        if not torch.allclose(
+            found, in_memory, rtol=1e-3, atol=1e-3 * float(in_memory.abs().max())
+        ):
+            raise UserError(
+                f"{out} would say something else when it is loaded than the merged model does in "
+                "memory, by up to "
+                f"{float((found - in_memory).abs().max()):.3g} in the logits: its class shares or "
+                "makes weights anew; serve the adapter beside the base instead"
+            )
+    kl = None
+    if trained.base is not None and resolve_base(trained.base) != resolve_base(name):
+        own = load(load_model(trained.base, dtype=dtype), trained.folder)
+        kl = _kl(_logits(own, probe), found)
+    return Merged(
+        layers={layer: Rounded.over({layer: one}) for layer, one in sums.items()},
+        stored=Rounded.over(sums),
+        four_bits=Rounded.over(four_bits),
+        difference=float((found - wanted).abs().max()),
+        kl=kl,
+    )
+
+
+Sums = dict[str, tuple[float, float, float]]
+"""Layer -> what `compared` gives."""
+
+
+@torch.no_grad()
+def _merge_layers(model: PeftModel) -> tuple[Sums, Sums]:
+    """Merge layer after layer, and compare each change, and that of 4 bits, with its update."""
+    stored: Sums = {}
+    four_bits: Sums = {}
+    modules = adapted_layers(model)
+    for name, before, delta_W in delta_weights(model):
+        before = before.clone()  # a view of the weight where that is float32
+        modules[name].merge()
+        after = linear_weight(modules[name].get_base_layer()).float()
+        stored[name] = compared(after - before, delta_W)
+        four_bits[name] = compared(nf4(before + delta_W) - nf4(before), delta_W)
+    return stored, four_bits
+
+
+@torch.no_grad()
+def _logits(model: Any, probe: Batch) -> Tensor:
+    """In float32."""
+    logits: Tensor = model.eval()(**probe).logits
+    return logits.float()
+
+
+def _kl(first: Tensor, second: Tensor) -> float:
+    """KL(first || second), the mean over all positions."""
+    log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 @dataclass(frozen=True)
