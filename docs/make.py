@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from forgetless.methods.table import as_markdown
 from forgetless.reports.arms import gather_rows
@@ -28,13 +29,14 @@ from forgetless.reports.numbers import (
 )
 from forgetless.reports.payload import course_chart
 from forgetless.scores.seeds import Estimate
+from forgetless.studies.sequence import COMPARED, FORMULAS, MAIN_METRICS, mean_over, pairs
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
 TIMES = RESULTS / "start.json"
 """What `benchmarks/start.py --full` writes; the column of times is empty without it."""
 
-PAGES = {"pocket-curves.md": "pocket-curves-*.csv"}
+PAGES = {"pocket-curves.md": "pocket-curves-*.csv", "sequences.md": "sequences-*.csv"}
 """Pages of results, and the results.csv and curve.csv files of studies whose tables they hold."""
 
 
@@ -60,8 +62,10 @@ def with_tables(page: str, files: Iterable[Path]) -> str:
 
 
 def tables(file: Path) -> str:
-    """The tables of a curve.csv, over the steps, or of a results.csv, over the learning rates."""
+    """The tables of a curve.csv, a results.csv (over the learning rates) or a sequences.csv."""
     rows = read_csv(file)
+    if rows and "answers" in rows[0]:
+        return _sequences(rows)
     if not rows or "step" not in rows[0]:
         return _rates(rows)
     course = course_of_rows(rows)
@@ -75,7 +79,8 @@ def tables(file: Path) -> str:
 
 def draw(file: Path) -> None:
     """The figure of a curve.csv, beside it."""
-    course = course_of_rows(read_csv(file))
+    rows = read_csv(file)
+    course = course_of_rows(rows) if rows and "step" in rows[0] else None
     if course is not None:
         draw_pairs(course_chart(course), course.labels, file.with_suffix(".png"))
 
@@ -112,6 +117,57 @@ def _rates(rows: Sequence[dict[str, object]]) -> str:
         for setting in arm.settings
     ]
     return _table(heads, lines)
+
+
+def _sequences(rows: Sequence[dict[str, Any]]) -> str:
+    """The metrics of every arm, and for two of them which others they are ahead of."""
+    parts = []
+    for answers in dict.fromkeys(row["answers"] for row in rows):
+        found = [
+            {**row, "metrics": {name: row[name] for name in FORMULAS}}
+            for row in rows
+            if row["answers"] == answers
+        ]
+        arms = list(dict.fromkeys(each["arm"] for each in found))
+        lines = []
+        for arm in arms:
+            own = [each["metrics"] for each in found if each["arm"] == arm]
+            means = [mean_over([each[name] for each in own]) for name in MAIN_METRICS]
+            lines.append([arm, str(len(own)), *map(_with_half, means)])
+        one_head = len({row["answers"] for row in rows}) > 1
+        title = f"Answers {answers} classes:\n\n" if one_head and answers == "of all" else ""
+        title = "Answers of the task's own classes:\n\n" if answers != "of all" else title
+        parts.append(title + _table(["arm", "n", *MAIN_METRICS], lines))
+        compared = pairs(found)
+        for metric in COMPARED[:2]:
+            lines = [
+                [arm, *_standing(arm, [p for p in compared if p["metric"] == metric])]
+                for arm in arms
+                if arm.startswith(("lora_null", "repair"))
+            ]
+            heads = [f"by {metric}", "ahead of", "no difference seen", "behind"]
+            parts.append(_table(heads, lines))
+    return "\n\n".join(parts)
+
+
+def _with_half(mean: dict[str, Any]) -> str:
+    """A mean with half of its interval."""
+    if mean["mean"] is None:
+        return NOT_MEASURED
+    shown = f"{mean['mean']:.3f}"
+    return shown if mean["low"] is None else f"{shown} ± {mean['high'] - mean['mean']:.3f}"
+
+
+def _standing(arm: str, compared: Sequence[dict[str, Any]]) -> list[str]:
+    """The arms that one is ahead of, level with and behind."""
+    mirrored = {"better": "worse", "worse": "better", "level": "level"}
+    told: dict[str, list[str]] = {"better": [], "level": [], "worse": []}
+    for pair in compared:
+        if pair["difference"] is not None and arm in (pair["arm"], pair["other"]):
+            is_first = pair["arm"] == arm
+            verdict = pair["verdict"] if is_first else mirrored[pair["verdict"]]
+            told[verdict].append(pair["other"] if is_first else pair["arm"])
+    return [", ".join(told[verdict]) or "none" for verdict in ("better", "level", "worse")]
 
 
 def _cell(estimate: Estimate | None, task: TaskInfo) -> str:

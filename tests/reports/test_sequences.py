@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ def test_the_numbers_are_those_of_the_matrices(page: Path) -> None:
     assert "&lt;null&gt;" in text
     assert "<null>" not in text
     assert "b (2 of 2)" in text
+
+
+def test_a_table_has_a_row_for_each_sequence(page: Path) -> None:
+    with (page.parent / "sequences.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["arm"], row["seed"], row["answers"]) for row in rows] == [
+        (arm, seed, "of all") for arm in ("lora", "<null>") for seed in "01"
+    ]
+    assert float(rows[0]["ACC"]) == pytest.approx((0.4 + 0.7 + 0.95) / 3)
+    assert rows[0]["bound"] == ""
 
 
 def test_every_two_arms_are_compared_over_the_same_orders_and_seeds(page: Path) -> None:

@@ -14,8 +14,15 @@ import forgetless
 from forgetless.core.files import write_json, write_text
 from forgetless.reports.numbers import NOT_MEASURED, three_decimals
 from forgetless.reports.words import environment
-from forgetless.studies.folder import results, write_tables
-from forgetless.studies.sequence import COMPARED, MAIN_METRICS, matrices, row_names
+from forgetless.studies.folder import results, write_csv, write_tables
+from forgetless.studies.sequence import (
+    COMPARED,
+    MAIN_METRICS,
+    METRIC_COLUMNS,
+    matrices,
+    metric_rows,
+    row_names,
+)
 
 __all__ = ["write_sequences"]
 
@@ -39,6 +46,8 @@ class Cell:
 def write_sequences(folder: str | Path) -> Path:
     """Write the page of sequences, sequence.json and the tables; the path of index.html.
 
+    The tables are results.csv, one row a run and task, and sequences.csv, one row a sequence.
+
     Raises:
         FileNotFoundError: there are no sequences in the folder.
     """
@@ -47,6 +56,7 @@ def write_sequences(folder: str | Path) -> Path:
     place = folder / "report"
     write_json(place / "sequence.json", found)
     write_tables(folder, results(folder), [])
+    write_csv(place / "sequences.csv", metric_rows(found), METRIC_COLUMNS)
     loader = environment().loader
     assert loader is not None
     text = (

@@ -58,6 +58,10 @@ COMPARED = ("ACC", "knowledge lost", "forgetting")
 LESS_IS_BETTER = frozenset({"knowledge lost", "forgetting"})
 
 
+METRIC_COLUMNS = ("answers", "arm", "order", "seed", "bound", *FORMULAS)
+"""Of the table with a row for each sequence."""
+
+
 class Sequence(Study):
     """Sequences as they lie in their folder."""
 
@@ -317,6 +321,26 @@ def row_names(order: Mapping[str, Any]) -> list[str | None]:
         return ["base", *[None] * (len(tasks) - 1), "all together"]
     says = "{} alone" if order.get("bound") == "separate" else "after {}"
     return ["base", *(says.format(task) for task in tasks)]
+
+
+def metric_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each sequence of `matrices`, for a table of one row each.
+
+    "answers" are those "of all" classes of a shared head or, in further rows, "of the task"; of
+    models that have no classes "of all" alone.
+    """
+    parts = {"of all": found["sequences"]}
+    if found["task_incremental"]:
+        parts["of the task"] = found["task_incremental"]["sequences"]
+    return [
+        {
+            "answers": answers,
+            **{key: each.get(key) for key in METRIC_COLUMNS[1:5]},
+            **each["metrics"],
+        }
+        for answers, sequences in parts.items()
+        for each in sequences
+    ]
 
 
 def mean_over(values: Listed[float | None]) -> dict[str, Any]:
