@@ -407,6 +407,31 @@ def test_an_adapter_of_added_tokens_says_what_to_do(
             load(base, tmp_path)
 
 
+@pytest.mark.parametrize("write", [save, export], ids=["native", "exported"])
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_an_adapter_on_added_tokens_is_as_small_as_any_other(
+    method: str, write: Writer, tmp_path: Path
+) -> None:
+    def longer() -> Any:
+        torch.manual_seed(0)
+        base = FAMILIES["qwen2"].model()
+        base.resize_token_embeddings(102, mean_resizing=False)
+        return base
+
+    usual: dict[str, Any] = {"rank": 2, "alpha": 3, "target_modules": ["q_proj", "up_proj"]}
+    for name, build in {"more": longer, "usual": FAMILIES["qwen2"].model}.items():
+        model = attach(build(), method, **usual)
+        with torch.no_grad():
+            for weight in trainable(model):
+                weight.add_(0.1)
+        write(model, tmp_path / name)
+        if name == "more":
+            wanted = logits(model, "qwen2")
+    more, same = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("more", "usual"))
+    assert {k: t.shape for k, t in more.items()} == {k: t.shape for k, t in same.items()}
+    torch.testing.assert_close(logits(load(longer(), tmp_path / "more"), "qwen2"), wanted)
+
+
 def test_a_changed_part_of_the_base_is_refused_by_name(tmp_path: Path) -> None:
     """PEFT trains biases in the base itself, and writes over them again."""
     base = FAMILIES["qwen2"].model()
