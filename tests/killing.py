@@ -30,7 +30,13 @@ TIMES = ("train_seconds",)
 
 # What a run imports is imported once, in the process that the others are forked from.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["forgetless.studies.study", "forgetless.training.loop"])
+FORKSERVER.set_forkserver_preload(
+    [
+        "forgetless.studies.study",
+        "forgetless.training.loop",
+        *("forgetless.studies.search", "optuna.storages._rdb.storage", "psycopg", "scipy.stats"),
+    ]
+)
 
 
 def killed_until_done(work: Callable[..., object], *arguments: Any, most: int = 6) -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from forgetless.statistics.collection import collect
     from forgetless.statistics.moments import Statistics
     from forgetless.studies.run import Run, run
+    from forgetless.studies.search import Search, search
     from forgetless.studies.sequence import Sequence, sequence
     from forgetless.studies.study import Study, study
     from forgetless.tasks.evaluation import Scores, evaluate
@@ -41,6 +42,7 @@ _HOME = {
     "Recipe": "recipes.recipe",
     "Run": "studies.run",
     "Scores": "tasks.evaluation",
+    "Search": "studies.search",
     "Sequence": "studies.sequence",
     "Spectra": "adapters.spectra",
     "Statistics": "statistics.moments",
@@ -58,6 +60,7 @@ _HOME = {
     "report": "reports",
     "run": "studies.run",
     "save": "adapters.folders",
+    "search": "studies.search",
     "sequence": "studies.sequence",
     "spectra": "adapters.spectra",
     "study": "studies.study",
@@ -74,6 +77,7 @@ __all__ = [
     "Recipe",
     "Run",
     "Scores",
+    "Search",
     "Sequence",
     "Spectra",
     "Statistics",
@@ -91,6 +95,7 @@ __all__ = [
     "report",
     "run",
     "save",
+    "search",
     "sequence",
     "spectra",
     "study",

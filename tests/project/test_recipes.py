@@ -10,6 +10,7 @@ from forgetless.cli import demo
 from forgetless.core.files import load_yaml
 from forgetless.methods import METHODS
 from forgetless.recipes.recipe import Recipe
+from forgetless.recipes.search import SearchRecipe
 from forgetless.recipes.sequence import SequenceRecipe
 from forgetless.recipes.study import StudyRecipe
 
@@ -34,6 +35,12 @@ def test_a_shipped_recipe_can_be_read(file: Path) -> None:
             for order in sequences.all_orders().values():
                 run = sequences.run_changes(order, changes, seed=0)
                 assert Recipe.parse(sequences.recipe, run).adapter.method in METHODS, arm
+        return
+    if "space" in content:
+        search = SearchRecipe.load(file)
+        assert search.name == file.stem
+        assert {arm.fixed["adapter.method"] for arm in search.all_arms().values()} <= set(METHODS)
+        assert len(search.asked()) == len(search.first)
         return
     definition = StudyRecipe.load(file)
     assert definition.name == file.stem

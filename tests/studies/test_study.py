@@ -23,7 +23,7 @@ from forgetless.recipes.study import StudyRecipe
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.run import prepare
 from forgetless.studies.stages import Event
-from forgetless.studies.study import Study, _run_workers, study
+from forgetless.studies.study import Study, run_workers, study
 from tests.killing import FORKSERVER, killed_until_done, results, study_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -347,7 +347,7 @@ def test_workers_take_the_visible_gpus_in_turn(
     events: list[Event] = []
     event = '{"run_id": "%s", "name": "", "stage": ""}'
     command = ["sh", "-c", f"printf '{event}' \"${{CUDA_VISIBLE_DEVICES-unset}}\""]
-    _run_workers(command, 3, events.append)
+    run_workers(command, 3, events.append)
     assert sorted(event.run_id for event in events) == dealt
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 

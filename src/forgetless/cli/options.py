@@ -17,6 +17,17 @@ Workers = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Torch threads of a process; one for a small model.")
 ]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        envvar="FORGETLESS_STORAGE",
+        help="Database that several machines share; without, a file.",
+    ),
+]
+Hours = Annotated[
+    float | None, typer.Option(min=0, help="Begin no trial later than this; instead of the file's.")
+]
 Check = Annotated[
     bool, typer.Option("--check", help="Only say what is wrong, before any weight is loaded.")
 ]

@@ -1,4 +1,4 @@
-"""The verbs about recipes: demo, run, train, study, sequence, report; and a study's worker."""
+"""The verbs about recipes: demo, run, train, study, sequence, search, report; and workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from forgetless.cli import tables
-from forgetless.cli.options import Check, Out, RecipeFile, Set, StudyName, Threads, Workers
+from forgetless.cli.options import (
+    Check,
+    Hours,
+    Out,
+    RecipeFile,
+    Set,
+    Storage,
+    StudyName,
+    Threads,
+    Workers,
+)
 from forgetless.cli.screen import hush, watch
 from forgetless.cli.values import rates_of
 
@@ -198,14 +208,57 @@ def sequence(
     _say_failed(done.failed)
 
 
+def search(
+    path: Annotated[str, typer.Argument(metavar="SEARCH", help="A YAML file.")],
+    changes: Set = None,
+    out: Out = "runs",
+    storage: Storage = None,
+    workers: Workers = 1,
+    threads: Threads = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Instead of the file's.")] = None,
+    hours: Hours = None,
+    check: Check = False,
+    page: Annotated[bool, typer.Option("--report/--no-report", help="Write the page.")] = True,
+) -> None:
+    """Look for settings that learn much and forget little, on one machine or several."""
+    from forgetless.core.settings import parse_assignments
+    from forgetless.recipes.search import SearchRecipe
+
+    definition = SearchRecipe.load(path, parse_assignments(changes or []))
+    if check:
+        tasks = definition.check()
+        print(f"{path}: no problems; {tasks['learning']} is learned, {tasks['forgetting']} kept")
+        return
+    from forgetless.studies.search import search as do
+
+    with watch(several=workers > 1) as listen:
+        done = do(
+            definition,
+            out,
+            storage=storage,
+            workers=workers,
+            threads=threads,
+            trials=trials,
+            hours=hours,
+            listen=listen,
+        )
+    tables.print_search(done, page=page)
+    if not done.front:
+        raise typer.Exit(1)
+
+
 def report(
     folder: Annotated[str, typer.Argument(metavar="STUDY", help="Folder of a study.")],
 ) -> None:
     """Write the page, the tables and the figures of a study or of sequences."""
-    from forgetless.studies.folder import has_sequences
+    from forgetless.studies.folder import has_sequences, is_search
 
     if has_sequences(folder):
         tables.print_sequences(folder)
+    elif is_search(folder):
+        from forgetless.studies.search import Search
+
+        tables.print_search(Search(Path(folder)))
     else:
         tables.print_study(folder, page=True)
 
@@ -216,7 +269,26 @@ def worker(
     threads: Threads = None,
 ) -> None:
     """Do runs of a study that another process started."""
+    from forgetless.studies.folder import planned
+    from forgetless.studies.study import serve, work
+
+    hush()
+    serve(lambda listen: work(planned(Path(folder)), session, threads=threads, listen=listen))
+
+
+def search_worker(
+    folder: Annotated[str, typer.Argument()],
+    storage: Storage = None,
+    threads: Threads = None,
+    until: Annotated[float | None, typer.Option()] = None,
+) -> None:
+    """Do trials of a search that another process started."""
+    from forgetless.studies.search import take_part
     from forgetless.studies.study import serve
 
     hush()
-    serve(Path(folder), session, threads)
+    serve(
+        lambda listen: take_part(
+            Path(folder), storage=storage, threads=threads, until=until, listen=listen
+        )
+    )

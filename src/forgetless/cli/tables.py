@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from forgetless.scores.comparison import Comparison
     from forgetless.studies.rate_search import RateSearch
     from forgetless.studies.run import Run
+    from forgetless.studies.search import Search
 
 
 def console() -> Console:
@@ -231,6 +232,51 @@ def _mean(found: Mapping[str, Any]) -> str:
         return "–"
     shown = f"{found['mean']:.3f}"
     return shown if found["low"] is None else f"{shown}\n±{found['high'] - found['mean']:.3f}"
+
+
+def print_search(done: Search, *, page: bool = True) -> None:
+    """The front with both objectives and its settings, what mattered, and the page."""
+    from forgetless.recipes.study import labels
+
+    found = done.outcome
+    for reason in found["failed"]:
+        print_text(f"failed: {reason}")
+    if not found["front"]:
+        print_text("No trial came to its end, so there is no front.")
+        return
+    tasks = {kind: of["task"] for kind, of in found["objectives"].items()}
+    rows = [
+        [
+            str(point["trial"]),
+            point["arm"],
+            *(_interval(point[kind]) for kind in tasks),
+            str(point["learning"]["n"]),
+            " ".join(labels(point["chosen"])),
+        ]
+        for point in found["front"]
+    ]
+    print_text(f"The front of {found['finished']} trials, by what was learned:")
+    print_table(["trial", "arm", *tasks.values(), "seeds", "settings"], rows, ["trial", "seeds"])
+    print()
+    print_text(
+        "A score is the mean over seeds, with Student's 95 % interval where there are several. "
+        "Nothing else that was tried learns more of "
+        f"{tasks['learning']} and is better at {tasks['forgetting']}."
+    )
+    for kind, shares in found["importance"].items():
+        shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        if shown:
+            print_text(f"What decides {tasks[kind]}: {shown}.")
+    print(f"front: {done.folder / 'report' / 'front.csv'}")
+    if page:
+        from forgetless.reports import report
+
+        print(f"report: {report(done.folder)}")
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    ends = "" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})"
+    return f"{found['value']:.3f}{ends}"
 
 
 def print_comparison(comparison: Comparison, items: int) -> None:

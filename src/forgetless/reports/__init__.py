@@ -16,7 +16,7 @@ from forgetless.reports.evaluated import write_evaluation
 from forgetless.reports.findings import find
 from forgetless.reports.page import page
 from forgetless.reports.payload import payload
-from forgetless.studies.folder import COLUMNS, has_sequences, write_tables
+from forgetless.studies.folder import COLUMNS, has_sequences, is_search, write_tables
 
 __all__ = ["report", "summary", "write_evaluation"]
 
@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 def report(study_folder: str | Path) -> Path:
     """Write `report/` into a study's folder: the page, results.csv and .parquet, figures.
 
-    Where runs were scored on the way, curve.csv lies beside them. Sequences have a page of their
-    own, and sequence.json.
+    Where runs were scored on the way, curve.csv lies beside them. Sequences and searches have
+    pages of their own, and sequence.json or search.json.
 
     Nothing but the files of the study is read, so a report can be made anywhere and again, also
     while runs are being trained. What is damaged, or needs a package that is not installed, is left
@@ -46,6 +46,10 @@ def report(study_folder: str | Path) -> Path:
         from forgetless.reports.sequences import write_sequences  # loads torch
 
         return write_sequences(study_folder)
+    if is_search(study_folder):
+        from forgetless.reports.search import write_search
+
+        return write_search(study_folder)
     folder = Path(study_folder) / "report"
     with _warnings() as warnings:
         found = find(study_folder)

@@ -38,10 +38,6 @@ def page(
     rates = {setting.learning_rate for arm in arms for setting in arm.settings} - {None}
     has_rates = any(len(arm.settings) > 1 for arm in arms)
     first = evidence.first("learning"), evidence.first("forgetting")
-    script = "\n".join(_source(f"{name}.js") for name in SCRIPTS)
-    data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for sign in "<>&\u2028\u2029":  # no text that it holds can end its element
-        data = data.replace(sign, f"\\u{ord(sign):04x}")
     counts = [count_words(len(arms), "arm"), *([count_words(len(seeds), "seed")] if seeds else [])]
     return environment().get_template("page.html").render(
         found=found,
@@ -77,11 +73,27 @@ def page(
         recorded=provenance.recorded(runs),
         forgetless_version=forgetless.__version__,
         notes=notes,
-        style=Markup(_source("page.css")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=Markup(data),
+        **inlined(SCRIPTS, content),
     )  # fmt: skip
+
+
+def inlined(scripts: Sequence[str], content: Mapping[str, Any]) -> dict[str, str]:
+    """The style, the scripts and their data as parts of a page, which asks for nothing.
+
+    Args:
+        scripts: names of files.
+        content: plain JSON values.
+    """
+    script = "\n".join(_source(f"{name}.js") for name in scripts)
+    data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":  # no text that it holds can end its element
+        data = data.replace(sign, f"\\u{ord(sign):04x}")
+    return {
+        "style": Markup(_source("page.css")),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "data": Markup(data),
+    }
 
 
 def _source(name: str) -> str:

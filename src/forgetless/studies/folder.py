@@ -1,7 +1,7 @@
 """Folders of runs: where everything lies, written so that a kill at any moment loses nothing.
 
 <out>/<study>/study.yaml  runs.json            the definition, and its runs in order; sequences
-                                               have a sequence.yaml
+                                               have a sequence.yaml, searches a search.yaml
 <out>/<study>/shared/                          base scores and statistics, used by every run
 <out>/<study>/<run id>/                        one run, see `RunFolder`
 <out>/<study>/report/                          the page, results.csv, results.parquet, figures
@@ -149,6 +149,11 @@ def planned(study_folder: Path) -> list[RunFolder]:
 def has_sequences(folder: str | Path) -> bool:
     """Whether the runs of a folder make up sequences."""
     return bool(read_json(Path(folder) / "runs.json", damaged_as_missing=True).get("sequences"))
+
+
+def is_search(folder: str | Path) -> bool:
+    """Whether the runs of a folder are the trials of a search."""
+    return (Path(folder) / "search.yaml").is_file()
 
 
 def results(study_folder: str | Path) -> list[dict[str, Any]]:

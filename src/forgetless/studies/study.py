@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from forgetless.core.errors import UserError
 from forgetless.core.files import lock, remove_temporaries, write_json, write_text
 from forgetless.recipes.recipe import Recipe
 from forgetless.recipes.study import StudyRecipe
-from forgetless.studies.folder import RunFolder, curve, planned, results, run_folders, write_tables
+from forgetless.studies.folder import RunFolder, curve, results, run_folders, write_tables
 from forgetless.studies.run import Run, execute, prepare
 from forgetless.studies.stages import Event, Listener
 
@@ -121,7 +121,7 @@ def do_runs(
     if workers > 1:
         command = [sys.executable, "-m", "forgetless", "worker", str(folder), session]
         command += [] if threads is None else ["--threads", str(threads)]
-        _run_workers(command, min(workers, len(runs)), listen)
+        run_workers(command, min(workers, len(runs)), listen)
     # With workers, what is left: the run of one that died is marked, others are done.
     work(runs, session, threads=threads, listen=listen)
     write_tables(folder, results(folder), curve(folder))
@@ -202,10 +202,18 @@ def _try_to_do(run: RunFolder, session: str, threads: int | None, listen: Listen
         return True
 
 
-def _run_workers(command: Sequence[str], workers: int, listen: Listener) -> None:
+def run_workers(
+    command: Sequence[str], workers: int, listen: Listener, changes: Mapping[str, str] | None = None
+) -> None:
     """Run worker processes to their end; they end with this process, whatever ends it.
 
     What they report on their standard output, see `serve`, is passed on.
+
+    Args:
+        command: of each worker.
+        workers: how many.
+        listen: called with their events.
+        changes: of the environment of each.
     """
     # A worker ends when its standard input does, so none outlives a parent that is killed.
     team = [
@@ -214,9 +222,9 @@ def _run_workers(command: Sequence[str], workers: int, listen: Listener) -> None
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | changes,
+            env=os.environ | own | dict(changes or {}),
         )
-        for changes in _environments(workers)
+        for own in _environments(workers)
     ]
 
     def pass_on(worker: subprocess.Popen[str]) -> None:
@@ -259,8 +267,8 @@ def _environments(workers: int) -> Iterator[dict[str, str]]:
         yield changes
 
 
-def serve(study_folder: Path, session: str, threads: int | None) -> None:
-    """What a worker process does: `work`, with its events as JSON lines on standard output."""
+def serve(do: Callable[[Listener], None]) -> None:
+    """What a worker process does, with its events as JSON lines on standard output."""
 
     def end_with_parent() -> None:
         sys.stdin.read()
@@ -275,6 +283,6 @@ def serve(study_folder: Path, session: str, threads: int | None) -> None:
         print(json.dumps(asdict(event)), file=output, flush=True)
 
     try:
-        work(planned(study_folder), session, threads=threads, listen=report)
+        do(report)
     except KeyboardInterrupt:  # the parent says what there is to say
         sys.exit(1)

@@ -1,0 +1,346 @@
+"""Trials that processes and machines share: each is done once, and none is lost.
+
+Which trials there are, who does one and what came of it lies in a storage of Optuna: a journal
+file, or a database by its URL. Drawing settings, taking turns and heartbeats are Optuna's. What is
+added: a worker shows by a lock file that it lives, since a journal has no heartbeats; a trial whose
+worker died is asked for again at whatever moment that was; and a budget is met to the trial, by
+however many workers.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forgetless.core.errors import UserError
+from forgetless.core.files import lock
+
+if TYPE_CHECKING:
+    from optuna import Study as Trials
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial, Trial
+
+JOURNAL = "trials.journal"
+"""The file in the folder of a search that is its storage where none is given."""
+
+REASON = "reason"
+"""The attribute of a trial that failed by itself, and not with the process that did it."""
+
+MOST_RETRIES = 10
+"""How often a trial is begun again when the process that did it died."""
+
+_WORKER, _DEFINITION = "worker", "definition"
+_ATTEMPTS = 8
+_PATIENCE_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Beat:
+    """How workers learn that another one died, in seconds.
+
+    Attributes:
+        interval: between two signs of life in a database.
+        grace: without one, after which a trial is done by another worker. A process whose lock file
+            can be seen, on the same machine or a shared disk, is known to be dead at once.
+        poll: between two looks at the trials that others are doing.
+    """
+
+    interval: int = 20
+    grace: int = 120
+    poll: float = 1.0
+
+
+def open_storage(url: str | None, journal: Path, beat: Beat) -> BaseStorage:
+    """The storage at a database's URL, or the journal file.
+
+    Raises:
+        UserError: what is missing, or what is wrong with the URL.
+    """
+    try:
+        import optuna  # an extra: nothing but searches needs it
+        from optuna.storages import JournalStorage, RDBStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError:
+        raise UserError("a search needs optuna: pip install 'forgetless[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # a run that fails is told of by itself
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    if url is None:
+        return JournalStorage(JournalFileBackend(str(journal)))
+    if "://" not in url:
+        raise UserError(
+            f"a storage is a URL such as sqlite:///search.db or postgresql://user@host/database, "
+            f"got {url!r}; without one a journal file lies beside the search"
+        )
+    from sqlalchemy.exc import ArgumentError
+
+    if url.startswith(("postgresql://", "postgres://")):  # the driver that the extra has
+        url = f"postgresql+psycopg://{url.partition('://')[2]}"
+    try:
+        return RDBStorage(
+            url,
+            engine_kwargs={"pool_pre_ping": True},  # the database may have been restarted
+            heartbeat_interval=beat.interval,
+            grace_period=beat.grace,
+            heartbeat_stale_trial_callback=_repeat,
+        )
+    except (ImportError, ArgumentError) as problem:
+        raise UserError(
+            f"the storage {_shown(url)} cannot be used: {problem}; PostgreSQL needs psycopg: "
+            "pip install 'forgetless[search]'"
+        ) from None
+
+
+def _repeat(trials: Trials, trial: FrozenTrial) -> None:
+    """Ask for a trial again, with the same settings; that of a worker which died."""
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+
+    # Until its next worker says who it is, it must not seem to be that of the one which died.
+    trial.user_attrs = {k: v for k, v in trial.user_attrs.items() if k != _WORKER}
+    RetryHeartbeatStaleTrialCallback(max_retry=MOST_RETRIES)(trials, trial)
+
+
+def _shown(url: str) -> str:
+    """A URL without its password."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    with suppress(ArgumentError):
+        return make_url(url).render_as_string(hide_password=True)
+    return f"{url.partition('://')[0]}://..."
+
+
+def _storage_errors() -> tuple[type[Exception], ...]:
+    """What goes wrong with a storage and not with what asks for it."""
+    from optuna.exceptions import DuplicatedStudyError, StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return SQLAlchemyError, StorageInternalError, DuplicatedStudyError
+
+
+def open_trials(
+    url: str | None, folder: Path, names: Sequence[str], definition: Mapping[str, Any], beat: Beat
+) -> list[Trials]:
+    """The trials under each name, of learning up and forgetting down; created if there are none.
+
+    Args:
+        url: of the database; None for the journal in the folder.
+        folder: shared by the processes of a machine, or of several.
+        names: under which they lie in the storage.
+        definition: plain JSON values that say what settings mean; they must not change.
+        beat: see `Beat`.
+
+    Raises:
+        UserError: the storage cannot be used, or these trials were begun with another definition.
+    """
+    # Processes that create the tables of one database at once fail on each other. On one disk they
+    # take turns; of several machines some fail, and at a further attempt the tables are there.
+    with lock(folder / ".trials.lock"):
+        for attempt in range(_ATTEMPTS):
+            try:
+                storage = open_storage(url, folder / JOURNAL, beat)
+                found = [_created(storage, name) for name in names]
+                break
+            except _storage_errors() as problem:
+                if attempt == _ATTEMPTS - 1:
+                    reason = str(problem).strip().partition("\n")[0]
+                    raise UserError(f"the storage {_shown(url or JOURNAL)}: {reason}") from None
+                time.sleep(random.uniform(0.2, 1.0))
+        for trials in found:
+            known = trials.user_attrs.get(_DEFINITION)
+            if known is None:
+                trials.set_user_attr(_DEFINITION, dict(definition))
+            elif known != definition:
+                changed = [key for key in definition if known.get(key) != definition[key]]
+                raise UserError(
+                    f"{names[0]} was begun with another {' and '.join(changed)}, and its trials "
+                    "cannot be counted together with others; give the new search another name"
+                )
+    return found
+
+
+def _created(storage: BaseStorage, name: str) -> Trials:
+    from optuna import create_study
+
+    return create_study(
+        storage=storage,
+        study_name=name,
+        directions=["maximize", "minimize"],
+        load_if_exists=True,
+    )
+
+
+def work(
+    trials: Trials,
+    objective: Callable[[Trial], tuple[float, float]],
+    folder: Path,
+    beat: Beat,
+    *,
+    budget: int | None,
+    until: float | None = None,
+) -> None:
+    """Do trials until the budget is spent and none is left, also of workers that died meanwhile.
+
+    A trial that fails by itself counts, and its `REASON` is kept. So does one whose workers died
+    more often than `MOST_RETRIES`.
+
+    Args:
+        trials: of a storage.
+        objective: does one; gives what was learned and what was forgotten.
+        folder: as of `open_trials`.
+        beat: see `Beat`.
+        budget: how many trials there are to be; None for any number.
+        until: begin none after this time, in seconds as `time.time` has it.
+    """
+    from optuna import TrialPruned
+    from optuna.trial import TrialState
+
+    def one(trial: Trial) -> tuple[float, float]:
+        trial.set_user_attr(_WORKER, worker)
+        if budget is not None and _is_surplus(trials, trial.number, budget):
+            raise TrialPruned  # several workers began the last one
+        try:
+            return objective(trial)
+        except Exception as error:
+            trial.set_user_attr(REASON, f"{type(error).__name__}: {error}")
+            raise
+
+    with _living(folder) as worker:
+        last_success = time.time()
+        while True:
+            try:
+                may_come_back = _ask_again(trials, folder, worker, beat)
+                every = trials.get_trials(deepcopy=False)
+                states = {trial.state for trial in every}
+                more = budget is None or len(_counted(every)) < budget
+                if (more or TrialState.WAITING in states) and not (until and time.time() > until):
+                    trials.optimize(one, n_trials=1, catch=(Exception,))
+                    last_success = time.time()
+                    continue
+                if TrialState.RUNNING not in states and not may_come_back:
+                    return
+                last_success = time.time()
+            except Exception as problem:
+                # A database that is restarted is waited for; what it was not told is done again,
+                # which costs little, since the folder of a finished run reports at once.
+                lasts = time.time() - last_success
+                if not _is_of_the_storage(problem) or lasts > _PATIENCE_SECONDS:
+                    raise
+            time.sleep(beat.poll)
+
+
+def _is_of_the_storage(problem: BaseException | None) -> bool:
+    """Whether the storage failed, or somebody else finished our trial while we seemed dead.
+
+    Optuna's own handling of the first hides it behind a NameError.
+    """
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    while problem is not None:
+        if isinstance(problem, (*_storage_errors(), UpdateFinishedTrialError)):
+            return True
+        if isinstance(problem, ValueError) and str(problem).startswith("Cannot tell a "):
+            return True
+        problem = problem.__cause__ or problem.__context__
+    return False
+
+
+def origin(trial: FrozenTrial) -> int:
+    """The number of the trial that this one is, or repeats."""
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+
+    return next(iter(RetryHeartbeatStaleTrialCallback.retry_history(trial)), trial.number)
+
+
+def _counted(every: Sequence[FrozenTrial]) -> list[int]:
+    """The numbers of the trials that a budget counts: no repeated ones, and none too many."""
+    from optuna.trial import TrialState
+
+    return [t.number for t in every if origin(t) == t.number and t.state != TrialState.PRUNED]
+
+
+def _is_surplus(trials: Trials, number: int, budget: int) -> bool:
+    """Whether as many trials as the budget has were begun before this one."""
+    every = trials.get_trials(deepcopy=False)
+    own = next(trial for trial in every if trial.number == number)
+    if "fixed_params" in own.system_attrs:  # somebody asked for it
+        return False
+    return sum(counted < origin(own) for counted in _counted(every)) >= budget
+
+
+@contextmanager
+def _living(folder: Path) -> Iterator[str]:
+    """The name of this worker, whose lock file is held as long as it lives."""
+    name = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    path = folder / "workers" / name
+    with lock(path):
+        yield name
+    path.unlink(missing_ok=True)
+
+
+def _ask_again(trials: Trials, folder: Path, me: str, beat: Beat) -> bool:
+    """Ask for the trials of dead workers again; whether there are some that may still come back."""
+    from optuna.storages import fail_stale_trials
+    from optuna.trial import TrialState
+
+    fail_stale_trials(trials)  # those without heartbeats, in a database
+    every = trials.get_trials(deepcopy=False)
+    for trial in every:
+        if trial.state == TrialState.RUNNING and _is_dead(trial, folder, me, beat):
+            with suppress(ValueError, RuntimeError):  # somebody else was first, or it has ended
+                trials.tell(trial.number, state=TrialState.FAIL)
+                _repeat(trials, trials.get_trials()[trial.number])
+    if not _lost(every):
+        return False
+    # Whoever failed them was stopped before it could ask for them again, or is just doing it.
+    young = False
+    with lock(folder / ".trials.lock"):
+        for trial in _lost(trials.get_trials()):
+            if trial.datetime_complete and _age(trial.datetime_complete) < 10 * beat.poll:
+                young = True
+            else:
+                _repeat(trials, trial)
+    return young
+
+
+def _is_dead(trial: FrozenTrial, folder: Path, me: str, beat: Beat) -> bool:
+    """Whether nobody is doing a trial that is said to be running."""
+    worker = trial.user_attrs.get(_WORKER)
+    if worker is None:  # it was begun, and nobody said a word since
+        return trial.datetime_start is None or _age(trial.datetime_start) > beat.grace
+    path = folder / "workers" / worker
+    if worker == me or not path.exists():  # we are between two trials; that of another machine
+        return bool(worker == me)
+    with lock(path, wait=False) as free:
+        return free
+
+
+def _age(moment: datetime) -> float:
+    """Seconds since then; the clock of another machine may be ahead."""
+    return abs((datetime.now() - moment).total_seconds())
+
+
+def _lost(every: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials that failed with their worker, and that nobody has asked for again."""
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+    from optuna.trial import TrialState
+
+    history = RetryHeartbeatStaleTrialCallback.retry_history
+    repeated = {number for trial in every for number in history(trial)}
+    return [
+        trial
+        for trial in every
+        if trial.state == TrialState.FAIL
+        and REASON not in trial.user_attrs
+        and trial.number not in repeated
+        and len(history(trial)) < MOST_RETRIES
+    ]

@@ -1,0 +1,239 @@
+"""Trials that processes share: each done once and none lost, whatever happens to a worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forgetless.core.errors import UserError
+from forgetless.core.files import lock
+from forgetless.studies.trials import REASON, Beat, open_trials, origin, work
+from tests import postgres
+from tests.killing import FORKSERVER
+
+optuna = pytest.importorskip("optuna")
+
+BEAT = Beat(interval=1, grace=3, poll=0.1)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[postgres.Server]:
+    """A PostgreSQL server, which is stopped at the end."""
+    if reason := postgres.why_not():
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:  # a short path for its socket
+        found = postgres.Server(Path(folder))
+        found.start()
+        yield found
+        found.stop()
+
+
+@pytest.fixture(params=["journal", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
+    """An empty storage; a test may ask for SQLite too."""
+    if request.param == "journal":
+        return None
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'trials.db'}"
+    server: postgres.Server = request.getfixturevalue("server")
+    return server.new_database()
+
+
+def opened(url: str | None, folder: Path) -> Any:
+    (trials,) = open_trials(url, folder, ["t"], {"a": 1}, BEAT)
+    return trials
+
+
+def take_part(url: str | None, folder: Path, budget: int, seconds: float, shared: Path) -> None:
+    """A worker whose trials are short: each has a folder of its own, like a run."""
+
+    def do(trial: Any) -> tuple[float, float]:
+        x = trial.suggest_float("x", 0.0, 1.0)
+        with lock(shared / "runs" / f"{x}.lock"):
+            done = shared / "runs" / f"{x}.done"
+            if not done.exists():
+                time.sleep(seconds)
+                with (shared / "log").open("a") as log:
+                    log.write(f"{x}\n")
+                done.touch()
+        return x, x
+
+    work(opened(url, folder), do, folder, BEAT, budget=budget)
+
+
+def begin(*arguments: Any) -> BaseProcess:
+    process = FORKSERVER.Process(target=take_part, args=arguments)
+    process.start()
+    return process
+
+
+def wait_for(count: int, shared: Path) -> None:
+    """Wait until so many trials are done."""
+    log = shared / "log"
+    while not log.exists() or len(log.read_text().splitlines()) < count:
+        time.sleep(0.05)
+
+
+def require_each_once(url: str | None, folder: Path, shared: Path, budget: int) -> None:
+    every = opened(url, folder).get_trials()
+    finished = [trial for trial in every if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert sorted(Counter(map(origin, finished)).values()) == [1] * budget
+    assert not [t for t in every if not t.state.is_finished()]
+    executed = (shared / "log").read_text().split()
+    assert len(executed) == len(set(executed))
+    assert {str(trial.params["x"]) for trial in finished} == set(executed)
+
+
+@pytest.mark.parametrize("url", ["journal", "sqlite", "postgresql"], indirect=True)
+def test_workers_that_start_at_once_meet_the_budget_to_the_trial(
+    url: str | None, tmp_path: Path
+) -> None:
+    workers = [begin(url, tmp_path, 9, 0.02, tmp_path) for _ in range(8)]
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 8
+    require_each_once(url, tmp_path, tmp_path, 9)
+
+
+def test_machines_that_share_nothing_but_an_empty_database_start_at_once(
+    server: postgres.Server, tmp_path: Path
+) -> None:
+    url = server.new_database()
+    workers = [begin(url, tmp_path / str(i), 9, 0.02, tmp_path) for i in range(8)]
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 8
+    require_each_once(url, tmp_path, tmp_path, 9)
+
+
+def test_one_killed_and_one_stopped_beyond_its_heartbeat(url: str | None, tmp_path: Path) -> None:
+    workers = [begin(url, tmp_path, 16, 0.3, tmp_path) for _ in range(4)]
+    wait_for(2, tmp_path)
+    killed, stopped, *others = workers
+    os.kill(killed.pid or 0, signal.SIGKILL)
+    os.kill(stopped.pid or 0, signal.SIGSTOP)
+    killed.join()
+    time.sleep(BEAT.grace + BEAT.interval)
+    os.kill(stopped.pid or 0, signal.SIGCONT)
+    for worker in [stopped, *others]:
+        worker.join()
+        assert worker.exitcode == 0
+    require_each_once(url, tmp_path, tmp_path, 16)
+
+
+def test_a_machine_that_vanishes_is_known_by_its_heartbeat(
+    server: postgres.Server, tmp_path: Path
+) -> None:
+    url = server.new_database()
+    lost, other = (begin(url, tmp_path / name, 4, 0.5, tmp_path) for name in ("lost", "other"))
+    wait_for(1, tmp_path)
+    lost.kill()
+    lost.join()
+    other.join()
+    assert other.exitcode == 0
+    require_each_once(url, tmp_path / "other", tmp_path, 4)
+
+
+def test_a_database_that_is_restarted_is_waited_for(
+    server: postgres.Server, tmp_path: Path
+) -> None:
+    url = server.new_database()
+    workers = [begin(url, tmp_path, 12, 0.3, tmp_path) for _ in range(2)]
+    wait_for(3, tmp_path)
+    server.stop()
+    time.sleep(1)
+    server.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    require_each_once(url, tmp_path, tmp_path, 12)
+
+
+def test_killed_at_any_moment_a_search_ends_with_all_of_its_trials(tmp_path: Path) -> None:
+    kills = 0
+    while True:
+        worker = begin(None, tmp_path, 8, 0.1, tmp_path)
+        worker.join(0.3 + 0.37 * kills if kills < 6 else None)
+        if worker.exitcode is not None:
+            assert worker.exitcode == 0
+            break
+        worker.kill()
+        worker.join()
+        kills += 1
+    assert kills
+    require_each_once(None, tmp_path, tmp_path, 8)
+
+
+def test_a_trial_that_fails_by_itself_counts_and_says_why(url: str | None, tmp_path: Path) -> None:
+    def fail(trial: Any) -> tuple[float, float]:
+        raise RuntimeError(f"out of luck {trial.number}")
+
+    trials = opened(url, tmp_path)
+    work(trials, fail, tmp_path, BEAT, budget=2)
+    reasons = [trial.user_attrs[REASON] for trial in trials.get_trials()]
+    assert reasons == ["RuntimeError: out of luck 0", "RuntimeError: out of luck 1"]
+
+
+def test_what_ctrl_c_interrupted_is_asked_for_again(url: str | None, tmp_path: Path) -> None:
+    seen = []
+
+    def do(trial: Any) -> tuple[float, float]:
+        seen.append(trial.suggest_float("x", 0.0, 1.0))
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return 0.0, 0.0
+
+    trials = opened(url, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        work(trials, do, tmp_path, BEAT, budget=2)
+    work(trials, do, tmp_path, BEAT, budget=2)
+    assert len(seen) == 3
+    assert seen.count(seen[0]) == 2
+
+
+def test_a_worker_that_dies_before_it_says_who_it_is_loses_nothing(
+    url: str | None, tmp_path: Path
+) -> None:
+    opened(url, tmp_path).ask()  # and dies
+    trials = opened(url, tmp_path)
+    work(trials, lambda trial: (0.0, 0.0), tmp_path, BEAT, budget=2)
+    finished = trials.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    assert sorted(map(origin, finished)) == [0, 1]
+
+
+def test_after_its_time_no_trial_is_begun(tmp_path: Path) -> None:
+    trials = opened(None, tmp_path)
+    work(trials, lambda trial: (0.0, 0.0), tmp_path, BEAT, budget=None, until=time.time() - 1)
+    assert trials.get_trials() == []
+
+
+def test_a_name_has_one_definition(url: str | None, tmp_path: Path) -> None:
+    opened(url, tmp_path)
+    with pytest.raises(UserError, match="begun with another a"):
+        open_trials(url, tmp_path, ["t"], {"a": 2}, BEAT)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("trials.db", "a storage is a URL such as"),
+        ("nothing://here", "nothing://here cannot be used"),
+        ("postgresql://me:secret@127.0.0.1:1/none", "me:.*@127.0.0.1:1/none: "),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_named(
+    url: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match=message) as caught:
+        opened(url, tmp_path)
+    assert "secret" not in str(caught.value)
