@@ -10,6 +10,7 @@ import pytest
 
 from forgetless.core.files import load_yaml
 from forgetless.recipes.recipe import Recipe
+from forgetless.recipes.search import SearchRecipe
 from forgetless.recipes.sequence import SequenceRecipe
 from forgetless.recipes.study import StudyRecipe
 
@@ -55,6 +56,8 @@ def test_a_whole_definition_parses(block: str, tmp_path: Path) -> None:
     definition = load_yaml(path)
     if "tasks" in definition and "recipe" in definition:
         SequenceRecipe.load(path)
+    elif "space" in definition:
+        SearchRecipe.load(path).asked()
     elif "recipe" in definition:
         StudyRecipe.load(path).recipes()
     else:

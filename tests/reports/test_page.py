@@ -342,6 +342,17 @@ def test_where_no_arm_learned_none_is_said_to_have_learned_or_kept_most(
     assert not re.search(r"(?i)(learned|kept) (the )?most", page.split("<section", 2)[1])
 
 
+def test_arms_with_rates_of_their_own_have_dashes_at_the_others(tmp_path: Path) -> None:
+    sheets = two_sheets({"lora": 0.9, "pissa": 0.9}, {"lora": 0.5, "pissa": 0.5})
+    folder = make_study(tmp_path / "s", sheets, ["lora"], rates=(1e-3, 2e-3))
+    other = write_run(folder, sheets, "pissa", (0, 8e-3), 0, 0.0)
+    runs = json.loads((folder / "runs.json").read_text())["runs"] + [{"run_id": other}]
+    write_json(folder / "runs.json", {"runs": runs})
+    text = report(folder).read_text()
+    table = text.split("Scores over the learning rates")[1].split("</table>")[0]
+    assert table.count(">–</td>") == 2 * 3  # two rates that pissa has not, one that lora has not
+
+
 def test_one_arm_is_not_compared(tmp_path: Path) -> None:
     sheets = two_sheets({"lora": 0.8}, {"lora": 0.45})
     words = words_of(make_study(tmp_path / "s", sheets, ["lora"]))

@@ -183,6 +183,22 @@ def test_a_trial_that_fails_by_itself_counts_and_says_why(url: str | None, tmp_p
     assert reasons == ["RuntimeError: out of luck 0", "RuntimeError: out of luck 1"]
 
 
+def test_a_trial_that_the_storage_failed_is_done_again(url: str | None, tmp_path: Path) -> None:
+    seen = []
+
+    def do(trial: Any) -> tuple[float, float]:
+        seen.append(trial.suggest_float("x", 0.0, 1.0))
+        if len(seen) == 1:
+            raise optuna.exceptions.StorageInternalError("the database went away")
+        return 0.0, 0.0
+
+    trials = opened(url, tmp_path)
+    work(trials, do, tmp_path, BEAT, budget=1)
+    assert len(seen) == 2
+    assert len(set(seen)) == 1
+    assert REASON not in trials.get_trials()[-1].user_attrs
+
+
 def test_what_ctrl_c_interrupted_is_asked_for_again(url: str | None, tmp_path: Path) -> None:
     seen = []
 

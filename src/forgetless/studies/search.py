@@ -110,12 +110,12 @@ def search(
     definition = SearchRecipe.parse({**definition.model_dump(), **changed})
     definition.check()
     folder = Path(out) / definition.name
+    doing = _Doing(definition, folder, storage, threads, listen or (lambda event: None))
+    doing.ask_first()
     with lock(folder / ".lock"):
         content = definition.model_dump()
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_text(folder / "search.yaml", text)
-    doing = _Doing(definition, folder, storage, threads, listen or (lambda event: None))
-    doing.ask_first()
     until = doing.end()
     if workers > 1:
         command = [sys.executable, "-m", "forgetless", "search-worker", str(folder)]

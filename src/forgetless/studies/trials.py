@@ -74,7 +74,7 @@ def open_storage(url: str | None, journal: Path, beat: Beat) -> BaseStorage:
         raise UserError("a search needs optuna: pip install 'forgetless[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # a run that fails is told of by itself
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    if url is None:
+    if not url:
         return JournalStorage(JournalFileBackend(str(journal)))
     if "://" not in url:
         raise UserError(
@@ -211,28 +211,29 @@ def work(
         try:
             return objective(trial)
         except Exception as error:
-            trial.set_user_attr(REASON, f"{type(error).__name__}: {error}")
+            if not _is_of_the_storage(error):
+                trial.set_user_attr(REASON, f"{type(error).__name__}: {error}")
             raise
 
     with _living(folder) as worker:
-        last_success = time.time()
+        failing_since = None
         while True:
             try:
                 may_come_back = _ask_again(trials, folder, worker, beat)
                 every = trials.get_trials(deepcopy=False)
+                failing_since = None
                 states = {trial.state for trial in every}
                 more = budget is None or len(_counted(every)) < budget
                 if (more or TrialState.WAITING in states) and not (until and time.time() > until):
                     trials.optimize(one, n_trials=1, catch=(Exception,))
-                    last_success = time.time()
                     continue
                 if TrialState.RUNNING not in states and not may_come_back:
                     return
-                last_success = time.time()
             except Exception as problem:
                 # A database that is restarted is waited for; what it was not told is done again,
                 # which costs little, since the folder of a finished run reports at once.
-                lasts = time.time() - last_success
+                failing_since = failing_since or time.time()
+                lasts = time.time() - failing_since
                 if not _is_of_the_storage(problem) or lasts > _PATIENCE_SECONDS:
                     raise
             time.sleep(beat.poll)
