@@ -379,6 +379,32 @@ def test_what_is_damaged_is_made_again_and_nothing_is_trained(
     assert not RunFolder(again.folder).start.exists()
 
 
+def flipped(content: bytes) -> bytes:
+    return content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda content: b"", None])
+def test_a_damaged_export_is_made_again_and_damaged_weights_are_named(
+    tiny_recipe: dict[str, Any], done: Run, damage: Any
+) -> None:
+    def harm(folder: str) -> tuple[Path, bytes]:
+        file = done.folder / folder / "adapter_model.safetensors"
+        content = file.read_bytes()
+        file.unlink() if damage is None else file.write_bytes(damage(content))
+        return file, content
+
+    recipe, events = {**tiny_recipe, "name": "mine"}, list[Event]()
+    file, content = harm("adapter")
+    run(recipe, done.folder.parents[1], listen=events.append)
+    assert "train" not in worked(events)
+    assert any(f"{file} is damaged or gone" in event.message for event in events)
+    assert file.read_bytes() == content
+
+    file, _ = harm("native")
+    with pytest.raises(UserError, match=rf"{file} is damaged or gone; delete {done.folder}, and"):
+        run(recipe, done.folder.parents[1])
+
+
 def test_a_damaged_record_is_named(tiny_recipe: dict[str, Any], done: Run) -> None:
     (done.folder / "run.json").write_text('{"status": "done", ')
     with pytest.raises(UserError, match=r"run\.json is damaged \(.*\): delete it and repeat"):

@@ -227,10 +227,27 @@ def test_a_checkpoint_with_a_missing_or_shortened_file_does_not_count(tmp_path: 
     assert ckpt.newest(tmp_path) == tmp_path / "checkpoint-15"
     (tmp_path / "checkpoint-15" / "weights").write_text("weig")
     assert ckpt.newest(tmp_path) == tmp_path / "checkpoint-10"
+    assert (tmp_path / "checkpoint-15").exists()
     (tmp_path / "checkpoint-10" / "weights").unlink()
     assert ckpt.newest(tmp_path) == tmp_path / "checkpoint-5"
     ckpt.discard_unsealed(tmp_path)
     assert os.listdir(tmp_path) == ["checkpoint-5"]
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    undisturbed, resumed = lora(), lora()
+    fit(undisturbed, tmp_path / "undisturbed", steps=6, checkpoint_every=2)
+    fit(lora(), tmp_path / "damaged", steps=6, checkpoint_every=2)
+    weights = next((tmp_path / "damaged" / "checkpoints" / "checkpoint-6").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    result = fit(resumed, tmp_path / "damaged", steps=6, checkpoint_every=2)
+    assert result.resumed_from == 4
+    assert f"{weights} is damaged" in caplog.text
+    assert same(resumed, undisturbed)
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:

@@ -53,9 +53,9 @@ def new_file(path: str | Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -83,9 +83,9 @@ def new_folder(
             if keep(entry.name) and not (temporary / entry.name).exists():
                 _link(entry, temporary / entry.name)
         for file in [*sorted(temporary.rglob("*")), temporary]:
-            _flush(file)
+            flush(file)
         _put(temporary, path, old)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -97,7 +97,7 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Ask the system to bring a file, or the names in a folder, to the disk."""
     on_windows = os.name == "nt"  # which opens no folders, and flushes what may be written only
     if path.is_symlink() or (on_windows and path.is_dir()):

@@ -1,11 +1,13 @@
-"""SHA-256 of what files hold, whatever they are called and wherever they lie."""
+"""Hashes of what files hold: SHA-256 for identity, XXH3 to see whether one was damaged."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+
+import xxhash
 
 
 def content_hash(path: str | Path) -> str:
@@ -31,3 +33,29 @@ def files_hash(files: Iterable[Path], root: Path) -> str:
 def _file_hash(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(folder: Path, counts: Callable[[Path], bool] = lambda file: True) -> dict[str, str]:
+    """Name below the folder -> size and XXH3 of each file that counts."""
+    return {
+        file.relative_to(folder).as_posix(): f"{file.stat().st_size} {_checksum(file)}"
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and counts(file)
+    }
+
+
+def first_damaged(folder: Path, written: Mapping[str, str]) -> Path | None:
+    """The first file that is not as its checksum says; sizes are looked at first."""
+    files = {folder / name: checksum.split(" ") for name, checksum in written.items()}
+    for file, (size, _) in files.items():
+        if not file.is_file() or file.stat().st_size != int(size):
+            return file
+    return next((file for file, (_, sum_) in files.items() if _checksum(file) != sum_), None)
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as content:
+        while part := content.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()

@@ -52,6 +52,7 @@ from forgetless.core.files import (
     write_json,
     write_jsonl,
 )
+from forgetless.core.hashing import checksums, first_damaged
 from forgetless.core.method import Factors
 from forgetless.core.processes import Processes
 from forgetless.core.tensors import read_tensors
@@ -634,6 +635,7 @@ class Stages:
     def train(self) -> str | None:
         """Train, from the newest checkpoint if there is one, and write the result down."""
         if self.processes.first(self._is_trained):
+            self.processes.first(self._require_undamaged)
             self.processes.first(self._finish_training)
             return None
         recipe, (model, rows) = self.recipe, self.to_train()
@@ -653,6 +655,7 @@ class Stages:
             self.processes.first(lambda: self._save_unrepaired(model))
         else:
             self._save(model, self.folder)
+            self._note(lambda: {"weights": _written(self._weights(self.folder))})
         self.processes.first(lambda: write_json(self.folder.training, asdict(result)))
         self.processes.first(self._finish_training)
         over = f"; {result.exceeded}" if result.exceeded else ""
@@ -716,10 +719,21 @@ class Stages:
         with new_folder(self.folder.native) as folder:
             save_plain(trained, folder, model)
         remove(self.folder.unrepaired)
+        self.folder.update(weights=_written(self.folder.native))
         self._held = None
         told = made.forecast(strength)
         self.folder.update(repair={"strength": strength, "earlier_share": share, **asdict(told)})
         return f"strength {strength:g}, {told.kept:.0%} of the disturbance left"
+
+    def _require_undamaged(self) -> None:
+        """Raise which file of the trained weights is not as it was written."""
+        weights = self._weights(self.folder)
+        damaged = first_damaged(weights, self.record.get("weights", {}))
+        if damaged is not None:
+            raise UserError(
+                f"{damaged} is damaged or gone; delete {self.folder.path}, and the same command "
+                "trains this run again"
+            )
 
     def _finish_training(self) -> None:
         """Note the result in run.json and remove what only an unfinished training needs."""
@@ -735,14 +749,17 @@ class Stages:
     def export(self) -> str | None:
         """Write the adapter as a plain PEFT LoRA for the untouched base."""
         rank = self.recipe.export.rank
-        done = self.record.get("export", {}).get("requested") == rank
-        if self.full or (done and self.folder.adapter.exists()):
-            return None
+        known = self.record.get("export", {})
+        if self.full or (known.get("requested") == rank and self.folder.adapter.exists()):
+            damaged = first_damaged(self.folder.adapter, known.get("files", {}))
+            if damaged is None:
+                return None
+            self.tell("export", f"{damaged} is damaged or gone; exported again")
         with new_folder(self.folder.adapter) as folder:
             report = export(self._trained_model(self.folder), folder, rank)
             write_run_card(self.folder, folder, report.relative_error)
         entry = {"requested": rank, "rank": report.rank, "relative_error": report.relative_error}
-        self.folder.update(export=entry)
+        self.folder.update(export={**entry, "files": _written(self.folder.adapter)})
         return f"rank {report.rank}, relative error {report.relative_error:.2g}"
 
     def analyse(self) -> str | None:
@@ -784,6 +801,11 @@ def attached(
     """
     given = settings.model_dump(exclude={"method", "options", "head"})
     return attach(model, settings.method, seed=seed, **given, **inputs, **settings.options)
+
+
+def _written(folder: Path) -> dict[str, str]:
+    """Checksums of a folder, but of its card, which is written anew."""
+    return checksums(folder, lambda file: file.name != "README.md")
 
 
 @torch.no_grad()

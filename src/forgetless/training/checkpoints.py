@@ -1,20 +1,24 @@
 """Checkpoints that are whole or absent.
 
 `transformers.Trainer` writes a checkpoint in place, file after file, so a killed process leaves a
-folder that looks like one. Here a checkpoint counts only once it is *sealed*: a last file lists
-every other file with its size, and appears by an atomic rename.
+folder that looks like one. Here a checkpoint counts only once it is *sealed*: when all is on the
+disk, a last file with the size and checksum of every other one appears by an atomic rename.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError
-from forgetless.core.files import new_file
+from forgetless.core.files import flush, new_file
+from forgetless.core.hashing import checksums, first_damaged
+
+_log = logging.getLogger(__name__)
 
 SEAL = "complete.json"
 PREFIX = "checkpoint-"
@@ -29,8 +33,17 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest(folder: Path) -> Path | None:
-    """The sealed checkpoint of the latest step, if there is one."""
-    return max(filter(_is_sealed, _all(folder)), key=step_of, default=None)
+    """The sealed checkpoint of the latest step whose files are as they were written, if any is.
+
+    One with a damaged file is named in a warning and removed.
+    """
+    for checkpoint in sorted(filter(_is_sealed, _all(folder)), key=step_of, reverse=True):
+        damaged = first_damaged(checkpoint, _sealed(checkpoint))
+        if damaged is None:
+            return checkpoint
+        _log.warning("%s is damaged; training continues from an older checkpoint", damaged)
+        _remove(checkpoint)
+    return None
 
 
 def callback_state(checkpoint: Path, key: str) -> Any:
@@ -46,7 +59,10 @@ def seal(checkpoint: Path, origin: Mapping[str, Any]) -> None:
         checkpoint: the folder.
         origin: what the training is made of, for `require_origin`.
     """
-    content = {"origin": origin, "files": _sizes(checkpoint)}
+    files = checksums(checkpoint, lambda file: file.name != SEAL)
+    for name in files:
+        flush(checkpoint / name)
+    content = {"origin": origin, "files": files}
     with new_file(checkpoint / SEAL) as file:
         file.write_text(json.dumps(content, indent=1))
 
@@ -73,8 +89,12 @@ def require_origin(checkpoint: Path, origin: Mapping[str, Any]) -> None:
 def prune(folder: Path) -> None:
     """Remove all sealed checkpoints but the newest ones."""
     for checkpoint in sorted(filter(_is_sealed, _all(folder)), key=step_of)[:-KEPT_CHECKPOINTS]:
-        (checkpoint / SEAL).unlink()  # first, so that a half of it is none
-        shutil.rmtree(checkpoint)
+        _remove(checkpoint)
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / SEAL).unlink()  # first, so that a half of it is none
+    shutil.rmtree(checkpoint)
 
 
 def discard_unsealed(folder: Path) -> None:
@@ -89,16 +109,18 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _is_sealed(checkpoint: Path) -> bool:
+    """Whether all files are there with their sizes; what they hold is for `newest`."""
+    files = _sealed(checkpoint)
+    return bool(files) and all(
+        (file := checkpoint / name).is_file() and file.stat().st_size == int(checksum.split(" ")[0])
+        for name, checksum in files.items()
+    )
+
+
+def _sealed(checkpoint: Path) -> dict[str, str]:
+    """The checksums of its files; none of what is not sealed."""
     try:
-        files = json.loads((checkpoint / SEAL).read_text())["files"]
-    except (OSError, ValueError):
-        return False
-    return bool(files == _sizes(checkpoint))
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    return {
-        file.relative_to(checkpoint).as_posix(): file.stat().st_size
-        for file in sorted(checkpoint.rglob("*"))
-        if file.is_file() and file.name != SEAL
-    }
+        files: dict[str, str] = json.loads((checkpoint / SEAL).read_text())["files"]
+        return {name: str(checksum) for name, checksum in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
