@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from forgetless.data.modality import Batch, Sample
 from forgetless.data.packing import IGNORED
 from forgetless.models.load import base_of, evaluating
 from forgetless.models.text import positions_of, require_known_tokens, without_cache
+from forgetless.models.weights import is_linear, linear_weight, unreadable
 
 
 class TokenRows(torch.utils.data.Dataset[Sample]):
@@ -78,10 +81,18 @@ class TokenRows(torch.utils.data.Dataset[Sample]):
         """See `Padding`."""
         return Padding()(rows)
 
+    def _end(self) -> int | None:
+        """The token that most rows end in, by the first of them; None where there is none."""
+        learned = [labels[labels != IGNORED] for _, labels in self.rows[:256]]
+        ends = Counter(int(labels[-1]) for labels in learned if len(labels))
+        ((token, count),) = ends.most_common(1) or ((None, 0),)
+        return token if 2 * count > len(learned) else None
+
     def require_fitting(self, model: Any) -> None:
         """See to it that the model has a position and a word for each token, and keeps rows apart.
 
-        A model without weights is not asked whether the sequences of a row would see each other.
+        A model without weights is not asked whether the sequences of a row would see each other,
+        nor whether it can learn to stop, of which a warning says that it may not.
 
         Raises:
             UserError: the rows are too long, of another tokenizer, or packed for a model in which
@@ -97,11 +108,38 @@ class TokenRows(torch.utils.data.Dataset[Sample]):
         if all(weight.is_meta for weight in model.parameters()):
             return
         base = base_of(model)
+        if (end := self._end()) is not None and _looks_untrained(model, end):
+            warnings.warn(
+                f"the answers end in the token {end}, whose row of the output layer looks "
+                "untrained, and this training does not reach it: the model may never stop. Name "
+                "the output layer in target_modules (mostly 'lm_head'), train the row with PEFT's "
+                "modules_to_save or trainable_token_indices, or end answers in another token",
+                stacklevel=2,
+            )
         if self.several and not _keeps_apart(base):
             raise UserError(
                 f"packed sequences would see each other in {type(base).__name__}, which does not "
                 "keep them apart by their position ids; set data.pack to false"
             )
+
+
+_UNTRAINED = 0.25
+"""Share of the usual size below which a row was never trained. The least row of SmolLM2-135M has
+0.57 of the median norm and 0.73 of the median distance from the mean; fresh rows of transformers
+have at most 0.16 of the one, or, resized to the mean, nearly nothing of the other."""
+
+
+@torch.no_grad()
+def _looks_untrained(model: Any, token: int) -> bool:
+    """Whether a row of a frozen output layer is far smaller, or far nearer the mean, than usual."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not is_linear(head) or head.weight.requires_grad or unreadable(head) is not None:
+        return False
+    weight = linear_weight(head)
+    some = weight[:: max(1, len(weight) // 4096)].float()
+    row, mean = weight[token].float(), some.mean(0)
+    sizes = (row.norm(), some.norm(dim=1)), ((row - mean).norm(), (some - mean).norm(dim=1))
+    return any(bool(own < _UNTRAINED * usual.median()) for own, usual in sizes)
 
 
 @torch.no_grad()
