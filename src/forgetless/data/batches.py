@@ -132,7 +132,7 @@ have at most 0.16 of the one, or, resized to the mean, nearly nothing of the oth
 @torch.no_grad()
 def _looks_untrained(model: Any, token: int) -> bool:
     """Whether a row of a frozen output layer is far smaller, or far nearer the mean, than usual."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if not is_linear(head) or head.weight.requires_grad or unreadable(head) is not None:
         return False
     weight = linear_weight(head)
