@@ -666,36 +666,6 @@ def test_a_model_learns_to_stop_where_padding_is_the_end_of_text(tmp_path: Path)
         assert answer[0, -1] == tokenizer.eos_token_id
 
 
-def test_an_untrained_end_of_the_answers_is_warned_of() -> None:
-    tokenizer = byte_tokenizer()
-    rows = TokenRows(tokenize(examples(*PAIRS), tokenizer))
-    end = tokenizer.eos_token_id
-
-    def speaker(row: Any = None) -> Any:
-        model = tiny_speaker()
-        if row is not None:
-            with torch.no_grad():
-                model.lm_head.weight[end] = row(model.lm_head.weight)
-        return model
-
-    def attached_to(model: Any, *targets: str) -> Any:
-        return attach(model, "lora", rank=2, target_modules=["q_proj", *targets])
-
-    untrained = {
-        "zeros": lambda weight: torch.zeros(32),
-        "noise": lambda weight: 0.1 * torch.randn(32) * weight.std(),
-        "the mean": lambda weight: weight.mean(0) + 0.01 * torch.randn(32) * weight.std(),
-    }
-    for row in untrained.values():
-        with pytest.warns(UserWarning, match=f"the token {end}, .* may never stop.*lm_head"):
-            rows.require_fitting(attached_to(speaker(row)))
-    quiet = [attached_to(speaker()), attached_to(speaker(untrained["noise"]), "lm_head")]
-    for model in [*quiet, speaker(untrained["zeros"])]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            rows.require_fitting(model)
-
-
 @pytest.mark.parametrize("kind", ["pairs", "conversations"])
 def test_an_example_without_a_token_to_learn_is_named_and_spoils_nothing(
     kind: str, tmp_path: Path
