@@ -21,6 +21,7 @@ from forgetless.studies.folder import RunFolder
 from forgetless.studies.run import run
 from forgetless.studies.stages import Stages
 from forgetless.tasks import make_task
+from forgetless.training.forgetting import from_settings
 from tests.tiny import recipe_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -166,6 +167,63 @@ def test_the_check_says_which_it_is(
     assert "by the tokenizer's chat template" in capsys.readouterr().out
     _say_check("x.yaml", recipe(world, **{"data.chat_template": "off"}))
     assert "as they are, no chat template" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({}, [("auto", None), ("off", None), ("auto", "Add.")]),
+        ({"data.system": "Count."}, [("auto", "Count."), ("off", None), ("auto", "Add.")]),
+        ({"data.chat_template": "off"}, [("off", None), ("off", None), ("auto", "Add.")]),
+    ],
+)
+def test_tasks_and_probes_ask_as_the_data_is_trained(
+    data: dict[str, Any],
+    expected: list[tuple[str, str | None]],
+    world: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    own = [{}, {"chat_template": "off"}, {"chat_template": "auto", "system": "Add."}]
+    specs = [
+        {"kind": "generate", "path": str(world["asked"]), "name": f"asked_{number}", **more}
+        for number, more in enumerate(own)
+    ]
+    changes: dict[str, Any] = {
+        "tasks.learning": specs,
+        "probes.learning": [str(world["pairs"]), *specs[1:]],
+    }
+    asked = recipe(world, **changes, **data)
+    assert check(asked) == []
+    stages = Stages(RunFolder(tmp_path / "run"), asked, lambda event: None)
+    callback = from_settings(asked.probes, asked.data.said)
+    assert callback is not None
+    for found in ([task for task, _ in stages.tasks], list(callback.probes.learning.values())):
+        assert [(task.chat_template, task.system) for task in found] == expected  # type: ignore[attr-defined]
+    (held, *_) = callback.probes.learning.values()
+    examples = held.examples  # type: ignore[attr-defined]
+    assert (examples.chat_template, examples.system) == expected[0]
+
+
+def test_the_log_and_the_card_say_by_which_template(world: dict[str, Path], tmp_path: Path) -> None:
+    def said(name: str, **changes: Any) -> tuple[list[str], str]:
+        told: list[str] = []
+        done = run(
+            recipe(world, **changes),
+            tmp_path / name,
+            evaluate=False,
+            listen=lambda event: told.append(f"{event.stage}: {event.message}"),
+        )
+        return told, (done.folder / "adapter" / "README.md").read_text()
+
+    told, card = said("on", **{"data.system": "Count."})
+    words = "by the tokenizer's chat template, after a system prompt"
+    assert told[0] == f"data: {words}"
+    assert f"| prompts and answers | {words} |" in card
+    told, card = said("off", **{"data.chat_template": "off"})
+    assert "| prompts and answers | as they are, no chat template |" in card
+    told, card = said("plain", base=world["plain"])
+    assert not any(line.startswith("data") for line in told)
+    assert "prompts and answers" not in card
 
 
 def test_a_chat_run_ends_as_one_on_conversations(world: dict[str, Path], tmp_path: Path) -> None:

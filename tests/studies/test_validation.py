@@ -39,6 +39,25 @@ def test_a_run_measures_what_it_held_out(tiny_recipe: dict[str, Any], tmp_path: 
     assert len(rows) == len(load_examples(path)) - len(held)
 
 
+def test_a_repair_reads_its_rows_by_their_names(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [
+        {"q": r["prompt"], "a": r["completion"]}
+        for r in load_examples(tiny_recipe["data"]["train"])
+    ]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {
+        "data.train": str(tmp_path / "new.jsonl"),
+        "data.columns": {"prompt": "q", "completion": "a"},
+        "repair": {"strength": [0.1], "keep": tiny_recipe["calibration"]["source"]},
+        "tasks.learning": [],
+    }
+    done = run(recipe(tiny_recipe, **changes), tmp_path / "runs")
+    assert read_json(done.folder / "scores" / "final" / "validation.json")["n"] > 0
+    assert "aftercare" in done.record["seconds"]
+
+
 def test_it_is_what_a_task_and_a_probe_read_that_name_it(tiny_recipe: dict[str, Any]) -> None:
     held = f"{tiny_recipe['data']['train']}#held=0.25"
     tasks = [{"kind": "perplexity", "name": "new", "path": "validation", "limit": 2}]

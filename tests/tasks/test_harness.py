@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -17,6 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import nn
@@ -27,6 +31,7 @@ from forgetless.models.load import load_model, load_tokenizer
 from forgetless.tasks import Item, TaskResult, make_task, make_tasks
 from forgetless.tasks.harness import index, local
 from forgetless.tasks.harness.layouts import STANDARD
+from forgetless.tasks.harness.model import InMemory
 from forgetless.tasks.harness.results import _weighted as weighted
 from forgetless.tasks.lm_eval import LMEval
 from forgetless.tasks.multiple_choice import MultipleChoice
@@ -570,6 +575,86 @@ def test_a_task_in_the_harness_s_own_form(short_answers: str, model: Any, tokeni
     found = make_task(short_answers).evaluate(model, tokenizer)
     assert (found.task, found.metric, found.n) == ("short_answers", "exact_match,none", 5)
     assert found.settings["version"] == 7
+
+
+# ------------------------------------------------------------------------------- by a chat template
+
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that the harness has put to a model."""
+    prompts: list[str] = []
+    for name in ("generate_until", "loglikelihood"):
+        own = getattr(InMemory, name)
+
+        def noted(lm: Any, requests: list[Any], own: Any = own, **more: Any) -> Any:
+            prompts.extend(request.args[0] for request in requests)
+            return own(lm, requests, **more)
+
+        monkeypatch.setattr(InMemory, name, noted)
+    return prompts
+
+
+def test_by_a_chat_template_answers_are_the_harness_s(
+    short_answers: str, data: Path, model: Any, tokenizer: Any, asked: list[str]
+) -> None:
+    tokenizer.chat_template = TURNS
+    named = {"kind": "lm_eval", "task": short_answers, "system": "Be brief."}
+    task = make_task({**named, "chat_template": "auto"})
+    found = task.evaluate(model, tokenizer)
+    assert asked[0] == "<s>[system]Be brief.</s>[user]Q: who wrote book 0</s>[assistant]"
+    theirs = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=load_tokenizer_with(tokenizer)),
+        tasks=["short_answers"],
+        task_manager=TaskManager(include_path=str(data), include_defaults=False),
+        system_instruction="Be brief.",
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+        bootstrap_iters=0,
+    )
+    written = [sample["resps"][0][0].strip() for sample in theirs["samples"]["short_answers"]]
+    assert [item.answer for item in found.items] == written
+    assert found.settings["chat_template"] == "auto"
+    assert found.settings["system"] == "Be brief."
+
+
+def load_tokenizer_with(tokenizer: Any) -> Any:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = TURNS
+    return own
+
+
+def test_worked_examples_are_turns_of_the_chat(
+    data: Path, tmp_path: Path, model: Any, tokenizer: Any, asked: list[str]
+) -> None:
+    shutil.copytree(data / "arc", tmp_path / "arc")
+    write(tmp_path / "arc" / "ARC-Easy_train.jsonl", SCIENCE)
+    by_template = spec("arc_easy", tmp_path, num_fewshot=1, limit=1, chat_template="auto")
+    tokenizer.chat_template = TURNS
+    make_task(by_template).evaluate(model, tokenizer)
+    assert asked[0].count("[user]") == 2
+    assert asked[0].count("[assistant]") == 2
+    del asked[:]
+    plain = {**by_template, "chat_template": "off"}
+    for settings in (plain, {key: by_template[key] for key in plain if key != "chat_template"}):
+        make_task(settings).evaluate(model, tokenizer)
+    assert not any("[user]" in prompt for prompt in asked)
+    assert make_task(plain).fingerprint != make_task(by_template).fingerprint
+
+
+def test_without_a_template_there_is_none_to_ask_by(
+    short_answers: str, model: Any, tokenizer: Any, asked: list[str]
+) -> None:
+    named = {"kind": "lm_eval", "task": short_answers, "chat_template": "auto"}
+    make_task(named).evaluate(model, tokenizer)
+    assert asked[0] == "Q: who wrote book 0"
+    with pytest.raises(UserError, match="a system prompt needs a chat template"):
+        make_task({**named, "system": "Be brief."}).evaluate(model, tokenizer)
 
 
 # ----------------------------------------------------------------------------- never computed twice

@@ -33,6 +33,11 @@ def eval_(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of an answer; the task's own number.")
     ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="auto, or off for prompts as they stand; each task's own default."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt, by the template.")] = None,
     data_dir: Annotated[
         str | None, typer.Option(help="Folder with the standard tasks' data in local files.")
     ] = None,
@@ -76,6 +81,8 @@ def eval_(
         limit=limit,
         num_fewshot=num_fewshot,
         max_new_tokens=max_new_tokens,
+        chat_template=chat_template,
+        system=system,
         data_dir=data_dir,
         allow_code_execution=allow_code_execution or None,
     )

@@ -103,14 +103,14 @@ class DataSettings(Section):
     system: str | None = None
 
     @property
+    def said(self) -> dict[str, Any]:
+        """How prompts are put to the base, as the tasks do it too unless they say otherwise."""
+        return {"chat_template": self.chat_template, "system": self.system}
+
+    @property
     def reading(self) -> dict[str, Any]:
         """How a source is read: arguments of `forgetless.data.load_examples`."""
-        return {
-            "limit": self.limit,
-            "kind": self.format,
-            "chat_template": self.chat_template,
-            "system": self.system,
-        }
+        return {"limit": self.limit, "kind": self.format, **self.said}
 
     @field_validator("train")
     @classmethod

@@ -91,4 +91,6 @@ def template_of(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the examples are put into, in words."""
     if as_chat(examples, tokenizer).kind != "messages":
         return "as they are, no chat template"
-    return "by the tokenizer's chat template" if Chat(tokenizer).is_own else "by a plain template"
+    after = "" if examples.system is None else ", after a system prompt"
+    is_own = Chat(tokenizer).is_own
+    return f"by the tokenizer's chat template{after}" if is_own else "by a plain template"

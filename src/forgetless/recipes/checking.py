@@ -285,11 +285,12 @@ class Checker:
 
     def _probes(self, recipe: Recipe) -> Iterator[str]:
         wanted = probed(recipe)
-        yield from self._problem("probes", from_settings, wanted)
-        if callback := self._attempt(from_settings, wanted)[0]:
+        asked = wanted, recipe.data.said
+        yield from self._problem("probes", from_settings, *asked)
+        if callback := self._attempt(from_settings, *asked)[0]:
             probes = callback.probes
-            asked = [*probes.learning.values(), *probes.forgetting.values()]
-            yield from self._for_others("probes", recipe.base, asked)
+            tasks = [*probes.learning.values(), *probes.forgetting.values()]
+            yield from self._for_others("probes", recipe.base, tasks)
 
     def _for_others(self, where: str, base: str, tasks: Iterable[Task]) -> Iterator[str]:
         """Which of the tasks are for bases of another modality."""
@@ -307,8 +308,8 @@ class Checker:
         for kind in ("learning", "forgetting"):
             for position, spec in enumerate(getattr(wanted or recipe.tasks, kind)):
                 where = f"tasks.{kind}.{position}"
-                yield from self._problem(where, make_tasks, spec)
-                made = self._attempt(make_tasks, spec)[0] or ()
+                yield from self._problem(where, make_tasks, spec, recipe.data.said)
+                made = self._attempt(make_tasks, spec, recipe.data.said)[0] or ()
                 others = list(self._for_others(where, recipe.base, made))
                 yield from others
                 for task in made:

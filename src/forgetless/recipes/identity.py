@@ -160,7 +160,7 @@ def run_id(recipe: Recipe) -> str:
     if recipe.penalties:
         decides["penalties"] = [identity_of(spec) for spec in recipe.penalties]
     if recipe.probes.max_kl is not None or recipe.probes.max_drop is not None:
-        probes = from_settings(probed(recipe))
+        probes = from_settings(probed(recipe), recipe.data.said)
         decides |= probes.decides if probes else {}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return f"{recipe.adapter.method}-{digest[:10]}"

@@ -7,7 +7,7 @@ held-out text of the new task; `choose` takes one of them by a budget, or at the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -259,6 +259,7 @@ class Bench:
         keep: held-out text to keep; None for no KL.
         task: held-out text of the new task; None for no loss.
         batch_size: texts at once; None lets each task choose.
+        said: how prompts are put to the base, see `DataSettings.said`; None by the tasks' defaults.
     """
 
     def __init__(
@@ -268,6 +269,7 @@ class Bench:
         keep: Path | None = None,
         task: Path | None = None,
         batch_size: int | None = None,
+        said: Mapping[str, Any] | None = None,
     ) -> None:
         self.trained, self.processor, self.batch_size = trained, processor, batch_size
         self._held: dict[str, Task] = {}
@@ -278,7 +280,7 @@ class Bench:
                 held = {"kind": kind, "name": name, "path": str(text), "limit": HELD_TEXTS}
                 if name == "loss" and heads_of(trained.model) is not None:
                     held["head"] = "new"
-                self._held[name] = make_task(held)
+                self._held[name] = make_task(held, said)
         self._seen: dict[tuple[Setting, str], TaskResult] = {}
 
     def measure(self, setting: Setting, tasks: Sequence[Task] = ()) -> Point:
@@ -427,6 +429,10 @@ class Read:
     held: Path | None
 
 
+_AS_READ: dict[str, Any] = {"limit": None, "columns": {}, "validation": None}
+"""How the rows are read that `hold_out` wrote."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How texts are read: on which layers of which base, and how much of them.
@@ -495,7 +501,7 @@ class Reading:
         collecting = Collecting(
             AdapterSettings(target_modules=self.target_modules),
             self.calibration.model_copy(update={"source": str(text)}),
-            self.data.model_copy(update={"train": str(text), "limit": None}),
+            self.data.model_copy(update={"train": str(text), **_AS_READ}),
             self.seed,
         )
         model, processor = self.base if trained is None else trained, self.processor

@@ -29,6 +29,7 @@ from forgetless.adapters.settings import Comparator, Ties
 from forgetless.adapters.spectra import spectra
 from forgetless.core.errors import UserError
 from forgetless.core.files import lock, new_folder, read_json, remove, write_json
+from forgetless.core.settings import without_idle
 from forgetless.data.examples import source_hash
 from forgetless.data.settings import DATA
 from forgetless.data.texts import fingerprint
@@ -162,7 +163,8 @@ class Beside:
             [setting.strength for setting in repairs],
             self.recipe.comparators,
         )
-        return adjustable, Bench(adjustable, self.stages.processor, keep.held, task.held)
+        said = self.recipe.data.said
+        return adjustable, Bench(adjustable, self.stages.processor, keep.held, task.held, said=said)
 
     def _texts(self, model: Any, trained: Any = None) -> tuple[Read, Read]:
         """The text to keep and the new task's, as the trained model reads it where one is given."""
@@ -256,6 +258,7 @@ class Beside:
             "task": wanted and wanted.task and self._source_key(self._task_text(), "task"),
             "task_on": "trained",
         }
+        content |= without_idle(self.recipe.data.said, {"chat_template": "auto", "system": None})
         if self.recipe.comparators:
             content["comparators"] = [self._comparator_key(c) for c in self.recipe.comparators]
         return digest(json.dumps(content, sort_keys=True))

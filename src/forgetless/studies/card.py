@@ -129,6 +129,7 @@ def _settings(run: RunFolder, recipe: Recipe, trained: Mapping[str, Any]) -> dic
         "rank and alpha in training": f"{adapter.rank}, {adapter.alpha:g}",
         "dropout": f"{adapter.dropout:g}",
         "training data": ", ".join(sources),
+        "prompts and answers": read_json(run.record).get("prompts", ""),
         "knowledge to keep": kept,
         "steps": str(steps),
         "batch": str(training.batch_size * training.gradient_accumulation),

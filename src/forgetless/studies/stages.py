@@ -66,6 +66,7 @@ from forgetless.data.modality import (
     modality_of,
     new_classes,
 )
+from forgetless.data.shown import template_of
 from forgetless.methods import METHODS
 from forgetless.models.heads import is_of_new_head, learn_among
 from forgetless.models.load import load_model, meta_model, target_layers
@@ -102,7 +103,7 @@ class Event:
 
     Attributes:
         run_id, name: which run.
-        stage: one of the seven, or "done", "failed".
+        stage: one of the seven, or "data" before them, "done", "failed".
         message: what happened, in words; empty for a mere step.
         step, steps: how far training is; 0 outside training.
     """
@@ -136,6 +137,9 @@ class Stages:
         for which the others wait, and it alone writes.
         """
         self.processes.first(self.require_fitting_data)
+        if self.prompted is not None and not self._is_trained():
+            self.tell("data", self.prompted)
+            self._note(lambda: {"prompts": self.prompted})
         if evaluate:
             self._note(lambda: {"tasks": {task.name: kind for task, kind in self.tasks}})
             self._timed("base scores", self.base_scores)
@@ -195,7 +199,7 @@ class Stages:
             (task, kind)
             for kind, given in (("learning", specs.learning), ("forgetting", specs.forgetting))
             for spec in given
-            for task in make_tasks(spec)
+            for task in make_tasks(spec, self.recipe.data.said)
         ]
 
     @cached_property
@@ -233,6 +237,15 @@ class Stages:
             return parts[0]
         weights = [weight for _, weight in data.sources]
         return Mixture(parts, weights, self.recipe.seed, data.buffers)
+
+    @cached_property
+    def prompted(self) -> str | None:
+        """How the new task is put to the base, in words; None where it has no chat template."""
+        if not getattr(self.processor, "chat_template", None) or not self.modality.own_texts:
+            return None
+        data = self.recipe.data
+        first = load_examples(data.sources[0][0], **{**data.reading, "limit": 1})
+        return template_of(first, self.processor)
 
     @property
     def full(self) -> bool:
@@ -647,7 +660,7 @@ class Stages:
             self.folder.path,
             seed=recipe.seed,
             penalties=self._penalties,
-            probes=from_settings(probed(recipe)),
+            probes=from_settings(probed(recipe), recipe.data.said),
             on_step=lambda step, steps: self.tell("train", step=step, steps=steps),
             on_point=lambda step: self._save(model, self.folder.point(step)),
         )

@@ -59,7 +59,7 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType(
 """Kind -> the class of its tasks, in the order in which they are shown."""
 
 
-def make_task(spec: Spec | Task) -> Task:
+def make_task(spec: Spec | Task, usual: Mapping[str, Any] | None = None) -> Task:
     """The task that a recipe names.
 
     Its file, if it has one, is read here, so that a missing, broken or empty one shows before any
@@ -70,19 +70,20 @@ def make_task(spec: Spec | Task) -> Task:
             file with either; a mapping with such a name as its "kind" and settings ({"kind": "kl",
             "path": "held.jsonl", "limit": 100}), where a "name" that is a kind may stand for it; or
             a task, which is given back.
+        usual: settings of tasks that have them and do not give their own.
 
     Raises:
         UserError: an unknown kind, unknown or missing settings, or values out of range; everything
             that is wrong in one message. A suite, which stands for several tasks.
         FileNotFoundError: a file that was there a moment ago is gone.
     """
-    made = _made(spec)
+    made = _made(spec, usual or {})
     if len(made) != 1:
         raise UserError(f"{spec!r} stands for several tasks ({', '.join(t.name for t in made)})")
     return made[0]
 
 
-def _made(spec: Spec | Task) -> list[Task]:
+def _made(spec: Spec | Task, usual: Mapping[str, Any]) -> list[Task]:
     """The task of a spec, or those of a suite; each with its data read."""
     if not isinstance(spec, str | Mapping):
         if callable(getattr(spec, "evaluate", None)):
@@ -93,7 +94,11 @@ def _made(spec: Spec | Task) -> list[Task]:
     problems: list[Exception] = []
     for settings in resolved(spec, known):
         try:
-            task = _build(settings.pop("kind"), settings)
+            kind = settings.pop("kind")
+            more = {key: value for key, value in usual.items() if key in known[kind]}
+            if settings.get("chat_template") == "off":
+                more.pop("system", None)  # which a template says
+            task = _build(kind, more | settings)
             if not task.has_own_code:
                 _ = task.fingerprint
             made.append(task)
@@ -106,8 +111,12 @@ def _made(spec: Spec | Task) -> list[Task]:
     return made
 
 
-def make_tasks(specs: Spec | Task | Iterable[Spec | Task]) -> list[Task]:
+def make_tasks(
+    specs: Spec | Task | Iterable[Spec | Task], usual: Mapping[str, Any] | None = None
+) -> list[Task]:
     """The tasks of several specs, or of one; a suite ("commonsense") stands for its tasks.
+
+    For `usual` see `make_task`.
 
     Raises:
         UserError: everything that is wrong with any of them, and names given twice.
@@ -118,7 +127,7 @@ def make_tasks(specs: Spec | Task | Iterable[Spec | Task]) -> list[Task]:
     problems: list[str] = []
     for spec in several:
         try:
-            made = _made(spec)
+            made = _made(spec, usual or {})
         except (ValueError, OSError) as problem:
             problems.append(str(problem))
             continue

@@ -12,7 +12,7 @@ from forgetless.tasks.base import Task
 if TYPE_CHECKING:
     from forgetless.tasks.base import Tokenizer
 
-__all__ = ["Asking", "as_asked"]
+__all__ = ["Asking", "as_asked", "is_templated"]
 
 
 class Asking(Task):
@@ -33,7 +33,7 @@ class Asking(Task):
         elif self.system is not None and self.chat_template == "off":
             yield "system is said by the chat template, which is off"
 
-    def said(self, usual: str) -> list[object]:
+    def said(self, usual: str) -> list[dict[str, str | None]]:
         """What of these settings belongs to the task's content: nothing where they are as usual."""
         as_usual = self.chat_template == usual and self.system is None
         return [] if as_usual else [{"chat": self.chat_template, "system": self.system}]
@@ -53,10 +53,20 @@ def as_asked(
     Raises:
         UserError: a system prompt without a template.
     """
-    if chat_template != "off" and tokenizer.chat_template:
+    if is_templated(tokenizer, chat_template, system):
         return [opened(tokenizer, prompt, system) for prompt in prompts], True
-    if system is not None:
+    return prompts, False
+
+
+def is_templated(tokenizer: Tokenizer, chat_template: str, system: str | None) -> bool:
+    """Whether the tokenizer has a chat template, and it is not off.
+
+    Raises:
+        UserError: a system prompt without a template.
+    """
+    found = chat_template != "off" and bool(tokenizer.chat_template)
+    if system is not None and not found:
         raise UserError(
             "a system prompt needs a chat template: that of the base is off, or it has none"
         )
-    return prompts, False
+    return found

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forgetless.core.errors import UserError, unknown
-from forgetless.tasks.base import Task, TaskResult, whole_number
+from forgetless.tasks.asking import Asking
+from forgetless.tasks.base import TaskResult, whole_number
 from forgetless.tasks.harness.index import find, is_installed
 from forgetless.tasks.harness.layouts import STANDARD
 from forgetless.tasks.harness.own_code import own_code
@@ -25,7 +26,7 @@ __all__ = ["LMEval"]
 
 
 @dataclass(frozen=True)
-class LMEval(Task):
+class LMEval(Asking):
     """A task, or a group of tasks, of the lm-evaluation-harness (lm-eval).
 
     The prompts, the worked examples, the metrics and their numbers are lm-eval's own, as its
@@ -44,6 +45,9 @@ class LMEval(Task):
             mostly 256. A smaller one saves time and is another task.
         metric: the key that counts; None for acc_norm where the task has it, else acc, else
             exact_match with the task's first filter, else the task's first metric.
+        chat_template: auto to ask by the tokenizer's own, where it has one, with worked examples as
+            turns (lm-eval's apply_chat_template and fewshot_as_multiturn); or off, as published.
+        system: what is said first, by the template (lm-eval's system_instruction).
         allow_code_execution: whether a YAML file may run code of its own (`!function`).
 
     Raises:
@@ -65,6 +69,8 @@ class LMEval(Task):
     data_dir: str | Path | None = None
     max_new_tokens: int | None = None
     metric: str | None = None
+    chat_template: str = "off"
+    system: str | None = None
     allow_code_execution: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +86,7 @@ class LMEval(Task):
 
     def problems(self) -> Iterable[str | None]:
         """Of every setting."""
+        yield from super().problems()
         yield whole_number("limit", self.limit, optional=True)
         yield whole_number("num_fewshot", self.num_fewshot, 0, optional=True)
         yield whole_number("max_new_tokens", self.max_new_tokens, optional=True)
@@ -126,7 +133,7 @@ class LMEval(Task):
         Raises:
             UserError: the data cannot be had.
         """
-        return self._loaded.content(), self._loaded.metric
+        return self._loaded.content(), self._loaded.metric, *self.said("off")
 
     def measure(
         self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from forgetless.core.errors import UserError
+from forgetless.data.examples import ChatTemplate
 from forgetless.data.modality import Processor, modality_of
 from forgetless.tasks.base import whole_number
 from forgetless.training.forgetting_budget import Action, Exceeded, ForgettingBudget
@@ -82,6 +83,9 @@ class ForgettingCallback(TrainerCallback):
         max_kl: budget; see `forgetless.training.forgetting_budget` for this and the next two.
         max_drop: budget.
         on_exceed: "stop" or "rollback".
+        chat_template: off for probes whose prompts stand as they are, though the base has a chat
+            template; tasks that are given may say otherwise.
+        system: what is said before each prompt, by the template.
         reference: the untouched base, where no adapter can be switched off.
         processor: what reads the probes' data, of a language model the tokenizer; None for the
             trainer's own, or that of the folder that the model is from.
@@ -108,13 +112,16 @@ class ForgettingCallback(TrainerCallback):
         max_kl: float | None = None,
         max_drop: float | None = None,
         on_exceed: Action = "stop",
+        chat_template: ChatTemplate = "auto",
+        system: str | None = None,
         reference: nn.Module | None = None,
         processor: Processor | None = None,
         tokenizer: Processor | None = None,
     ) -> None:
         if problem := whole_number("every", every, optional=True):
             raise UserError(problem)
-        self.probes = Probes(learning, forgetting)
+        said = {"chat_template": chat_template, "system": system}
+        self.probes = Probes(learning, forgetting, said)
         self.budget = ForgettingBudget(max_kl, max_drop, on_exceed)
         distances = [task for task in self.probes.forgetting.values() if task.needs_reference]
         if max_kl is not None and not distances:
@@ -324,14 +331,18 @@ class ForgettingCallback(TrainerCallback):
         control.should_save |= args.save_strategy == "steps"
 
 
-def from_settings(settings: ProbeSettings) -> ForgettingCallback | None:
+def from_settings(settings: ProbeSettings, said: Mapping[str, Any]) -> ForgettingCallback | None:
     """The callback that a recipe asks for; None where it asks for none.
+
+    Args:
+        settings: of the probes.
+        said: how prompts are put to the base, see `ForgettingCallback`.
 
     Raises:
         UserError: as `ForgettingCallback`.
     """
     given = settings.model_dump()
-    return ForgettingCallback(**given) if settings != type(settings)() else None
+    return ForgettingCallback(**given, **said) if settings != type(settings)() else None
 
 
 @dataclass

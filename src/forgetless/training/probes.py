@@ -48,14 +48,20 @@ class Probes:
     Args:
         learning: one or several of `Asked`.
         forgetting: likewise.
+        usual: settings of those that have them and do not give their own.
 
     Raises:
         UserError: no probe at all, or what is wrong with one.
     """
 
-    def __init__(self, learning: Asked | Iterable[Asked], forgetting: Asked | Iterable[Asked]):
-        self.learning = _tasks(learning, _HeldLoss, "loss")
-        self.forgetting = _tasks(forgetting, _HeldKL, "kl")
+    def __init__(
+        self,
+        learning: Asked | Iterable[Asked],
+        forgetting: Asked | Iterable[Asked],
+        usual: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.learning = _tasks(learning, _HeldLoss, "loss", usual or {})
+        self.forgetting = _tasks(forgetting, _HeldKL, "kl", usual or {})
         if not (self.learning or self.forgetting):
             raise UserError(
                 "no probe given; name texts or tasks, as in "
@@ -107,6 +113,8 @@ class _Few:
     """At most `LIMIT` examples of a task's source; of raw texts, pieces of them."""
 
     path: str | Path
+    chat_template: str
+    system: str | None
 
     @cached_property
     def examples(self) -> Examples:
@@ -118,7 +126,8 @@ class _Few:
                 for record in records
                 for start in range(0, len(record["text"]), CHARACTERS)
             ]
-        return Examples(found.kind, spread(records, LIMIT), str(self.path))
+        said: Any = {"chat_template": self.chat_template, "system": self.system}
+        return Examples(found.kind, spread(records, LIMIT), str(self.path), **said)
 
 
 class _HeldLoss(_Few, Perplexity):
@@ -130,7 +139,10 @@ class _HeldKL(_Few, KL):
 
 
 def _tasks(
-    asked: Asked | Iterable[Asked], of_texts: Callable[[str, str], Task], name: str
+    asked: Asked | Iterable[Asked],
+    of_texts: Callable[..., Task],
+    name: str,
+    usual: Mapping[str, Any],
 ) -> dict[str, Task]:
     """Tasks by name; texts become a task of the kind `of_texts` with that name."""
     one = isinstance(asked, str | Path | Mapping) or not isinstance(asked, Iterable)
@@ -139,8 +151,8 @@ def _tasks(
     for entry in several:
         if isinstance(entry, Path) or (isinstance(entry, str) and entry not in TASKS):
             named = name if name not in tasks else f"{name}_{len(tasks) + 1}"
-            entry = of_texts(str(entry), named)
-        task = make_task(entry)
+            entry = of_texts(str(entry), named, **usual)
+        task = make_task(entry, usual)
         if task.name in tasks:
             raise UserError(f"two probes are named {task.name!r}; give each a 'name' of its own")
         tasks[task.name] = task

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
+from forgetless.data.chat import Chat
 from forgetless.tasks.inference import padding_of, pads_left, require_numbers, rows_that_fit
 from forgetless.tasks.journal import in_batches
 
@@ -44,6 +45,8 @@ class InMemory(HFLM):
         own = copy.deepcopy(tokenizer)
         if own.pad_token_id and padding_of(model, own) != own.pad_token_id:
             own.pad_token = own.eos_token or own.convert_ids_to_tokens(0)
+        if (chat := Chat(own)).is_own:
+            own.chat_template = chat.template  # which does not ask for today's date
         super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size or _ROWS)
         self.chosen = batch_size
         self.too_long = 0

@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from forgetless.core.errors import UserError, unknown
 from forgetless.models.load import evaluating
 from forgetless.models.state import generators_kept
+from forgetless.tasks.asking import is_templated
 from forgetless.tasks.base import TaskResult
 from forgetless.tasks.harness import local
 from forgetless.tasks.harness.index import find
@@ -108,6 +109,7 @@ class Loaded:
                 the model can read.
         """
         require_causal(model)
+        by_template = is_templated(tokenizer, self.task.chat_template, self.task.system)
         with _quiet(), generators_kept(), _one_process(), evaluating(model):
             harness = InMemory(model, tokenizer, batch_size)
             # The harness would score a model whose logits are not numbers like any other.
@@ -122,6 +124,9 @@ class Loaded:
                 lm=harness,
                 task_dict={"tasks": self.tasks, "groups": self._groups, "group_map": {}},
                 limit=self.task.limit,
+                system_instruction=self.task.system,
+                apply_chat_template=by_template,
+                fewshot_as_multiturn=by_template,
                 bootstrap_iters=_BOOTSTRAP,
                 log_samples=True,
             )
@@ -151,6 +156,7 @@ class Loaded:
             generates = task.OUTPUT_TYPE == "generate_until"
             return json.dumps(task.config.generation_kwargs, sort_keys=True) if generates else None
 
+        task, by_template = self.task, self.task.said("off")
         return {
             "lm_eval": version("lm_eval"),
             "lm_eval_task": self.name,
@@ -158,6 +164,7 @@ class Loaded:
             "num_fewshot": one(lambda task: int(task.config.num_fewshot)),
             "limit": self.task.limit,
             "requests_cut": requests_cut,
+            **({"chat_template": task.chat_template, "system": task.system} if by_template else {}),
             "generation": one(generation),
         }
 
