@@ -21,7 +21,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from forgetless.core.files import read_json, write_text
-from forgetless.methods import METHODS
+from forgetless.methods import known
 from forgetless.models.pocket import POCKETS
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Card:
             base=base,
             task=task,
             rank=rank,
-            known=METHODS.get(self.method or ""),
+            known=known(self.method) if self.method else None,
             kind=kind,
             reader=reader,
             vllm_ranks=_VLLM_RANKS,

@@ -98,7 +98,7 @@ def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
         options: settings for those of the tasks that have them, such as ``limit``; None for none.
     """
     from forgetless.core.files import folder_name
-    from forgetless.tasks import TASKS
+    from forgetless.tasks import TASKS, kind_of
     from forgetless.tasks.names import resolved
 
     known = {kind: task.defaults() for kind, task in TASKS.items()}
@@ -110,10 +110,10 @@ def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
         label = folder_name(f"{kind}_{Path(path).stem}")
         spec = {"kind": kind, "path": path, "name": label} if path else {"kind": kind}
         for settings in resolved(spec, known):
-            needed = TASKS[settings["kind"]].required()
-            if "path" in needed and "path" not in settings:
+            asked = kind_of(settings["kind"])
+            if "path" in asked.required() and "path" not in settings:
                 raise UserError(f"task {kind!r} needs a 'path': write {kind}:FILE")
-            has = known[settings["kind"]]
+            has = asked.defaults()
             specs.append(settings | {key: value for key, value in given.items() if key in has})
     return specs
 

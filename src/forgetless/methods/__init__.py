@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
-from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from forgetless.core.errors import unknown
 from forgetless.core.method import Decomposition, Method
+from forgetless.core.plugins import is_named, named, offered
 
 _NAMES = (
     "lora",
@@ -36,48 +36,42 @@ _NAMES = (
 )
 
 
-def _offered() -> dict[str, Method]:
-    """The methods of other packages, by their entry points; one that fails is left out."""
-    found: dict[str, Method] = {}
-    for point in entry_points(group="forgetless.methods"):
-        try:
-            method = point.load()
-        except Exception as problem:  # whatever another package does wrong, ours are there
-            fault = f"{type(problem).__name__}: {problem}"
-        else:
-            fault = "" if isinstance(method, Method) else f"it is a {type(method).__name__}"
-            if not fault and method.name != point.name:
-                fault = f"the method calls itself {method.name!r}"
-        if not fault and point.name in {*_NAMES, *found}:
-            fault = "there is a method of this name already"
-        if fault:
-            warnings.warn(
-                f"the entry point {point.value!r} of the method {point.name!r} is left out: "
-                + fault,
-                stacklevel=2,
-            )
-        else:
-            found[point.name] = method
-    return found
+def _fault(name: str, found: Any) -> str:
+    """What keeps an object from being the method of that name, or of any where it is empty."""
+    if not isinstance(found, Method):
+        return f"it is a {type(found).__name__}"
+    return "" if name in ("", found.name) else f"the method calls itself {found.name!r}"
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {name: import_module(f"forgetless.methods.{name}").METHOD for name in _NAMES} | _offered()
+    {name: import_module(f"forgetless.methods.{name}").METHOD for name in _NAMES}
+    | offered("forgetless.methods", "method", _NAMES, _fault)
 )
 """Name -> method, in the order in which they are shown: ours, then those of other packages."""
 
 
 def find(method: str | Method) -> Method:
-    """The method of that name in `METHODS`; a `Method` is returned as it is.
+    """The method of that name in `METHODS`, or ``module:name``; a `Method` is returned as it is.
 
     Raises:
         ValueError: the name is not known.
     """
     if isinstance(method, Method):
         return method
+    if is_named(method):
+        found: Method = named(method, "method", partial(_fault, ""))
+        return found
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     return METHODS[method]
+
+
+def known(method: str) -> Method | None:
+    """The same; None where the name is not known."""
+    try:
+        return find(method)
+    except ValueError:
+        return None
 
 
 def decompose(
@@ -100,7 +94,7 @@ def decompose(
     Args:
         W: the weight, (out, in), as `torch.nn.Linear` holds it.
         rank: 1..min(out, in).
-        method: a name in `METHODS`, or a `Method` of one's own.
+        method: a name in `METHODS`, ``module:name``, or a `Method` of one's own.
         scaling: what will multiply B A; positive.
         second_moment: mean of x xᵀ over tokens, (in, in), not centred; CorDA calls it a covariance.
             Of the text to keep; a method that looks at the new task alone takes it as task_moment.

@@ -19,7 +19,7 @@ from forgetless.data.examples import ChatTemplate, as_kind, load_examples, requi
 from forgetless.data.modality import load_processor, modality_of, new_classes
 from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF, fingerprint, read_examples
-from forgetless.methods import METHODS, find
+from forgetless.methods import find, known
 from forgetless.models.heads import add_head, new_modules
 from forgetless.models.load import (
     config_of,
@@ -201,7 +201,7 @@ class Checker:
             task.require_known(processor, labels(task.examples))
 
     def _calibration(self, recipe: Recipe) -> Iterator[str]:
-        method = METHODS.get(recipe.adapter.method)
+        method = known(recipe.adapter.method)
         if method is None:
             return
         if "second_moment" in method.needs or recipe.is_repaired:
@@ -223,7 +223,7 @@ class Checker:
 
     def _aftercare(self, recipe: Recipe) -> Iterator[str]:
         """What is wrong with the repair, the dial, the comparators, the spectra and their texts."""
-        wanted, method = recipe.repair, METHODS.get(recipe.adapter.method)
+        wanted, method = recipe.repair, known(recipe.adapter.method)
         if recipe.is_repaired:
             wanted = None
         if recipe.residual and method is not None and method.trains != ("A", "B"):
@@ -393,7 +393,7 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
         yield f"sequence.classes: {wrong[0]!r} is no class of the new head, {recipe.adapter.head}"
     if full and (alone or repair):
         yield "sequence: full has no adapter to stack, merge or repair; continue without a repair"
-    method = METHODS.get(recipe.adapter.method)
+    method = known(recipe.adapter.method)
     if sequence.apart is not None and (not alone or method is None or "A" not in method.trains):
         yield "sequence.apart: is for new adapters that train A; stack or merge, or leave it out"
     if dora and (alone or repair) and not full:
@@ -413,7 +413,7 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
 
 def _loraplus(recipe: Recipe) -> Iterator[str]:
     """The rates of A and B can only differ where both are trained."""
-    method = METHODS.get(recipe.adapter.method)
+    method = known(recipe.adapter.method)
     if recipe.training.loraplus_ratio != 1 and method and method.trains != ("A", "B"):
         yield (
             f"training.loraplus_ratio: {method.name!r} trains {' and '.join(method.trains)} "

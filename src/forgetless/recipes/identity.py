@@ -10,11 +10,12 @@ from typing import Any
 
 from forgetless.adapters.settings import IDLE_SWITCHES, AdapterSettings
 from forgetless.core.hashing import files_hash
+from forgetless.core.plugins import code_hash, is_named
 from forgetless.core.settings import without_idle
 from forgetless.data.examples import load_examples, source_hash
 from forgetless.data.settings import DATA
 from forgetless.data.texts import fingerprint
-from forgetless.methods import METHODS
+from forgetless.methods import find
 from forgetless.models.load import resolve_base
 from forgetless.models.trust import is_trusted
 from forgetless.recipes.measuring import probed
@@ -73,7 +74,7 @@ def input_keys(recipe: Recipe, *more: str) -> dict[str, dict[str, Any]]:
     The needs are the method's where its start is made, what a repair keeps, and ``more``. What
     earlier tasks add to what is to be kept is not among it.
     """
-    needs = {*more, *(METHODS[recipe.adapter.method].needs if recipe.starts_anew else ())}
+    needs = {*more, *(find(recipe.adapter.method).needs if recipe.starts_anew else ())}
     needs |= {"second_moment"} if recipe.is_repaired else set()
     settings = recipe.calibration.model_dump(exclude={"memory_budget"})
     # How many texts run together decides nothing; ids have always held the default.
@@ -114,6 +115,8 @@ def _adapter_key(settings: AdapterSettings) -> dict[str, Any]:
     key = without_idle(settings.model_dump(), IDLE_SWITCHES)
     if not isinstance(settings.target_modules, str):  # layers have no order
         key["target_modules"] = sorted(set(settings.target_modules))
+    if is_named(settings.method):
+        key["code"] = code_hash(settings.method)
     for pattern in {"rank_pattern", "alpha_pattern"} & key.keys():
         if list(key[pattern]) != sorted(key[pattern]):  # the first that matches a layer counts
             key[pattern] = list(key[pattern].items())
@@ -163,4 +166,4 @@ def run_id(recipe: Recipe) -> str:
         probes = from_settings(probed(recipe), recipe.data.said)
         decides |= probes.decides if probes else {}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    return f"{recipe.adapter.method}-{digest[:10]}"
+    return f"{find(recipe.adapter.method).name}-{digest[:10]}"

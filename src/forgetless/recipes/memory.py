@@ -30,7 +30,7 @@ from forgetless.adapters.layer import Start, StartConfig, adapted_layers, instal
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.adapters.tuner import add_adapter
 from forgetless.data.texts import SELF, sampled_together
-from forgetless.methods import METHODS
+from forgetless.methods import find
 from forgetless.methods.table import entries
 from forgetless.models.load import checkpoint_activations, find_targets, target_layers
 from forgetless.models.weights import weight_shape
@@ -109,7 +109,7 @@ def around_step(model: Any, recipe: Recipe, step: StepMemory) -> RunMemory:
         recipe: the run.
         step: its training step, from `step_memory`.
     """
-    method, adapter = METHODS[recipe.adapter.method], recipe.adapter
+    method, adapter = find(recipe.adapter.method), recipe.adapter
     if method.factors is None:
         return RunMemory(0, 0, step, 0)
     start = step.weights + step.adapter
@@ -152,7 +152,7 @@ def step_memory(
     weights = _bytes(model.parameters()) + _bytes(model.buffers())
     if training.gradient_checkpointing:
         checkpoint_activations(model)
-    if METHODS[adapter.method].factors is not None:
+    if find(adapter.method).factors is not None:
         model = _adapted(model, adapter)
         if training.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -181,7 +181,7 @@ def step_memory(
 
 def _adapted(model: nn.Module, settings: AdapterSettings) -> Any:
     """The model with an adapter of the right shapes, whose values mean nothing."""
-    method, targets = METHODS[settings.method], find_targets(model, settings.target_modules)
+    method, targets = find(settings.method), find_targets(model, settings.target_modules)
     start = Start(settings.method, method.trains, anchored=settings.method in _anchored_methods())
     config = StartConfig(
         r=settings.rank,
@@ -262,7 +262,7 @@ def _statistics(model: Any, recipe: Recipe, matrices: int) -> int:
     whole = _most_alive(_Forward(model), shape)
     inner = _most_alive(_Forward(model.base_model), shape)
     sampling = 0
-    keeps = "second_moment" in METHODS[recipe.adapter.method].needs
+    keeps = "second_moment" in find(recipe.adapter.method).needs
     if keeps and SELF in [source for source, _ in settings.sources]:
         # Keys and values of the texts that are sampled together, for every layer and token.
         config = model.config.get_text_config()

@@ -12,7 +12,7 @@ from forgetless.adapters.card import Card, file_name, table, write
 from forgetless.adapters.folders import CONFIG_FILE, HEADS_FILE, learned_classes
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
-from forgetless.methods import METHODS
+from forgetless.methods import known
 from forgetless.models.load import head_of
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.comparison import Comparison, compare
@@ -105,7 +105,7 @@ def _settings(run: RunFolder, recipe: Recipe, trained: Mapping[str, Any]) -> dic
     adapter, training, text = recipe.adapter, recipe.training, recipe.calibration
     data = recipe.data.sources
     sources = [file_name(path) + (f" (weight {w:g})" if len(data) > 1 else "") for path, w in data]
-    kept, method = "none: this start reads no text", METHODS.get(adapter.method)
+    kept, method = "none: this start reads no text", known(adapter.method)
     if method is not None and "second_moment" in method.needs:
         called = {"self": "sampled from the base itself", "data": "the training data"}
         read = [called.get(name) or file_name(name) for name, _ in text.sources]

@@ -67,7 +67,7 @@ from forgetless.data.modality import (
     new_classes,
 )
 from forgetless.data.shown import template_of
-from forgetless.methods import METHODS
+from forgetless.methods import find
 from forgetless.models.heads import is_of_new_head, learn_among
 from forgetless.models.load import load_model, meta_model, target_layers
 from forgetless.models.weights import linear_weight, weight_shape
@@ -296,7 +296,7 @@ class Stages:
     @property
     def hands_on(self) -> bool:
         """Whether what comes after needs the inputs of the tasks so far."""
-        sequence, method = self.recipe.sequence, METHODS[self.recipe.adapter.method]
+        sequence, method = self.recipe.sequence, find(self.recipe.adapter.method)
         if sequence is None or self.full:
             return False
         starts = sequence.between != "continue" and "second_moment" in method.needs

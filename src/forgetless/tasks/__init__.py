@@ -8,11 +8,13 @@ kind's. Importing this package loads no torch; a task does when it is evaluated.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
 from forgetless.core.errors import UserError, unknown
+from forgetless.core.plugins import is_named, named, offered
 from forgetless.tasks.base import Item, Task, TaskResult
 from forgetless.tasks.names import SUITES, resolved
 from forgetless.tasks.sandbox import CodeResult, run_code
@@ -25,6 +27,7 @@ __all__ = [
     "Spec",
     "Task",
     "TaskResult",
+    "kind_of",
     "make_task",
     "make_tasks",
     "run_code",
@@ -53,10 +56,33 @@ _KINDS = (
     "class_kl",
 )
 
+
+def _fault(kind: str, found: Any) -> str:
+    """What keeps an object from being the tasks of that kind, or of any where it is empty."""
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        return f"it is no class over forgetless.tasks.Task, but {found!r}"
+    return "" if kind in ("", found.kind) else f"the tasks call their kind {found.kind!r}"
+
+
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
     {kind: import_module(f"forgetless.tasks.{kind}").TASK for kind in _KINDS}
+    | offered("forgetless.tasks", "task", _KINDS, _fault)
 )
-"""Kind -> the class of its tasks, in the order in which they are shown."""
+"""Kind -> the class of its tasks, in the order in which they are shown: ours, then others'."""
+
+
+def kind_of(name: str) -> type[Task]:
+    """The tasks of a kind in `TASKS`, or of ``module:name``.
+
+    Raises:
+        UserError: there are none.
+    """
+    if is_named(name):
+        found: type[Task] = named(name, "task", partial(_fault, ""))
+        return found
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    return TASKS[name]
 
 
 def make_task(spec: Spec | Task, usual: Mapping[str, Any] | None = None) -> Task:
@@ -66,10 +92,10 @@ def make_task(spec: Spec | Task, usual: Mapping[str, Any] | None = None) -> Task
     model is loaded; not where reading it would run code of the user's.
 
     Args:
-        spec: the name of a kind ("pocket_recall"), of a task of lm-eval ("hellaswag") or of a YAML
-            file with either; a mapping with such a name as its "kind" and settings ({"kind": "kl",
-            "path": "held.jsonl", "limit": 100}), where a "name" that is a kind may stand for it; or
-            a task, which is given back.
+        spec: the name of a kind ("pocket_recall", or "module:name"), of a task of lm-eval
+            ("hellaswag") or of a YAML file with either; a mapping with such a name as its "kind"
+            and settings ({"kind": "kl", "path": "held.jsonl", "limit": 100}), where a "name" that
+            is a kind may stand for it; or a task, which is given back.
         usual: settings of tasks that have them and do not give their own.
 
     Raises:
@@ -95,7 +121,8 @@ def _made(spec: Spec | Task, usual: Mapping[str, Any]) -> list[Task]:
     for settings in resolved(spec, known):
         try:
             kind = settings.pop("kind")
-            more = {key: value for key, value in usual.items() if key in known[kind]}
+            own = kind_of(kind).defaults()
+            more = {key: value for key, value in usual.items() if key in own}
             if settings.get("chat_template") == "off":
                 more.pop("system", None)  # which a template says
             task = _build(kind, more | settings)
@@ -142,18 +169,19 @@ def make_tasks(
 
 def _build(kind: str, settings: Mapping[str, Any]) -> Task:
     """A task of a known kind; every problem of its settings in one message."""
-    known = TASKS[kind].defaults()
+    made = kind_of(kind)
+    known = made.defaults()
     problems = [
         str(unknown(f"setting of task {kind!r}:", str(key), known))
         for key in settings
         if key not in known
     ]
-    missing = [key for key in TASKS[kind].required() if key not in settings]
+    missing = [key for key in made.required() if key not in settings]
     problems += [f"task {kind!r} needs a {key!r}" for key in missing]
     task = None
     if not missing:
         try:
-            task = TASKS[kind](**{k: v for k, v in settings.items() if k in known})
+            task = made(**{k: v for k, v in settings.items() if k in known})
         except UserError as problem:
             problems.append(str(problem))
     if task is None or problems:

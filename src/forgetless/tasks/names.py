@@ -8,6 +8,7 @@ from typing import Any
 
 from forgetless.core.errors import UserError, unknown
 from forgetless.core.files import load_yaml
+from forgetless.core.plugins import is_named
 from forgetless.data.sources import Source
 from forgetless.tasks.harness.index import find, is_installed
 from forgetless.tasks.harness.layouts import STANDARD
@@ -49,7 +50,7 @@ def resolved(spec: str | Mapping[str, Any], kinds: Mapping[str, Collection[str]]
     if kind is None:
         raise UserError(f"a task needs a 'kind', one of {', '.join(kinds)}; got {dict(settings)!r}")
     name = str(kind)
-    if name in kinds:
+    if name in kinds or is_named(name):
         return [{"kind": name, **settings}]
     if name.endswith(_FILES):
         content = _own_task(Path(name))

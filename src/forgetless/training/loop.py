@@ -29,7 +29,7 @@ from forgetless.training.model import (
     require_trainable,
 )
 from forgetless.training.optimizers import optimizer_problems
-from forgetless.training.penalties import make_penalty
+from forgetless.training.penalties import Penalty, make_penalty
 from forgetless.training.schedules import measured_steps, total_steps
 from forgetless.training.settings import TrainingSettings, what_decides_a_training
 from forgetless.training.trackers import Trackers, tracker_problems
@@ -78,7 +78,7 @@ def train(
     *,
     seed: int = 0,
     probes: ForgettingCallback | None = None,
-    penalties: Sequence[Mapping[str, Any]] = (),
+    penalties: Sequence[Mapping[str, Any] | Penalty] = (),
     on_step: Callable[[int, int], None] | None = None,
     on_point: Callable[[int], None] | None = None,
 ) -> TrainingResult:
@@ -98,8 +98,9 @@ def train(
         folder: takes ``log.jsonl`` and ``checkpoints/``, of which the newest two are kept.
         seed: of the order of the examples and of dropout.
         probes: what to measure on the way, and the budget that may end the training.
-        penalties: terms added to the loss, as `forgetless.training.penalties` names them. They
-            see `model` as it is given, so on resuming too it must be as before its first step.
+        penalties: terms added to the loss, as `forgetless.training.penalties` names them, or of
+            your own. They see `model` as it is given, so on resuming too it must be as before its
+            first step.
         on_step: called after every step with its number and the number of all steps.
         on_point: called after each step that `settings.measure_at` names, with its number, to
             keep the weights as they then are. After an interruption it may be called again for a
@@ -131,7 +132,9 @@ def train(
     terms = [make_penalty(spec) for spec in penalties]
     origin = _origin(model, rows, settings, seed) | (probes.decides if probes else {})
     if terms:
-        origin["penalties"] = [dict(spec) for spec in penalties]
+        origin["penalties"] = [
+            dict(spec) if isinstance(spec, Mapping) else {"kind": repr(spec)} for spec in penalties
+        ]
     checkpoint, unlogged, log = processes.first(lambda: _begin(folder, origin))
     log.is_kept = processes.is_first
     trackers = Trackers(settings.report_to, folder, checkpoint)

@@ -8,7 +8,8 @@ A is zero at the start: there EWC holds B alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from functools import partial
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from forgetless.adapters.card import file_name
 from forgetless.core.errors import UserError, unknown
 from forgetless.core.hashing import content_hash
+from forgetless.core.plugins import code_hash, is_named, named, offered
 from forgetless.data.examples import source_hash
 from forgetless.data.texts import fingerprint
 from forgetless.training.penalties.penalty import Penalty
@@ -29,33 +31,53 @@ _CLASSES = {
     "orthogonality": "Orthogonality",
 }
 
+
+def _fault(kind: str, found: Any) -> str:
+    """What keeps an object from being a penalty; it may be called as its author likes."""
+    if not (isinstance(found, type) and is_dataclass(found) and callable(found)):
+        return f"it is no dataclass, but {found!r}"
+    wanted = ("check", "prepare", "__call__")
+    missing = [name for name in wanted if not hasattr(found, name)]
+    missing += [] if "weight" in {field.name for field in fields(found)} else ["weight"]
+    return f"it has no {missing[0]!r}" if missing else ""
+
+
 PENALTIES: Mapping[str, type[Penalty]] = MappingProxyType(
     {
         kind: getattr(import_module(f"forgetless.training.penalties.{kind}"), name)
         for kind, name in _CLASSES.items()
     }
+    | offered("forgetless.penalties", "penalty", _CLASSES, _fault)
 )
-"""Kind -> penalty, in the order in which they are shown."""
+"""Kind -> penalty, in the order in which they are shown: ours, then those of other packages."""
 
 
-def make_penalty(spec: Mapping[str, Any]) -> Penalty:
+def make_penalty(spec: Mapping[str, Any] | Penalty) -> Penalty:
     """The penalty that a recipe names: ``{kind: kl, weight: 0.1, source: old.txt}``.
+
+    Args:
+        spec: its kind, which may be ``module:name``, and its settings; or a penalty, which is given
+            back.
 
     Raises:
         UserError: an unknown kind or setting, or a weight that is not positive.
     """
+    if not isinstance(spec, Mapping):
+        return spec
     settings = dict(spec)
-    kind = settings.pop("kind", None)
-    if kind not in PENALTIES:
-        raise unknown("penalty", str(kind), PENALTIES)
-    known = [field.name for field in fields(PENALTIES[kind])]
+    kind = str(settings.pop("kind", None))
+    made = named(kind, "penalty", partial(_fault, "")) if is_named(kind) else PENALTIES.get(kind)
+    if made is None:
+        raise unknown("penalty", kind, PENALTIES)
+    known = [field.name for field in fields(made)]
     for name in settings:
         if name not in known:
             raise unknown(f"setting of penalty {kind!r}:", name, known)
     weight = settings.get("weight")
     if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
         raise UserError(f"penalty {kind!r} needs a positive weight, got {weight!r}")
-    return PENALTIES[kind](**settings)
+    found: Penalty = made(**settings)
+    return found
 
 
 def identity_of(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +89,8 @@ def identity_of(spec: Mapping[str, Any]) -> dict[str, Any]:
             return source_hash(value, fingerprint)
         return [content_hash(folder) for folder in value]
 
-    return {key: content(value) if key in files else value for key, value in spec.items()}
+    found = {key: content(value) if key in files else value for key, value in spec.items()}
+    return found | ({"code": code_hash(spec["kind"])} if is_named(spec["kind"]) else {})
 
 
 def words_of(spec: Mapping[str, Any]) -> str:

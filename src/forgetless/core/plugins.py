@@ -1,0 +1,87 @@
+"""What others add to a table of ours: by an entry point, or named as ``module:name``."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import warnings
+from collections.abc import Callable, Collection
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from forgetless.core.errors import UserError
+
+__all__ = ["code_hash", "is_named", "named", "offered"]
+
+
+def offered(
+    group: str, what: str, ours: Collection[str], fault_of: Callable[[str, Any], str]
+) -> dict[str, Any]:
+    """What other packages offer by their entry points; with a warning for each left out.
+
+    Args:
+        group: of the entry points, such as ``forgetless.methods``.
+        what: one of them is, for messages.
+        ours: names that are taken.
+        fault_of: what is wrong with an object of a name; empty for nothing.
+    """
+    found: dict[str, Any] = {}
+    for point in entry_points(group=group):
+        try:
+            offer = point.load()
+        except Exception as problem:  # whatever another package does wrong, ours are there
+            fault = f"{type(problem).__name__}: {problem}"
+        else:
+            fault = fault_of(point.name, offer)
+        if not fault and point.name in {*ours, *found}:
+            fault = f"there is a {what} of this name already"
+        if fault:
+            warnings.warn(
+                f"the entry point {point.value!r} of the {what} {point.name!r} is left out: "
+                + fault,
+                stacklevel=2,
+            )
+        else:
+            found[point.name] = offer
+    return found
+
+
+def is_named(name: str) -> bool:
+    """Whether a name is one of ``module:name``."""
+    return ":" in name
+
+
+def named(name: str, what: str, fault_of: Callable[[Any], str]) -> Any:
+    """The object that ``module:name`` says, of an installed package or the working directory.
+
+    Args:
+        name: ``module:name``.
+        what: it has to be, for messages.
+        fault_of: what is wrong with the object; empty for nothing.
+
+    Raises:
+        UserError: there is none, its module fails, or it is something else.
+    """
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(import_module(module), attribute)
+    except Exception as problem:  # it is the user's own code
+        fault = f"{type(problem).__name__}: {problem}"
+    else:
+        fault = fault_of(found)
+    if fault:
+        raise UserError(
+            f"{what} {name!r} cannot be used ({fault}); write module:name, of a module in the "
+            "working directory or of an installed package"
+        )
+    return found
+
+
+def code_hash(name: str) -> str:
+    """SHA-256 of the file of the module that a ``module:name`` is in."""
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return hashlib.sha256(b"" if file is None else Path(file).read_bytes()).hexdigest()
