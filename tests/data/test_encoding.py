@@ -176,6 +176,28 @@ def test_a_turn_ends_once(own: bool) -> None:
     assert learned.count(tokenizer.eos_token_id) == 1
 
 
+def test_a_template_that_writes_the_beginning_gives_one_in_all_that_is_read(tmp_path: Path) -> None:
+    """The tokenizer adds one by itself to every other text."""
+    tokenizer, path = made("bytes", adds="bos"), tmp_path / "pairs.jsonl"
+    tokenizer.chat_template = CHAT
+    path.write_text(json.dumps({"prompt": "red or blue", "completion": "red"}) + "\n")
+    model, seen = small(len(tokenizer)), []
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append((kwargs["input_ids"] == tokenizer.bos_token_id).sum(1).tolist())
+
+    (learned,) = training_batches(str(path), model, tokenizer, batch_size=1)
+    (kept,) = batches(str(path), model, tokenizer, samples=1, max_length=64)
+    for batch in (learned, kept):
+        assert (batch["input_ids"] == tokenizer.bos_token_id).sum() == 1
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    asked = ExactMatch(path, question="prompt", answer="completion", max_new_tokens=2)
+    for task in (Perplexity(path), KL(path), asked):
+        task.evaluate(model, tokenizer, reference=model)
+        assert seen[0] == [1], task.name
+        seen.clear()
+
+
 def small(vocabulary: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
