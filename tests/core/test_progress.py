@@ -129,9 +129,28 @@ def test_a_plain_line_is_written_every_so_often(
     for number in counted(range(300), "evaluation", "texts"):
         assert list(counted([1, 2], "inner", "items")) == [1, 2]
         clock[0] = number + 1.0
-    expected = [f"evaluation: {n} of 300 texts, 1.0 texts/s" for n in (60, 120, 180, 240, 300)]
-    assert log.getvalue().splitlines() == expected
+    left = {
+        n: f"{300 - n} s" if n > 200 else f"{(300 - n) / 60:.0f} min" for n in range(30, 300, 30)
+    }
+    expected = [f"evaluation: {n} of 300 texts, 1.0 texts/s, {left[n]} left" for n in left]
+    assert log.getvalue().splitlines() == [*expected, "evaluation: 300 of 300 texts, 1.0 texts/s"]
     assert progress._current is None
+
+
+def test_a_plain_line_has_what_was_noted_last(
+    monkeypatch: pytest.MonkeyPatch, log: io.StringIO
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("forgetless.core.progress.time.monotonic", lambda: clock[0])
+    shown = Bar("training", 400, "steps", done=100)
+    for step in range(60):
+        clock[0] += 0.75
+        shown.advance()
+        if step == 4:
+            shown.advance(0, "loss 0.5")
+    shown.end()
+    (line,) = log.getvalue().splitlines()
+    assert line == "training: 140 of 400 steps, 1.3 steps/s, loss 0.5, 3 min left"
 
 
 def test_no_plain_line_of_short_work_or_unasked(

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from forgetless.adapters.folders import load
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import lock, read_json, read_jsonl
+from forgetless.core.settings import with_overrides
 from forgetless.data.texts import self_text
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.recipes.recipe import Recipe
@@ -576,3 +577,15 @@ def test_threads_are_given_back(tiny_recipe: dict[str, Any], tmp_path: Path) -> 
     finally:
         torch.set_num_threads(before)
     assert set(seen[:-1]) == {1}
+
+
+def test_how_long_it_takes_is_said_once_the_rate_is_known(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forgetless.studies.stages.FIRST_MINUTE", 0.0)
+    told: list[str] = []
+    recipe = with_overrides(tiny_recipe, {"training.measure_at": [0.5]})
+    run(recipe, tmp_path, listen=lambda event: told.append(event.message))
+    (line,) = [line for line in told if "of training left" in line]
+    wanted = r"about \d+ s of training left, and \d+ s of measuring if it takes as the base did"
+    assert re.fullmatch(wanted, line)

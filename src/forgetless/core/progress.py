@@ -1,6 +1,7 @@
 """How far long work is: counted where it is done, shown to whoever asked for it.
 
-On a terminal that is a bar, elsewhere a plain line a minute. One at a time: work inside other work
+On a terminal that is a bar, elsewhere a plain line every half a minute, with the rate and the time
+left. One at a time: work inside other work
 that is shown is not. All goes to what standard error was when `draw` was called, also while it is
 redirected.
 """
@@ -31,7 +32,14 @@ _console: Console | None = None
 _current: Bar | None = None
 
 # Seconds between two plain lines.
-_A_WHILE = 60.0
+_A_WHILE = 30.0
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 41 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def draw() -> None:
@@ -47,7 +55,7 @@ def clear() -> None:
 
 
 class Bar:
-    """One piece of work: a bar on a terminal; elsewhere, where it was asked for, a line a minute.
+    """One piece of work: a bar on a terminal; elsewhere, where it was asked for, lines.
 
     At the end of a `with` block the bar goes, whatever happens in it.
 
@@ -71,6 +79,7 @@ class Bar:
         self._what, self._total, self._unit, self._first = what, total, unit, done
         self._done, self._began = done, time.monotonic()
         self._last = self._began
+        self._note: str | None = None
         if self._left == 0 or _current is not None or not (unasked or _console is not None):
             return
         if not self.console.is_terminal:
@@ -95,13 +104,14 @@ class Bar:
         _current = self
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """So many more are done; with the last, the bar goes."""
+        """So many more are done; with the last, the bar goes. The last note is what is shown."""
+        self._note = note or self._note
         if self._progress is not None:
             fields: dict[str, Any] = {} if note is None else {"note": note}
             self._progress.update(self._task, advance=count, **fields)
         elif _current is self:
             self._done += count
-            self._say(note)
+            self._say()
         if self._left is not None:
             self._left -= count
             if self._left <= 0:
@@ -116,15 +126,18 @@ class Bar:
         if _current is self:
             _current = None
 
-    def _say(self, note: str | None) -> None:
+    def _say(self) -> None:
         """A plain line, if the last one was a while ago."""
         now = time.monotonic()
         if now - self._last < _A_WHILE:
             return
         self._last = now
         of = "" if self._total is None else f" of {self._total}"
-        rate = _rate((self._done - self._first) / max(now - self._began, 1e-9), self._unit)
-        words = (f"{self._what}: {self._done}{of} {self._unit}".rstrip(), rate, note)
+        speed = (self._done - self._first) / max(now - self._began, 1e-9)
+        words = [f"{self._what}: {self._done}{of} {self._unit}".rstrip(), _rate(speed, self._unit)]
+        words.append(self._note or "")
+        if self._total is not None and speed and self._done < self._total:
+            words.append(f"{duration((self._total - self._done) / speed)} left")
         print(", ".join(filter(None, words)), file=self.console.file, flush=True)
 
     def __enter__(self) -> Self:

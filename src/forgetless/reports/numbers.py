@@ -13,7 +13,7 @@ from forgetless.scores.comparison import Verdict
 from forgetless.scores.seeds import Estimate
 
 __all__ = [
-    *("NOT_MEASURED", "VERDICTS", "amount", "arm_words", "count_words", "direction", "duration"),
+    *("NOT_MEASURED", "VERDICTS", "amount", "arm_words", "count_words", "direction"),
     *("interval_words", "level_words", "listed", "percent", "points", "probe_words", "raw_words"),
     *("span_words", "three_decimals", "unit", "unit_in_full", "without_unit"),
 ]
@@ -100,13 +100,6 @@ def direction(task: TaskInfo) -> str:
 def count_words(count: int, noun: str) -> str:
     """1 run, 2 runs."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: 41 s, 12 min, 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def listed(words: Sequence[str]) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import folder_name, parse_yaml
+from forgetless.core.progress import duration
 from forgetless.reports.arms import Arm
 from forgetless.reports.evidence import Evidence, RunFiles, flatten, number
-from forgetless.reports.numbers import NOT_MEASURED, duration
+from forgetless.reports.numbers import NOT_MEASURED
 from forgetless.studies.folder import planned
 
 # What a run's record holds about its stages, in the order of the table.

@@ -55,6 +55,7 @@ from forgetless.core.files import (
 from forgetless.core.hashing import checksums, first_damaged
 from forgetless.core.method import Factors
 from forgetless.core.processes import Processes
+from forgetless.core.progress import duration
 from forgetless.core.tensors import read_tensors
 from forgetless.data.examples import load_examples
 from forgetless.data.mixture import Mixture
@@ -117,6 +118,9 @@ class Event:
 
 
 Listener = Callable[[Event], None]
+
+FIRST_MINUTE = 60.0
+"""Seconds of training after which its length is foretold."""
 
 
 @dataclass
@@ -661,7 +665,7 @@ class Stages:
             seed=recipe.seed,
             penalties=self._penalties,
             probes=from_settings(probed(recipe), recipe.data.said),
-            on_step=lambda step, steps: self.tell("train", step=step, steps=steps),
+            on_step=self._on_step(),
             on_point=lambda step: self._save(model, self.folder.point(step)),
         )
         if self.recipe.is_repaired:
@@ -673,6 +677,28 @@ class Stages:
         self.processes.first(self._finish_training)
         over = f"; {result.exceeded}" if result.exceeded else ""
         return f"{result.steps} steps, loss {result.final_loss:.4g}{over}"
+
+    def _on_step(self) -> Callable[[int, int], None]:
+        """What tells of each step and, once the rate is known, how long the run will take."""
+        first: tuple[int, float] | None = None
+        is_told = False
+
+        def tell(step: int, steps: int) -> None:
+            nonlocal first, is_told
+            now = time.perf_counter()
+            first = first or (step, now)  # which is slow, and not what the others are like
+            taken, message = now - first[1], ""
+            if taken >= FIRST_MINUTE and first[0] < step < steps and not is_told:
+                is_told = True
+                left = taken / (step - first[0]) * (steps - step)
+                message = f"about {duration(left)} of training left"
+                measuring = self.record.get("seconds", {}).get("base scores")
+                if measuring:
+                    later = measuring * (1 + len(self.recipe.training.measure_at))
+                    message += f", and {duration(later)} of measuring if it takes as the base did"
+            self.tell("train", message, step, steps)
+
+        return tell
 
     @property
     def _penalties(self) -> list[dict[str, Any]]:

@@ -147,7 +147,7 @@ def train(
         _quiet(),
         prepared(model, settings),
         trackers.named(),
-        Bar("training", steps, done=resumed_from, unasked=True) as bar,
+        Bar("training", steps, "steps", done=resumed_from, unasked=True) as bar,
     ):
         points = measured_steps(steps, settings)
         record = Record(
