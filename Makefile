@@ -20,7 +20,8 @@ test: check
 # transformers and peft seconds slower and noisy, so they get an environment of their own.
 test-quantised:
 	$(MAKE) VENV=.venv-quantised EXTRAS=dev,quantised .venv-quantised/.ready
-	.venv-quantised/bin/python -m pytest tests/adapters/test_bases.py
+	.venv-quantised/bin/python -m pytest tests/adapters/test_bases.py tests/adapters/test_rounding.py \
+	  tests/cli/test_sharing.py -k 'not sharing or 4_bits'
 
 check: $(READY)
 	$(BIN)/ruff format --check .

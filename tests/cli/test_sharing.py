@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import forgetless as fl
 from forgetless.adapters.rounding import nf4
@@ -175,6 +176,28 @@ def test_merging_onto_another_base_says_how_far_apart_the_two_are(
     told = forgetless(*merge, tmp_path / "told", "--base", tiny_base)
     assert "not the base that the adapter was trained on" in " ".join(told.out.split())
     assert "which is much; measure both" in " ".join(told.out.split())
+
+
+def test_an_adapter_of_a_base_in_4_bits_is_merged_into_the_one_in_16(
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    packed = LlamaForCausalLM.from_pretrained(
+        tiny_base, quantization_config=how, dtype=torch.float32
+    )
+    packed.save_pretrained(tmp_path / "packed")
+    load_tokenizer(str(tiny_base)).save_pretrained(tmp_path / "packed")
+    save_adapter(load_model(str(tmp_path / "packed")), tmp_path / "adapter")
+    merge = ["merge", tmp_path / "adapter", "--json", "--out", tmp_path / "merged", "--base"]
+    assert "are packed; merge into the base before" in forgetless(*merge, tmp_path / "packed").err
+    found = json.loads(forgetless(*merge, tiny_base).out)
+    assert found["stored"]["kept"] == pytest.approx(1, abs=1e-6)
+    assert 0 < found["kl"] < 1e-3
 
 
 def test_base_and_adapter_answer_the_same_question(
