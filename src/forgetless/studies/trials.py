@@ -158,6 +158,7 @@ def open_trials(
         for trials in found:
             known = trials.user_attrs.get(_DEFINITION)
             if known is None:
+                trials.set_metric_names(["learned", "forgotten"])  # for optuna-dashboard
                 trials.set_user_attr(_DEFINITION, dict(definition))
             elif known != definition:
                 changed = [key for key in definition if known.get(key) != definition[key]]
@@ -219,7 +220,6 @@ def work(
         failing_since = None
         while True:
             try:
-                may_come_back = _ask_again(trials, folder, worker, beat)
                 every = trials.get_trials(deepcopy=False)
                 failing_since = None
                 states = {trial.state for trial in every}
@@ -227,7 +227,8 @@ def work(
                 if (more or TrialState.WAITING in states) and not (until and time.time() > until):
                     trials.optimize(one, n_trials=1, catch=(Exception,))
                     continue
-                if TrialState.RUNNING not in states and not may_come_back:
+                to_come = _ask_again(trials, folder, worker, beat)
+                if TrialState.RUNNING not in states and not to_come:
                     return
             except Exception as problem:
                 # A database that is restarted is waited for; what it was not told is done again,
@@ -271,6 +272,8 @@ def _counted(every: Sequence[FrozenTrial]) -> list[int]:
 
 def _is_surplus(trials: Trials, number: int, budget: int) -> bool:
     """Whether as many trials as the budget has were begun before this one."""
+    if number < budget:  # known without a look at the others
+        return False
     every = trials.get_trials(deepcopy=False)
     own = next(trial for trial in every if trial.number == number)
     if "fixed_params" in own.system_attrs:  # somebody asked for it
@@ -289,7 +292,7 @@ def _living(folder: Path) -> Iterator[str]:
 
 
 def _ask_again(trials: Trials, folder: Path, me: str, beat: Beat) -> bool:
-    """Ask for the trials of dead workers again; whether there are some that may still come back."""
+    """Ask for the trials of dead workers again; whether some that they failed are still to come."""
     from optuna.storages import fail_stale_trials
     from optuna.trial import TrialState
 
@@ -303,14 +306,11 @@ def _ask_again(trials: Trials, folder: Path, me: str, beat: Beat) -> bool:
     if not _lost(every):
         return False
     # Whoever failed them was stopped before it could ask for them again, or is just doing it.
-    young = False
     with lock(folder / ".trials.lock"):
         for trial in _lost(trials.get_trials()):
-            if trial.datetime_complete and _age(trial.datetime_complete) < 10 * beat.poll:
-                young = True
-            else:
+            if not trial.datetime_complete or _age(trial.datetime_complete) > 10 * beat.poll:
                 _repeat(trials, trial)
-    return young
+    return True
 
 
 def _is_dead(trial: FrozenTrial, folder: Path, me: str, beat: Beat) -> bool:
