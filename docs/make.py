@@ -139,14 +139,15 @@ def _sequences(rows: Sequence[dict[str, Any]]) -> str:
         title = "Answers of the task's own classes:\n\n" if answers != "of all" else title
         parts.append(title + _table(["arm", "n", *MAIN_METRICS], lines))
         compared = pairs(found)
-        for metric in COMPARED[:2]:
+        # What is known beside the tasks is asked in one way alone.
+        for metric in COMPARED[:2] if answers == "of all" else COMPARED[:1]:
             lines = [
                 [arm, *_standing(arm, [p for p in compared if p["metric"] == metric])]
                 for arm in arms
                 if arm.startswith(("lora_null", "repair"))
             ]
             heads = [f"by {metric}", "ahead of", "no difference seen", "behind"]
-            parts.append(_table(heads, lines))
+            parts.append(_table(heads, lines, numbers=False))
     return "\n\n".join(parts)
 
 
@@ -177,8 +178,8 @@ def _cell(estimate: Estimate | None, task: TaskInfo) -> str:
     return f"{amount(task, estimate.value)}{interval}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["--:"] * (len(heads) - 1)]
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
+    rule = ["---", *["--:" if numbers else "---"] * (len(heads) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *rows))
 
 
