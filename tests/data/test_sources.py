@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from forgetless.cli.values import task_specs
 from forgetless.core.errors import UserError
 from forgetless.core.settings import validated
 from forgetless.data.examples import load_examples, source_hash
@@ -76,6 +77,14 @@ def test_a_task_asks_the_columns_by_these_names(tmp_path: Path) -> None:
     assert make_task(str(tmp_path / "own.yaml")).content() == make_task(asked).content()
     with pytest.raises(UserError, match="no such file"):
         make_task({**asked, "path": f"{path}x#question=q,answer=a"})
+
+
+def test_a_command_line_names_tasks_with_columns_and_parts() -> None:
+    path = "new.csv#prompt=q,completion=a"
+    specs = task_specs(f"pocket_recall,perplexity:{path},kl:{path},perplexity:{path},held=0.1,piqa")
+    assert [spec.get("path") for spec in specs] == [None, path, path, f"{path},held=0.1", None]
+    names = ["perplexity_new", "kl_new", "perplexity_new_held"]
+    assert [spec["name"] for spec in specs[1:4]] == names
 
 
 def test_images_and_classes_of_other_names(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
         options: settings for those of the tasks that have them, such as ``limit``; None for none.
     """
     from forgetless.core.files import folder_name
+    from forgetless.data.sources import Source
     from forgetless.tasks import TASKS, kind_of
     from forgetless.tasks.names import resolved
 
@@ -107,7 +108,8 @@ def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
     parts = re.split(r",(?![^,:]*=)", names)  # of FILE#prompt=q,completion=a the commas stay
     for name in filter(None, (part.strip() for part in parts)):
         kind, _, path = name.partition(":")
-        label = folder_name(f"{kind}_{Path(path).stem}")
+        source = Source.of(path)
+        label = folder_name(f"{kind}_{Path(source.name).stem}{'_held' * source.held}")
         spec = {"kind": kind, "path": path, "name": label} if path else {"kind": kind}
         for settings in resolved(spec, known):
             asked = kind_of(settings["kind"])
