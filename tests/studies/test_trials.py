@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -236,6 +237,16 @@ def test_a_name_has_one_definition(url: str | None, tmp_path: Path) -> None:
     opened(url, tmp_path)
     with pytest.raises(UserError, match="begun with another a"):
         open_trials(url, tmp_path, ["t"], {"a": 2}, BEAT)
+
+
+@pytest.mark.parametrize("url", [None, "sqlite:///trials.db"])
+def test_what_is_not_installed_is_named(
+    url: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "optuna"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=r"pip install 'forgetless\[search\]'"):
+        opened(url, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,8 @@ def open_trials(
                 storage = open_storage(url, folder / JOURNAL, beat)
                 found = [_created(storage, name) for name in names]
                 break
+            except UserError:
+                raise
             except _storage_errors() as problem:
                 if attempt == _ATTEMPTS - 1:
                     reason = str(problem).strip().partition("\n")[0]
