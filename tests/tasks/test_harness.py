@@ -23,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 import forgetless as fl
@@ -627,6 +628,27 @@ def load_tokenizer_with(tokenizer: Any) -> Any:
     own = copy.deepcopy(tokenizer)
     own.chat_template = TURNS
     return own
+
+
+def test_the_beginning_that_a_template_writes_is_the_only_one(
+    short_answers: str, model: Any, tokenizer: Any
+) -> None:
+    """The tokenizer adds one by itself to every other text."""
+    begins = load_tokenizer_with(tokenizer)
+    bos = ("<s>", begins.bos_token_id)
+    begins._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    assert begins("a")["input_ids"].count(begins.bos_token_id) == 1
+    seen: list[tuple[int, list[int]]] = []
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        if (ids := kwargs.get("input_ids")) is not None:
+            seen.append((ids.shape[1], (ids == begins.bos_token_id).sum(1).tolist()))
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    named = {"kind": "lm_eval", "task": short_answers, "chat_template": "auto"}
+    make_task(named).evaluate(model, begins)
+    hook.remove()
+    assert set(max(seen)[1]) == {1}  # of the prompts; steps of an answer are narrower
 
 
 def test_worked_examples_are_turns_of_the_chat(
