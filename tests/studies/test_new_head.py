@@ -288,7 +288,7 @@ def test_a_probing_that_is_stopped_goes_on_and_is_not_done_again(
         read.append(head.stat().st_mtime_ns)
         return load_file(head)
 
-    monkeypatch.setattr(stages, "load_file", noted)
+    monkeypatch.setattr(stages, "read_tensors", noted)
     again = run(recipe, tmp_path / "stopped")
     assert read == [written]
     native = Path("native", "adapter_model.safetensors")

@@ -37,9 +37,9 @@ def print_table(
     for name in head:
         number, longest = name in numbers, max(map(len, name.split() or [""]))
         justify: Any = "right" if number else "left"
-        table.add_column(  # no name is cut off, and no word above numbers broken
-            name, justify=justify, overflow="fold", min_width=longest if number else None
-        )
+        # No name is cut off, and no short word above numbers broken.
+        least = longest if number and longest <= 12 else None
+        table.add_column(name, justify=justify, overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*row)
     console().print(table, markup=False)
