@@ -136,7 +136,8 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     name = f"own_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", ".")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     yield name
     sys.modules.pop(name, None)
 
@@ -164,6 +165,32 @@ def test_a_recipe_names_methods_tasks_and_penalties_of_a_module(
     with (tmp_path / f"{beside}.py").open("a") as file:
         file.write("# Another version.\n")
     assert run_id(recipe) != before
+
+
+@pytest.mark.parametrize("kind", ["file", "package"])
+def test_no_recipe_runs_code_of_the_working_directory_unasked(
+    beside: str, kind: str, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    source = tmp_path / f"{beside}.py"
+    if kind == "package":
+        (tmp_path / beside).mkdir()
+        source = source.rename(tmp_path / beside / "__init__.py")
+    source.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + MODULE)
+    recipe = tmp_path / "recipe.yaml"
+    method = {"method": f"{beside}:HALVES", "rank": 2, "alpha": 4}
+    recipe.write_text(yaml.safe_dump({**tiny_recipe, "adapter": method}))
+    for asked in (False, True):
+        paths = [str(Path(fl.__file__).parents[1]), *(["."] if asked else [])]
+        done = subprocess.run(
+            [sys.executable, "-m", "forgetless", "run", "recipe.yaml", "--check"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode == 0) == asked, done.stderr
+        assert ("is not done unasked" in done.stdout + done.stderr) != asked
+        assert (tmp_path / "ran").exists() == asked
 
 
 @pytest.mark.parametrize(

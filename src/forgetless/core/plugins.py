@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Collection
@@ -54,7 +56,10 @@ def is_named(name: str) -> bool:
 
 
 def named(name: str, what: str, fault_of: Callable[[Any], str]) -> Any:
-    """The object that ``module:name`` says, of an installed package or the working directory.
+    """The object that ``module:name`` says, of a module that can be imported.
+
+    A recipe may be somebody else's, and so may the files beside it: a module of the working
+    directory is imported only where PYTHONPATH names that directory, or where it is loaded already.
 
     Args:
         name: ``module:name``.
@@ -62,11 +67,15 @@ def named(name: str, what: str, fault_of: Callable[[Any], str]) -> Any:
         fault_of: what is wrong with the object; empty for nothing.
 
     Raises:
-        UserError: there is none, its module fails, or it is something else.
+        UserError: there is none, its module fails or lies where code is not run unasked, or it is
+            something else.
     """
     module, _, attribute = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
+    if _is_beside_unasked(module.partition(".")[0]):
+        raise UserError(
+            f"{what} {name!r} would run code of the working directory, which is not done unasked; "
+            "read it, and if you trust it set PYTHONPATH=. for this command"
+        )
     try:
         found = getattr(import_module(module), attribute)
     except Exception as problem:  # it is the user's own code
@@ -75,10 +84,19 @@ def named(name: str, what: str, fault_of: Callable[[Any], str]) -> Any:
         fault = fault_of(found)
     if fault:
         raise UserError(
-            f"{what} {name!r} cannot be used ({fault}); write module:name, of a module in the "
-            "working directory or of an installed package"
+            f"{what} {name!r} cannot be used ({fault}); write module:name, of an installed package "
+            "or of a folder that PYTHONPATH names"
         )
     return found
+
+
+def _is_beside_unasked(package: str) -> bool:
+    """Whether a package lies in the working directory, and PYTHONPATH does not name that."""
+    here = Path.cwd()
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    if package in sys.modules or any(Path(path).resolve() == here.resolve() for path in paths):
+        return False
+    return (here / package).is_dir() or any(here.glob(f"{glob.escape(package)}.*"))
 
 
 def code_hash(name: str) -> str:
