@@ -28,6 +28,7 @@ from forgetless.reports.numbers import (
     unit_in_full,
 )
 from forgetless.reports.payload import course_chart
+from forgetless.reports.sequences import standings
 from forgetless.scores.seeds import Estimate
 from forgetless.studies.sequence import COMPARED, FORMULAS, MAIN_METRICS, mean_over, pairs
 
@@ -142,9 +143,9 @@ def _sequences(rows: Sequence[dict[str, Any]]) -> str:
         # What is known beside the tasks is asked in one way alone.
         for metric in COMPARED[:2] if answers == "of all" else COMPARED[:1]:
             lines = [
-                [arm, *_standing(arm, [p for p in compared if p["metric"] == metric])]
-                for arm in arms
-                if arm.startswith(("lora_null", "repair"))
+                list(line)
+                for line in standings(compared, metric)
+                if line[0].startswith(("lora_null", "repair"))
             ]
             heads = [f"by {metric}", "ahead of", "no difference seen", "behind"]
             parts.append(_table(heads, lines, numbers=False))
@@ -157,18 +158,6 @@ def _with_half(mean: dict[str, Any]) -> str:
         return NOT_MEASURED
     shown = f"{mean['mean']:.3f}"
     return shown if mean["low"] is None else f"{shown} ± {mean['high'] - mean['mean']:.3f}"
-
-
-def _standing(arm: str, compared: Sequence[dict[str, Any]]) -> list[str]:
-    """The arms that one is ahead of, level with and behind."""
-    mirrored = {"better": "worse", "worse": "better", "level": "level"}
-    told: dict[str, list[str]] = {"better": [], "level": [], "worse": []}
-    for pair in compared:
-        if pair["difference"] is not None and arm in (pair["arm"], pair["other"]):
-            is_first = pair["arm"] == arm
-            verdict = pair["verdict"] if is_first else mirrored[pair["verdict"]]
-            told[verdict].append(pair["other"] if is_first else pair["arm"])
-    return [", ".join(told[verdict]) or "none" for verdict in ("better", "level", "worse")]
 
 
 def _cell(estimate: Estimate | None, task: TaskInfo) -> str:

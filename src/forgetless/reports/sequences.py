@@ -24,7 +24,7 @@ from forgetless.studies.sequence import (
     row_names,
 )
 
-__all__ = ["write_sequences"]
+__all__ = ["standings", "write_sequences"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _part(found: Mapping[str, Any], id: str, says: str) -> dict[str, Any]:
         "id": id,
         "says": says,
         "arms": found["arms"],
-        "ahead": {metric: list(_ahead(found, metric)) for metric in COMPARED},
+        "ahead": {metric: list(standings(found["pairs"], metric)) for metric in COMPARED},
         "maps": {arm["arm"]: list(_maps(found, arm)) for arm in found["arms"]},
         "lost": {
             arm["arm"]: list(_lost(found, arm["arm"]))
@@ -101,11 +101,18 @@ def _part(found: Mapping[str, Any], id: str, says: str) -> dict[str, Any]:
     }
 
 
-def _ahead(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str, str, str]]:
-    """For each arm those that it is better than, level with and worse than."""
+def standings(
+    pairs: Sequence[Mapping[str, Any]], metric: str
+) -> Iterator[tuple[str, str, str, str]]:
+    """For each arm those that it is better than, level with and worse than, in words.
+
+    Args:
+        pairs: of `forgetless.studies.sequence.pairs`.
+        metric: by which of theirs.
+    """
     mirrored = {"better": "worse", "worse": "better", "level": "level"}
     told: dict[str, dict[str, list[str]]] = {}
-    for pair in found["pairs"]:
+    for pair in pairs:
         if pair["metric"] == metric and pair["difference"] is not None:
             for arm, other, verdict in (
                 (pair["arm"], pair["other"], pair["verdict"]),
