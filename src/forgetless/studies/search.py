@@ -26,9 +26,7 @@ from forgetless.core.files import lock, read_json, write_json, write_text
 from forgetless.core.metrics import (
     forgetting,
     hypervolume,
-    mean_stderr,
     pareto_front,
-    t_interval,
 )
 from forgetless.recipes.checking import Checker, load_recipe
 from forgetless.recipes.identity import run_id
@@ -36,6 +34,7 @@ from forgetless.recipes.recipe import Recipe
 from forgetless.recipes.search import SearchRecipe
 from forgetless.studies.folder import RunFolder, curve, results, write_csv, write_tables
 from forgetless.studies.run import execute, prepare
+from forgetless.studies.sequence import mean_over
 from forgetless.studies.stages import Listener
 from forgetless.studies.study import Study, run_workers
 from forgetless.studies.trials import REASON, Beat, open_trials, origin, work
@@ -365,9 +364,8 @@ def _worse(score: Mapping[str, Any]) -> float:
 
 def _mean(values: Listed[float]) -> dict[str, Any]:
     """Mean over seeds with Student's 95 % interval, which one seed does not have."""
-    mean = mean_stderr(values)
-    low, high = t_interval(mean.value, mean.stderr, mean.n - 1) if mean.n > 1 else (None, None)
-    return {"value": mean.value, "low": low, "high": high, "n": mean.n}
+    found = mean_over(values)
+    return {"value": found.pop("mean"), **found}
 
 
 def _front_row(point: Mapping[str, Any]) -> dict[str, Any]:
