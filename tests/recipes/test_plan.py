@@ -18,8 +18,17 @@ from forgetless.cli import main
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json, write_json
 from forgetless.recipes.checking import check as check_recipe
-from forgetless.recipes.plan.advice import RATE, Advice, Base, Rows, Wishes, advise, rounded
-from forgetless.recipes.plan.plan import Plan, plan
+from forgetless.recipes.plan.advice import (
+    RATE,
+    Advice,
+    Base,
+    Rows,
+    Wishes,
+    advise,
+    batch_advice,
+    rounded,
+)
+from forgetless.recipes.plan.plan import HELD_OUT, Plan, plan
 from forgetless.recipes.plan.showing import recipe_text, render
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.run import run
@@ -219,6 +228,36 @@ def test_statistics_get_a_budget_where_they_do_not_fit(
     assert found.recipe.calibration.memory_budget is not None
     assert 2**23 < found.memory.matrices < found.disk.statistics
     assert found.memory.statistics <= found.memory.peak <= 65_000_000
+
+
+def test_without_a_word_all_is_measured_and_repaired(made: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(60)]
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = made(data=str(data)).recipe
+    assert recipe.data.validation == HELD_OUT
+    assert recipe.repair is not None
+    assert (recipe.repair.keep, recipe.repair.strength) == ("self", [0.3, 1.0])
+    recipe = recipe.override({"training.epochs": None, "training.steps": 3})
+    done = run(recipe, tmp_path / "runs", threads=1)
+    assert {row["task"] for row in done.scores} == {"validation", "drift"}
+    assert "aftercare" in done.record["seconds"]
+
+
+def test_few_examples_are_not_shared_out(made: Any) -> None:
+    told = made()
+    assert told.recipe.data.validation is None
+    assert any("Nothing measures what is learned" in note for note in told.notes)
+
+
+@pytest.mark.parametrize("wishes", [{"goal": "learn"}, {"method": "full"}])
+def test_a_plan_that_keeps_nothing_repairs_nothing(made: Any, wishes: dict[str, Any]) -> None:
+    assert made(**wishes).recipe.repair is None
+
+
+@pytest.mark.parametrize(("rows", "examples", "least"), [(80, 1.0, 8), (20, 4.0, 2), (20, 9.0, 1)])
+def test_packed_rows_count_by_their_examples(rows: int, examples: float, least: int) -> None:
+    assert batch_advice(rows, 1.0, examples).value == least
 
 
 def test_it_fits_on_a_screen_and_a_half(made: Any) -> None:

@@ -88,6 +88,7 @@ def new(
 ) -> None:
     """Write a commented recipe for a base and a file, with the settings that 'plan' advises."""
     from forgetless.core.files import write_text
+    from forgetless.core.progress import duration
     from forgetless.data.sources import Source
     from forgetless.recipes.plan.advice import Wishes
     from forgetless.recipes.plan.plan import plan as do
@@ -100,7 +101,8 @@ def new(
     hush()
     made = do(base, file, Wishes(keep=keep, test=test))
     write_text(recipe, recipe_text(made, context.obj))
-    print_text(f"{recipe}: {made.recipe.adapter.method}, {made.steps} steps; the reasons are in it")
+    method, least = made.recipe.adapter.method, duration(made.seconds)
+    print_text(f"{recipe}: {method}, {made.steps} steps ({least} or more); the reasons are in it")
     print("then:")
     print(f"  forgetless data {base} {file}")
     print(f"  forgetless run {recipe} --check")

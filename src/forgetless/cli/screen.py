@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def hush() -> None:
-    """Our own bars, and none of transformers, nor what it says alike for every model it loads."""
+    """Our own bars, and none of transformers or datasets, nor what is said of every model alike."""
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     from transformers.utils import logging
 
     from forgetless.core.progress import draw

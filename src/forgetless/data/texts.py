@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SELF = "self"
+OWN_SEED = 271_828
+"""Of the texts that a base writes to be measured on: the same for all seeds of a study, and others
+than those that its statistics are collected on."""
+
 POCKET_TEXTS = {
     "pocket:knowledge": "every fact as a sentence, in the phrasings that the base was trained on",
     "pocket:held": "every fact as a question, in a phrasing that the base never saw",
@@ -273,7 +277,8 @@ def self_text(
     """Sequences sampled from the base itself, at temperature 1 and from the whole vocabulary.
 
     Each begins with the beginning-of-text token or, where the model has none, with a random token
-    of its vocabulary that is not special, and ends with the end-of-text token or at `max_length`.
+    of its vocabulary that is not special, and ends with the end-of-text token or at `max_length`,
+    or where the model has no more positions.
     Of a PeftModel the base speaks, adapters off. The global random state is left as it was.
 
     Returns:
@@ -286,7 +291,9 @@ def self_text(
 
     from forgetless.models.load import as_base
     from forgetless.models.state import generators_kept
+    from forgetless.models.text import positions_of
 
+    max_length = min(max_length, positions_of(model) or max_length)
     firsts = _first_tokens(model, tokenizer, samples, random.Random(seed))
     together = sampled_together(model, max_length)
     sampled: list[list[int]] = []

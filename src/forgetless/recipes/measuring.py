@@ -2,53 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from forgetless.data.modality import modality_of
 from forgetless.data.settings import VALIDATION
+from forgetless.data.texts import SELF
 from forgetless.recipes.recipe import Recipe
 from forgetless.tasks.settings import TaskSettings
 from forgetless.training.settings import ProbeSettings
 
-__all__ = ["probed", "tasked"]
+__all__ = ["OwnText", "probed", "tasked"]
+
+OwnText = Callable[[Mapping[str, Any]], str]
+"""The file of what a base writes itself, for the settings of the task that reads it."""
+
+_KINDS = {"learning", "forgetting"}
 
 
-def tasked(recipe: Recipe) -> TaskSettings:
+def tasked(recipe: Recipe, own_text: OwnText | None = None) -> TaskSettings:
     """The tasks; where a share of the data is held out and none reads it, one more does.
 
     A path that is 'validation' stands for the held-out share. The task more takes the base's own
     loss, or accuracy, on it.
 
+    Args:
+        recipe: whose tasks.
+        own_text: gives the file of what the base writes itself, for the settings of a task whose
+            path is 'self'; None leaves those to the task.
+
     Raises:
         UserError: a share is held out, and the base is none.
     """
     held, given = recipe.data.held_out, recipe.tasks
-    if held is None:
-        return given
-    found = {kind: _resolved(getattr(given, kind), held) for kind in ("learning", "forgetting")}
-    if found == given.model_dump() and probed(recipe) == recipe.probes:
+    found = _resolved(given, held, own_text)
+    unread = _resolved(given, held, None) == given.model_dump(include=_KINDS)
+    if held is not None and unread and probed(recipe) == recipe.probes:
         kind = modality_of(recipe.base).loss_task
         head = {"head": "new"} if recipe.adapter.has_new_head else {}
         found["learning"] += [{"kind": kind, "name": VALIDATION, "path": held, **head}]
     return TaskSettings(**found)
 
 
-def probed(recipe: Recipe) -> ProbeSettings:
-    """What is measured on the way; 'validation' stands for the held-out share of the data."""
-    held, given = recipe.data.held_out, recipe.probes
-    if held is None:
-        return given
-    found = {kind: _resolved(getattr(given, kind), held) for kind in ("learning", "forgetting")}
-    return given.model_copy(update=found)
+def probed(recipe: Recipe, own_text: OwnText | None = None) -> ProbeSettings:
+    """What is measured on the way, with the same paths as in `tasked`."""
+    given = recipe.probes
+    return given.model_copy(update=_resolved(given, recipe.data.held_out, own_text))
 
 
-def _resolved(specs: list[Any], held: str) -> list[Any]:
-    """Specs of tasks or texts that read ``held`` where they say 'validation'."""
+def _resolved(
+    given: TaskSettings | ProbeSettings, held: str | None, own_text: OwnText | None
+) -> dict[str, list[Any]]:
+    """Specs of tasks or texts, by what they measure, with files for what paths stand for."""
 
     def of(spec: Any) -> Any:
-        if isinstance(spec, Mapping) and spec.get("path") == VALIDATION:
-            return {**spec, "path": held}
-        return held if spec == VALIDATION else spec
+        path = spec.get("path") if isinstance(spec, Mapping) else spec
+        if path == VALIDATION and held is not None:
+            found = held
+        elif path == SELF and own_text is not None:
+            found = own_text(spec if isinstance(spec, Mapping) else {})
+        else:
+            return spec
+        return {**spec, "path": found} if isinstance(spec, Mapping) else found
 
-    return [of(spec) for spec in specs]
+    return {kind: [of(spec) for spec in getattr(given, kind)] for kind in sorted(_KINDS)}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
@@ -64,6 +65,8 @@ class StepMemory:
             from one batch to the next, those of the weights are not there yet when the forward
             pass ends, and the peak is less than the two together: that much is taken off here.
         trained: how many numbers are trained.
+        operations: floating-point operations of the matrix products of a batch, forward and
+            backward.
     """
 
     weights: int
@@ -72,6 +75,7 @@ class StepMemory:
     optimizer: int
     activations: int
     trained: int
+    operations: int
 
     @property
     def total(self) -> int:
@@ -84,7 +88,8 @@ class RunMemory:
     """Bytes at the peak of each stage of a run that holds a model.
 
     Attributes:
-        statistics: collecting the activations of the text to keep; 0 where the method needs none.
+        statistics: collecting the activations of the text to keep; 0 where neither the method nor
+            a repair needs them.
         start: computing the adapter's start; 0 where there is no adapter.
         step: training.
         matrices: float64 matrices that the statistics hold at a time, a part of `statistics`.
@@ -109,20 +114,20 @@ def around_step(model: Any, recipe: Recipe, step: StepMemory) -> RunMemory:
         recipe: the run.
         step: its training step, from `step_memory`.
     """
-    method, adapter = find(recipe.adapter.method), recipe.adapter
+    method, adapter, needs = find(recipe.adapter.method), recipe.adapter, statistics_needs(recipe)
     if method.factors is None:
         return RunMemory(0, 0, step, 0)
     start = step.weights + step.adapter
-    if not method.needs:
+    if not needs:
         return RunMemory(0, start, step, 0)
     layers = target_layers(model, adapter.target_modules)
     squares = {name: (weight_shape(layer)[1],) * 2 for name, layer in layers.items()}
-    matrices = max(sum(statistics_matrices(model, adapter, need)) for need in method.needs)
+    matrices = max(sum(statistics_matrices(model, adapter, need)) for need in needs)
     if recipe.calibration.memory_budget is not None:
         matrices = min(matrices, parse_budget(recipe.calibration.memory_budget, squares))
     return RunMemory(
         statistics=_statistics(model, recipe, matrices),
-        start=start + START_MATRICES * matrix_bytes(max(squares.values())),
+        start=start + (START_MATRICES * matrix_bytes(max(squares.values())) if method.needs else 0),
         step=step,
         matrices=matrices,
     )
@@ -162,7 +167,7 @@ def step_memory(
     kind = OPTIMIZERS[training.optimizer]
     moments = sum(w.numel() * (4 if kind.in_8_bits else w.element_size()) for w in trained)
     accumulates = training.gradient_accumulation > 1
-    most = _most_alive(
+    most, operations = _most_alive(
         _Step(model.train()),
         torch.Size((training.batch_size, length)),
         bf16=training.precision == "bf16",
@@ -176,6 +181,7 @@ def step_memory(
         optimizer=moments * kind.state_bytes // 4,
         activations=most if accumulates else max(0, most - gradients),
         trained=sum(weight.numel() for weight in trained),
+        operations=operations,
     )
 
 
@@ -229,6 +235,12 @@ class _Step(nn.Module):
 # ---- statistics ----------------------------------------------------------------------------------
 
 
+def statistics_needs(recipe: Recipe) -> set[str]:
+    """What is collected on texts in a run, for the start and for a repair."""
+    repair = {"second_moment", "task_moment"} if recipe.repair is not None else set()
+    return {*find(recipe.adapter.method).needs, *repair}
+
+
 def statistics_matrices(model: nn.Module, adapter: AdapterSettings, need: str) -> list[int]:
     """Bytes of the float64 matrices that one need of the method comes to.
 
@@ -259,11 +271,13 @@ def _statistics(model: Any, recipe: Recipe, matrices: int) -> int:
     """The most of: sampling text from the base, a whole forward pass, a pass with the matrices."""
     settings, weights = recipe.calibration, _bytes(model.parameters()) + _bytes(model.buffers())
     shape = torch.Size((settings.batch_size, settings.max_length))
-    whole = _most_alive(_Forward(model), shape)
-    inner = _most_alive(_Forward(model.base_model), shape)
+    whole, _ = _most_alive(_Forward(model), shape)
+    inner, _ = _most_alive(_Forward(model.base_model), shape)
     sampling = 0
     keeps = "second_moment" in find(recipe.adapter.method).needs
-    if keeps and SELF in [source for source, _ in settings.sources]:
+    kept = [source for source, _ in settings.sources] if keeps else []
+    kept += [recipe.text_to_keep] if recipe.repair is not None else []
+    if SELF in kept:
         # Keys and values of the texts that are sampled together, for every layer and token.
         config = model.config.get_text_config()
         tokens = settings.max_length * min(
@@ -299,8 +313,9 @@ def _most_alive(
     bf16: bool = False,
     gradients: bool = False,
     masked: bool = False,
-) -> int:
-    """Most bytes alive at once while `work` runs on tokens (batch, tokens), its weights aside.
+) -> tuple[int, int]:
+    """Most bytes alive at once while `work` runs on tokens (batch, tokens), its weights aside; and
+    the floating-point operations of its matrix products.
 
     Where `gradients` of the weights are there before, these are not counted either. A mask is
     (batch, 1, tokens, tokens).
@@ -318,7 +333,7 @@ def _most_alive(
         there = [*content.values(), *(w.grad for w in content.values() if w.grad is not None)]
         with _Alive(there) as alive, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             functional_call(work, content, (tokens,), more)
-    return int(alive.most)
+    return alive.most, alive.operations
 
 
 def _fake(like: Tensor, trained: bool) -> Tensor:
@@ -327,19 +342,23 @@ def _fake(like: Tensor, trained: bool) -> Tensor:
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of every storage, from when it is made to when it is freed.
+    """Counts the bytes of every storage, from when it is made to when it is freed, and operations.
 
-    What is there `before` is not counted, and neither are views of it.
+    What is there `before` is not counted, and neither are views of it. Operations are those of
+    matrix products: `FlopCounterMode` counts the same ones, and keeps tensors alive for it.
     """
 
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: int = 0
         self.most: int = 0
+        self.operations: int = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if (product := getattr(func, "_overloadpacket", None)) in flop_registry:
+            self.operations += flop_registry[product](*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())

@@ -68,6 +68,7 @@ from forgetless.data.modality import (
     new_classes,
 )
 from forgetless.data.shown import template_of
+from forgetless.data.texts import OWN_SEED
 from forgetless.methods import find
 from forgetless.models.heads import is_of_new_head, learn_among
 from forgetless.models.load import load_model, meta_model, target_layers
@@ -86,6 +87,7 @@ from forgetless.studies.inputs import Collecting, load_inputs
 from forgetless.studies.out_of_memory import naming_what_takes_less
 from forgetless.tasks import Task, TaskResult, make_tasks
 from forgetless.tasks.journal import resuming
+from forgetless.tasks.kl import KL, OWN_TEXTS
 from forgetless.training.devices import gathered, is_sharded
 from forgetless.training.forgetting import from_settings
 from forgetless.training.launch import this_launch
@@ -198,13 +200,25 @@ class Stages:
     @cached_property
     def tasks(self) -> list[tuple[Task, str]]:
         """Every task with its kind, in the recipe's order."""
-        specs = tasked(self.recipe)
+        specs = tasked(self.recipe, self.own_text)
         return [
             (task, kind)
             for kind, given in (("learning", specs.learning), ("forgetting", specs.forgetting))
             for spec in given
             for task in make_tasks(spec, self.recipe.data.said)
         ]
+
+    def own_text(self, task: Mapping[str, Any]) -> str:
+        """The file of what the base writes for a task, the same for all runs of the study."""
+        asked = task.get("limit") or OWN_TEXTS, task.get("max_length", KL.max_length), OWN_SEED
+        key = digest(base_hash(self.recipe.base), self.recipe.dtype, *map(str, asked))
+        path = self.shared / "own" / f"{key}.jsonl"
+        with lock(path.with_suffix(".lock")):
+            if not path.exists():
+                assert self.modality.own_texts is not None  # a check has refused other bases
+                texts = self.modality.own_texts(self._base(), self.processor, *asked)
+                write_jsonl(path, [{"text": text} for text in texts if text.strip()])
+        return str(path)
 
     @cached_property
     def modality(self) -> Modality:
@@ -664,7 +678,7 @@ class Stages:
             self.folder.path,
             seed=recipe.seed,
             penalties=self._penalties,
-            probes=from_settings(probed(recipe), recipe.data.said),
+            probes=from_settings(probed(recipe, self.own_text), recipe.data.said),
             on_step=self._on_step(),
             on_point=lambda step: self._save(model, self.folder.point(step)),
         )

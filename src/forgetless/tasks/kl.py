@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from forgetless.core.errors import UserError
 from forgetless.data.encoding import encode
+from forgetless.data.texts import OWN_SEED, SELF, self_text
 from forgetless.data.tokens import tokenize
 from forgetless.tasks.base import TaskResult, whole_number
 from forgetless.tasks.texts import LARGEST_LOSS, Piece, TextTask, added, items_of, per_token
@@ -17,7 +19,10 @@ from forgetless.tasks.texts import LARGEST_LOSS, Piece, TextTask, added, items_o
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["KL"]
+__all__ = ["KL", "OWN_TEXTS"]
+
+OWN_TEXTS = 64
+"""How many texts the base writes for a task that does not say."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,11 @@ class KL(TextTask):
         perplexity, base_perplexity, perplexity_ratio    exp of these three
 
     Attributes:
-        path: a file of texts or prompts, or a text of the pocket world.
+        path: a file of texts or prompts, a text of the pocket world, or "self" for texts that the
+            base writes itself: no data is needed, and the mean is over what the base would say.
         name: of the task.
         limit: read the first so many prompts only; of the pocket world's facts, so many evenly
-            spread ones.
+            spread ones; of the base's own texts, how many it writes (`OWN_TEXTS`).
         chat_template: off for prompts as they stand; otherwise they are what the user says, by the
             tokenizer's chat template where it has one.
         system: what is said before each of them, by the template.
@@ -77,7 +83,9 @@ class KL(TextTask):
         return [*super().problems(), whole_number("max_length", self.max_length)]
 
     def content(self) -> Sequence[object]:
-        """The texts and where they are cut."""
+        """The texts and where they are cut; of the base's own texts, how many."""
+        if self.path == SELF:
+            return SELF, self.limit or OWN_TEXTS, self.max_length
         return self.examples.fingerprint, self.max_length, *self.said("auto")
 
     def measure(
@@ -87,9 +95,12 @@ class KL(TextTask):
         from forgetless.models.text import positions_of
         from forgetless.tasks.distances import distances
 
-        if self.examples.kind == "messages":
+        rows: list[list[int]]
+        if self.path == SELF:
+            rows = self._own_texts(model if reference is None else reference, tokenizer)
+        elif self.examples.kind == "messages":
             whole = tokenize(self.examples, tokenizer, max_length=sys.maxsize, pack=False)
-            rows: list[list[int]] = list(whole["input_ids"])
+            rows = list(whole["input_ids"])
         elif self.examples.kind == "text":
             rows = encode(tokenizer, [record["text"] for record in self.examples])
         else:
@@ -103,6 +114,19 @@ class KL(TextTask):
         items = items_of(pieces, "kl", rows, tokenizer)
         further = _further(pieces)
         return TaskResult.of_items(self, items, metric="kl", higher_is_better=False, extra=further)
+
+    def _own_texts(self, base: Model, tokenizer: Tokenizer) -> list[list[int]]:
+        """What the base writes: once a task, for every model that is measured with it."""
+        kept: dict[str, Any] = vars(self)
+        if SELF not in kept:
+            if not hasattr(base, "generate"):
+                raise UserError(
+                    f"task {self.name!r}: path {SELF!r} is text that the base writes, and this "
+                    "reference writes none; give a file"
+                )
+            count = self.limit or OWN_TEXTS
+            kept[SELF] = self_text(base, tokenizer, count, self.max_length, OWN_SEED)
+        return kept[SELF]
 
 
 def _further(pieces: Sequence[Piece]) -> dict[str, float]:

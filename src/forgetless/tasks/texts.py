@@ -17,7 +17,7 @@ from forgetless.core.metrics import mean_stderr
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.forms import TEXTS
 from forgetless.data.sources import Source
-from forgetless.data.texts import POCKET_TEXTS, read_examples
+from forgetless.data.texts import POCKET_TEXTS, SELF, read_examples
 from forgetless.tasks.asking import Asking
 from forgetless.tasks.base import Item, whole_number
 
@@ -49,6 +49,9 @@ class TextTask(Asking):
         if not isinstance(self.path, str | Path) or not str(self.path):
             known = ", ".join(POCKET_TEXTS)
             yield f"path must be a file, a folder or one of {known}, got {self.path!r}"
+        elif self.path == SELF:
+            if not self.needs_reference:
+                yield f"path {SELF!r} is text that the base writes, which kl alone reads"
         elif (name := Source.of(self.path).name).startswith("pocket:"):
             if name not in POCKET_TEXTS:
                 yield str(unknown("pocket text", str(self.path), POCKET_TEXTS))

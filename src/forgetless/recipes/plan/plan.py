@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from forgetless.core.errors import RecipeError, UserError, unknown
 from forgetless.data.examples import load_examples
 from forgetless.data.settings import DataSettings
+from forgetless.data.texts import SELF
 from forgetless.methods import find
 from forgetless.models.load import has_weights, target_layers
 from forgetless.models.weights import weight_shape
@@ -23,6 +24,7 @@ from forgetless.recipes.memory import (
     StepMemory,
     around_step,
     statistics_matrices,
+    statistics_needs,
     step_memory,
 )
 from forgetless.recipes.plan.advice import (
@@ -37,10 +39,19 @@ from forgetless.recipes.plan.advice import (
     advise,
     batch_advice,
 )
+from forgetless.recipes.plan.speed import matmul_speed
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.passes import matrix_bytes
+from forgetless.tasks.kl import OWN_TEXTS
 from forgetless.training.checkpoints import KEPT_CHECKPOINTS
 from forgetless.training.schedules import epoch_steps
+
+
+HELD_OUT = 0.1
+"""The share of the data that is held out where nobody names held-out examples."""
+
+ENOUGH_TO_SHARE = 50
+"""Examples from which a share of them is held out."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,8 @@ class Plan:
         memory: at the peak of each stage.
         disk: what is written.
         steps: optimiser steps.
+        seconds: the least that the training takes on this machine, by the operations of its matrix
+            products; measuring is not counted.
         tokens: that are trained on, padding not counted.
         notes: what the user should know besides.
     """
@@ -83,6 +96,7 @@ class Plan:
     memory: RunMemory
     disk: Disk
     steps: int
+    seconds: float
     tokens: int
     notes: list[str]
 
@@ -105,6 +119,7 @@ class Plan:
                 "memory": memory,
                 "disk": asdict(self.disk),
                 "steps": self.steps,
+                "training_seconds_at_least": self.seconds,
                 "tokens": self.tokens,
             },
             "data": {"examples": self.examples, "kind": self.kind},
@@ -132,6 +147,8 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
         find(wishes.method)
     for path in filter(None, (wishes.keep, None if wishes.share else wishes.test)):
         load_examples(path)
+    if wishes.test is None and len(load_examples(data)) >= ENOUGH_TO_SHARE:
+        wishes = replace(wishes, test=str(HELD_OUT))
     found = Base.find(base)
     trained_on = DataSettings(train=data, validation=wishes.share)
     rows = Rows.of(trained_on.sources[0][0], found)
@@ -140,16 +157,18 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
     all_rows, epochs = len(rows.lengths), values["training.epochs"]
     if wishes.keep is not None:  # rows of an epoch, replayed ones included
         all_rows = math.ceil(all_rows / (1 - REPLAYED))
-    batch = batch_advice(all_rows, epochs)
+    packed = 1.0 if rows.is_text else rows.examples / len(rows.lengths)
+    batch = batch_advice(all_rows, epochs, packed)
     settings = _settings(base, data, wishes, values)
     recipe, memory, about_memory = Fitting(found, rows, wishes, settings, batch.value).fitted()
     is_whole, step = has_weights(base), memory.step  # without weights, check would find that
     if problems := check(recipe) if is_whole else []:
         raise RecipeError("the planned recipe", problems)
     matrices = [
-        statistics_matrices(found.model, recipe.adapter, need)
-        for need in find(recipe.adapter.method).needs
+        statistics_matrices(found.model, recipe.adapter, need) for need in statistics_needs(recipe)
     ]
+    steps, training = epoch_steps(all_rows, recipe.training), recipe.training
+    speed = matmul_speed(torch.bfloat16 if training.precision == "bf16" else torch.float32)
     return Plan(
         recipe=recipe,
         advice=[*advice, batch, *about_memory],
@@ -162,7 +181,8 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
             result=step.weights if recipe.adapter.method == "full" else 2 * step.adapter,
             statistics=sum(map(sum, matrices)),
         ),
-        steps=epoch_steps(all_rows, recipe.training),
+        steps=steps,
+        seconds=steps * training.gradient_accumulation * step.operations / speed,
         tokens=round(sum(rows.lengths) * epochs),
         notes=_notes(is_whole, wishes),
     )
@@ -188,7 +208,10 @@ def _settings(base: str, data: str, wishes: Wishes, values: Mapping[str, Any]) -
         found["data"]["validation"] = wishes.share
     elif wishes.test is not None:
         found["tasks"]["learning"] = [task("perplexity", "new_task", wishes.test)]
-    if wishes.keep is not None:
+    if wishes.keep is None:
+        own = {"kind": "kl", "name": "drift", "path": SELF, "limit": OWN_TEXTS, "max_length": 128}
+        found["tasks"]["forgetting"] = [own]
+    else:
         found["data"]["train"] = [
             {"path": data, "weight": 1 - REPLAYED},
             {"path": wishes.keep, "weight": REPLAYED},
@@ -207,11 +230,14 @@ def _notes(is_whole: bool, wishes: Wishes) -> list[str]:
         found.append("The base's folder holds no weights yet: put them there before the run.")
     if wishes.test is None:
         found.append(
-            "Nothing measures what is learned: give held-out examples by --test FILE, or a share "
-            "of the data by --test 0.1."
+            f"Nothing measures what is learned: {ENOUGH_TO_SHARE} examples or more would be shared "
+            "out; give held-out ones by --test FILE."
         )
     if wishes.keep is None:
-        found.append("Nothing measures what is forgotten: give text to keep by --keep FILE.")
+        found.append(
+            f"What is forgotten is measured as the distance to the base, on {OWN_TEXTS} texts that "
+            "the base writes itself; --keep FILE names text of yours, which is replayed too."
+        )
     else:
         found.append(
             "The text to keep is replayed and measured alike: for a fair measurement let "
@@ -325,7 +351,7 @@ class Fitting:
 
     def _statistics_budget(self, recipe: Recipe, room: int) -> Advice:
         """For statistics that would not fit, or take more than training."""
-        gradient = "gradient" in find(recipe.adapter.method).needs
+        gradient = "gradient" in statistics_needs(recipe)
         layers = target_layers(self.base.model, recipe.adapter.target_modules).values()
         shapes = [weight_shape(layer) for layer in layers]
         least = max(matrix_bytes((out if gradient else n, n)) for out, n in shapes)

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from forgetless.core.progress import duration
 from forgetless.recipes.plan.advice import ASKED, Advice
 from forgetless.recipes.plan.plan import Plan, show_bytes
 from forgetless.recipes.recipe import Recipe
@@ -26,6 +27,7 @@ _LABELS = {
     "training.batch_size": "batch",
     "training.weight_decay": "weight decay",
     "data.train": "replay",
+    "repair.strength": "repair",
     "data.max_length": "max length",
     "data.pack": "packing",
     "training.precision": "precision",
@@ -96,6 +98,7 @@ def _costs(plan: Plan) -> Table:
     rows = [
         ("trains", _count(step.trained), share),
         ("steps", f"{plan.steps:,}", f"{_count(plan.tokens)} tokens of the new task"),
+        ("time, training", duration(plan.seconds), "or more here: its matrix products alone"),
         ("memory, training", *training),
     ]
     if memory.statistics:
@@ -137,10 +140,14 @@ def recipe_text(plan: Plan, command: str) -> str:
     defaults = least.model_dump()
     defaults["training"]["epochs"] = None
     reasons = {each.key: f"{each.reason} [{each.source}]" for each in plan.advice}
+    costs = (
+        f"{plan.parameters:,} weights, {plan.memory.step.trained:,} trained; {plan.steps} steps, "
+        f"{duration(plan.seconds)} or more here; about {show_bytes(plan.memory.peak)} of tensors at "
+        "the peak"
+    )
     lines = [
         f"# Written by: {command}",
-        f"# {plan.parameters:,} weights, {plan.memory.step.trained:,} trained; {plan.steps} steps; "
-        f"about {show_bytes(plan.memory.peak)} of tensors at the peak",
+        *[f"# {line}" for line in textwrap.wrap(costs, WIDTH)],
         "#",
         "#     forgetless run THIS --check      # says what is wrong; loads no weights",
         "#     forgetless run THIS --find-lr    # tries learning rates briefly, then runs",
@@ -155,7 +162,7 @@ def recipe_text(plan: Plan, command: str) -> str:
         kept = {
             key: setting
             for key, setting in value.items()
-            if f"{name}.{key}" in reasons or setting != defaults[name].get(key)
+            if f"{name}.{key}" in reasons or setting != (defaults[name] or {}).get(key)
         }
         lines += ["", f"{name}:"] if kept else []
         for key, setting in kept.items():
