@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forgetless.core.errors import UserError
 from forgetless.data.encoding import encode
@@ -117,7 +117,7 @@ class KL(TextTask):
 
     def _own_texts(self, base: Model, tokenizer: Tokenizer) -> list[list[int]]:
         """What the base writes: once a task, for every model that is measured with it."""
-        kept: dict[str, Any] = vars(self)
+        kept: dict[str, list[list[int]]] = vars(self)
         if SELF not in kept:
             if not hasattr(base, "generate"):
                 raise UserError(

@@ -192,7 +192,7 @@ SAMPLE_TOKENS = 256
 """Tokens of a text whose activations are collected."""
 
 TOKENS_A_DIRECTION = 10
-"""Tokens for each direction of the widest input, of which those that are not used are looked for."""
+"""Tokens for each direction of the widest input, so that those hardly used are told."""
 
 LEAST_SAMPLES = 32
 
@@ -396,7 +396,9 @@ def _repair(base: Base, method: str, wishes: Wishes) -> list[Advice]:
         "SmolLM2-135M that took off three quarters of the drift for 0.7 % of what was learned"
     )
     text = "your text" if wishes.keep else "what the base writes itself, which did nearly as well"
-    words = f"so many texts of {SAMPLE_TOKENS} tokens are {TOKENS_A_DIRECTION} times the widest input"
+    words = (
+        f"so many texts of {SAMPLE_TOKENS} tokens are {TOKENS_A_DIRECTION} times the widest input"
+    )
     most = "the strongest that gives up no more than this share of what was learned is taken"
     return [
         Advice("repair.strength", [0.3, 1.0], reason, AFTERCARE),

@@ -46,7 +46,6 @@ from forgetless.tasks.kl import OWN_TEXTS
 from forgetless.training.checkpoints import KEPT_CHECKPOINTS
 from forgetless.training.schedules import epoch_steps
 
-
 HELD_OUT = 0.1
 """The share of the data that is held out where nobody names held-out examples."""
 

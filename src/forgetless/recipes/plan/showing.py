@@ -142,8 +142,8 @@ def recipe_text(plan: Plan, command: str) -> str:
     reasons = {each.key: f"{each.reason} [{each.source}]" for each in plan.advice}
     costs = (
         f"{plan.parameters:,} weights, {plan.memory.step.trained:,} trained; {plan.steps} steps, "
-        f"{duration(plan.seconds)} or more here; about {show_bytes(plan.memory.peak)} of tensors at "
-        "the peak"
+        f"{duration(plan.seconds)} or more here; about {show_bytes(plan.memory.peak)} of tensors "
+        "at the peak"
     )
     lines = [
         f"# Written by: {command}",
