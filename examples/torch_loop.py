@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
         model = fl.load(base, half, trainable=True)
     else:
         keep = batches("self", base, tokenizer, samples=32, max_length=64)
-        model = fl.attach(base, "lora_null_v1", rank=8, alpha=8, stats=fl.collect(base, keep))
-    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-3)
+        model = fl.attach(base, "lora_null_v2", rank=8, alpha=8, stats=fl.collect(base, keep))
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-2)
     if options.resume:
         load_moments(optimizer, half)
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
 
     base, tokenizer = load_model(options.base), load_tokenizer(options.base)
     keep = batches("self", base, tokenizer, samples=32, max_length=64)
-    model = fl.attach(base, "lora_null_v1", rank=8, alpha=8, stats=fl.collect(base, keep))
+    model = fl.attach(base, "lora_null_v2", rank=8, alpha=8, stats=fl.collect(base, keep))
 
     trainer = DPOTrainer(
         model=model,
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
             max_steps=options.steps,
             save_steps=max(1, options.steps // 2),
             per_device_train_batch_size=4,
-            learning_rate=3e-4,
+            learning_rate=1e-3,
             max_length=128,
             logging_steps=1,
             bf16=False,

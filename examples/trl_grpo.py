@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
 
     base, tokenizer = load_model(options.base), load_tokenizer(options.base)
     keep = batches("self", base, tokenizer, samples=32, max_length=64)
-    model = fl.attach(base, "lora_null_v1", rank=8, alpha=8, stats=fl.collect(base, keep))
+    model = fl.attach(base, "lora_null_v2", rank=8, alpha=8, stats=fl.collect(base, keep))
 
     rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems(128, seed=0)]
     trainer = GRPOTrainer(
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> PeftModel:
             per_device_train_batch_size=8,
             num_generations=4,
             max_completion_length=32,
-            learning_rate=1e-4,
+            learning_rate=3e-4,
             beta=0.04,  # KL to the base, which is the adapter switched off
             logging_steps=1,
             bf16=False,

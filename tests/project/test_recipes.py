@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from forgetless.adapters.settings import RepairSettings
 from forgetless.cli import demo
 from forgetless.core.files import load_yaml
 from forgetless.methods import METHODS
@@ -51,9 +52,17 @@ def test_a_shipped_recipe_can_be_read(file: Path) -> None:
 def test_the_template_shows_the_defaults() -> None:
     """What `own-model.yaml` does not mark with (*) is what a recipe without it would have."""
     marked = {
-        *("name", "base", "data.train", "training.learning_rate", "training.epochs"),
+        *(
+            "name",
+            "base",
+            "adapter.method",
+            "data.train",
+            "training.learning_rate",
+            "training.epochs",
+        ),
         *("training.batch_size", "training.gradient_accumulation"),
         *("tasks.learning", "tasks.forgetting"),
+        *(f"repair.{key}" for key in RepairSettings.model_fields),
     }
     shown = Recipe.load(RECIPES / "own-model.yaml").model_dump()
     least = {"base": "x", "data": {"train": "x"}, "training": {"epochs": 1}}
