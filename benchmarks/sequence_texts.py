@@ -1,4 +1,4 @@
-"""The files of recipes/sequence-texts.yaml: four sets of sentences, and what an encoder is to keep.
+"""The files of recipes/sequence-texts*.yaml: four sets of sentences, and what a base is to keep.
 
     python benchmarks/sequence_texts.py --data DATA --out DIR
 
@@ -6,8 +6,10 @@ DATA has text_classification/ with the folders agnews, amazon, dbpedia and yelp 
 JSON lists of rows with `label` and `sentence`, and wikitext2/ with valid.txt and test.txt. Of each
 set 2,000 rows for training and 500 others for testing are drawn, always the same; DBpedia's from
 its test rows and Yelp's from its training rows, since the other files are missing there. Texts are
-cut at 240 characters. What is to be kept are paragraphs of WikiText-2 (known.jsonl), and what asks
-for it pairs of two halves of others (pairs.jsonl), each of which is to find the other.
+cut at 240 characters. For a model that writes its answers every row is there as an instruction with
+all classes to choose from, too (-asked.jsonl). What is to be kept are paragraphs of WikiText-2
+(known.jsonl); what asks for it are others (held.jsonl), and pairs of two halves of these
+(pairs.jsonl), each of which is to find the other.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ SETS = {
 }
 """Name -> the files for training and for testing; the same file is divided."""
 
-TRAIN, TEST, PAIRS, KNOWN = 2000, 500, 300, 500
+TRAIN, TEST, PAIRS, KNOWN, HELD = 2000, 500, 300, 500, 50
 LENGTH = 240
 """Characters of a text."""
 
@@ -48,6 +50,15 @@ def main() -> None:
         for part, drawn in (("train", rows[train][:TRAIN]), ("test", asked)):
             short = [{**row, "sentence": row["sentence"][:LENGTH]} for row in drawn]
             write_jsonl(given.out / f"{name}-{part}.jsonl", short)
+            options = ", ".join(json.loads((folder / "labels.json").read_text()))
+            asked_of = f"Which of these is the text about: {options}?"
+            if name in ("amazon", "yelp"):
+                asked_of = f"What does the reviewer feel: {options}?"
+            rows_asked = [
+                {"prompt": f"{asked_of}\n\n{row['sentence']}", "completion": row["label"]}
+                for row in short
+            ]
+            write_jsonl(given.out / f"{name}-{part}-asked.jsonl", rows_asked)
     for file, count in (("valid", KNOWN), ("test", PAIRS)):
         lines = (given.data / "wikitext2" / f"{file}.txt").read_text().splitlines()
         long = [line.strip() for line in lines if len(line) >= 2 * LENGTH]
@@ -55,6 +66,7 @@ def main() -> None:
         if file == "valid":
             write_jsonl(given.out / "known.jsonl", [{"text": x[:LENGTH]} for x in drawn])
         else:
+            write_jsonl(given.out / "held.jsonl", [{"text": x} for x in drawn[:HELD]])
             halves = [(x[:LENGTH], x[LENGTH : 2 * LENGTH]) for x in drawn]
             pairs = [{"sentence1": first, "sentence2": second} for first, second in halves]
             write_jsonl(given.out / "pairs.jsonl", pairs)

@@ -54,7 +54,7 @@ def test_a_whole_definition_parses(block: str, tmp_path: Path) -> None:
     path = tmp_path / "shown.yaml"
     path.write_text(block, encoding="utf-8")
     definition = load_yaml(path)
-    if "tasks" in definition and "recipe" in definition:
+    if {"tasks", "split"} & definition.keys() and "recipe" in definition:
         SequenceRecipe.load(path)
     elif "space" in definition:
         SearchRecipe.load(path).asked()

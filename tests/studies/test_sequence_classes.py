@@ -256,6 +256,33 @@ def test_killed_at_random_moments_it_ends_with_the_same_matrices(
     assert found["task_incremental"]["sequences"] == [of(done, "stacked", "task_incremental")]
 
 
+def test_the_classes_of_one_data_set_are_learned_in_several_orders(
+    world: Path, tmp_path: Path
+) -> None:
+    definition = definition_of(world)
+    del definition["tasks"]
+    measure = {"kind": "image_accuracy", "path": str(world / "test")}
+    definition["split"] = {"data": str(world / "train"), "measure": measure, "tasks": 2}
+    definition["recipe"]["training"]["steps"] = 2
+    definition["orders"] = {"a": NEW, "b": [*NEW[:2], "zebra", "rings"], "c": [*NEW[1:], NEW[0]]}
+    done = sequence(definition, tmp_path)
+    assert not [run.record["reason"] for run in done.failed]
+    assert len(done.runs) == 4  # "a" and "b" are the same
+    first, second, third = done.matrices["sequences"]
+    assert first["tasks"] == ["lines, waves", "rings, zebra"]
+    assert first["R"] == second["R"]
+    assert third["tasks"] == ["rings, waves", "lines, zebra"]
+    assert done.matrices["classes"]["rings, waves"] == ["rings", "waves"]
+    by_task = done.matrices["task_incremental"]["sequences"]
+    for found in (*done.matrices["sequences"], *by_task):
+        assert all(value is not None for row in found["R"] for value in row)
+        assert found["metrics"]["ACC"] == sum(found["R"][-1][1:]) / 2
+    page = report(done.folder)
+    assert '<th scope="col">lines, zebra</th>' in page.read_text()
+    assert "3 sequences · 2 tasks" in page.read_text()
+    assert "lines-zebra" in (page.parent / "results.csv").read_text()
+
+
 @pytest.mark.parametrize("between", ["continue", "stack"])
 def test_sentences_are_learned_so_too(between: str, tmp_path: Path) -> None:
     save_text_classifier(tmp_path / "base")

@@ -10,7 +10,11 @@ seeds: [0, 1, 2]
 arms: [{adapter.method: lora}, {adapter.method: full, training.learning_rate: 3e-4}]
 
 Every task of every sequence is a run, `after` the one before it. What the recipe calls forgetting
-is the base's knowledge.
+is the base's knowledge. In the place of `tasks` a `split` makes tasks of the classes of one data
+set, and `orders` are then those of its classes:
+
+split: {data: images, measure: {kind: image_accuracy, path: images-test}, tasks: 5}
+orders: [1993, 1994]
 """
 
 from __future__ import annotations
@@ -22,13 +26,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import modality_of, new_classes
 from forgetless.recipes.recipe import EarlierSettings, Recipe
+from forgetless.recipes.split import Split, name_of, shuffled
 from forgetless.recipes.study import Definition, Gathered, labels
 
 CLASS_ORDER_SEED = 1993
@@ -72,7 +76,9 @@ class SequenceRecipe(Definition):
 
     ``tasks`` have a ``name``, their training ``data`` and what ``measure`` them, a task or a list
     of which the first is what the matrix shows; further keys are dotted and change the recipe.
-    ``orders`` are lists of names, by name or not, or numbers, each the seed of a random order.
+    ``split`` makes them of the classes of one data set, see `Split`, and names them by these.
+    ``orders`` are lists of names (of a split, of all its classes), by name or not, or numbers, each
+    the seed of a random order.
     ``between`` is a run's own, see `SequenceSettings`, or ``joint``, one run that learns all tasks
     at once, or ``separate``, a run for each from the base: what sequences are compared with.
     With a ``replay`` of 0.1 a buffer has a tenth of every earlier task's examples, each of which
@@ -86,8 +92,9 @@ class SequenceRecipe(Definition):
 
     kind: ClassVar[str] = "sequence"
 
-    tasks: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    orders: dict[str, list[str]] | list[list[str] | int] = Field(default=[])
+    tasks: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    split: Split | None = None
+    orders: dict[str, list[str | int]] | list[list[str | int] | int] = Field(default=[])
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0]  # noqa: RUF012 - pydantic copies it
     between: Literal["continue", "stack", "merge", "joint", "separate"] = "continue"
     earlier: EarlierSettings = EarlierSettings()
@@ -98,20 +105,28 @@ class SequenceRecipe(Definition):
 
     @field_validator("tasks")
     @classmethod
-    def _tasks(cls, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for position, task in enumerate(tasks, start=1):
+    def _tasks(cls, tasks: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for position, task in enumerate(tasks or (), start=1):
             if missing := [key for key in _OF_A_TASK if not task.get(key)]:
                 raise ValueError(f"task {position} needs {' and '.join(missing)}")
             if not isinstance(task["name"], str):
                 raise ValueError(f"the name of task {position} must be text, got {task['name']!r}")
-        names = [task["name"] for task in tasks]
+        names = [task["name"] for task in tasks or ()]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two tasks are named {', '.join(sorted(twice))}")
         return tasks
 
     @model_validator(mode="after")
     def _orders_of_tasks(self) -> Self:
-        known = [task["name"] for task in self.tasks]
+        if (self.tasks is None) == (self.split is None):
+            raise ValueError("give either tasks, or a split of one data set into them")
+        if self.split is not None:
+            try:
+                _ = self._parts
+            except (OSError, TypeError, UserError) as problem:
+                raise ValueError(f"split: {problem}") from None
+            return self
+        known = [task["name"] for task in self.all_tasks]
         for name, order in self.all_orders().items():
             if unknown := [task for task in order if task not in known]:
                 raise ValueError(f"order {name} has {unknown[0]!r}, and the tasks are {known}")
@@ -122,22 +137,46 @@ class SequenceRecipe(Definition):
     @classmethod
     def refuse_other(cls, path: Path, content: Mapping[str, Any]) -> None:
         """Raise ``UserError`` for a file without a recipe or tasks."""
-        if "tasks" not in content or "recipe" not in content:
+        if not content.keys() & {"tasks", "split"} or "recipe" not in content:
             raise UserError(f"{path} has no 'recipe' and 'tasks', so it is no sequence")
 
     def all_orders(self) -> dict[str, tuple[str, ...]]:
-        """Every order by its name."""
-        names = [task["name"] for task in self.tasks]
+        """The names of the tasks in every order, by the order's name."""
+        if self.split is not None:
+            return {order: tuple(map(name_of, parts)) for order, parts in self._parts.items()}
+        names = [task["name"] for task in self.all_tasks]
         if isinstance(self.orders, dict):
-            return {name: tuple(order) for name, order in self.orders.items()}
+            return {name: tuple(map(str, order)) for name, order in self.orders.items()}
         found = {}
         for order in self.orders or [names]:
             if isinstance(order, int):
-                shuffled = np.random.RandomState(order).permutation(len(names))
-                found[f"seed {order}"] = tuple(names[i] for i in shuffled)
+                found[f"seed {order}"] = shuffled(names, order)
             else:
-                found[" > ".join(order)] = tuple(order)
+                found[" > ".join(map(str, order))] = tuple(map(str, order))
         return found
+
+    @cached_property
+    def all_tasks(self) -> list[dict[str, Any]]:
+        """The tasks of the definition, or those of all orders of its split."""
+        if self.split is None:
+            return self.tasks or []
+        parts = dict.fromkeys(part for parts in self._parts.values() for part in parts)
+        return [self.split.task(part) for part in parts]
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """The classes of every task of every order of a split."""
+        return {} if self.split is None else self.split.orders(self.orders)
+
+    def _measured(self, learned: tuple[str, ...]) -> list[dict[str, Any]]:
+        """The tasks that a run which learned some is measured on: those of any order with them.
+
+        Of a split every order has tasks of its own; sequences that share a run share its measures.
+        """
+        if self.split is None:
+            return self.all_tasks
+        orders = [order for order in self.all_orders().values() if {*learned} <= {*order}]
+        return [task for task in self.all_tasks if any(task["name"] in o for o in orders)]
 
     def chains(self) -> tuple[list[Chain], dict[str, Recipe]]:
         """Every sequence, and the recipes of their runs by run id, each after the one before it.
@@ -172,7 +211,7 @@ class SequenceRecipe(Definition):
         found = self.all_orders()
         if bound is None:
             return found
-        known = [task["name"] for task in self.tasks]
+        known = [task["name"] for task in self.all_tasks]
         apart = {frozenset(names): order for order, names in reversed(found.items())}
         return {
             order: tuple(sorted(names, key=known.index)) for names, order in reversed(apart.items())
@@ -203,10 +242,11 @@ class SequenceRecipe(Definition):
             changes: of the arm.
             seed: of the run.
         """
-        *earlier, task = (t for name in learned for t in self.tasks if t["name"] == name)
+        *earlier, task = (t for name in learned for t in self.all_tasks if t["name"] == name)
         bound = _bound(changes)
         now = [*earlier, task] if bound == "joint" else [task]
-        others = [spec for each in self.tasks if each not in now for spec in measures(each)]
+        measured = [each for each in self._measured(learned) if each not in now]
+        others = [spec for each in measured for spec in measures(each)]
         own = {key: value for key, value in task.items() if key not in _OF_A_TASK}
         found = {**changes, **own, "data.train": task["data"], "seed": seed}
         if bound is not None:
@@ -227,7 +267,9 @@ class SequenceRecipe(Definition):
         loss_over = found.pop("loss_over", self.loss_over)
         head = found.get("adapter.head", self._section("adapter").get("head"))
         if head == "new" and all(self.classes.values()):
-            found["adapter.head"] = _union(self.classes.values())
+            found["adapter.head"] = list(
+                self.split.names if self.split else _union(self.classes.values())
+            )
             with_earlier = loss_over == "seen" or (loss_over == "data" and replay is not None)
             over = [*earlier, task] if with_earlier else [task]
             if loss_over != "all":
@@ -253,7 +295,7 @@ class SequenceRecipe(Definition):
     def counts(self) -> dict[str, int]:
         """How many examples the data of the tasks has; without what cannot be read."""
         found = {}
-        for path in dict.fromkeys(task["data"] for task in self.tasks):
+        for path in dict.fromkeys(task["data"] for task in self.all_tasks):
             with suppress(OSError, ValueError, TypeError):
                 found[path] = len(load_examples(path))
         return found
@@ -261,11 +303,13 @@ class SequenceRecipe(Definition):
     @cached_property
     def classes(self) -> dict[str, list[str]]:
         """The classes of every task that a new head learns; none where they cannot be read."""
-        found: dict[str, list[str]] = {task["name"]: [] for task in self.tasks}
+        if self.split is not None:
+            return {name_of(p): list(p) for parts in self._parts.values() for p in parts}
+        found: dict[str, list[str]] = {task["name"]: [] for task in self.all_tasks}
         with suppress(OSError, ValueError, TypeError):
             modality = modality_of(str(self.recipe["base"]))
             if modality.labels is not None:
-                for task in self.tasks:
+                for task in self.all_tasks:
                     found[task["name"]] = new_classes(modality, task["data"])
         return found
 

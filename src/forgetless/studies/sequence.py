@@ -106,8 +106,9 @@ def sequence(
     chains, recipes = definition.chains()
     index = {
         "sequences": [asdict(chain) for chain in chains],
-        "measured_by": {t["name"]: _first_name(measures(t)) for t in definition.tasks},
+        "measured_by": {t["name"]: _first_name(measures(t)) for t in definition.all_tasks},
         "knowledge": _first_name(definition.knowledge),
+        "classes": definition.classes if definition.split else {},
     }
     how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
     content = {"sequence.yaml": definition.model_dump()}
@@ -125,9 +126,10 @@ def matrices(folder: str | Path) -> dict[str, Any]:
     """What the sequences in a folder came to, as plain JSON values; None where nothing is known.
 
     Returns:
-        "formulas": what the metrics are; "sequences": for each its arm, order, seed, tasks and
-        runs, "R" of (K + 1, K + 1) with row and column 0 for the base, "metrics", and "lost", for
-        every column how much is lost since its best score, and after which task most of it went;
+        "formulas": what the metrics are; "classes": of every task of a split; "sequences": for each
+        its arm, order, seed, tasks and runs, "R" of (K + 1, K + 1) with row and column 0 for the
+        base, "metrics", and "lost", for every column how much is lost since its best score, and
+        after which task most of it went;
         "arms": for each the mean of every metric over seeds and orders with its 95 % interval, and
         by order the mean matrix "R" over seeds; "pairs": see `pairs`. Of a classifier whose tasks
         share a new head these are of its accuracy over all classes of the head (class-incremental),
@@ -154,6 +156,7 @@ def matrices(folder: str | Path) -> dict[str, Any]:
         "name": folder.resolve().name,
         "measured_by": index["measured_by"],
         "knowledge": index["knowledge"],
+        "classes": index.get("classes", {}),
         "formulas": FORMULAS,
         "sequences": found,
         **_summed_up(found),
