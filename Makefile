@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-quantised check docs fuzz format bench clean
+.PHONY: demo test test-quantised check docs fuzz kill audit format bench clean
 
 demo: $(READY)
 	$(BIN)/forgetless demo --out runs
@@ -41,6 +41,19 @@ $(VENV)/.docs-ready: $(READY)
 # A thousand damaged files, each read by a command: it ends well or says which file and why.
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzzing --cases 1000
+
+# Every verb that writes, killed at random moments until there were 150 kills, and 100 pairs at once.
+kill: $(READY)
+	$(BIN)/python -m tests.killing --kills 150
+	$(BIN)/python -m tests.killing --pairs 100
+
+# Known holes in what is installed; asks the package index's advisories.
+audit: $(VENV)/.audit-ready
+	$(BIN)/pip-audit --skip-editable --progress-spinner off
+
+$(VENV)/.audit-ready: $(READY)
+	$(BIN)/python -m pip install --quiet pip-audit
+	@touch $@
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from forgetless.core import files
 from forgetless.core.errors import UserError
 from forgetless.core.files import (
+    _machine,
     folder_name,
     held_by,
     load_yaml,
@@ -152,11 +153,44 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("writes", ["new_folder(path)", "new_file(path)", "_nested(path)"])
+def test_the_next_writer_of_a_name_removes_it(tmp_path: Path, writes: str) -> None:
+    code = (
+        "import os, sys; from contextlib import contextmanager; from pathlib import Path\n"
+        "from forgetless.core.files import new_file, new_folder\n"
+        "@contextmanager\n"
+        "def _nested(path):\n"
+        "    with new_folder(path) as outer, new_folder(outer) as inner:\n"
+        "        yield inner\n"
+        "path = Path(sys.argv[1]) / 'made'\n"
+        f"with {writes} as half:\n"
+        "    (half / 'file' if half.is_dir() else half).write_text('half')\n"
+        "    os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
+    with new_folder(tmp_path / "others"):
+        assert [path for path in tmp_path.iterdir() if path.name.endswith("-made")]
+    with new_folder(tmp_path / "made"), new_folder(tmp_path / "made"):  # the first is at work
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "others"]
+
+
+def test_what_another_machine_writes_is_left_alone(tmp_path: Path) -> None:
+    gone, machine = 4_190_000, _machine()
+    other = f"{(int(machine, 16) + 1) % 2**16:04x}"
+    for where in (machine, other):
+        (tmp_path / f".tmp-{where}{gone:06x}abcd-x.json").write_text("half")
+    write_json(tmp_path / "x.json", {})
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f".tmp-{other}{gone:06x}abcd-x.json", "x.json"]
+
+
 def test_only_leftovers_of_a_name_are_removed(tmp_path: Path) -> None:
     for name in ("study.yaml", "study.yaml.part", "my-study.yaml", "other"):
-        (tmp_path / f".tmp-0123456789ab-{name}").write_text("half")
+        (tmp_path / f".tmp-0123456789abcd-{name}").write_text("half")
     remove_temporaries(tmp_path, "study.yaml")
-    left = sorted(path.name.partition("ab-")[2] for path in tmp_path.iterdir())
+    left = sorted(path.name.partition("abcd-")[2] for path in tmp_path.iterdir())
     assert left == ["my-study.yaml", "other"]
 
 

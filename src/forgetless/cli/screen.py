@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 def hush() -> None:
     """Our own bars, and none of transformers or datasets, nor what is said of every model alike."""
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     from transformers.utils import logging
 
     from forgetless.core.progress import draw

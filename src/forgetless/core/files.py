@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import glob
+import hashlib
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     temporary = _temporary(path)
     try:
         yield temporary
@@ -75,6 +78,7 @@ def new_folder(
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     temporary, old = _temporary(path), _temporary(path)
     temporary.mkdir()
     try:
@@ -94,7 +98,27 @@ def new_folder(
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}")
+    """A new name beside ``path`` that says which process of which machine uses it."""
+    writer = f"{_machine()}{os.getpid():06x}{uuid.uuid4().hex[:4]}"
+    return path.with_name(f"{_TEMPORARY}{writer}-{path.name}")
+
+
+@cache
+def _machine() -> str:
+    """Four hex digits for where process ids are those of this process: host and container."""
+    container = "/proc/self/ns/pid"
+    inside = os.readlink(container) if os.path.islink(container) else ""
+    return hashlib.sha256(f"{platform.node()} {inside}".encode()).hexdigest()[:4]
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what writers of ``path`` left that were killed on this machine."""
+    for left in path.parent.glob(f"{_TEMPORARY}*-{glob.escape(path.name)}"):
+        from psutil import pid_exists  # takes 50 ms, which writing has no need of else
+
+        origin = re.match(f"{_TEMPORARY}{_machine()}([0-9a-f]{{6}})", left.name)
+        if origin and not pid_exists(int(origin[1], 16)):
+            remove(left)
 
 
 def flush(path: Path) -> None:
@@ -165,7 +189,7 @@ def remove_temporaries(folder: Path, name: str = "") -> None:
 
     Only for the holder of the lock on these files: other writers may be at work on others.
     """
-    pattern = f"{_TEMPORARY}{'?' * 12}-{glob.escape(name)}*"
+    pattern = f"{_TEMPORARY}{'?' * 14}-{glob.escape(name)}*"
     for left in folder.glob(pattern) if name else folder.rglob(pattern):
         remove(left)
 

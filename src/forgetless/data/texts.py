@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from forgetless.core.errors import UserError, unknown
-from forgetless.core.progress import counted
+from forgetless.core.progress import Bar
 from forgetless.data.chat import Chat, as_chat
 from forgetless.data.encoding import encode, ended
 from forgetless.data.examples import Examples, from_rows, require_kind
@@ -297,15 +297,16 @@ def self_text(
     firsts = _first_tokens(model, tokenizer, samples, random.Random(seed))
     together = sampled_together(model, max_length)
     sampled: list[list[int]] = []
-    with as_base(model) as base:
+    bar = Bar("the base writes", samples * max_length, "tokens")
+    with as_base(model) as base, bar:
         device = next(base.parameters()).device
-        for start in counted(range(0, samples, together), "sampling text", "batches"):
+        for start in range(0, samples, together):
             begin = torch.tensor(firsts[start : start + together], device=device)[:, None]
             if start == 0 and not base(input_ids=begin).logits.isfinite().all():
                 raise UserError("the base gives NaN or infinity instead of text; check its weights")
             with generators_kept():
                 torch.manual_seed(seed * 1_000_003 + start)
-                sampled += _generate(base, begin, max_length, tokenizer.eos_token_id)
+                sampled += _generate(base, begin, max_length, tokenizer.eos_token_id, bar)
     return sampled
 
 
@@ -332,7 +333,9 @@ def sampled_together(model: PreTrainedModel, max_length: int) -> int:
     return max(_SAMPLED_TOGETHER[0], min(_CACHE_BYTES // row_bytes, _SAMPLED_TOGETHER[-1]))
 
 
-def _generate(base: nn.Module, begin: Tensor, max_length: int, eos: int | None) -> list[list[int]]:
+def _generate(
+    base: nn.Module, begin: Tensor, max_length: int, eos: int | None, bar: Bar
+) -> list[list[int]]:
     """Continuations of `begin` (batch, 1), each cut after its first end-of-text token."""
     import torch
     from transformers import GenerationConfig
@@ -348,14 +351,27 @@ def _generate(base: nn.Module, begin: Tensor, max_length: int, eos: int | None) 
         eos_token_id=eos,
         pad_token_id=0 if eos is None else eos,
     )
+    count, done = len(begin), 0
+
+    def counting(ids: Tensor, scores: Tensor) -> Tensor:
+        """Not one score is changed; the sequences have one token more."""
+        nonlocal done
+        bar.advance(count)
+        done += count
+        return scores
+
     model: Any = base
     usual, model.generation_config = model.generation_config, plain  # its values fill in for unset
     try:
         ids = model.generate(
-            input_ids=begin, attention_mask=torch.ones_like(begin), generation_config=plain
+            input_ids=begin,
+            attention_mask=torch.ones_like(begin),
+            generation_config=plain,
+            logits_processor=[counting],
         )
     finally:
         model.generation_config = usual
+    bar.advance(count * max_length - done)  # all may have ended before
     return [_until(row, eos) for row in ids.tolist()]
 
 
