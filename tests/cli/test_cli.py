@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -22,6 +23,7 @@ from forgetless.adapters.folders import load
 from forgetless.cli import main
 from forgetless.cli.tables import print_rates, print_run
 from forgetless.core.files import read_json
+from forgetless.core.progress import LOUDNESS
 from forgetless.models.load import load_model
 from forgetless.recipes.identity import run_id
 from forgetless.recipes.recipe import Recipe
@@ -256,6 +258,22 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
 
 def test_there_are_enough_mistakes() -> None:
     assert len(MISTAKES) >= 30
+
+
+@pytest.mark.parametrize("loudness", ["--quiet", "--verbose"])
+def test_it_is_said_how_much_is_said(
+    place: dict[str, Path], capsys: pytest.CaptureFixture[str], loudness: str
+) -> None:
+    recipe, out = str(place["here"] / "recipe.yaml"), str(place["here"] / f"runs{loudness}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LOUDNESS, "usual")
+        with pytest.raises(SystemExit) as ended:
+            main(["train", recipe, loudness, "--out", out])
+        assert os.environ[LOUDNESS] == loudness.removeprefix("--")  # workers inherit it
+    assert ended.value.code == 0
+    found = capsys.readouterr()
+    assert ("train: " in found.err) == (loudness == "--verbose")
+    assert out in found.out
 
 
 def test_debug_shows_where_it_came_from(place: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
@@ -15,8 +16,12 @@ import typer
 
 from forgetless.cli.app import app
 from forgetless.core.errors import OtherProcessError
+from forgetless.core.progress import LOUDNESS
 from forgetless.studies.out_of_memory import out_of_memory
 from forgetless.training.launch import process_index
+
+_OF_ALL = ("--debug", "--quiet", "--verbose")
+"""Options of every verb, at any place of the line."""
 
 STOPPED = 130
 """The exit code after Ctrl-C."""
@@ -30,7 +35,12 @@ _TAKES_LESS = (
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    words = [word for word in given if word != "--debug"]
+    words = [word for word in given if word not in _OF_ALL]
+    loud = [word.removeprefix("--") for word in given if word in ("--quiet", "--verbose")]
+    if loud:
+        os.environ[LOUDNESS] = loud[-1]
+        if loud[-1] == "verbose":
+            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     warnings.showwarning = _show_warning
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clusters send it
@@ -39,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED
     except Exception as error:
-        if words != given:
+        if "--debug" in given:
             raise
         sys.exit(_say(*_explain(error)))
     finally:

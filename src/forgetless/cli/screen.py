@@ -18,9 +18,11 @@ def hush() -> None:
         sys.modules["datasets"].disable_progress_bars()
     from transformers.utils import logging
 
-    from forgetless.core.progress import draw
+    from forgetless.core.progress import draw, loudness
 
     draw()
+    if loudness() == "verbose":
+        return
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from forgetless.core.progress import loudness
+
 if TYPE_CHECKING:
     from forgetless.studies.stages import Event, Listener
 
@@ -29,8 +31,10 @@ def watch(*, several: bool) -> Iterator[Listener]:
 
     A single run needs no bar here: training draws its own.
     """
-    console = Console(stderr=True)
-    if not several:
+    console, said = Console(stderr=True), loudness()
+    if said == "quiet":
+        yield lambda event: _print(console, event) if event.stage == "failed" else None
+    elif not several or said == "verbose":
         yield lambda event: _print(console, event)
     elif not console.is_terminal:
         yield lambda event: _print(console, event) if event.stage in _ENDS else None

@@ -8,6 +8,7 @@ redirected.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,9 @@ from rich.text import Text
 
 T = TypeVar("T")
 
+LOUDNESS = "FORGETLESS_LOUDNESS"
+"""The environment variable that says it, for the processes that a command starts."""
+
 _console: Console | None = None
 _current: Bar | None = None
 
@@ -43,9 +47,14 @@ def duration(seconds: float) -> str:
 
 
 def draw() -> None:
-    """From now on all long work of this process has a bar."""
+    """From now on all long work of this process has a bar, unless it is to be quiet."""
     global _console
-    _console = Console(file=sys.stderr)
+    _console = None if loudness() == "quiet" else Console(file=sys.stderr)
+
+
+def loudness() -> str:
+    """How much is said of the work: quiet, usual or verbose; workers are told the same."""
+    return os.environ.get(LOUDNESS, "usual")
 
 
 def clear() -> None:
@@ -80,7 +89,8 @@ class Bar:
         self._done, self._began = done, time.monotonic()
         self._last = self._began
         self._note: str | None = None
-        if self._left == 0 or _current is not None or not (unasked or _console is not None):
+        wanted = unasked or _console is not None
+        if self._left == 0 or _current is not None or not wanted or loudness() == "quiet":
             return
         if not self.console.is_terminal:
             _current = None if _console is None else self
