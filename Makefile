@@ -21,7 +21,7 @@ test: check
 test-quantised:
 	$(MAKE) VENV=.venv-quantised EXTRAS=dev,quantised .venv-quantised/.ready
 	.venv-quantised/bin/python -m pytest tests/adapters/test_bases.py tests/adapters/test_rounding.py \
-	  tests/cli/test_sharing.py -k 'not sharing or 4_bits'
+	  tests/studies/test_quantised.py tests/cli/test_sharing.py -k 'not sharing or 4_bits'
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -30,8 +30,13 @@ Test = Annotated[
 
 def plan(
     context: typer.Context,
-    base: Base,
-    data: Annotated[str, typer.Option(help="Training data of the new task, or raw text.")],
+    base: Annotated[
+        str,
+        typer.Argument(help="A model folder, a hub id or 'pocket'; or a recipe, for its costs."),
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="Training data of the new task, or raw text.")
+    ] = None,
     keep: Keep = None,
     test: Test = None,
     goal: Annotated[str, typer.Option(help="learn, balance or keep.")] = "balance",
@@ -40,17 +45,27 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="What the run may take, such as 24GB; the batch is fitted.")
     ] = None,
+    quantise: Annotated[
+        str | None, typer.Option(help="Load the base in fewer bits: nf4 or int8.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="YAML file for the recipe.")] = None,
     forecast: Annotated[
         bool, typer.Option("--forecast", help="Run the base on --data and --keep: what they share.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Advise how to train a base on some data, with reasons, costs and a recipe."""
+    """Advise how to train a base on some data, with reasons, costs and a recipe.
+
+    Of a recipe that there is, say what it will cost.
+    """
+    from forgetless.core.errors import unknown
     from forgetless.core.files import write_text
+    from forgetless.models.quantised import FORMATS
     from forgetless.recipes.plan.advice import Wishes
     from forgetless.recipes.plan.plan import plan as do
+    from forgetless.recipes.plan.plan import plan_recipe
     from forgetless.recipes.plan.showing import recipe_text, render
+    from forgetless.recipes.recipe import Recipe
     from forgetless.statistics.passes import parse_bytes
     from forgetless.studies.forecast import forecast as foretold
 
@@ -60,7 +75,17 @@ def plan(
         raise UserError("--forecast is about what is to be kept: give a text by --keep FILE")
     hush()
     most = None if memory is None else parse_bytes(memory, "--memory")
-    made = do(base, data, Wishes(goal, method, rank, keep, test, most))
+    if is_recipe := Path(base).suffix in (".yaml", ".yml") and Path(base).is_file():
+        if any((data, keep, test, method, rank, quantise, out)) or goal != "balance":
+            raise UserError("a recipe says all of its settings itself; give --memory alone")
+        made = plan_recipe(Recipe.load(base), most)
+    elif data is None:
+        raise UserError("give the training data by --data FILE, or a recipe instead of a base")
+    elif quantise is not None and quantise not in FORMATS:
+        raise unknown("quantise", quantise, FORMATS)
+    else:
+        wishes = Wishes(goal, method, rank, keep, test, most, quantise)
+        made = do(base, data, wishes)
     if out is not None:
         write_text(Path(out), recipe_text(made, context.obj))
     shared = foretold(made.recipe) if forecast else {}
@@ -74,7 +99,7 @@ def plan(
         print_forecast(shared)
     if out is not None:
         print(f"recipe: {out}")
-    else:
+    elif not is_recipe:
         print("--out recipe.yaml writes this as a recipe; --json is for programs")
 
 

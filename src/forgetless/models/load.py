@@ -51,6 +51,7 @@ from forgetless.models.heads import (
     start_head,
 )
 from forgetless.models.pocket import POCKETS
+from forgetless.models.quantised import Format, quantisation, unavailable, unpacked_dtype
 from forgetless.models.targets import PARTS, part_of, shortest_endings
 from forgetless.models.text import unread_by_text
 from forgetless.models.trust import is_trusted
@@ -74,10 +75,12 @@ __all__ = [
     "base_of",
     "checkpoint_activations",
     "config_of",
+    "device_of",
     "evaluating",
     "find_targets",
     "has_weights",
     "head_of",
+    "is_stored_packed",
     "linear_weight",
     "load_image_processor",
     "load_model",
@@ -219,7 +222,14 @@ def _is_cached(hub_id: str) -> bool:
 
 
 def load_model(
-    base: str, *, dtype: str = "auto", device: str = "auto", new_classes: Sequence[str] = ()
+    base: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    new_classes: Sequence[str] = (),
+    quantise: Format | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """The base with its own head, see `HEADS`, in evaluation mode.
 
@@ -230,6 +240,10 @@ def load_model(
         device: "auto" is the first accelerator, or the CPU where there is none; or a torch device.
         new_classes: of a new head, see `forgetless.models.heads`; an encoder without a head of its
             own must be given one.
+        quantise: pack the linear layers by bitsandbytes, see `forgetless.models.quantised`; all
+            else, and what is computed with 4-bit weights, has the `dtype`, for "auto" bfloat16.
+        device_map: transformers' placing of the modules on several devices, instead of `device`.
+        attn_implementation: transformers' name of what computes the attention; None for its choice.
 
     Raises:
         UserError: `base` has none of the heads, its files cannot be read, or weights that the
@@ -239,11 +253,24 @@ def load_model(
         raise unknown("dtype", dtype, DTYPES)
     source = resolve_base(base)
     config, head = _load_config(base, source)
-    is_bare = _is_bare(config)
+    is_bare, is_packed = _is_bare(config), is_stored_packed(config)
     if is_bare:
         _require_head(base, config, new_classes)
         name_classes(config, [], new_classes)
-    more = {"config": config} if is_bare else {}
+    more: dict[str, Any] = {"config": config} if is_bare else {}
+    if attn_implementation is not None:
+        more["attn_implementation"] = attn_implementation
+    if quantise is not None:
+        if is_packed:
+            raise UserError(f"base {base!r} is stored in fewer bits already; leave quantise out")
+        if problem := unavailable(device_of(device)):
+            raise UserError(f"quantise: {quantise!r} {problem}")
+        dtype = unpacked_dtype(dtype, quantise)
+        more["quantization_config"] = quantisation(quantise, getattr(torch, dtype))
+    if device_map is None and (quantise is not None or is_packed):
+        device_map = {"": str(device_of(device))}  # a packed weight is not moved later
+    if device_map is not None:
+        more["device_map"] = device_map
     try:
         model, loading = head.auto_class.from_pretrained(
             source,
@@ -260,15 +287,23 @@ def load_model(
             f"the weights of base {base!r} are incomplete: {len(missing)} missing, "
             f"{missing[0]!r} among them"
         )
-    model = (start_head if is_bare else divided)(model).to(_device(device))
+    model = (start_head if is_bare else divided)(model)
+    model = model.to(device_of(device)) if device_map is None else model
+    hold_packing(model)
     return (add_head(model, new_classes) if new_classes else model).eval()
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str = "auto") -> torch.device:
+    """The device of a name; of "auto" the first accelerator, or the CPU where there is none."""
     if device != "auto":
         return torch.device(device)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator or torch.device("cpu")
+
+
+def is_stored_packed(config: PretrainedConfig) -> bool:
+    """Whether the weights of a base lie on the disk in fewer bits."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
@@ -404,13 +439,20 @@ def _load_beside(base: str, auto_class: Any, noun: str, weights: bool) -> Any:
         ) from problem
 
 
-def meta_model(base: str, *, weights: bool = True, bare: bool = False) -> PreTrainedModel:
+def meta_model(
+    base: str,
+    *,
+    weights: bool = True,
+    bare: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
     """The base's architecture on the meta device: every shape, not one weight.
 
     Args:
         base: see `resolve_base`.
         weights: whether a folder without any is refused.
         bare: whether an encoder without a head is taken, with a new head of two classes.
+        attn_implementation: as of `load_model`.
 
     Raises:
         UserError: as `load_model`.
@@ -421,9 +463,10 @@ def meta_model(base: str, *, weights: bool = True, bare: bool = False) -> PreTra
         classes = ["", " "] if bare else []
         _require_head(base, config, classes)
         name_classes(config, [], classes)
+    more = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
         found: PreTrainedModel = divided(
-            head.auto_class.from_config(config, trust_remote_code=is_trusted(base))
+            head.auto_class.from_config(config, trust_remote_code=is_trusted(base), **more)
         )
     return found
 

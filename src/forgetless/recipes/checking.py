@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from forgetless.adapters.foreign import require_within
 from forgetless.adapters.ranks import layer_ranks
 from forgetless.adapters.settings import AdapterSettings, OPLoRA, Ties
-from forgetless.core.errors import RecipeError, UserError
+from forgetless.core.errors import RecipeError, UserError, first_line
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import with_overrides
 from forgetless.data.examples import ChatTemplate, as_kind, load_examples, require_kind
@@ -23,11 +23,14 @@ from forgetless.methods import find, known
 from forgetless.models.heads import add_head, new_modules
 from forgetless.models.load import (
     config_of,
+    device_of,
     head_of,
+    is_stored_packed,
     meta_model,
     require_checkpointing,
     target_layers,
 )
+from forgetless.models.quantised import unavailable
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.measuring import probed, tasked
 from forgetless.recipes.recipe import Recipe
@@ -54,6 +57,7 @@ class Checker:
         """The problems of one recipe, see `check`."""
         found = [
             *self.adapter(recipe.base, recipe.adapter),
+            *self._loading(recipe),
             *self._head(recipe),
             *_loraplus(recipe),
             *self._checkpointing(recipe),
@@ -108,6 +112,36 @@ class Checker:
         model, _ = self._attempt(shapes, base)
         layers = () if options or model is None else _rank_problems(model, settings)
         return [*found, *options, *layers]
+
+    def _loading(self, recipe: Recipe) -> Iterator[str]:
+        """What keeps the base from being loaded as the recipe asks."""
+        config, problem = self._attempt(config_of, recipe.base)
+        if problem is not None:  # which the adapter's own check tells
+            return
+        is_packed, launch = is_stored_packed(config), this_launch()
+        if recipe.attn_implementation is not None:
+            look = _with_attention, recipe.base, recipe.attn_implementation
+            yield from self._problem("attn_implementation", *look)
+        if recipe.device_map is not None and launch.processes > 1:
+            yield "device_map: is for one process; leave it out, or run without a launcher"
+        if recipe.quantise is None and not is_packed:
+            return
+        where = "base" if recipe.quantise is None else "quantise"
+        if recipe.quantise is not None and is_packed:
+            yield "quantise: the base is stored in fewer bits already; leave quantise out"
+        elif recipe.quantise is not None and (lack := unavailable(device_of())):
+            yield f"quantise: {recipe.quantise!r} {lack}"
+        if self._attempt(head_of, recipe.base)[0].modality != "language":
+            yield f"{where}: fewer bits are for causal language models"
+        if recipe.adapter.method == "full":
+            yield (
+                f"{where}: packed weights cannot be trained, as method 'full' would; take a method "
+                "with an adapter, or a base that is not packed"
+            )
+        if recipe.sequence is not None and recipe.sequence.between == "merge":
+            yield f"{where}: nothing can be merged into packed weights; stack or continue"
+        if launch.strategy not in (None, "DDP"):
+            yield f"{where}: {launch.strategy} cannot cut packed weights; train in one process"
 
     def _head(self, recipe: Recipe) -> Iterator[str]:
         """What is wrong with the new head, or with settings for one that there is not."""
@@ -332,6 +366,14 @@ def _with_head(base: str) -> Any:
         raise UserError("new heads are for classifiers, and this base answers with tokens")
     model = meta_model(base, bare=True)
     return model if new_modules(model) else add_head(model, ["", " "])
+
+
+def _with_attention(base: str, implementation: str) -> Any:
+    """The shapes of a base whose attention is computed in another way."""
+    try:
+        return meta_model(base, bare=True, attn_implementation=implementation)
+    except ImportError as problem:  # of the package that computes it
+        raise UserError(first_line(problem)) from None
 
 
 def _shapes(base: str, has_new_head: bool = False) -> Any:

@@ -56,6 +56,20 @@ def weights_hash(folder: str | Path, more: Set[str] = frozenset()) -> str:
     return files_hash((f for f in folder.iterdir() if f.suffix in endings), folder)
 
 
+def base_key(recipe: Recipe, new_classes: Sequence[str] = ()) -> dict[str, Any]:
+    """What decides what a recipe's base computes; where it is placed does not."""
+    as_loaded = without_idle(recipe.loading, {"quantise": None, "attn_implementation": None})
+    as_loaded.pop("device_map")
+    return {"base": base_hash(recipe.base, new_classes), **as_loaded}
+
+
+def base_words(recipe: Recipe, new_classes: Sequence[str] = ()) -> list[str]:
+    """The same in words, for `ScoreCache`."""
+    key = base_key(recipe, new_classes)
+    plain = [key.pop("base"), key.pop("dtype")]
+    return plain + [f"{name} {value}" for name, value in key.items()]
+
+
 _AS_USUAL = {"augment": None, "chat_template": "auto", "system": None}
 """Settings of data that are not in an id where they are these."""
 
@@ -80,8 +94,7 @@ def input_keys(recipe: Recipe, *more: str) -> dict[str, dict[str, Any]]:
     # How many texts run together decides nothing; ids have always held the default.
     settings["batch_size"] = type(recipe.calibration).model_fields["batch_size"].default
     common = {
-        "base": base_hash(recipe.base),
-        "dtype": recipe.dtype,
+        **base_key(recipe),
         "target_modules": _adapter_key(recipe.adapter).get("target_modules"),
         "seed": recipe.seed,
         **without_idle(settings, {"skip_first": 0}),
@@ -138,8 +151,7 @@ def run_id(recipe: Recipe) -> str:
     inputs = input_keys(recipe) if recipe.adapter.method != "full" else {}
     alone = next(iter(inputs.values())) if len(inputs) == 1 and "gradient" not in inputs else None
     decides: dict[str, Any] = {
-        "base": base_hash(recipe.base),
-        "dtype": recipe.dtype,
+        **base_key(recipe),
         "seed": recipe.seed,
         "adapter": _adapter_key(recipe.adapter),
         "calibration": alone or inputs or None,

@@ -34,6 +34,7 @@ from forgetless.data.texts import SELF, sampled_together
 from forgetless.methods import find
 from forgetless.methods.table import entries
 from forgetless.models.load import checkpoint_activations, find_targets, target_layers
+from forgetless.models.quantised import Format, bytes_as_loaded, packed_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.passes import matrix_bytes, parse_budget
@@ -143,6 +144,7 @@ def step_memory(
     *,
     length: int,
     masked: bool = False,
+    quantise: Format | None = None,
 ) -> StepMemory:
     """The memory of a training step on batches of `training.batch_size` x `length` tokens.
 
@@ -153,8 +155,11 @@ def step_memory(
         training: how.
         length: tokens of each row.
         masked: whether attention gets a mask of tokens by tokens, as between packed sequences.
+        quantise: what the base's layers are packed in. The largest of them, unpacked, is then
+            counted among the activations.
     """
-    weights = _bytes(model.parameters()) + _bytes(model.buffers())
+    plain, weights = bytes_as_loaded(model), bytes_as_loaded(model, quantise)
+    unpacked = _largest_unpacked(model, quantise)
     if training.gradient_checkpointing:
         checkpoint_activations(model)
     if find(adapter.method).factors is not None:
@@ -176,13 +181,20 @@ def step_memory(
     )
     return StepMemory(
         weights=weights,
-        adapter=_bytes(model.parameters()) + _bytes(model.buffers()) - weights,
+        adapter=bytes_as_loaded(model) - plain,
         gradients=gradients,
         optimizer=moments * kind.state_bytes // 4,
-        activations=most if accumulates else max(0, most - gradients),
+        activations=unpacked + (most if accumulates else max(0, most - gradients)),
         trained=sum(weight.numel() for weight in trained),
         operations=operations,
     )
+
+
+def _largest_unpacked(model: Any, quantise: Format | None) -> int:
+    """Bytes of the largest packed weight as it is computed with, forwards and backwards."""
+    if quantise is None:
+        return 0
+    return max(_bytes([layer.weight]) for _, layer in packed_layers(model))
 
 
 def _adapted(model: nn.Module, settings: AdapterSettings) -> Any:
@@ -269,7 +281,8 @@ _SAME_INPUT = (
 
 def _statistics(model: Any, recipe: Recipe, matrices: int) -> int:
     """The most of: sampling text from the base, a whole forward pass, a pass with the matrices."""
-    settings, weights = recipe.calibration, _bytes(model.parameters()) + _bytes(model.buffers())
+    settings, weights = recipe.calibration, bytes_as_loaded(model, recipe.quantise)
+    weights += _largest_unpacked(model, recipe.quantise)
     shape = torch.Size((settings.batch_size, settings.max_length))
     whole, _ = _most_alive(_Forward(model), shape)
     inner, _ = _most_alive(_Forward(model.base_model), shape)

@@ -59,17 +59,27 @@ class SequenceSettings(Section):
     classes: list[str] | None = None
 
 
+Placement = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+
+
 class Recipe(Section):
     """Everything that decides one run.
 
     Paths are taken from the working directory. ``name`` is for people and decides nothing.
     ``trust_remote_code`` lets the Python code that lies beside the base's weights run.
+    ``quantise``, ``device_map`` and ``attn_implementation`` say how the base is loaded, see
+    `forgetless.models.load.load_model`.
     """
 
     name: Name | None = None
     base: Name
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantise: Literal["nf4", "int8"] | None = None
+    device_map: Placement | dict[str, int | str] | None = None
+    attn_implementation: Attention | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     adapter: AdapterSettings = AdapterSettings()
     calibration: CalibrationSettings = CalibrationSettings()
@@ -118,6 +128,12 @@ class Recipe(Section):
     def override(self, overrides: Mapping[str, Any]) -> Self:
         """A copy with dotted keys replaced, such as ``{"training.steps": 10}``."""
         return self.parse(self.model_dump(), overrides, source=self.name or "recipe")
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How its base is loaded: arguments of `load_model`."""
+        names = {"dtype", "quantise", "device_map", "attn_implementation"}
+        return self.model_dump(include=names)
 
     @property
     def after(self) -> str | None:

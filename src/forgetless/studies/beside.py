@@ -33,7 +33,7 @@ from forgetless.core.settings import without_idle
 from forgetless.data.examples import source_hash
 from forgetless.data.settings import DATA
 from forgetless.data.texts import fingerprint
-from forgetless.recipes.identity import base_hash, weights_hash
+from forgetless.recipes.identity import base_key, weights_hash
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.cache import digest
 from forgetless.statistics.moments import Statistics, is_statistics
@@ -238,8 +238,7 @@ class Beside:
         task = recipe.data.model_dump(include={"format", "max_length", "limit"})
         return {
             "kind": kind,
-            "base": base_hash(recipe.base),
-            "dtype": recipe.dtype,
+            **base_key(recipe),
             "target_modules": recipe.adapter.target_modules,
             "seed": recipe.seed,
             "source": source_hash(source, fingerprint),

@@ -37,7 +37,7 @@ def forecast(recipe: Recipe) -> dict[tuple[str, ...], float]:
         raise UserError(f"the forecast runs the base, and {recipe.base} holds no weights yet")
     budget = recipe.calibration.memory_budget or MEMORY
     collecting = Collecting.of(recipe.override({"calibration.memory_budget": budget}))
-    model, processor = load_model(recipe.base, dtype=recipe.dtype), load_processor(recipe.base)
+    model, processor = load_model(recipe.base, **recipe.loading), load_processor(recipe.base)
     keep, task = (
         collecting.collect(need, model, processor) for need in ("second_moment", "task_moment")
     )

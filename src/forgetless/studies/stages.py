@@ -73,7 +73,7 @@ from forgetless.methods import find
 from forgetless.models.heads import is_of_new_head, learn_among
 from forgetless.models.load import load_model, meta_model, target_layers
 from forgetless.models.weights import linear_weight, weight_shape
-from forgetless.recipes.identity import base_hash, input_keys
+from forgetless.recipes.identity import base_words, input_keys
 from forgetless.recipes.measuring import probed, tasked
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.cache import ScoreCache, digest
@@ -331,9 +331,8 @@ class Stages:
         return base
 
     def _load_base(self, device: str = "auto") -> Any:
-        how = {"dtype": self.recipe.dtype, "device": device}
-        model = load_model(self.recipe.base, **how, new_classes=self.new_classes)
-        return self._with_classes(model)
+        how = {"device": device, "new_classes": self.new_classes, **self.recipe.loading}
+        return self._with_classes(load_model(self.recipe.base, **how))
 
     def _with_classes(self, model: Any) -> Any:
         """A model whose loss runs over the classes that a sequence asks for, if it does."""
@@ -356,7 +355,7 @@ class Stages:
 
         def read() -> Any:
             if self.full:
-                return load_model(str(run.model), dtype=self.recipe.dtype)
+                return load_model(str(run.model), **self.recipe.loading)
             return load(self._load_base(), run.native)
 
         return self._model(str(run.path), read)
@@ -404,7 +403,7 @@ class Stages:
         """Score the untouched base, or take the scores that another run of the study measured."""
         missing = self._missing("base")
         cache = ScoreCache(self.shared / "scores")
-        base = base_hash(self.recipe.base, self.new_classes), self.recipe.dtype
+        base = base_words(self.recipe, self.new_classes)
         for task, kind in missing:
             cache.result(task, *base, measure=partial(self._ask_base, task))
             self._copy(task, kind, cache.paths(task, *base), "base")
@@ -622,7 +621,8 @@ class Stages:
         # What is to be sharded comes to the devices in shards.
         device = "cpu" if this_launch().strategy == "FSDP2" else "auto"
         if self.full and self.before is not None:
-            model = load_model(str(self.before.model), dtype=self.recipe.dtype, device=device)
+            how = {"device": device, **self.recipe.loading}
+            model = load_model(str(self.before.model), **how)
             model = self._with_classes(model)
         else:
             model = self._below(device)

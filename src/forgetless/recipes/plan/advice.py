@@ -19,8 +19,10 @@ from forgetless.data.examples import load_examples
 from forgetless.data.modality import modality_of
 from forgetless.data.texts import SELF
 from forgetless.models.load import head_of, meta_model, target_layers
+from forgetless.models.quantised import FORMATS, Format
 from forgetless.models.text import positions_of
 from forgetless.models.weights import weight_shape
+from forgetless.recipes.recipe import Recipe
 
 # ---- what it is for ------------------------------------------------------------------------------
 
@@ -47,13 +49,13 @@ class Base:
     model: Any
 
     @classmethod
-    def find(cls, name: str) -> Base:
+    def find(cls, name: str, attn_implementation: str | None = None) -> Base:
         """The base of a name, as `meta_model` finds it; a folder needs no weights for this.
 
         Raises:
             UserError: as `meta_model`; or no causal language model, for which all advice is.
         """
-        model = meta_model(name, weights=False)
+        model = meta_model(name, weights=False, attn_implementation=attn_implementation)
         head = head_of(model)
         if head is not None and head.modality != "language":
             raise UserError(f"plans are for causal language models, and {name!r} is {head.noun}")
@@ -141,6 +143,29 @@ class Rows:
         lengths, several = read(length, pack)
         return cls(examples.kind, len(examples), length, pack, padding, lengths, several)
 
+    @classmethod
+    def asked(cls, recipe: Recipe, base: Base) -> Rows:
+        """The rows of the new task as a recipe has them.
+
+        Raises:
+            FileNotFoundError, UserError: as `of`.
+        """
+        data, modality = recipe.data, modality_of(base.model)
+        examples = load_examples(data.sources[0][0], **data.reading)
+        processor = modality.load_processor(base.name, weights=False)
+        rows = modality.rows(examples, processor, max_length=data.max_length, pack=data.pack)
+        lengths = [sum(rows[index]["lengths"]) for index in range(len(rows))]
+        padding = 0.0 if rows.several else _padding(lengths)
+        return cls(
+            examples.kind,
+            len(examples),
+            data.max_length,
+            rows.several,
+            padding,
+            lengths,
+            rows.several,
+        )
+
 
 def _padding(lengths: Sequence[int]) -> float:
     """Share of padding in random batches of 8."""
@@ -226,6 +251,7 @@ class Wishes:
         test: held-out examples of the new task, or the share of its data to hold out, such as
             "0.1"; None where there are none.
         memory: bytes that the run may take; None for as many as it needs.
+        quantise: what the base is packed in, see `forgetless.models.quantised`.
     """
 
     goal: str = "balance"
@@ -234,6 +260,7 @@ class Wishes:
     keep: str | None = None
     test: str | None = None
     memory: int | None = None
+    quantise: Format | None = None
 
     @property
     def share(self) -> float | None:
@@ -259,13 +286,13 @@ def advise(base: Base, rows: Rows, wishes: Wishes) -> list[Advice]:
         _replay(wishes),
         *_repair(base, method.value, wishes),
         *_rows(base, rows),
-        *_number_formats(base, method.value),
+        *_number_formats(base, method.value, wishes.quantise),
     ]
 
 
 def _method(rows: Rows, wishes: Wishes) -> Advice:
     value, source = "lora", BIDERMAN
-    if rows.is_text and wishes.goal == "learn":
+    if rows.is_text and wishes.goal == "learn" and wishes.quantise is None:
         value = "full"
         reason = (
             "on raw text full fine-tuning learned more than any LoRA (HumanEval .263 against .224 "
@@ -442,7 +469,14 @@ def _rows(base: Base, rows: Rows) -> list[Advice]:
     ]
 
 
-def _number_formats(base: Base, method: str) -> list[Advice]:
+def _number_formats(base: Base, method: str, quantise: Format | None) -> list[Advice]:
+    if quantise is not None:
+        packed = f"{FORMATS[quantise]} by bitsandbytes; what is trained stays float32"
+        bf16 = "packed weights are computed with in bfloat16"
+        return [
+            Advice("quantise", quantise, packed, ASKED),
+            Advice("training.precision", "bf16", bf16, "QLoRA, arXiv:2305.14314"),
+        ]
     if base.dtype not in (torch.float16, torch.bfloat16):
         plain = "the weights are stored in 32 bits; bf16 is faster where the device has it"
         return [Advice("training.precision", "float32", plain, "the model")]

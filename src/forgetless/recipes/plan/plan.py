@@ -17,6 +17,7 @@ from forgetless.data.settings import DataSettings
 from forgetless.data.texts import SELF
 from forgetless.methods import find
 from forgetless.models.load import has_weights, target_layers
+from forgetless.models.quantised import unpacked_dtype
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.checking import check
 from forgetless.recipes.memory import (
@@ -142,8 +143,8 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
     wishes = wishes or Wishes()
     if wishes.goal not in GOALS:
         raise unknown("goal", wishes.goal, GOALS)
-    if wishes.method is not None:
-        find(wishes.method)
+    if wishes.method is not None and find(wishes.method).factors is None and wishes.quantise:
+        raise UserError(f"method {wishes.method!r} trains the weights, and packed ones cannot be")
     for path in filter(None, (wishes.keep, None if wishes.share else wishes.test)):
         load_examples(path)
     if wishes.test is None and len(load_examples(data)) >= ENOUGH_TO_SHARE:
@@ -160,18 +161,70 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
     batch = batch_advice(all_rows, epochs, packed)
     settings = _settings(base, data, wishes, values)
     recipe, memory, about_memory = Fitting(found, rows, wishes, settings, batch.value).fitted()
-    is_whole, step = has_weights(base), memory.step  # without weights, check would find that
+    is_whole = has_weights(base)  # without weights, check would find that
     if problems := check(recipe) if is_whole else []:
         raise RecipeError("the planned recipe", problems)
+    notes, advice = _notes(is_whole, wishes), [*advice, batch, *about_memory]
+    return _costed(recipe, found, rows, all_rows, memory, advice=advice, notes=notes)
+
+
+def plan_recipe(recipe: Recipe, memory: int | None = None) -> Plan:
+    """What a recipe will cost as it stands, without advice. No weight is loaded.
+
+    Args:
+        recipe: of one run on a causal language model, whose folder needs no weights for this.
+        memory: bytes that the run may take; None for as many as it needs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: what is wrong with the base or the data, or how much memory the run takes where
+            that is more.
+    """
+    found = Base.find(recipe.base, recipe.attn_implementation)
+    rows = Rows.asked(recipe, found)
+    weights = [weight for _, weight in recipe.data.sources]
+    all_rows = round(len(rows.lengths) * sum(weights) / weights[0])
+    cost = around_step(as_loaded(found, recipe), recipe, _step(recipe, found, rows))
+    if memory is not None and cost.peak > memory:
+        raise UserError(
+            f"{show_bytes(memory)} is too little: the run takes {show_bytes(cost.peak)}, the base "
+            f"alone {show_bytes(cost.step.weights)}; try a smaller training.batch_size or "
+            "data.max_length, training.gradient_checkpointing: true, calibration.memory_budget, or "
+            "quantise: nf4"
+        )
+    notes = []
+    if memory is not None:
+        notes.append(f"It fits: at most {show_bytes(cost.peak)} of {show_bytes(memory)}.")
+    if not has_weights(recipe.base):
+        notes.append("The base's folder holds no weights yet: put them there before the run.")
+    return _costed(recipe, found, rows, all_rows, cost, advice=[], notes=notes)
+
+
+def _costed(
+    recipe: Recipe,
+    base: Base,
+    rows: Rows,
+    all_rows: int,
+    memory: RunMemory,
+    *,
+    advice: list[Advice],
+    notes: list[str],
+) -> Plan:
+    step, training = memory.step, recipe.training
+    steps, tokens = training.steps, sum(rows.lengths)
+    if steps is None:
+        epochs = training.epochs or (training.tokens or 0) / tokens
+        steps = max(1, epoch_steps(all_rows, training.model_copy(update={"epochs": epochs})))
+    else:
+        epochs = steps * training.batch_size * training.gradient_accumulation / all_rows
     matrices = [
-        statistics_matrices(found.model, recipe.adapter, need) for need in statistics_needs(recipe)
+        statistics_matrices(base.model, recipe.adapter, need) for need in statistics_needs(recipe)
     ]
-    steps, training = epoch_steps(all_rows, recipe.training), recipe.training
     speed = matmul_speed(torch.bfloat16 if training.precision == "bf16" else torch.float32)
     return Plan(
         recipe=recipe,
-        advice=[*advice, batch, *about_memory],
-        parameters=found.parameters,
+        advice=advice,
+        parameters=base.parameters,
         examples=rows.examples,
         kind=rows.kind,
         memory=memory,
@@ -182,8 +235,26 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
         ),
         steps=steps,
         seconds=steps * training.gradient_accumulation * step.operations / speed,
-        tokens=round(sum(rows.lengths) * epochs),
-        notes=_notes(is_whole, wishes),
+        tokens=round(tokens * epochs),
+        notes=notes,
+    )
+
+
+def as_loaded(base: Base, recipe: Recipe) -> Any:
+    """A copy of the base's shapes in the number format that the recipe loads them in."""
+    model, dtype = deepcopy(base.model), unpacked_dtype(recipe.dtype, recipe.quantise)
+    return model if dtype == "auto" else model.to(getattr(torch, dtype))
+
+
+def _step(recipe: Recipe, base: Base, rows: Rows, replayed: bool = False) -> StepMemory:
+    """The memory of a training step on the longest rows."""
+    return step_memory(
+        as_loaded(base, recipe),
+        recipe.adapter,
+        recipe.training,
+        length=rows.max_length if replayed else max(rows.lengths),
+        masked=rows.several or replayed,
+        quantise=recipe.quantise,
     )
 
 
@@ -299,12 +370,12 @@ class Fitting:
             )
             for key, reason in reasons.items()
         ]
-        memory = around_step(self.base.model, recipe, step)
+        memory = around_step(as_loaded(self.base, recipe), recipe, step)
         target = limit or max(step.total, LITTLE)
         if memory.statistics > target:
             budget = self._statistics_budget(recipe, target - memory.statistics + memory.matrices)
             recipe = recipe.override({budget.key: budget.value})
-            memory = around_step(self.base.model, recipe, step)
+            memory = around_step(as_loaded(self.base, recipe), recipe, step)
             advice.append(budget)
         if limit is not None and memory.peak > limit:
             raise self._too_little(recipe, memory, limit)
@@ -336,17 +407,7 @@ class Fitting:
             "training.gradient_checkpointing": recomputed,
         }
         recipe = Recipe.parse(self.settings, changes, source="the planned recipe")
-        model = deepcopy(self.base.model)
-        if recipe.dtype != "auto":
-            model = model.to(getattr(torch, recipe.dtype))
-        rows, replayed = self.rows, self.wishes.keep is not None
-        return recipe, step_memory(
-            model,
-            recipe.adapter,
-            recipe.training,
-            length=rows.max_length if replayed else max(rows.lengths),
-            masked=rows.several or replayed,
-        )
+        return recipe, _step(recipe, self.base, self.rows, self.wishes.keep is not None)
 
     def _statistics_budget(self, recipe: Recipe, room: int) -> Advice:
         """For statistics that would not fit, or take more than training."""
@@ -369,6 +430,8 @@ class Fitting:
         way_out = "--method lora"
         if recipe.adapter.method == "lora":
             way_out = "a smaller --rank, shorter examples"
+        if recipe.adapter.method != "full" and recipe.quantise is None:
+            way_out = f"--quantise nf4, {way_out}"
         return UserError(
             f"--memory {show_bytes(limit)} is too little: {stage} with method "
             f"{recipe.adapter.method!r} takes {show_bytes(memory.peak)}"

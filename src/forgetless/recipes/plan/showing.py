@@ -32,6 +32,7 @@ _LABELS = {
     "data.pack": "packing",
     "training.precision": "precision",
     "dtype": "weights as",
+    "quantise": "packed in",
     "training.gradient_checkpointing": "checkpointing",
     "calibration.memory_budget": "statistics in",
 }
@@ -66,7 +67,10 @@ def render(plan: Plan) -> RenderableType:
     for number, source in enumerate(sources, 1):
         legend.add_row(Text(f"[{number}]", style="dim"), Text(source, style="dim"))
     notes = [Text(f"• {note}", style="dim") for note in plan.notes]
-    parts: list[RenderableType] = [title, Text(""), table, Text(""), _costs(plan), Text(""), legend]
+    parts: list[RenderableType] = [title, Text(""), _costs(plan)]
+    if plan.advice:
+        parts[2:2] = [table, Text("")]
+        parts += [Text(""), legend]
     return Group(*parts, *([Text(""), *notes] if notes else []))
 
 
