@@ -211,7 +211,7 @@ class Stages:
     def own_text(self, task: Mapping[str, Any]) -> str:
         """The file of what the base writes for a task, the same for all runs of the study."""
         asked = task.get("limit") or OWN_TEXTS, task.get("max_length", KL.max_length), OWN_SEED
-        key = digest(base_hash(self.recipe.base), self.recipe.dtype, *map(str, asked))
+        key = digest(*base_words(self.recipe), *map(str, asked))
         path = self.shared / "own" / f"{key}.jsonl"
         with lock(path.with_suffix(".lock")):
             if not path.exists():
