@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from forgetless.cli.options import AsJson, Base
+from forgetless.cli.options import AsJson, Base, Set
 from forgetless.cli.screen import hush
 from forgetless.cli.tables import (
     console,
@@ -49,6 +49,7 @@ def plan(
         str | None, typer.Option(help="Load the base in fewer bits: nf4 or int8.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="YAML file for the recipe.")] = None,
+    changes: Set = None,
     forecast: Annotated[
         bool, typer.Option("--forecast", help="Run the base on --data and --keep: what they share.")
     ] = False,
@@ -60,6 +61,7 @@ def plan(
     """
     from forgetless.core.errors import unknown
     from forgetless.core.files import write_text
+    from forgetless.core.settings import parse_assignments
     from forgetless.models.quantised import FORMATS
     from forgetless.recipes.plan.advice import Wishes
     from forgetless.recipes.plan.plan import plan as do
@@ -77,8 +79,10 @@ def plan(
     most = None if memory is None else parse_bytes(memory, "--memory")
     if is_recipe := Path(base).suffix in (".yaml", ".yml") and Path(base).is_file():
         if any((data, keep, test, method, rank, quantise, out)) or goal != "balance":
-            raise UserError("a recipe says all of its settings itself; give --memory alone")
-        made = plan_recipe(Recipe.load(base), most)
+            raise UserError("a recipe says its settings itself; give --memory and --set alone")
+        made = plan_recipe(Recipe.load(base, parse_assignments(changes or [])), most)
+    elif changes:
+        raise UserError("--set changes a recipe, and none is given; --out writes one")
     elif data is None:
         raise UserError("give the training data by --data FILE, or a recipe instead of a base")
     elif quantise is not None and quantise not in FORMATS:
