@@ -331,7 +331,7 @@ def every_task(tmp_path: Path) -> list[Task]:
 
 TESTED_ELSEWHERE = {
     *("lm_eval", "humaneval", "mbpp", "diversity", "image_accuracy", "sentence_accuracy"),
-    *("neighbours", "class_kl", "retrieval"),
+    *("neighbours", "class_kl", "retrieval", "preference"),
     *("pocket_choice", "pocket_functions", "pocket_series"),
 }
 """Kinds whose own test files check what is checked here of the others."""

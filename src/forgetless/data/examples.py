@@ -32,7 +32,8 @@ class Examples:
 
     Attributes:
         kind: what every record holds: ``prompt`` and ``completion``, ``messages``, ``text``,
-            ``image`` and ``label``, or ``sentence`` (of a pair, ``pair``) and ``label``.
+            ``image`` and ``label``, or ``sentence`` (of a pair, ``pair``) and ``label``; of a
+            ``preference`` ``chosen`` and ``rejected``, each a record of the first two kinds.
         records: the examples, in the order of the file.
         source: where they came from, for messages.
         places: of each record in the source (``"line 7"``), for messages; empty for its number.
@@ -76,6 +77,18 @@ class Examples:
             digest.update(b"\n")
             digest.update(json.dumps(record, sort_keys=True, ensure_ascii=True).encode())
         return digest.hexdigest()
+
+    def answers(self, which: Literal["chosen", "rejected"]) -> Examples:
+        """Of preferences, the examples that the chosen or the rejected answers are.
+
+        Raises:
+            UserError: some of them are texts and others lists of turns.
+        """
+        records = [record[which] for record in self.records]
+        kinds: set[Kind] = {"messages" if "messages" in r else "prompt_completion" for r in records}
+        if len(kinds) > 1:
+            raise UserError(f"{self.source}: some {which} answers are texts, others lists of turns")
+        return replace(self, kind=kinds.pop(), records=records, labels=())
 
     def require_whole(self) -> None:
         """See to it that images can be read, as far as their headers and ends tell.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 from forgetless.core.errors import UserError
@@ -12,10 +13,11 @@ from forgetless.data.chat import THOUGHTS, is_learned
 from forgetless.data.files import Row
 from forgetless.data.image_rows import Picture
 
-Kind = Literal["prompt_completion", "messages", "text", "image", "sentence"]
+Kind = Literal["prompt_completion", "messages", "text", "image", "sentence", "preference"]
 Record = Mapping[str, Any]
 """An example: ``prompt`` and ``completion``, ``messages``, ``text``, ``image`` and ``label``, or
-``sentence``, of a pair ``pair``, and ``label``."""
+``sentence``, of a pair ``pair``, and ``label``; or ``chosen`` and ``rejected``, two
+examples."""
 
 TEXTS: frozenset[Kind] = frozenset({"prompt_completion", "messages", "text"})
 """Kinds of examples that are text."""
@@ -235,6 +237,32 @@ def _content(turn: Row, key: str, where: str) -> str:
     return _text({key: "".join(texts)}, key, where)
 
 
+def _preferred(row: Row, where: str) -> Record:
+    """Two answers to one prompt, each as the example that it is with the prompt."""
+    return {key: _answered(row, key, where) for key in ("chosen", "rejected")}
+
+
+def _answered(row: Row, key: str, where: str) -> Record:
+    """The prompt with one of the answers: texts, or turns that may begin with the prompt's."""
+    answer, prompt = row[key], row.get("prompt")
+    if isinstance(answer, Mapping):  # an example already
+        return form_of(answer, f"{where}, {key!r}").convert(answer, f"{where}, {key!r}")
+    if not isinstance(answer, list | tuple):
+        return {"prompt": _text(row, "prompt", where), "completion": _text(row, key, where)}
+    turns = _turns(row, key, where)
+    if isinstance(prompt, str):
+        before: list[Record] = [{"role": "user", "content": prompt}]
+    elif prompt is not None:
+        before = _turns(row, "prompt", where)
+    else:
+        other = _turns(row, "rejected" if key == "chosen" else "chosen", where)
+        both = takewhile(lambda pair: pair[0] == pair[1], zip(turns, other, strict=False))
+        before = [turn for turn, _ in both]
+    after = turns[len(before) :] if turns[: len(before)] == before else turns
+    shown = [{**t, "weight": 0} if t["role"] == "assistant" else t for t in before]
+    return _learnable(_with_system(row, shown + after, where), where)
+
+
 _FORMS = (
     _conversation("messages"),
     _conversation("conversations"),
@@ -251,6 +279,8 @@ _FORMS = (
     Form("sentence", ("sentence", "label"), _sentence),
     Form("sentence", ("sentence1", "sentence2", "label"), _sentences),
     Form("sentence", ("sentence1", "sentence2"), _sentences),
+    Form("preference", ("prompt", "chosen", "rejected"), _preferred, reads=("system",)),
+    Form("preference", ("chosen", "rejected"), _preferred, reads=("system",)),
 )
 
 

@@ -13,7 +13,7 @@ from forgetless.data.examples import Examples, require_kind
 from forgetless.data.forms import TEXTS
 from forgetless.data.modality import Batch, Modality
 from forgetless.data.texts import batches, self_text
-from forgetless.data.tokens import tokenize
+from forgetless.data.tokens import preference_tokens, tokenize
 from forgetless.models.load import load_tokenizer
 from forgetless.models.text import vocabulary_of
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 def _check(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise what is no text, or what the tokenizer's chat template has against conversations."""
+    if examples.kind == "preference":
+        for which in ("chosen", "rejected"):
+            _check(examples.answers(which), tokenizer)
+        return
     require_kind(examples, TEXTS)
     examples = as_chat(examples, tokenizer)
     if examples.kind == "messages":
@@ -36,7 +40,9 @@ def _rows(
     max_length: int = 512,
     pack: bool | Literal["auto"] = "auto",
 ) -> TokenRows:
-    if isinstance(examples, Examples):
+    if isinstance(examples, Examples) and examples.kind == "preference":
+        examples = preference_tokens(examples, tokenizer, max_length)
+    elif isinstance(examples, Examples):
         require_kind(examples, TEXTS)
         examples = tokenize(examples, tokenizer, max_length=max_length, pack=pack)
     return TokenRows(examples)

@@ -16,7 +16,7 @@ from forgetless.data.packing import IGNORED
 from forgetless.models.load import base_of, evaluating
 from forgetless.models.text import without_cache
 
-__all__ = ["Loss", "loss_of", "own_loss", "token_loss"]
+__all__ = ["Loss", "answer_logps", "dpo_loss", "loss_of", "orpo_loss", "own_loss", "token_loss"]
 
 Loss = Callable[..., Tensor]
 """The loss of a batch from a model's output, ``labels`` and ``num_items_in_batch``, what is learned
@@ -89,6 +89,60 @@ def own_loss(model: nn.Module, *, several: bool = False, divides: bool = False) 
     right = token_loss(outputs, labels, divisor if divides else None)
     is_right = torch.isclose(outputs["loss"].float(), right, rtol=1e-3, atol=0)
     return None if is_right and (divides or not several) else token_loss
+
+
+def answer_logps(logits: Tensor, labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log p of the two answers of each row, as sums over their learned tokens; and how many these
+    are, both (rows, 2).
+
+    Args:
+        logits: (rows, tokens, vocabulary).
+        labels: (rows, tokens), IGNORED where nothing is learned.
+        position_ids: (rows, tokens), 0 where a sequence, or the padding, begins.
+    """
+    wanted = labels[:, 1:].to(logits.device)
+    each = functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+    )
+    sequence = (position_ids == 0).cumsum(1)[:, 1:].to(logits.device)
+    parts = [(sequence == number) & (wanted != IGNORED) for number in (1, 2)]
+    sums = torch.stack([-(each * part).sum(1) for part in parts], 1)
+    return sums, torch.stack([part.sum(1) for part in parts], 1)
+
+
+def dpo_loss(logps: Tensor, of_base: Tensor, beta: float) -> Tensor:
+    """Direct preference optimisation: the mean of
+
+        - log sigmoid(beta [ log p(chosen) / p_base(chosen) - log p(rejected) / p_base(rejected) ])
+
+    Args:
+        logps: of the chosen and the rejected answers, (rows, 2).
+        of_base: the base's.
+        beta: how strongly the model is held to the base.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290, equation 7.
+    """
+    moved = logps - of_base
+    return -functional.logsigmoid(beta * (moved[:, 0] - moved[:, 1])).mean()
+
+
+def orpo_loss(logps: Tensor, counts: Tensor, beta: float) -> Tensor:
+    """Odds ratio preference optimisation, which asks no base: the mean of
+
+        - log P(chosen) - beta log sigmoid( log odds(chosen) / odds(rejected) )
+
+    where log P is the mean of log p over the answer's tokens, and odds = P / (1 - P).
+
+    Args:
+        logps: of the chosen and the rejected answers, (rows, 2).
+        counts: their tokens.
+        beta: the weight of the second term, lambda in the paper.
+
+    Source: Hong, Lee and Thorne 2024, arXiv:2403.07691, equations 4 to 7.
+    """
+    mean = logps / counts
+    odds = mean - torch.log1p(-mean.exp().clamp(max=1 - 1e-7))
+    return (-mean[:, 0] - beta * functional.logsigmoid(odds[:, 0] - odds[:, 1])).mean()
 
 
 def loss_of(model: nn.Module) -> Loss:

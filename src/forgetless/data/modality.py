@@ -179,6 +179,7 @@ def training_batches(
         processor: the model's.
         samples: how many sequences, drawn at random from a larger file.
         max_length: tokens of the longest sequence; raw text is cut into pieces of it.
+            Of preferences the chosen answers are read.
         batch_size: sequences a batch; sequences of similar length go together.
         limit: read no more than the first rows of the file.
         kind: see `forgetless.data.load_examples`.
@@ -195,6 +196,8 @@ def training_batches(
     """
     how: dict[str, Any] = {"kind": kind, "chat_template": chat_template, "system": system}
     examples = load_examples(path, limit=limit, **how)
+    if examples.kind == "preference":
+        examples = examples.answers("chosen")
     rows = modality_of(model).rows(examples, processor, max_length=max_length, pack=False)
     drawn = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))
     return [rows.join(part) for part in longest_first([rows[index] for index in drawn], batch_size)]

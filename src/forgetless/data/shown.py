@@ -54,6 +54,16 @@ def shown(
     Raises:
         UserError: they are no texts.
     """
+    if examples.kind == "preference":
+        chosen, rejected = (
+            shown(examples.answers(which), tokenizer, count, max_length)
+            for which in ("chosen", "rejected")
+        )
+        return [
+            replace(one, where=f"{one.where}, {which}")
+            for pair in zip(chosen, rejected, strict=True)
+            for which, one in zip(("chosen", "rejected"), pair, strict=True)
+        ]
     require_kind(examples, TEXTS)
     found = []
     for record, where in zip(examples.records[:count], examples.where, strict=False):
@@ -89,6 +99,8 @@ def _pieces(
 
 def template_of(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the examples are put into, in words."""
+    if examples.kind == "preference":
+        examples = examples.answers("chosen")
     if as_chat(examples, tokenizer).kind != "messages":
         return "as they are, no chat template"
     after = "" if examples.system is None else ", after a system prompt"

@@ -75,6 +75,60 @@ def tokenize(
     return optional_package("datasets").Dataset.from_dict(columns)
 
 
+def preference_tokens(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int = 512
+) -> datasets.Dataset:
+    """Rows of two sequences that do not see each other: a prompt with the chosen answer, and with
+    the rejected one.
+
+    Args:
+        examples: of kind ``preference``.
+        tokenizer: of the model that will be trained.
+        max_length: tokens of the longest of the two; what is longer loses its end.
+
+    Returns:
+        As `tokenize`; of each pair the answers are learned. A pair of which one answer has nothing
+        to learn within `max_length` is left out, of which a warning says how many.
+
+    Raises:
+        UserError: no pair is left, or the tokenizer's chat template does not fit.
+    """
+    chosen = _whole(examples.answers("chosen"), tokenizer)
+    rejected = _whole(examples.answers("rejected"), tokenizer)
+    rows = []
+    for pair in zip(chosen, rejected, strict=True):
+        ids = [row.input_ids[:max_length] for row in pair]
+        labels = [row.labels[1:max_length] for row in pair]  # nothing comes before the first token
+        if all(map(_learns, labels)):
+            joined = [label for part in labels for label in (IGNORED, *part)]
+            rows.append(TokenRow(ids[0] + ids[1], joined, list(map(len, ids))))
+    if not rows:
+        raise UserError(
+            f"{examples.source}: no pair has two answers within max_length={max_length}; raise it "
+            "or shorten the prompts"
+        )
+    if left_out := len(examples) - len(rows):
+        warnings.warn(
+            f"{left_out} of {len(examples)} pairs do not fit max_length={max_length} with their "
+            "prompts alone and are left out",
+            stacklevel=2,
+        )
+    columns = {name: [getattr(row, name) for row in rows] for name in TokenRow._fields}
+    return optional_package("datasets").Dataset.from_dict(columns)
+
+
+def _whole(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+    """One row an example; of a conversation that a template makes several of, the whole one."""
+    examples = as_chat(examples, tokenizer)
+    if examples.kind != "messages":
+        return _pairs(examples, tokenizer)
+    chat = Chat(tokenizer)
+    return [
+        chat.tokens([record["messages"]], [where])[-1]
+        for record, where in zip(examples, examples.where, strict=True)
+    ]
+
+
 def _cut(documents: list[list[int]], max_length: int) -> list[TokenRow]:
     """Each document in rows of at most `max_length` tokens, of which the first is not learned.
 

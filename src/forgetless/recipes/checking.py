@@ -65,6 +65,7 @@ class Checker:
             *compile_problems(recipe.training),
             *tracker_problems(recipe.training),
             *self._data(recipe),
+            *self._preference(recipe),
             *self._calibration(recipe),
             *self._penalties(recipe),
             *self._probes(recipe),
@@ -182,6 +183,27 @@ class Checker:
                 classes |= {record["label"] for record in examples}
         if len(classes) == 1 and not failed:
             yield f"data.train: has the class {classes.pop()!r} alone; nothing tells it from others"
+
+    def _preference(self, recipe: Recipe) -> Iterator[str]:
+        """What does not go with learning from pairs, or that pairs are there for nothing."""
+        wanted, where = recipe.training.preference, "training.preference"
+        for path, _ in recipe.data.sources:
+            examples, _ = self._attempt(load_examples, path)
+            if examples is None:
+                continue
+            if wanted is None and examples.kind == "preference":
+                yield f"{where}: is null, and {path} has pairs of answers; give it {{loss: dpo}}"
+            if wanted is not None and examples.kind != "preference":
+                yield f"{where}: learns from rows of chosen and rejected, and {path} has others"
+        if wanted is None:
+            return
+        if wanted.loss == "dpo" and recipe.adapter.method == "full":
+            yield f"{where}: dpo compares with the base, which full replaces; take the loss orpo"
+        if recipe.data.pack is True:
+            yield "data.pack: pairs of answers are not packed; leave it out"
+        beside = ("repair", "dial", "comparators", "spectra", "residual")
+        for name in filter(lambda key: getattr(recipe, key), beside):
+            yield f"{name}: weighs the loss of answers, which is not what pairs teach; leave it out"
 
     def _readable(self, recipe: Recipe, path: str) -> tuple[Any, str | None]:
         """The examples of a file of the training data, or what is wrong with them."""

@@ -39,6 +39,8 @@ def tasked(recipe: Recipe, own_text: OwnText | None = None) -> TaskSettings:
     unread = _resolved(given, held, None) == given.model_dump(include=_KINDS)
     if held is not None and unread and probed(recipe) == recipe.probes:
         kind = modality_of(recipe.base).loss_task
+        if recipe.training.preference is not None:
+            kind = "preference"
         head = {"head": "new"} if recipe.adapter.has_new_head else {}
         found["learning"] += [{"kind": kind, "name": VALIDATION, "path": held, **head}]
     return TaskSettings(**found)

@@ -45,6 +45,7 @@ _KINDS = (
     "mbpp",
     "diversity",
     "perplexity",
+    "preference",
     "kl",
     "multiple_choice",
     "generate",

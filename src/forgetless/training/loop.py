@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
 from transformers.utils import logging
 
 from forgetless.core.errors import UserError, first_few
@@ -38,7 +39,6 @@ from forgetless.training.weights import trained_weights
 
 if TYPE_CHECKING:
     import datasets
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -126,6 +126,7 @@ def train(
     if not isinstance(rows, Rows):
         rows = modality_of(model).rows(rows, processor)
     require_trainable(model, settings)
+    require_pairs(rows, model, settings)
     rows.require_fitting(model)
     steps = total_steps(rows, settings)
 
@@ -169,13 +170,28 @@ def train(
         )
         several = settings.gradient_accumulation > 1 or launch.processes > 1
         divides = trainer.model_accepts_loss_kwargs
-        trainer.take_loss(own_loss(model, several=several, divides=divides))
+        if settings.preference is None:
+            trainer.take_loss(own_loss(model, several=several, divides=divides))
         for term in terms:  # now that the model is on the device where it trains
             term.prepare(model, processor, seed)
         trainer.penalties = terms
         with interruption.awaited():
             trainer.run(checkpoint, steps, probes)
     return _result(log, probes, resumed_from)
+
+
+def require_pairs(rows: Rows, model: Any, settings: TrainingSettings) -> None:
+    """See to it that a training on preferences has pairs of answers, and a base to compare with.
+
+    Raises:
+        UserError: it has not.
+    """
+    if settings.preference is None:
+        return
+    if any(len(rows[index]["lengths"]) != 2 for index in range(len(rows))):
+        raise UserError("training.preference learns from pairs; give rows of chosen and rejected")
+    if settings.preference.loss == "dpo" and not isinstance(model, PeftModel):
+        raise UserError("dpo compares with the base; train an adapter, or take the loss orpo")
 
 
 def _result(

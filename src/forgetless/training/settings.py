@@ -12,6 +12,17 @@ from forgetless.training.optimizers import OPTIMIZERS
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class PreferenceSettings(Section):
+    """Learning from pairs of answers, of which one was chosen and the other rejected.
+
+    ``loss`` ``dpo`` compares with the base, ``orpo`` with none; ``beta`` is how strongly DPO holds
+    the model to the base, and the weight of ORPO's odds ratio. See `forgetless.data.losses`.
+    """
+
+    loss: Literal["dpo", "orpo"] = "dpo"
+    beta: Annotated[float, Field(gt=0)] = 0.1
+
+
 class TrainingSettings(Section):
     """How to train, for so many ``steps``, ``epochs`` or ``tokens``.
 
@@ -34,6 +45,7 @@ class TrainingSettings(Section):
     are not given. ``compile`` runs the training, and nothing else, through `torch.compile`: the
     losses are the same up to rounding, and a resumed training too. ``report_to`` names trackers,
     which get what the log gets.
+    ``preference`` learns from pairs of answers, a row of the data each, instead of single ones.
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -58,6 +70,7 @@ class TrainingSettings(Section):
     precision: Literal["float32", "bf16"] = "float32"
     compile: bool = False
     gradient_checkpointing: bool = False
+    preference: PreferenceSettings | None = None
     checkpoint_every: Count = 100
     log_every: Count = 10
     report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = []

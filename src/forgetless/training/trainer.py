@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from forgetless.core.errors import UserError
-from forgetless.data.losses import Loss
+from forgetless.data.losses import Loss, answer_logps, dpo_loss, orpo_loss
 from forgetless.models.heads import is_of_new_head
-from forgetless.models.load import base_of
+from forgetless.models.load import adapter_off, base_of, evaluating
 from forgetless.training import checkpoints
 from forgetless.training.devices import (
     gather_optimizer,
@@ -111,7 +111,8 @@ class ExactTrainer(Trainer):
             project=trackers.project,
         )
         super().__init__(model, arguments, optimizer_cls_and_kwargs=own, **options)
-        if getattr(base_of(model), "loss_type", None) not in (None, "ForCausalLM"):
+        losses = (None, "ForCausalLM")
+        if settings.preference or getattr(base_of(model), "loss_type", None) not in losses:
             # Their forward takes what Trainer divides by, and their loss is a mean all the same.
             self.model_accepts_loss_kwargs = False
 
@@ -141,9 +142,26 @@ class ExactTrainer(Trainer):
             self._loss_shifts_labels = True  # so that Trainer counts what is learned alike
             self.model_accepts_loss_kwargs = False
 
+    def _preference_loss(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a batch of pairs; the base is the model with its adapter off."""
+        wanted = self.settings.preference
+        assert wanted is not None
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        pairs = inputs["labels"], inputs["position_ids"]
+        logps, counts = answer_logps(model(**given).logits, *pairs)
+        if wanted.loss == "orpo":
+            return orpo_loss(logps, counts, wanted.beta)
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with torch.no_grad(), adapter_off(plain), evaluating(plain):
+            of_base, _ = answer_logps(plain(**given).logits, *pairs)
+        return dpo_loss(logps, of_base, wanted.beta)
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch; the last batch of a step also bears the penalties."""
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.settings.preference is not None:
+            loss = self._preference_loss(model, inputs)
+        else:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not (self.penalties and model.training and self.accelerator.sync_gradients):
             return loss
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)

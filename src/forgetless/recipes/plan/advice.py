@@ -124,6 +124,8 @@ class Rows:
             UserError: broken data, or a base without a processor.
         """
         examples, modality = load_examples(path), modality_of(base.model)
+        if examples.kind == "preference":
+            raise UserError(f"{path} has pairs of answers, without advice: see training.preference")
         processor = modality.load_processor(base.name, weights=False)
 
         def read(max_length: int, pack: bool) -> tuple[list[int], bool]:
