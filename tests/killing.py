@@ -174,7 +174,7 @@ def left(folder: Path) -> dict[str, Any]:
             case ".csv":
                 with path.open(newline="") as file:
                     found[name] = without_clock(list(csv.DictReader(file)))
-            case ".html" | ".md" | ".png" | ".svg":
+            case ".html" | ".md" | ".png" | ".svg" | ".parquet":
                 found[name] = "there"
             case _:
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()

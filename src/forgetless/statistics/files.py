@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_file
+from forgetless.core.tensors import write_tensors
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FileFormat:
         file = self.file(path)
         header = {"format": f"forgetless-{self.holds}", "version": str(self.version), **content}
         with new_file(file) as unfinished:
-            save_file(dict(matrices), unfinished, metadata=header)
+            write_tensors(matrices, unfinished, header)
         return file
 
     def header(self, path: str | Path) -> tuple[dict[str, str], list[str]]:

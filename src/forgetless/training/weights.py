@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_file
+from forgetless.core.tensors import write_tensors
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -54,7 +54,7 @@ class KeptWeights:
         """Write the weights of `model` that are trained, after a step and so many tokens."""
         weights = {name: w.contiguous() for name, w in trained_copy(model, "cpu").items()}
         with new_file(self.file) as file:
-            save_file(weights, file, metadata={"step": str(step), "tokens": str(tokens)})
+            write_tensors(weights, file, {"step": str(step), "tokens": str(tokens)})
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> tuple[int, int]:
