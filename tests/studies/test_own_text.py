@@ -16,6 +16,7 @@ from forgetless.models.load import load_model
 from forgetless.recipes.checking import check
 from forgetless.recipes.identity import run_id
 from forgetless.recipes.recipe import Recipe
+from forgetless.studies.folder import RunFolder
 from forgetless.studies.run import run
 from forgetless.tasks import make_task
 
@@ -83,3 +84,25 @@ def test_eval_asks_it_by_name(tiny_base: Path, tmp_path: Path) -> None:
         main([*words, "--limit", "4", "--cache", str(tmp_path / "cache"), "--out", str(out)])
     assert ended.value.code == 0
     assert next(iter(read_json(out).values()))["kl"]["value"] == 0
+
+
+def test_a_repaired_run_says_which_adapter_to_ship(
+    tiny_recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repair = {"strength": [0.3, 1.0], "max_drop": 0.5, "keep": "self"}
+    asked = recipe(tiny_recipe, **{"adapter.method": "lora", "repair": repair})
+    file = tmp_path / "asked.yaml"
+    file.write_text(asked.to_yaml())
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(file), "--out", str(tmp_path / "runs")])
+    assert ended.value.code == 0
+    (folder,) = map(RunFolder, (tmp_path / "runs").glob("*/lora-*"))
+    said = capsys.readouterr().out
+    assert folder.taken in ("repair-0.3", "repair-1")
+    assert folder.shipped == folder.repaired
+    assert "this one to ship" in said
+    assert f'"{folder.repaired}")' in said
+    card = (folder.repaired / "README.md").read_text()
+    assert "by texts that the base wrote" in card
+    repaired = read_json(folder.point(folder.taken).scores("final", "drift"))["value"]
+    assert f"| kl | 0 | {repaired:.4g} |" in card

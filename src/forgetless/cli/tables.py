@@ -124,26 +124,38 @@ def print_run(done: Run) -> None:
     if not done.scores:
         print("nothing was measured: the recipe names no tasks")
         return
+    from forgetless.core.files import read_json
     from forgetless.scores.comparison import compare
     from forgetless.scores.files import read_scores
+    from forgetless.studies.folder import RunFolder
 
-    base, final = (read_scores(done.folder, phase).scores for phase in ("base", "final"))
-    print_comparison(compare(base, final), items=5)
+    run = RunFolder(done.folder)
+    taken = run.taken
+    base, final = (read_scores(run.path, phase).scores for phase in ("base", "final"))
+    if taken:
+        print("as it was trained")
+    print_comparison(compare(base, final), items=0 if taken else 5)
+    if taken:
+        strength = read_json(run.aftercare)["points"][taken]["strength"]
+        print(f"\nrepaired with strength {strength:g}: this one to ship")
+        repaired = read_scores(run.path, "final", run.point(taken).path).scores
+        print_comparison(compare(base, repaired), items=5)
     _print_points(done)
 
 
 def print_usage(done: Run) -> None:
-    """How to load the adapter of a run, as its card says it, and where its repaired one lies."""
+    """How to load the adapter of a run, repaired where it is, as its card says it."""
     from forgetless.adapters.card import CARD_FILE, usage
     from forgetless.recipes.recipe import Recipe
     from forgetless.studies.folder import RunFolder
 
     run = RunFolder(done.folder)
-    if lines := usage(run.adapter, Recipe.load(run.recipe).base):
+    if lines := usage(run.shipped, Recipe.load(run.recipe).base):
         print(f"\na plain PEFT LoRA for the untouched base (for vLLM see its {CARD_FILE}):")
         print(*(f"    {line}" for line in lines), sep="\n")
     if run.repaired.is_dir():
         print(f"repaired: {run.repaired}")
+        print(f"as it was trained: {run.adapter if run.adapter.is_dir() else run.model}")
 
 
 def print_end(done: Run) -> None:

@@ -72,13 +72,14 @@ def write_records(scores: Mapping[str, TaskResult], path: str | Path) -> Path:
     return file
 
 
-def read_scores(path: str | Path, phase: Phase = "final") -> SavedScores:
+def read_scores(path: str | Path, phase: Phase = "final", point: Path | None = None) -> SavedScores:
     """The scores at `path`.
 
     Args:
         path: a file that `forgetless eval --out` wrote, or the records beside it; the folder of a
             run, or a folder of scores in it.
         phase: which scores of a run's folder to take: "base", "step0" or "final".
+        point: a folder of the run with scores of its own, such as those at a repair.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -90,7 +91,7 @@ def read_scores(path: str | Path, phase: Phase = "final") -> SavedScores:
     if path.is_file():
         return SavedScores(_read_file(path))
     if (path / "recipe.yaml").exists():
-        return _read_run(path, phase)
+        return _read_run(path, phase, point)
     if path.name in PHASES and path.parent.name == "scores":
         return _read_run(path.parent.parent, path.name)
     raise UserError(
@@ -119,15 +120,15 @@ def _read_file(path: Path) -> Scores:
         )
 
 
-def _read_run(folder: Path, phase: Phase) -> SavedScores:
-    """The scores of one phase of a run, in the order of its tasks."""
+def _read_run(folder: Path, phase: Phase, point: Path | None = None) -> SavedScores:
+    """The scores of one phase of a run, or of a point of it, in the order of its tasks."""
     kinds: Mapping[str, str] = read_json(folder / "run.json").get("tasks", {})
-    results = []
+    results, place = [], point or folder
     for task in kinds:
-        score = read_json(score_file(folder, phase, task))
+        score = read_json(score_file(place, phase, task))
         if score:
-            with reading(score_file(folder, phase, task), "delete it, and run the recipe again"):
-                items = _items(read_jsonl(items_file(folder, phase, task)))
+            with reading(score_file(place, phase, task), "delete it, and run the recipe again"):
+                items = _items(read_jsonl(items_file(place, phase, task)))
                 results.append(TaskResult.from_json(score, items))
     if not results:
         raise UserError(

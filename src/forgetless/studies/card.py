@@ -12,6 +12,7 @@ from forgetless.adapters.card import Card, file_name, table, write
 from forgetless.adapters.folders import CONFIG_FILE, HEADS_FILE, learned_classes
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
+from forgetless.data.texts import SELF
 from forgetless.methods import known
 from forgetless.models.load import head_of
 from forgetless.recipes.recipe import Recipe
@@ -26,7 +27,11 @@ __all__ = ["score_paragraphs", "write_run_card"]
 
 
 def write_run_card(
-    run: RunFolder, folder: str | Path | None = None, error: float | None = None
+    run: RunFolder,
+    folder: str | Path | None = None,
+    error: float | None = None,
+    *,
+    repaired: str | None = None,
 ) -> None:
     """Write the card of a run's adapter, with whatever of it is measured by now.
 
@@ -34,6 +39,7 @@ def write_run_card(
         run: the run's folder.
         folder: of the exported adapter; None for the run's own, and nothing where there is none.
         error: relative error of the export; None for that of the run's own.
+        repaired: the setting at which the adapter in the folder was repaired.
     """
     folder = run.adapter if folder is None else Path(folder)
     config = read_json(folder / CONFIG_FILE)
@@ -41,7 +47,8 @@ def write_run_card(
         return
     recipe, record = Recipe.load(run.recipe), read_json(run.record)
     try:
-        base, final = read_scores(run.path, "base"), read_scores(run.path, "final")
+        point = None if repaired is None else run.point(repaired).path
+        base, final = read_scores(run.path, "base"), read_scores(run.path, "final", point)
         scores = score_paragraphs(compare(base.scores, final.scores), base.learning)
     except UserError:  # not measured yet
         scores = []
@@ -49,13 +56,18 @@ def write_run_card(
     if config.get("task_type") is None:
         with suppress(UserError):  # the base may be gone
             head = head_of(recipe.base)
+    if error is None and repaired is None:
+        error = record.get("export", {}).get("relative_error")
+    settings = _settings(run, recipe, record.get("training", {}))
+    if repaired is not None:
+        settings["repair"] = _repair(run, recipe, repaired)
     card = Card(
         base=recipe.base,
         config=config,
         method=recipe.adapter.method,
         options=recipe.adapter.options,
-        error=record.get("export", {}).get("relative_error") if error is None else error,
-        settings=_settings(run, recipe, record.get("training", {})),
+        error=error,
+        settings=settings,
         scores=scores,
         versions=record.get("versions", {}),
         head=head,
@@ -98,6 +110,20 @@ def score_paragraphs(comparison: Comparison, learning: frozenset[str]) -> list[s
         "are in nats per token, and lower is better."
     )
     return parts
+
+
+def _repair(run: RunFolder, recipe: Recipe, setting: str) -> str:
+    """How an adapter was repaired, and what that did on held-out text."""
+    point = read_json(run.aftercare)["points"][setting]
+    kept = {SELF: "texts that the base wrote"}.get(recipe.text_to_keep, recipe.text_to_keep)
+    words = [f"strength {point['strength']:g}, by {file_name(kept)}"]
+    if point["scale"] != 1:
+        words.append(f"the update times {point['scale']:g}")
+    if (left := point.get("drift")) is not None:
+        words.append(f"{left:.0%} of the drift is left")
+    if (lost := point.get("given_up")) is not None:
+        words.append(f"{lost:.1%} of what was learned is given up")
+    return ", ".join(words).replace("%", " %")
 
 
 def _settings(run: RunFolder, recipe: Recipe, trained: Mapping[str, Any]) -> dict[str, str]:

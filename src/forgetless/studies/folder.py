@@ -111,6 +111,19 @@ class RunFolder:
         return sorted(int(folder.name) for folder in self.path.glob("points/[0-9]*"))
 
     @property
+    def taken(self) -> str | None:
+        """The setting of the repair that was taken and scored; None where there is none."""
+        found = read_json(self.aftercare, damaged_as_missing=True)
+        label: str | None = found.get("repaired")
+        return label if label in found.get("scored", ()) and self.repaired.is_dir() else None
+
+    @property
+    def shipped(self) -> Path:
+        """The folder of the adapter that the run is for: the repaired one, where one was taken."""
+        folder: Path = self.adapter if self.taken is None else self.repaired
+        return folder
+
+    @property
     def before(self) -> RunFolder | None:
         """The run of the task before in a sequence, by run.json."""
         after = self.read().get("after")

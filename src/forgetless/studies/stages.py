@@ -168,7 +168,13 @@ class Stages:
         self._timed("analyse", self.analyse)
         if self.recipe.spectra:
             self._timed("spectra", partial(self._alone, Beside(self).spectra))
-        self.processes.first(lambda: write_run_card(self.folder))
+        self.processes.first(self._write_cards)
+
+    def _write_cards(self) -> None:
+        """The cards of the adapter as trained and of the repaired one."""
+        write_run_card(self.folder)
+        if taken := self.folder.taken:
+            write_run_card(self.folder, self.folder.repaired, repaired=taken)
 
     def _timed(self, stage: str, work: Callable[[], str | None], *, together: bool = False) -> None:
         """Do a stage; its time is kept only where it had something to do."""

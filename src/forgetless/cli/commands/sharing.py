@@ -220,7 +220,7 @@ def push_adapter(
         UserError: a whole model, or the hub refuses.
     """
     trained, name = adapter_and_base(source, base)
-    folder = RunFolder(Path(source)).adapter
+    folder = RunFolder(Path(source)).shipped
     with tempfile.TemporaryDirectory(prefix="forgetless-push-") as place:
         if not folder.is_dir():
             folder = trained.folder
