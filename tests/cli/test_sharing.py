@@ -23,6 +23,7 @@ from forgetless.data.language import MODALITY
 from forgetless.models.load import load_model, load_tokenizer, target_layers
 from forgetless.recipes.checking import check
 from forgetless.recipes.recipe import Recipe
+from forgetless.studies.run import run as run_recipe
 from forgetless.studies.study import study
 from forgetless.tasks.generation import generate
 from tests.cli.test_cli import forgetless  # noqa: F401 - a fixture
@@ -198,6 +199,29 @@ def test_an_adapter_of_a_base_in_4_bits_is_merged_into_the_one_in_16(
     found = json.loads(forgetless(*merge, tiny_base).out)
     assert found["stored"]["kept"] == pytest.approx(1, abs=1e-6)
     assert 0 < found["kl"] < 1e-3
+
+
+@pytest.mark.parametrize("quantise", ["nf4", "int8"])
+def test_a_run_in_4_bits_is_merged_into_the_base_as_it_is_stored(
+    forgetless: Any,  # noqa: F811
+    quantise: str,
+    tiny_base: Path,
+    tiny_files: Path,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe = recipe_of(tiny_base, tiny_files, quantise=quantise, dtype="float32")
+    done = run_recipe({**recipe, "tasks": {}}, tmp_path, evaluate=False)
+    merge = ["merge", done.folder, "--json", "--out", tmp_path / "merged"]
+    found = json.loads(forgetless(*merge).out)
+    assert 0 < found["kl"] < 1
+    card = (done.folder / "adapter" / "README.md").read_text()
+    bits = {"nf4": "4 bits (nf4, double quantisation)", "int8": "8 bits (LLM.int8())"}[quantise]
+    assert f"| base in | {bits} |" in card
+    assert f"It was trained on the base in {bits}" in card
+    model = fl.load(load_model(str(tiny_base), quantise=quantise), done.folder / "native")  # type: ignore[arg-type]
+    fl.export(model, tmp_path / "alone")
+    assert f"| base in | {bits} |" in (tmp_path / "alone" / "README.md").read_text()
 
 
 def test_base_and_adapter_answer_the_same_question(

@@ -13,10 +13,13 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from forgetless.cli import main
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json, write_json
+from forgetless.models.load import meta_model
+from forgetless.models.quantised import bytes_as_loaded
 from forgetless.recipes.checking import check as check_recipe
 from forgetless.recipes.plan.advice import (
     RATE,
@@ -32,6 +35,8 @@ from forgetless.recipes.plan.plan import HELD_OUT, Plan, plan
 from forgetless.recipes.plan.showing import recipe_text, render
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.run import run
+from tests.project.test_recipes import RECIPES
+from tests.tiny import tokenizer
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
@@ -292,3 +297,135 @@ def test_the_json_is_for_programs(made: Any) -> None:
 def test_mistakes_are_named(made: Any, wishes: dict[str, Any], message: str) -> None:
     with pytest.raises((UserError, FileNotFoundError), match=message):
         made(**wishes)
+
+
+# ---- a recipe that is there ----------------------------------------------------------------------
+
+
+def seven_billion(folder: Path, layers: int) -> Path:
+    """A folder with the shapes of Llama-2-7B, or of its first layers, and not one weight."""
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+        dtype="float16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def qlora(base: Path, files: Path) -> dict[str, Any]:
+    """What is marked in recipes/qlora-7b.yaml, filled in."""
+    old, test = str(files / "old.txt"), str(files / "test.jsonl")
+    return {
+        "base": str(base),
+        "data.train": str(files / "train.jsonl"),
+        "calibration.source": old,
+        "tasks.learning": [{"kind": "perplexity", "name": "new_skill", "path": test}],
+        "tasks.forgetting": [{"kind": "kl", "name": "drift", "path": old}],
+    }
+
+
+QLORA = RECIPES / "qlora-7b.yaml"
+
+
+def test_a_7b_base_in_4_bits_has_its_bytes(tmp_path: Path) -> None:
+    model = meta_model(str(seven_billion(tmp_path, 32)), weights=False).to(torch.bfloat16)
+    linear, embedded = 32 * (4 * 4096**2 + 3 * 4096 * 11_008), 2 * 32_000 * 4096
+    norms = 65 * 4096
+    # Half a byte a number, a byte for the scale of 64 and four for those of 256 scales.
+    packed = linear * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+    told = bytes_as_loaded(model, "nf4")
+    assert told == pytest.approx(packed + 2 * (embedded + norms), rel=1e-4)
+    assert 3.8e9 < told < 3.9e9
+    assert bytes_as_loaded(model, "int8") == pytest.approx(
+        linear + 4 * 32 * (5 * 4096 + 2 * 11_008) + 2 * (embedded + norms), rel=1e-6
+    )
+
+
+def test_a_qlora_recipe_is_checked_without_weights(
+    tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = seven_billion(tmp_path, 32)
+    recipe = Recipe.load(QLORA, qlora(base, tiny_files))
+    monkeypatch.setattr("forgetless.recipes.checking.unavailable", lambda device: None)
+    (missing,) = check_recipe(recipe)
+    assert "has a config.json but no weights" in missing
+    (base / "model.safetensors").touch()  # which nothing reads
+    assert check_recipe(recipe) == []
+
+
+def test_a_qlora_recipe_is_planned(
+    tiny_files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("forgetless.recipes.plan.plan.matmul_speed", lambda dtype: 1e12)
+    changes = qlora(seven_billion(tmp_path, 2), tiny_files)
+    command = ["plan", str(QLORA), "--memory", "24GB"]
+    for key, value in changes.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
+
+    def told(*more: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *more])
+        written = capsys.readouterr()
+        return int(ended.value.code or 0), " ".join((written.out + written.err).split())
+
+    code, text = told()
+    assert code == 0
+    assert "It fits: at most " in text
+    assert "holds no weights yet" in text
+    packed = told("--json")[1]
+    whole = told("--json", "--set", "quantise=null", "--set", "dtype=bfloat16")[1]
+    parts = [json.loads(each)["cost"]["memory"]["training"] for each in (packed, whole)]
+    saved = 2 * 2 * (4 * 4096**2 + 3 * 4096 * 11_008) * (1 - 0.5159 / 2)
+    assert parts[1]["weights"] - parts[0]["weights"] == pytest.approx(saved, rel=1e-3)
+    # The largest layer is unpacked while it is computed with.
+    assert parts[0]["activations"] - parts[1]["activations"] == 2 * 4096 * 11_008
+    code, text = told("--memory", "1GB")
+    assert code == 2
+    assert "1 GB is too little: the run takes" in text
+    assert "quantise: nf4" in text
+
+
+def test_wishes_are_not_for_a_recipe_that_is_there(
+    tiny_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, expected in (
+        ([str(QLORA), "--quantise", "nf4"], "a recipe says its settings itself"),
+        ([str(tmp_path)], "give the training data by --data FILE, or a recipe"),
+        ([str(tmp_path), "--data", "x", "--set", "seed=1"], "--set changes a recipe"),
+        ([str(tmp_path), "--data", "x", "--quantise", "int4"], "unknown quantise 'int4'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", *more])
+        assert ended.value.code == 2
+        assert expected in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_plan_packs_the_base_where_it_is_asked(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forgetless.recipes.checking.unavailable", lambda device: None)
+    found, plain = made(quantise="nf4", rank=4), made(rank=4)
+    assert (found.recipe.quantise, found.recipe.training.precision) == ("nf4", "bf16")
+    assert found.memory.step.weights < plain.memory.step.weights / 2
+    with pytest.raises(UserError, match="'full' trains the weights, and packed ones cannot be"):
+        made(quantise="nf4", method="full")
+
+
+def test_weights_that_are_packed_are_never_advised_to_be_trained(
+    tiny_base: Path, tiny_files: Path
+) -> None:
+    base = Base.find(str(tiny_base))
+    rows = Rows.of(str(tiny_files / "old.txt"), base)
+    for quantise, method in ((None, "full"), ("int8", "lora")):
+        found = advise(base, rows, Wishes("learn", quantise=quantise))  # type: ignore[arg-type]
+        assert {each.key: each.value for each in found}["adapter.method"] == method

@@ -58,6 +58,7 @@ class Card:
         head: of the base, where it is none that PEFT has a name for.
         new_classes: of the new head of a classifier.
         own_classes: how many the base's own head has, 0 where it has none.
+        packing: what the base's weights were packed in, see `forgetless.models.quantised`.
     """
 
     base: str
@@ -72,6 +73,7 @@ class Card:
     head: Head | None = None
     new_classes: Sequence[str] = ()
     own_classes: int = 0
+    packing: str | None = None
 
     @property
     def text(self) -> str:
@@ -98,6 +100,7 @@ class Card:
         if self.error is not None:
             error = f"{self.error:.2g} of the update's norm was cut off"
         rows = {
+            "base in": self.packing or "",
             "start": f"`{self.method}`" if self.method else "",
             "options": pairs(self.options),
             "layers": layers if isinstance(layers, str) else ", ".join(sorted(layers or ())),
@@ -149,6 +152,7 @@ def write_export_card(
     head: Head | None = None,
     new_classes: Sequence[str] = (),
     own_classes: int = 0,
+    packing: str | None = None,
 ) -> None:
     """Write the card of an adapter of which nothing but the export is known.
 
@@ -161,6 +165,7 @@ def write_export_card(
         head: of the base.
         new_classes: of the new head.
         own_classes: how many the base's own head has.
+        packing: what the base's weights are packed in.
     """
     known, versions = start or {}, {"python": platform.python_version()}
     for package in ("forgetless", "torch", "transformers", "peft"):
@@ -180,6 +185,7 @@ def write_export_card(
             head=head,
             new_classes=new_classes,
             own_classes=own_classes,
+            packing=packing,
         ),
     )
 

@@ -43,6 +43,7 @@ from forgetless.models.heads import (
     new_modules,
 )
 from forgetless.models.load import base_modules, base_of, head_of
+from forgetless.models.quantised import packing_of
 from forgetless.models.weights import is_linear, weight_shape
 
 CONFIG_FILE = "adapter_config.json"
@@ -130,6 +131,7 @@ def export(
             head=head_of(model),
             new_classes=classes[1],
             own_classes=len(classes[0]),
+            packing=packing_of(base_of(model)),
         )
     return ExportReport(
         folder=Path(folder),

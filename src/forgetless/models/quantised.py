@@ -20,6 +20,7 @@ __all__ = [
     "Format",
     "bytes_as_loaded",
     "packed_layers",
+    "packing_of",
     "quantisation",
     "unavailable",
     "unpacked_dtype",
@@ -73,6 +74,20 @@ def unavailable(device: torch.device) -> str | None:
             f"takes {', '.join(sorted(runs_on))}"
         )
     return None
+
+
+def packing_of(model: Any) -> str | None:
+    """What the weights of a loaded model are packed in, in words; None where they are not."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    if getattr(config, "load_in_8bit", False):
+        return FORMATS["int8"]
+    if getattr(config, "load_in_4bit", False):
+        twice = ", double quantisation" if config.bnb_4bit_use_double_quant else ""
+        return f"4 bits ({config.bnb_4bit_quant_type}{twice})"
+    given = config if isinstance(config, dict) else vars(config)
+    return str(getattr(given.get("quant_method"), "value", given.get("quant_method")))
 
 
 def packed_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:

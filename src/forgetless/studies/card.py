@@ -15,6 +15,7 @@ from forgetless.core.files import read_json
 from forgetless.data.texts import SELF
 from forgetless.methods import known
 from forgetless.models.load import head_of
+from forgetless.models.quantised import FORMATS
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.comparison import Comparison, compare
 from forgetless.scores.files import read_scores
@@ -73,6 +74,7 @@ def write_run_card(
         head=head,
         new_classes=learned_classes(folder),
         own_classes=read_json(folder / HEADS_FILE).get("own_classes", 0),
+        packing=None if recipe.quantise is None else FORMATS[recipe.quantise],
     )
     write(folder, card)
 

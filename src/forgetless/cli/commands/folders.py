@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from forgetless.adapters.folders import CONFIG_FILE
 from forgetless.core.errors import UserError
@@ -22,11 +24,15 @@ def require_new(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Trained:
-    """Trained weights: an adapter's folder or a whole model's, and the base where it is known."""
+    """Trained weights: an adapter's folder or a whole model's, and the base where it is known.
+
+    `loading` is how a run's base was loaded, in arguments of `load_model`.
+    """
 
     folder: Path
     base: str | None
     is_adapter: bool
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def find(cls, path: str | Path) -> Trained:
@@ -36,10 +42,10 @@ class Trained:
             raise FileNotFoundError(f"no folder {path}; give a run or an adapter")
         run = RunFolder(path)
         if run.recipe.exists():
-            base = Recipe.load(run.recipe).base
+            recipe = Recipe.load(run.recipe)
             for folder, is_adapter in ((run.native, True), (run.model, False)):
                 if folder.exists():
-                    return cls(folder, base, is_adapter)
+                    return cls(folder, recipe.base, is_adapter, recipe.loading)
             raise UserError(f"the run {path} has no trained weights yet; finish it first")
         config = read_json(path / CONFIG_FILE)
         if config:

@@ -38,11 +38,13 @@ from forgetless.core.files import lock, new_folder, remove
 from forgetless.data.modality import Batch, Processor, load_processor, modality_of
 from forgetless.models.load import (
     adapter_off,
+    device_of,
     linear_weight,
     load_model,
     load_tuned,
     resolve_base,
 )
+from forgetless.models.quantised import unavailable
 from forgetless.studies.folder import RunFolder
 from forgetless.tasks.asking import as_asked
 from forgetless.tasks.generation import generate
@@ -118,8 +120,11 @@ def merge_adapter(
                 "makes weights anew; serve the adapter beside the base instead"
             )
     kl = None
-    if trained.base is not None and resolve_base(trained.base) != resolve_base(name):
-        own = load(load_model(trained.base, dtype=dtype), trained.folder)
+    is_other = trained.base is not None and resolve_base(trained.base) != resolve_base(name)
+    is_packed = trained.loading.get("quantise") and unavailable(device_of()) is None
+    if trained.base is not None and (is_other or is_packed):
+        how: Mapping[str, Any] = trained.loading if is_packed else {"dtype": dtype}
+        own = load(load_model(trained.base, **how), trained.folder)
         kl = _kl(_logits(own, probe), found)
     return Merged(
         layers={layer: Rounded.over({layer: one}) for layer, one in sums.items()},
