@@ -132,8 +132,9 @@ class Checker:
             yield "quantise: the base is stored in fewer bits already; leave quantise out"
         elif recipe.quantise is not None and (lack := unavailable(device_of())):
             yield f"quantise: {recipe.quantise!r} {lack}"
-        if self._attempt(head_of, recipe.base)[0].modality != "language":
-            yield f"{where}: fewer bits are for causal language models"
+        head, _ = self._attempt(head_of, recipe.base)
+        if recipe.quantise is not None and head.modality != "language":
+            yield "quantise: fewer bits are for causal language models"
         if recipe.adapter.method == "full":
             yield (
                 f"{where}: packed weights cannot be trained, as method 'full' would; take a method "
