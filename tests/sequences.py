@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forgetless.core.files import write_json
+from forgetless.core.files import write_json, write_jsonl
 from forgetless.scores.files import score_file
 from tests.tiny import recipe_of
 
@@ -46,7 +46,8 @@ def definition_of(base: Path, files: Path, **changes: Any) -> dict[str, Any]:
 def scored(folder: Path, arms: Mapping[str, Sequence[Sequence[float]]], seeds: int = 2) -> Path:
     """A folder as a finished sequence of the tasks "a", "b", ... leaves it, by its matrices.
 
-    ``arms`` have R with the base as row and column 0; every further seed scores 0.01 more.
+    ``arms`` have R with the base as row and column 0; every further seed scores 0.01 more. Every
+    run has ten steps, and two lines in its log.
     """
     names = [chr(ord("a") + i) for i in range(len(next(iter(arms.values()))) - 1)]
     chains, runs = [], []
@@ -61,7 +62,10 @@ def scored(folder: Path, arms: Mapping[str, Sequence[Sequence[float]]], seeds: i
                         score = {"value": value + 0.01 * seed, "higher_is_better": True}
                         write_json(score_file(folder / run, phase, task), score)  # type: ignore[arg-type]
                 runs.append({"run_id": run, "name": run})
-                write_json(folder / run / "run.json", {"status": "done"})
+                training = {"steps": 10}
+                write_json(folder / run / "run.json", {"status": "done", "training": training})
+                losses = [{"step": step, "loss": 2.0 + place - step / 10} for step in (5, 10)]
+                write_jsonl(folder / run / "log.jsonl", losses)
     index = {"runs": runs, "sequences": chains, "knowledge": "facts"}
     write_json(folder / "runs.json", index | {"measured_by": {name: name for name in names}})
     return folder

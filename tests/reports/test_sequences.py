@@ -126,6 +126,11 @@ def test_the_page_fits_and_every_cell_has_its_number(
     # The whole table is on a narrow screen, without scrolling.
     inside = "return arguments[0].scrollWidth <= arguments[0].parentElement.clientWidth + 1"
     assert browser.execute_script(inside, tables[0])
+    # A line for each task's scores, and the ends of the three; what is no share has its own view.
+    chart = find(browser, "#along-chart svg")[0]
+    assert len(chart.find_elements("css selector", "polyline.curve")) == 3
+    assert len(chart.find_elements("css selector", "polyline.front")) == 3
+    assert len(chart.find_elements("css selector", "g.point")) == 3 * 4
     own = tables[0].find_elements("css selector", "td.own")
     assert [cell.text for cell in own] == ["0.805", "0.905", "0.955"]
     assert {cell.value_of_css_property("outline-style") for cell in own} == {"solid"}

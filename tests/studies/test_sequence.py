@@ -17,19 +17,19 @@ from forgetless.adapters.layer import adapted_layers
 from forgetless.adapters.plain import plain_lora
 from forgetless.core.continual import continual_metrics
 from forgetless.core.errors import RecipeError
-from forgetless.core.files import read_json
+from forgetless.core.files import read_json, read_jsonl, write_json, write_jsonl
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.recipes.identity import run_id
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.moments import Statistics
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.inputs import Collecting
-from forgetless.studies.sequence import FORMULAS, Sequence, sequence
+from forgetless.studies.sequence import FORMULAS, Sequence, matrices, sequence
 from forgetless.studies.stages import Event, Stages
 from forgetless.tasks import make_task
 from forgetless.training.loop import train
 from tests.killing import killed_until_done
-from tests.sequences import definition_of
+from tests.sequences import definition_of, scored
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
@@ -79,6 +79,43 @@ def test_the_matrix_has_the_scores_of_every_run(done: Sequence) -> None:
     assert kept == {"lost": 0.0, "most_after": None}
     two = -R[1:, 1]
     assert first["lost"][1]["lost"] == two.max() - two[-1]
+
+
+def test_losses_and_scores_are_joined_along_a_sequence(done: Sequence) -> None:
+    for each in done.matrices["sequences"]:
+        course, runs = each["course"], [RunFolder(done.folder / run) for run in each["runs"]]
+        assert course["ends"] == [2 * n for n in range(1, len(runs) + 1)]
+        assert course["scores"] == [[2 * i, row] for i, row in enumerate(each["R"])]
+        logged = [
+            [2 * n + line["step"], line["loss"]]
+            for n, run in enumerate(runs)
+            for line in read_jsonl(run.log)
+        ]
+        assert course["loss"] == logged
+        assert course["probes"] == {}
+
+
+def test_probes_points_and_penalties_are_part_of_the_course(tmp_path: Path) -> None:
+    scored(tmp_path, {"lora": [[1.0, 0.0, 0.1], [0.9, 0.8, 0.1], [0.5, 0.4, 0.9]]}, seeds=1)
+    second = RunFolder(tmp_path / "lora-0-b")
+    lines: list[dict[str, Any]] = [
+        {"step": n, "loss": 1.0 + 0.5 / n, "penalty": 0.5 / n} for n in range(1, 200)
+    ]
+    write_jsonl(second.log, [*lines, {"step": 4, "probe": {"forgetting/facts": 0.7}}])
+    second.update(training={"steps": 199})
+    write_json(second.point(4).scores("final", "a"), {"value": 0.6})
+    (found,) = matrices(tmp_path)["sequences"]
+    course = found["course"]
+    assert course["ends"] == [10, 209]
+    assert course["probes"] == {"forgetting/facts": [[14, 0.7]]}
+    assert course["scores"][2] == [14, [None, 0.6, None]]
+    own = [point for point in course["loss"] if point[0] > 10]
+    assert len(own) == 50
+    assert own[-1][0] == 209
+    assert {round(loss, 12) for _, loss in own} == {1.0}
+    second.record.unlink()  # what is not trained is left out
+    (found,) = matrices(tmp_path)["sequences"]
+    assert found["course"]["ends"] == [10]
 
 
 def test_means_are_over_seeds_and_orders(done: Sequence) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 import forgetless
 from forgetless.core.files import write_json, write_text
 from forgetless.reports.numbers import NOT_MEASURED, three_decimals
+from forgetless.reports.page import inlined
 from forgetless.reports.words import environment
 from forgetless.studies.folder import results, write_csv, write_tables
 from forgetless.studies.sequence import (
@@ -57,8 +56,8 @@ def write_sequences(folder: str | Path) -> Path:
     write_json(place / "sequence.json", found)
     write_tables(folder, results(folder), [])
     write_csv(place / "sequences.csv", metric_rows(found), METRIC_COLUMNS)
-    loader = environment().loader
-    assert loader is not None
+    content = _content(found)
+    scripts = ("page", "chart", "charts", "sequence") if content["courses"] else ()
     text = (
         environment()
         .get_template("sequence.html")
@@ -69,11 +68,68 @@ def write_sequences(folder: str | Path) -> Path:
             mean=_mean,
             unfinished=sum(s != "done" for each in found["sequences"] for s in each["status"]),
             version=forgetless.__version__,
-            style=Markup(loader.get_source(environment(), "page.css")[0]),
+            places={column: place for place, column in enumerate(content["arms"])},
+            figures={},
+            **inlined(scripts, content),
         )
     )
     write_text(place / "index.html", text)
     return place / "index.html"
+
+
+def _content(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chart of the courses draws: of every arm and order the mean over seeds.
+
+    Its "arms" are the columns.
+    """
+    columns = list(
+        dict.fromkeys(c for each in found["sequences"] for c in _columns(found, each["tasks"]))
+    )
+    cases: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for each in found["sequences"]:
+        if each["course"] is not None and each["course"]["ends"]:
+            cases.setdefault((each["arm"], each["order"]), []).append(each)
+    courses = []
+    for (arm, order), own in cases.items():
+        learned = own[0]["tasks"] if own[0].get("bound") is None else ["all together"]
+        ends = list(zip(own[0]["course"]["ends"], learned, strict=False))
+        lines = [line for line in _lines(found, own, ends, columns) if line["points"]]
+        courses.append({"arm": arm, "order": order, "ends": ends, "lines": lines})
+    return {"arms": columns, "courses": courses}
+
+
+def _lines(
+    found: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]],
+    ends: Sequence[tuple[int, str]],
+    columns: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """The lines of one arm and order; columns of shares have one view, any other has its own."""
+    told = [each["course"] for each in own]
+    for place, column in enumerate(_columns(found, own[0]["tasks"])):
+        points = _mean_line([(s, values[place]) for s, values in one["scores"]] for one in told)
+        is_share = own[0]["higher_is_better"][place] and all(0 <= v <= 1 for _, v in points)
+        view = "scores" if is_share else column
+        yield {"view": view, "arm": columns.index(column), "points": points}
+    loss, start = _mean_line(one["loss"] for one in told), 0
+    for end, task in ends:
+        arm = columns.index(task) if task in columns else 0
+        part = [point for point in loss if start < point[0] <= end]
+        yield {"view": "training loss", "arm": arm, "points": part}
+        start = end
+    for name in told[0]["probes"]:
+        points = _mean_line(one["probes"].get(name, ()) for one in told)
+        yield {"view": f"probe {name}", "arm": 0, "points": points}
+
+
+def _mean_line(parts: Iterable[Iterable[Sequence[Any]]]) -> list[list[float]]:
+    """The mean value of each step over the seeds that have it."""
+    by_step: dict[int, list[float]] = {}
+    for points in parts:
+        for step, value in points:
+            if value is not None:
+                by_step.setdefault(step, []).append(value)
+    return [[step, sum(values) / len(values)] for step, values in sorted(by_step.items())]
 
 
 def _parts(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

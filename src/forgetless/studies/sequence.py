@@ -23,6 +23,7 @@ from forgetless.core.metrics import mean_stderr, t_interval, t_probability
 from forgetless.recipes.sequence import SequenceRecipe, measures
 from forgetless.scores.files import Phase
 from forgetless.scores.seeds import holm
+from forgetless.studies.course import course
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.stages import Listener
 from forgetless.studies.study import Study, do_runs
@@ -129,7 +130,7 @@ def matrices(folder: str | Path) -> dict[str, Any]:
         "formulas": what the metrics are; "classes": of every task of a split; "sequences": for each
         its arm, order, seed, tasks and runs, "R" of (K + 1, K + 1) with row and column 0 for the
         base, "metrics", and "lost", for every column how much is lost since its best score, and
-        after which task most of it went;
+        after which task most of it went, and its "course", see `forgetless.studies.course`;
         "arms": for each the mean of every metric over seeds and orders with its 95 % interval, and
         by order the mean matrix "R" over seeds; "pairs": see `pairs`. Of a classifier whose tasks
         share a new head these are of its accuracy over all classes of the head (class-incremental),
@@ -151,6 +152,8 @@ def matrices(folder: str | Path) -> dict[str, Any]:
         ]
         for part in ("value", _BY_TASK)
     )
+    for each in found:
+        each["course"] = course(folder, _columns(index, each), each, each["R"])
     has_classes = any(_BY_TASK in cell for own in cells for row in own for cell in row)
     return {
         "name": folder.resolve().name,
@@ -173,7 +176,7 @@ def _cells(
 ) -> list[list[dict[str, Any]]]:
     """For every cell of a matrix the score that was measured, with its extra; empty of none."""
     runs = [RunFolder(folder / run_id) for run_id in chain["runs"]]
-    columns = [index["knowledge"], *(index["measured_by"][task] for task in chain["tasks"])]
+    columns = _columns(index, chain)
 
     def row(run: RunFolder, phase: Phase) -> list[dict[str, Any]]:
         found = []
@@ -187,6 +190,11 @@ def _cells(
         [{} for _ in columns] for _ in range(len(columns) - 1 - len(runs))
     ]
     return [row(runs[0], "base"), *unmeasured, *(row(run, "final") for run in runs)]
+
+
+def _columns(index: Mapping[str, Any], chain: Mapping[str, Any]) -> list[str | None]:
+    """What measures each column of a sequence's matrix."""
+    return [index["knowledge"], *(index["measured_by"][task] for task in chain["tasks"])]
 
 
 def _sequence(
