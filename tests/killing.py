@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -53,6 +54,43 @@ def killed_until_done(work: Callable[..., object], *arguments: Any, most: int = 
         process.kill()
         process.join()
     raise AssertionError("the last one is waited for")
+
+
+_TOUCHES = frozenset({"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"})
+
+
+def killed_when_touching(
+    folder: Path, counts: Path, moment: int | None, work: Callable[..., object], *arguments: Any
+) -> None:
+    """Do some work, and be killed just before it touches a folder for the `moment`-th time.
+
+    Args:
+        folder: whose files and folders are opened, made, renamed or removed.
+        counts: the file that is told how often that was, if the work comes to its end.
+        moment: counted from 1; None for not at all.
+        work: what is done.
+        arguments: of it.
+    """
+    touched, place = 0, str(folder)
+
+    def count(event: str, details: tuple[object, ...]) -> None:
+        nonlocal touched
+        if event in _TOUCHES and details and str(details[0]).startswith(place):
+            touched += 1
+            if touched == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    work(*arguments)
+    counts.write_text(str(touched))
+
+
+def in_a_process(work: Callable[..., object], *arguments: Any) -> int | None:
+    """Do some work in a process of its own; its exit code, negative for a signal."""
+    process = FORKSERVER.Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def study_of(base: Path, files: Path, steps: int = 6) -> dict[str, Any]:

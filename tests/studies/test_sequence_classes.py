@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ from forgetless.reports import report
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.sequence import Sequence, sequence
 from tests.images import CLASSES, save_classifier, save_images
-from tests.killing import killed_until_done
+from tests.killing import in_a_process, killed_until_done, killed_when_touching
 from tests.sentences import save_classifier as save_text_classifier
 from tests.sentences import write_rows
 
@@ -254,6 +256,28 @@ def test_killed_at_random_moments_it_ends_with_the_same_matrices(
     found = Sequence(tmp_path / definition["name"]).matrices
     assert found["sequences"] == [of(done, "stacked")]
     assert found["task_incremental"]["sequences"] == [of(done, "stacked", "task_incremental")]
+
+
+def test_killed_before_five_random_touches_of_its_folder_it_ends_with_the_same_matrix(
+    world: Path, tmp_path: Path
+) -> None:
+    content = definition_of(world, arms=[{"name": "repaired", **ARMS["repaired"]}])
+    content["recipe"]["training"] |= {"steps": 2, "checkpoint_every": 1}
+    counts = tmp_path / "counts"
+
+    def do(part: str, moment: int | None) -> int | None:
+        out = tmp_path / part
+        return in_a_process(killed_when_touching, out, counts, moment, _do, content, out)
+
+    assert do("whole", None) == 0
+    total, draw = int(counts.read_text()), random.Random(0)
+    for _ in range(5):  # a sixth of all each, so that there is always something left
+        assert do("cut", draw.randint(1, total // 6)) == -signal.SIGKILL
+    assert do("cut", None) == 0
+    whole, cut = (Sequence(tmp_path / part / content["name"]) for part in ("whole", "cut"))
+    assert not cut.failed
+    assert cut.matrices == whole.matrices
+    assert not list((tmp_path / "cut").rglob(".tmp-*"))
 
 
 def test_the_classes_of_one_data_set_are_learned_in_several_orders(
