@@ -39,6 +39,19 @@ def test_a_run_measures_what_it_held_out(tiny_recipe: dict[str, Any], tmp_path: 
     assert len(rows) == len(load_examples(path)) - len(held)
 
 
+def test_a_repair_is_chosen_by_what_was_held_out(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    repair = {"strength": [0.1, 1.0], "keep": tiny_recipe["calibration"]["source"]}
+    done = run(recipe(tiny_recipe, repair=repair, **{"tasks.learning": []}), tmp_path)
+    told = read_json(done.folder / "aftercare.json")
+    final = read_json(done.folder / "scores" / "final" / "validation.json")
+    assert told["points"]["trained"]["loss"] == pytest.approx(final["value"], rel=1e-6)
+    for label in ("repair-0.1", "repair-1"):
+        here = read_json(done.folder / "points" / label / "scores" / "final" / "validation.json")
+        assert told["points"][label]["loss"] == pytest.approx(here["value"], rel=1e-6)
+
+
 def test_a_repair_reads_its_rows_by_their_names(
     tiny_recipe: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -146,14 +146,18 @@ def print_run(done: Run) -> None:
 def print_usage(done: Run) -> None:
     """How to load the adapter of a run, repaired where it is, as its card says it."""
     from forgetless.adapters.card import CARD_FILE, usage
+    from forgetless.core.files import read_json
     from forgetless.recipes.recipe import Recipe
+    from forgetless.studies.aftercare import TRAINED
     from forgetless.studies.folder import RunFolder
 
     run = RunFolder(done.folder)
     if lines := usage(run.shipped, Recipe.load(run.recipe).base):
         print(f"\na plain PEFT LoRA for the untouched base (for vLLM see its {CARD_FILE}):")
         print(*(f"    {line}" for line in lines), sep="\n")
-    if run.repaired.is_dir():
+    if read_json(run.aftercare, damaged_as_missing=True).get("repaired") == TRAINED.label:
+        print("not repaired: every strength gives up more of what was learned than it may")
+    elif run.repaired.is_dir():
         print(f"repaired: {run.repaired}")
         print(f"as it was trained: {run.adapter if run.adapter.is_dir() else run.model}")
 

@@ -267,7 +267,7 @@ class Bench:
         trained: Adjustable,
         processor: Processor,
         keep: Path | None = None,
-        task: Path | None = None,
+        task: Path | str | None = None,
         batch_size: int | None = None,
         said: Mapping[str, Any] | None = None,
     ) -> None:

@@ -163,8 +163,8 @@ class Beside:
             [setting.strength for setting in repairs],
             self.recipe.comparators,
         )
-        said = self.recipe.data.said
-        return adjustable, Bench(adjustable, self.stages.processor, keep.held, task.held, said=said)
+        said, held = self.recipe.data.said, self._held_out or task.held
+        return adjustable, Bench(adjustable, self.stages.processor, keep.held, held, said=said)
 
     def _texts(self, model: Any, trained: Any = None) -> tuple[Read, Read]:
         """The text to keep and the new task's, as the trained model reads it where one is given."""
@@ -176,6 +176,15 @@ class Beside:
             own = replace(reading, trained=trained)
             return keep, own.task(self._task_text(), Path(self._place.name))
         return keep, self._read(self._task_text(), "task", reading.task)
+
+    @property
+    def _held_out(self) -> str | None:
+        """What was held out of the training data; then nothing that was trained on is measured.
+
+        On rows that it was trained on, a repair gives up what was learned of these by heart.
+        """
+        wanted = self.recipe.repair
+        return self.recipe.data.held_out if wanted is None or wanted.task == DATA else None
 
     @cached_property
     def _place(self) -> TemporaryDirectory[str]:
@@ -257,6 +266,8 @@ class Beside:
             "task": wanted and wanted.task and self._source_key(self._task_text(), "task"),
             "task_on": "trained",
         }
+        if self._held_out is not None:
+            content["held_out"] = source_hash(self._held_out, fingerprint)
         content |= without_idle(self.recipe.data.said, {"chat_template": "auto", "system": None})
         if self.recipe.comparators:
             content["comparators"] = [self._comparator_key(c) for c in self.recipe.comparators]
