@@ -90,9 +90,12 @@ def new_folder(
             flush(file)
         _put(temporary, path, old)
         flush(path.parent)
-    finally:
+    except BaseException:
         if old.exists() and not path.exists():
-            old.rename(path)
+            with suppress(OSError):  # another writer was faster
+                old.rename(path)
+        raise
+    finally:
         for left in (temporary, old):  # the first is by now the old folder, if it was exchanged
             remove(left)
 
