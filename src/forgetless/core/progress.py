@@ -30,7 +30,7 @@ from rich.text import Text
 T = TypeVar("T")
 
 LOUDNESS = "FORGETLESS_LOUDNESS"
-"""The environment variable that says it, for the processes that a command starts."""
+"""The environment variable of `loudness`, which the processes that a command starts inherit."""
 
 _console: Console | None = None
 _current: Bar | None = None
@@ -49,7 +49,7 @@ def duration(seconds: float) -> str:
 def draw() -> None:
     """From now on all long work of this process has a bar, unless it is to be quiet."""
     global _console
-    _console = None if loudness() == "quiet" else Console(file=sys.stderr)
+    _console = Console(file=sys.stderr)
 
 
 def loudness() -> str:

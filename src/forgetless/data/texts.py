@@ -351,13 +351,10 @@ def _generate(
         eos_token_id=eos,
         pad_token_id=0 if eos is None else eos,
     )
-    count, done = len(begin), 0
 
     def counting(ids: Tensor, scores: Tensor) -> Tensor:
         """Not one score is changed; the sequences have one token more."""
-        nonlocal done
-        bar.advance(count)
-        done += count
+        bar.advance(len(begin))
         return scores
 
     model: Any = base
@@ -371,7 +368,7 @@ def _generate(
         )
     finally:
         model.generation_config = usual
-    bar.advance(count * max_length - done)  # all may have ended before
+    bar.advance(len(begin) * (max_length - ids.shape[1] + 1))  # all may have ended before
     return [_until(row, eos) for row in ids.tolist()]
 
 

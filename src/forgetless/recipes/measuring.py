@@ -17,7 +17,7 @@ __all__ = ["OwnText", "probed", "tasked"]
 OwnText = Callable[[Mapping[str, Any]], str]
 """The file of what a base writes itself, for the settings of the task that reads it."""
 
-_KINDS = {"learning", "forgetting"}
+_KINDS = ("learning", "forgetting")
 
 
 def tasked(recipe: Recipe, own_text: OwnText | None = None) -> TaskSettings:
@@ -36,8 +36,7 @@ def tasked(recipe: Recipe, own_text: OwnText | None = None) -> TaskSettings:
     """
     held, given = recipe.data.held_out, recipe.tasks
     found = _resolved(given, held, own_text)
-    unread = _resolved(given, held, None) == given.model_dump(include=_KINDS)
-    if held is not None and unread and probed(recipe) == recipe.probes:
+    if held is not None and not _reads(given, held) and not _reads(recipe.probes, held):
         kind = modality_of(recipe.base).loss_task
         if recipe.training.preference is not None:
             kind = "preference"
@@ -50,6 +49,11 @@ def probed(recipe: Recipe, own_text: OwnText | None = None) -> ProbeSettings:
     """What is measured on the way, with the same paths as in `tasked`."""
     given = recipe.probes
     return given.model_copy(update=_resolved(given, recipe.data.held_out, own_text))
+
+
+def _reads(given: TaskSettings | ProbeSettings, held: str) -> bool:
+    """Whether any of these reads the held-out share."""
+    return any(_resolved(given, held, None)[kind] != getattr(given, kind) for kind in _KINDS)
 
 
 def _resolved(
@@ -67,4 +71,4 @@ def _resolved(
             return spec
         return {**spec, "path": found} if isinstance(spec, Mapping) else found
 
-    return {kind: [of(spec) for spec in getattr(given, kind)] for kind in sorted(_KINDS)}
+    return {kind: [of(spec) for spec in getattr(given, kind)] for kind in _KINDS}

@@ -32,7 +32,7 @@ from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import modality_of, new_classes
 from forgetless.recipes.recipe import EarlierSettings, Recipe
-from forgetless.recipes.split import Split, name_of, shuffled
+from forgetless.recipes.split import Split, name_of, named_orders
 from forgetless.recipes.study import Definition, Gathered, labels
 
 CLASS_ORDER_SEED = 1993
@@ -145,15 +145,7 @@ class SequenceRecipe(Definition):
         if self.split is not None:
             return {order: tuple(map(name_of, parts)) for order, parts in self._parts.items()}
         names = [task["name"] for task in self.all_tasks]
-        if isinstance(self.orders, dict):
-            return {name: tuple(map(str, order)) for name, order in self.orders.items()}
-        found = {}
-        for order in self.orders or [names]:
-            if isinstance(order, int):
-                found[f"seed {order}"] = shuffled(names, order)
-            else:
-                found[" > ".join(map(str, order))] = tuple(map(str, order))
-        return found
+        return named_orders(self.orders, names, lambda place, order: " > ".join(order))
 
     @cached_property
     def all_tasks(self) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -37,6 +37,28 @@ def shuffled(names: Sequence[str], seed: int) -> Classes:
     of classes) and of most work after them: 68, 56, 78, 8, 23, ... of a hundred.
     """
     return tuple(names[i] for i in np.random.RandomState(seed).permutation(len(names)))
+
+
+def named_orders(
+    given: Orders, names: Sequence[str], called: Callable[[int, Classes], str]
+) -> dict[str, Classes]:
+    """Orders by their names.
+
+    Args:
+        given: lists of names, by name or not, or seeds of `shuffled`; none for that of `names`.
+        names: all of them.
+        called: names a list without a name, by its place from 1 and itself.
+    """
+    if isinstance(given, Mapping):
+        return {name: tuple(map(str, order)) for name, order in given.items()}
+    found: dict[str, Classes] = {}
+    for place, order in enumerate(given or [list(names)], start=1):
+        if isinstance(order, int):
+            found[f"seed {order}"] = shuffled(names, order)
+        else:
+            words = tuple(map(str, order))
+            found[called(place, words)] = words
+    return found
 
 
 class Split(Section):
@@ -94,17 +116,10 @@ class Split(Section):
         Raises:
             UserError: an order that is none of all classes, or classes that do not make the tasks.
         """
-        named: dict[str, Sequence[str | int]] = {}
-        for place, each in enumerate(given or [list(self.names)], start=1):
-            if isinstance(given, Mapping):
-                named[str(each)] = given[str(each)]
-            elif isinstance(each, int):
-                named[f"seed {each}"] = shuffled(self.names, each)
-            else:
-                named[f"order {place}"] = each
-        return {order: self._parts(order, list(map(str, each))) for order, each in named.items()}
+        named = named_orders(given, self.names, lambda place, order: f"order {place}")
+        return {order: self._parts(order, names) for order, names in named.items()}
 
-    def _parts(self, order: str, names: list[str]) -> tuple[Classes, ...]:
+    def _parts(self, order: str, names: Classes) -> tuple[Classes, ...]:
         """The classes of each task of one order."""
         if unknown := [name for name in names if name not in self.names]:
             raise UserError(f"{order} has {unknown[0]!r}, and the classes are {some(self.names)}")

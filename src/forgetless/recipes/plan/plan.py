@@ -53,6 +53,8 @@ HELD_OUT = 0.1
 ENOUGH_TO_SHARE = 50
 """Examples from which a share of them is held out."""
 
+NO_WEIGHTS = "The base's folder holds no weights yet: put them there before the run."
+
 
 @dataclass(frozen=True)
 class Disk:
@@ -147,7 +149,7 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
         raise UserError(f"method {wishes.method!r} trains the weights, and packed ones cannot be")
     for path in filter(None, (wishes.keep, None if wishes.share else wishes.test)):
         load_examples(path)
-    if wishes.test is None and len(load_examples(data)) >= ENOUGH_TO_SHARE:
+    if wishes.test is None and len(load_examples(data, limit=ENOUGH_TO_SHARE)) == ENOUGH_TO_SHARE:
         wishes = replace(wishes, test=str(HELD_OUT))
     found = Base.find(base)
     trained_on = DataSettings(train=data, validation=wishes.share)
@@ -196,7 +198,7 @@ def plan_recipe(recipe: Recipe, memory: int | None = None) -> Plan:
     if memory is not None:
         notes.append(f"It fits: at most {show_bytes(cost.peak)} of {show_bytes(memory)}.")
     if not has_weights(recipe.base):
-        notes.append("The base's folder holds no weights yet: put them there before the run.")
+        notes.append(NO_WEIGHTS)
     return _costed(recipe, found, rows, all_rows, cost, advice=[], notes=notes)
 
 
@@ -297,7 +299,7 @@ def _settings(base: str, data: str, wishes: Wishes, values: Mapping[str, Any]) -
 def _notes(is_whole: bool, wishes: Wishes) -> list[str]:
     found = []
     if not is_whole:
-        found.append("The base's folder holds no weights yet: put them there before the run.")
+        found.append(NO_WEIGHTS)
     if wishes.test is None:
         found.append(
             f"Nothing measures what is learned: {ENOUGH_TO_SHARE} examples or more would be shared "
