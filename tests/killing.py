@@ -109,7 +109,7 @@ def results(study_folder: Path) -> list[dict[str, str]]:
 
 # ---- every verb ----------------------------------------------------------------------------------
 
-CLOCK = re.compile(r"seconds|started|finished|session|since|hardware|versions|_at$|per_second")
+CLOCK = re.compile(r"seconds|started|finished|since|hardware|versions|_at$|per_second")
 """Keys of JSON whose values say when, how long and where."""
 
 
@@ -202,7 +202,9 @@ def left(folder: Path) -> dict[str, Any]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         match path.suffix:
-            case ".lock":
+            case ".lock" | ".journal":
+                continue
+            case _ if path.parent.name == "workers":
                 continue
             case ".json":
                 found[name] = without_clock(json.loads(path.read_text()))

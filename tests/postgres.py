@@ -6,8 +6,12 @@ import os
 import pwd
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
@@ -64,3 +68,15 @@ class Server:
 def why_not() -> str:
     """Why there is no such server; empty where there is one."""
     return "" if BINARIES else "needs PostgreSQL: apt-get install postgresql"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A PostgreSQL server, which is stopped at the end."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:  # a short path for its socket
+        found = Server(Path(folder))
+        found.start()
+        yield found
+        found.stop()

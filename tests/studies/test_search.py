@@ -22,7 +22,6 @@ from forgetless.studies.search import Search, search
 from forgetless.studies.trials import Beat
 from tests.killing import FORKSERVER
 
-pytest.importorskip("optuna")
 pytest_plugins = ["tests.tiny_fixtures"]
 
 RATE, DECAY = "training.learning_rate", "training.weight_decay"

@@ -20,10 +20,12 @@ import pytest
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import lock
 from forgetless.recipes.study import StudyRecipe
-from forgetless.studies.folder import RunFolder
+from forgetless.studies import study as studies
+from forgetless.studies.folder import RunFolder, planned
 from forgetless.studies.run import prepare
 from forgetless.studies.stages import Event
 from forgetless.studies.study import Study, run_workers, study
+from forgetless.studies.trials import MOST_RETRIES, Beat
 from tests.killing import FORKSERVER, killed_until_done, results, study_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -173,8 +175,12 @@ def test_a_failed_run_does_not_stop_the_others(tiny_recipe: dict[str, Any], tmp_
     assert [row["score"] is None for row in done.results()] == [True] * 3 + [False] * 3
 
 
-def test_a_worker_that_dies_takes_only_its_run_with_it(
-    tiny_base: Path, tiny_files: Path, tmp_path: Path
+def test_the_run_of_a_worker_that_dies_is_resumed_by_another(
+    whole: tuple[dict[str, Any], Study],
+    tiny_base: Path,
+    tiny_files: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     killed: list[str] = []
 
@@ -184,13 +190,50 @@ def test_a_worker_that_dies_takes_only_its_run_with_it(
             (worker,) = [pid for pid in _children() if _holds(pid, event.run_id)]
             os.kill(worker, signal.SIGKILL)
 
-    definition = study_of(tiny_base, tiny_files)
-    definition["recipe"]["training"]["steps"] = 40
-    done = study(definition, tmp_path, workers=2, listen=kill_once)
-    assert [run.run_id for run in done.failed] == killed
-    assert "the worker process died" in done.failed[0].record["reason"]
-    again = study(definition, tmp_path)
+    definition, done = whole
+    again = study(definition, tmp_path, workers=2, listen=kill_once)
+    assert len(killed) == 1
     assert again.failed == []
+    assert "a worker was killed by signal 9" in caplog.text
+    assert results(again.folder) == results(done.folder)
+
+
+def test_a_run_whose_process_dies_again_and_again_is_given_up(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two runs one takes its process with it, each time; the calls are stopped for good."""
+    recipe = {**tiny_recipe, "tasks": {"learning": [], "forgetting": []}}
+    definition = {"name": "s", "recipe": recipe, "axes": {"seed": [0, 1]}}
+    first, second = StudyRecipe.parse(definition).recipes()
+    died: list[str] = []
+
+    def die(run: RunFolder, **_: Any) -> None:
+        run.update(status="running", requested=False)
+        died.append(run.path.name)
+        if run.path.name == first:
+            raise SystemExit
+        run.update(status="done")
+
+    monkeypatch.setattr(studies, "execute", die)
+    monkeypatch.setattr(studies, "Beat", lambda: Beat(poll=0.01))
+    with pytest.raises(SystemExit):
+        study(definition, tmp_path)
+    runs = planned(tmp_path / "s")
+    how: dict[str, Any] = {"storage": None, "threads": 1, "listen": lambda event: None}
+    while True:
+        with suppress(SystemExit):
+            studies.take_part(tmp_path / "s", runs, **how)
+            break
+    found = {run.run_id: run for run in Study(tmp_path / "s").runs}
+    assert died.count(first) == MOST_RETRIES
+    assert died.count(second) == 1
+    assert found[first].status == "failed"
+    assert (
+        "its process died 10 times; perhaps it ran out of memory" in found[first].record["reason"]
+    )
+    assert found[second].status == "done"
+    monkeypatch.undo()
+    assert study(definition, tmp_path).failed == []
 
 
 def _children() -> list[int]:

@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import lock
-from forgetless.studies.trials import REASON, Beat, open_trials, origin, work
+from forgetless.studies.trials import REASON, Beat, Direction, open_trials, origin, work
 from tests import postgres
 from tests.killing import FORKSERVER
 
-optuna = pytest.importorskip("optuna")
+pytest_plugins = ["tests.postgres"]
 
 BEAT = Beat(interval=1, grace=3, poll=0.1)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[postgres.Server]:
-    """A PostgreSQL server, which is stopped at the end."""
-    if reason := postgres.why_not():
-        pytest.skip(reason)
-    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:  # a short path for its socket
-        found = postgres.Server(Path(folder))
-        found.start()
-        yield found
-        found.stop()
+VALUES: dict[str, Direction] = {"learned": "maximize", "forgotten": "minimize"}
 
 
 @pytest.fixture(params=["journal", "postgresql"])
@@ -50,7 +37,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
 
 
 def opened(url: str | None, folder: Path) -> Any:
-    (trials,) = open_trials(url, folder, ["t"], {"a": 1}, BEAT)
+    (trials,) = open_trials(url, folder, ["t"], VALUES, {"a": 1}, BEAT)
     return trials
 
 
@@ -236,17 +223,7 @@ def test_after_its_time_no_trial_is_begun(tmp_path: Path) -> None:
 def test_a_name_has_one_definition(url: str | None, tmp_path: Path) -> None:
     opened(url, tmp_path)
     with pytest.raises(UserError, match="begun with another a"):
-        open_trials(url, tmp_path, ["t"], {"a": 2}, BEAT)
-
-
-@pytest.mark.parametrize("url", [None, "sqlite:///trials.db"])
-def test_what_is_not_installed_is_named(
-    url: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "optuna"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"pip install 'forgetless\[search\]'"):
-        opened(url, tmp_path)
+        open_trials(url, tmp_path, ["t"], VALUES, {"a": 2}, BEAT)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from forgetless.cli.tables import print_json, print_table, print_text
 _FOR = {
     "train": "training and runs",
     "eval": "tasks of the lm-evaluation-harness",
-    "search": "searches for settings, on one machine or several",
+    "search": "studies and searches on a database, by several machines",
     "report": "figures and parquet of a report",
     "quantised": "bases in 4 and 8 bit",
     "deepspeed": "ZeRO on several devices",

@@ -40,7 +40,7 @@ def demo(
     """Fine-tune the pocket model seven ways and show what each learned and forgot."""
     from forgetless.cli.demo import definition, images_definition
 
-    _do_study(images_definition() if images else definition(), out, workers, threads)
+    _do_study(images_definition() if images else definition(), out, None, workers, threads)
 
 
 def run(
@@ -139,6 +139,7 @@ def study(
     path: Annotated[str, typer.Argument(metavar="STUDY", help="A YAML file.")],
     changes: Set = None,
     out: Out = "runs",
+    storage: Storage = None,
     workers: Workers = 1,
     threads: Threads = None,
     check: Check = False,
@@ -152,12 +153,13 @@ def study(
     if check:
         print(f"{path}: no problems; {len(definition.recipes())} runs")
         return
-    _do_study(definition, out, workers, threads, page=page)
+    _do_study(definition, out, storage, workers, threads, page=page)
 
 
 def _do_study(
     definition: StudyRecipe | dict[str, Any],
     out: str,
+    storage: str | None,
     workers: int,
     threads: int | None,
     *,
@@ -167,7 +169,8 @@ def _do_study(
     from forgetless.studies.study import study as do
 
     with watch(several=workers > 1) as listen:
-        done = do(definition, out, workers=workers, threads=threads, listen=listen)
+        how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
+        done = do(definition, out, storage=storage, **how)
     failed = done.failed
     if len(failed) < len(done.runs):
         tables.print_study(done.folder, page=page)
@@ -186,6 +189,7 @@ def sequence(
     path: Annotated[str, typer.Argument(metavar="SEQUENCE", help="A YAML file.")],
     changes: Set = None,
     out: Out = "runs",
+    storage: Storage = None,
     workers: Workers = 1,
     threads: Threads = None,
     check: Check = False,
@@ -203,7 +207,8 @@ def sequence(
     from forgetless.studies.sequence import sequence as do
 
     with watch(several=workers > 1) as listen:
-        done = do(definition, out, workers=workers, threads=threads, listen=listen)
+        how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
+        done = do(definition, out, storage=storage, **how)
     tables.print_sequences(done.folder, page=page)
     _say_failed(done.failed)
 
@@ -264,31 +269,19 @@ def report(
 
 
 def worker(
-    folder: Annotated[str, typer.Argument()],
-    session: Annotated[str, typer.Argument()],
-    threads: Threads = None,
-) -> None:
-    """Do runs of a study that another process started."""
-    from forgetless.studies.folder import planned
-    from forgetless.studies.study import serve, work
-
-    hush()
-    serve(lambda listen: work(planned(Path(folder)), session, threads=threads, listen=listen))
-
-
-def search_worker(
-    folder: Annotated[str, typer.Argument()],
+    folder: Annotated[Path, typer.Argument()],
     storage: Storage = None,
     threads: Threads = None,
     until: Annotated[float | None, typer.Option()] = None,
 ) -> None:
-    """Do trials of a search that another process started."""
-    from forgetless.studies.search import take_part
-    from forgetless.studies.study import serve
+    """Do runs of a study, or trials of a search, that another process started."""
+    from forgetless.studies import search, study
+    from forgetless.studies.folder import is_search, planned
 
     hush()
-    serve(
-        lambda listen: take_part(
-            Path(folder), storage=storage, threads=threads, until=until, listen=listen
-        )
-    )
+    how: dict[str, Any] = {"storage": storage, "threads": threads}
+    if is_search(folder):
+        study.serve(lambda listen: search.take_part(folder, **how, until=until, listen=listen))
+    else:
+        runs = planned(folder)
+        study.serve(lambda listen: study.take_part(folder, runs, **how, listen=listen))

@@ -123,7 +123,6 @@ def execute(
     *,
     evaluate: bool = True,
     threads: int | None = None,
-    session: str | None = None,
     listen: Listener | None = None,
     processes: Processes = Processes(),  # noqa: B008 - it is frozen
 ) -> None:
@@ -144,7 +143,6 @@ def execute(
             status="running",
             reason=None,
             seed=recipe.seed,
-            session=session,
             requested=False,
             started=record.get("started") or _now(),
             versions=_versions(),

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -36,8 +35,8 @@ from forgetless.studies.folder import RunFolder, curve, results, write_csv, writ
 from forgetless.studies.run import execute, prepare
 from forgetless.studies.sequence import mean_over
 from forgetless.studies.stages import Listener
-from forgetless.studies.study import Study, run_workers
-from forgetless.studies.trials import REASON, Beat, open_trials, origin, work
+from forgetless.studies.study import Study, start_workers
+from forgetless.studies.trials import REASON, Beat, Direction, open_trials, origin, pending, work
 
 if TYPE_CHECKING:
     from optuna import Study as Trials
@@ -104,8 +103,8 @@ def search(
     if not isinstance(definition, SearchRecipe):
         read = SearchRecipe.parse if isinstance(definition, Mapping) else SearchRecipe.load
         definition = read(definition)  # type: ignore[arg-type]
-    ends = {"trials": trials, "hours": hours}
-    changed = {key: value for key, value in ends.items() if value is not None}
+    given = {"trials": trials, "hours": hours}
+    changed = {key: value for key, value in given.items() if value is not None}
     definition = SearchRecipe.parse({**definition.model_dump(), **changed})
     definition.check()
     folder = Path(out) / definition.name
@@ -117,11 +116,7 @@ def search(
         write_text(folder / "search.yaml", text)
     until = doing.end()
     if workers > 1:
-        command = [sys.executable, "-m", "forgetless", "search-worker", str(folder)]
-        command += [] if threads is None else ["--threads", str(threads)]
-        command += [] if until is None else ["--until", str(until)]
-        # In the environment, where other users of the machine see no password.
-        run_workers(command, workers, doing.listen, {"FORGETLESS_STORAGE": storage or ""})
+        start_workers(folder, workers, doing.listen, storage, threads=threads, until=until)
     doing.work(until)  # with workers, what is left: the trial of one that died
     doing.write()
     return Search(folder)
@@ -150,8 +145,9 @@ class _Doing:
         self.threads, self.listen, self.beat = threads, listen, Beat()
         self._checker = Checker()
         names = definition.name, f"{definition.name}, further seeds"
+        values: dict[str, Direction] = {"learned": "maximize", "forgotten": "minimize"}
         self.trials, self.further = open_trials(
-            storage, folder, names, definition.meaning, self.beat
+            storage, folder, names, values, definition.meaning, self.beat
         )
         self.trials.sampler = _sampler(definition)
 
@@ -170,8 +166,7 @@ class _Doing:
         """Do trials to the end of the budget, and the further seeds of what is on the front."""
         budget = self.definition.trials
         work(self.trials, self._run, self.folder, self.beat, budget=budget, until=until)
-        while self._ask_further_seeds():
-            work(self.further, self._run, self.folder, self.beat, budget=0)
+        work(self.further, self._run, self.folder, self.beat, ask=self._ask_further_seeds)
 
     def _ask_further_seeds(self) -> bool:
         """Ask for what the front lacks, so that no lucky seed is on it; whether that was anything.
@@ -179,6 +174,8 @@ class _Doing:
         As the mean over seeds moves a point, others come to the front.
         """
         with lock(self.folder / ".trials.lock"):
+            if pending(self.further):
+                return False
             asked = {_of(trial) for trial in self.further.get_trials(deepcopy=False)}
             points = self.points()
             missing = [

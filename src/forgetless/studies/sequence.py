@@ -76,6 +76,7 @@ def sequence(
     definition: SequenceRecipe | Mapping[str, Any] | str | Path,
     out: str | Path = "runs",
     *,
+    storage: str | None = None,
     workers: int = 1,
     threads: int | None = None,
     listen: Listener | None = None,
@@ -90,7 +91,8 @@ def sequence(
     Args:
         definition: a `SequenceRecipe`, the mapping that one is written as, or a YAML file.
         out: the folder that holds studies.
-        workers: as of `forgetless.study`.
+        storage: as of `forgetless.study`.
+        workers: likewise.
         threads: likewise.
         listen: likewise.
 
@@ -113,7 +115,7 @@ def sequence(
     }
     how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
     content = {"sequence.yaml": definition.model_dump()}
-    do_runs(folder, recipes, content, index=index, **how)
+    do_runs(folder, recipes, content, index=index, storage=storage, **how)
     write_json(folder / "report" / "sequence.json", matrices(folder))
     return Sequence(folder)
 

@@ -1,13 +1,14 @@
 """A study: the runs of one definition, in one folder, done by one process or by several.
 
-A lock a run keeps two processes from doing the same one, so that further processes, also on other
-machines that share the folder, may join by the same command. Each call asks for every run once
-(``requested`` in run.json), and the first process to take it does it for all.
+Each run is a trial of a storage, see `forgetless.studies.trials`; one that comes after another is
+asked for when that is over. Each call asks for every run once (``requested`` in run.json). A lock a
+run keeps two processes from doing the same one, whichever definition they have it from.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,8 +19,9 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -28,9 +30,23 @@ from forgetless.core.errors import UserError
 from forgetless.core.files import lock, remove_temporaries, write_json, write_text
 from forgetless.recipes.recipe import Recipe
 from forgetless.recipes.study import StudyRecipe
+from forgetless.scores.cache import digest
 from forgetless.studies.folder import RunFolder, curve, results, run_folders, write_tables
 from forgetless.studies.run import Run, execute, prepare
 from forgetless.studies.stages import Event, Listener
+from forgetless.studies.trials import (
+    DEATHS,
+    MOST_RETRIES,
+    Beat,
+    open_trials,
+    pending,
+    work,
+)
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+_log = logging.getLogger(__name__)
 
 _VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
@@ -60,19 +76,22 @@ def study(
     definition: StudyRecipe | Mapping[str, Any] | str | Path,
     out: str | Path = "runs",
     *,
+    storage: str | None = None,
     workers: int = 1,
     threads: int | None = None,
     listen: Listener | None = None,
 ) -> Study:
     """Do every run of a study that is not done yet, and write its results.csv.
 
-    A run that fails keeps its folder with the reason, and the others are done. A study that was
-    stopped, by whatever means, is resumed by the same call. Two calls at once, also on two
-    machines, share the runs.
+    A run that fails keeps its folder with the reason, and the others are done. A run whose process
+    dies is resumed by another. A study that was stopped, by whatever means, is resumed by the same
+    call. Two calls at once, also on two machines that share the folder, share the runs.
 
     Args:
         definition: a `StudyRecipe`, the mapping that one is written as, or a YAML file.
         out: the folder that holds studies.
+        storage: URL of a database that says who does which run, such as
+            postgresql://user@host/database; None for a journal file in the study's folder.
         workers: processes that do runs side by side, each on a GPU of its own as long as there are
             enough; 1 is this very process.
         threads: torch threads of a worker; None for one on a small model.
@@ -83,13 +102,15 @@ def study(
 
     Raises:
         RecipeError: what is wrong with the definition, before anything is run.
+        UserError: the storage cannot be used.
     """
     if not isinstance(definition, StudyRecipe):
         read = StudyRecipe.parse if isinstance(definition, Mapping) else StudyRecipe.load
         definition = read(definition)  # type: ignore[arg-type]
     folder = Path(out) / definition.name
     how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
-    do_runs(folder, definition.recipes(), {"study.yaml": definition.model_dump()}, **how)
+    content = {"study.yaml": definition.model_dump()}
+    do_runs(folder, definition.recipes(), content, storage=storage, **how)
     return Study(folder)
 
 
@@ -99,6 +120,7 @@ def do_runs(
     definition: Mapping[str, Any],
     *,
     index: Mapping[str, Any] | None = None,
+    storage: str | None = None,
     workers: int = 1,
     threads: int | None = None,
     listen: Listener | None = None,
@@ -110,20 +132,19 @@ def do_runs(
         recipes: by run id.
         definition: what they come from, by the name of the file to write it to.
         index: what runs.json has beside the runs.
-        workers: as of `study`.
+        storage: as of `study`.
+        workers: likewise.
         threads: likewise.
         listen: likewise.
     """
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
-    session, listen = uuid.uuid4().hex, listen or (lambda event: None)
+    listen = listen or (lambda event: None)
     runs = _lay_out(folder, recipes, definition, index or {}, listen)
     if workers > 1:
-        command = [sys.executable, "-m", "forgetless", "worker", str(folder), session]
-        command += [] if threads is None else ["--threads", str(threads)]
-        run_workers(command, min(workers, len(runs)), listen)
-    # With workers, what is left: the run of one that died is marked, others are done.
-    work(runs, session, threads=threads, listen=listen)
+        start_workers(folder, min(workers, len(recipes)), listen, storage, threads=threads)
+    # With workers, what is left: nothing, unless they died too often.
+    take_part(folder, runs, storage=storage, threads=threads, listen=listen)
     write_tables(folder, results(folder), curve(folder))
 
 
@@ -134,11 +155,12 @@ def _lay_out(
     index: Mapping[str, Any],
     listen: Listener,
 ) -> list[RunFolder]:
-    """Write the definition, and ask for every run that nobody is doing; gives all of them."""
+    """Write the definition, and request every run that nobody is doing; gives all of them."""
     entries = [{"run_id": run_id, "name": recipe.name} for run_id, recipe in recipes.items()]
     with lock(folder / ".lock"):
-        for name in (*definition, "runs.json"):
+        for name in (*definition, "runs.json", ".lock", ".trials"):
             remove_temporaries(folder, name)
+        remove_temporaries(folder / "workers")
         for name, content in definition.items():
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             write_text(folder / name, text)
@@ -156,18 +178,91 @@ def _lay_out(
     return list(runs)
 
 
-def work(
-    runs: Sequence[RunFolder], session: str, *, threads: int | None = None, listen: Listener
-) -> None:
-    """Do these runs one after the other, but for those that somebody else does meanwhile.
+_RUN = "run"
+_AHEAD = 16
+"""Runs that are asked for at a time, since a worker reads all that wait before each run."""
 
-    A run that was finished before is gone through once more, which costs little: its stages find
-    their artefacts. When all that is left is in other hands, wait for them: should such a process
-    die, its run is free again.
+
+def take_part(
+    folder: Path,
+    runs: Sequence[RunFolder],
+    *,
+    storage: str | None,
+    threads: int | None,
+    listen: Listener,
+) -> None:
+    """Do runs of a study until all are over, wherever they are done.
+
+    Args:
+        folder: of the study.
+        runs: of the definition.
+        storage: as of `study`.
+        threads: likewise.
+        listen: likewise.
     """
-    while waiting := [run for run in runs if not _is_over(run)]:
-        if not any(_try_to_do(run, session, threads, listen) for run in waiting):
-            time.sleep(0.5)
+    beat, name = Beat(), _name(folder, runs, in_database=bool(storage))
+    (trials,) = open_trials(storage, folder, [name], {"seconds": "minimize"}, {}, beat)
+
+    def ask() -> bool:
+        """Ask for runs that can be begun and that nobody has asked for; whether any is asked for.
+
+        So whatever is asked for can be done at once, and no worker waits for another's run to end.
+        """
+        with lock(folder / ".trials.lock"):
+            known = pending(trials)
+            if any(trial.state.name == "WAITING" for trial in known):  # somebody was faster
+                return True
+            asked = {trial.user_attrs.get(_RUN) for trial in known}
+            left = (run for run in runs if run.path.name not in asked and not _is_over(run))
+            free = (run for run in left if run.before is None or _is_over(run.before))
+            chosen = sorted(islice(free, _AHEAD), key=_is_held)
+            for run in chosen:
+                trials.enqueue_trial({}, user_attrs={_RUN: run.path.name})
+        return bool(chosen)
+
+    def do(trial: Trial) -> float:
+        """Do the run of a trial, or find it done; the seconds that it took."""
+        began, run = time.perf_counter(), RunFolder(folder / trial.user_attrs[_RUN])
+        _do(run, trial.user_attrs.get(DEATHS, 0), threads, listen)
+        return time.perf_counter() - began
+
+    work(trials, do, folder, beat, ask=ask)
+
+
+def _name(folder: Path, runs: Sequence[RunFolder], *, in_database: bool) -> str:
+    """What the trials of these runs are called in a storage.
+
+    Definitions have trials of their own, so that what one leaves out is not done; in a database,
+    which has those of many folders, so have folders, wherever a machine finds them.
+    """
+    ids = [run.path.name for run in runs]
+    if in_database:
+        with lock(folder / ".trials.lock"):
+            file = folder / "trials.id"
+            if not file.exists():
+                write_text(file, uuid.uuid4().hex)
+            ids.append(file.read_text())
+    return f"{folder.name} {digest(' '.join(ids))[:8]}"
+
+
+def _do(run: RunFolder, deaths: int, threads: int | None, listen: Listener) -> None:
+    """Take a run through its stages unless it is over; what goes wrong is in its run.json.
+
+    Whoever holds it is waited for: who seemed dead and is not, or has it from another definition.
+    """
+    with lock(run.lock):
+        if _is_over(run):
+            return
+        try:
+            if deaths >= MOST_RETRIES and not run.read().get("requested"):
+                raise UserError(f"its process died {deaths} times; perhaps it ran out of memory")
+            execute(run, threads=threads, listen=listen)
+        except Exception as error:
+            if not _is_over(run):
+                reason = f"{type(error).__name__}: {error}"
+                run.update(status="failed", reason=reason, requested=False)
+                listen(Event(run.path.name, run.read().get("name") or "", "failed", reason))
+            raise
 
 
 def _is_over(run: RunFolder) -> bool:
@@ -175,31 +270,21 @@ def _is_over(run: RunFolder) -> bool:
     return record.get("status") in ("done", "failed") and not record.get("requested")
 
 
-def _try_to_do(run: RunFolder, session: str, threads: int | None, listen: Listener) -> bool:
-    """Do a run if nobody else does; gives whether there was something to do.
-
-    One that comes after another waits for that, and fails with it.
-    """
-    before = run.before
-    if before is not None and not _is_over(before):
-        return False
+def _is_held(run: RunFolder) -> bool:
+    """Whether somebody does a run, for another definition or by itself."""
     with lock(run.lock, wait=False) as free:
-        if not free or _is_over(run):
-            return False
-        record = run.read()
-        if record.get("session") == session and not record.get("requested"):
-            # It was begun by a worker of this study, and nobody is at it.
-            reason = "the worker process died; perhaps it ran out of memory"
-            run.update(status="failed", reason=reason)
-            listen(Event(run.path.name, record.get("name") or "", "failed", reason))
-            return True
-        try:
-            execute(run, threads=threads, session=session, listen=listen)
-        except Exception as error:  # the reason is in run.json
-            if not _is_over(run):
-                reason = f"{type(error).__name__}: {error}"
-                run.update(status="failed", reason=reason, requested=False)
-        return True
+        return not free
+
+
+def start_workers(
+    folder: Path, workers: int, listen: Listener, storage: str | None, **options: float | None
+) -> None:
+    """Start workers on a study or a search and wait until they end; see `run_workers`."""
+    command = [sys.executable, "-m", "forgetless", "worker", str(folder)]
+    for name, value in options.items():
+        command += [] if value is None else [f"--{name}", str(value)]
+    # In the environment, where other users of the machine see no password.
+    run_workers(command, workers, listen, {"FORGETLESS_STORAGE": storage or ""})
 
 
 def run_workers(
@@ -207,7 +292,8 @@ def run_workers(
 ) -> None:
     """Run worker processes to their end; they end with this process, whatever ends it.
 
-    What they report on their standard output, see `serve`, is passed on.
+    What they report on their standard output, see `serve`, is passed on. In the place of one that
+    the system killed, as where memory runs out, another is started.
 
     Args:
         command: of each worker.
@@ -215,37 +301,39 @@ def run_workers(
         listen: called with their events.
         changes: of the environment of each.
     """
-    # A worker ends when its standard input does, so none outlives a parent that is killed.
-    team = [
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | own | dict(changes or {}),
-        )
-        for own in _environments(workers)
-    ]
+    team: list[subprocess.Popen[str]] = []
+    starting, is_ending = threading.Lock(), threading.Event()
 
-    def pass_on(worker: subprocess.Popen[str]) -> None:
-        assert worker.stdout is not None
-        for line in worker.stdout:
-            with suppress(ValueError):  # anything else that a library prints
-                listen(Event(**json.loads(line)))
+    def keep(own: Mapping[str, str]) -> None:
+        environment = os.environ | own | dict(changes or {})
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        for _ in range(1 + MOST_RETRIES):
+            with starting:
+                if is_ending.is_set():
+                    return
+                # It ends when its standard input does, so none outlives a parent that is killed.
+                worker = subprocess.Popen(command, env=environment, **pipes)
+                team.append(worker)
+            for line in worker.stdout or ():
+                with suppress(ValueError):  # anything else that a library prints
+                    listen(Event(**json.loads(line)))
+            if worker.wait() >= 0 or is_ending.is_set():
+                return
+            _log.warning("a worker was killed by signal %d; another takes over", -worker.returncode)
 
-    readers = [threading.Thread(target=pass_on, args=[worker]) for worker in team]
+    keepers = [threading.Thread(target=keep, args=[own]) for own in _environments(workers)]
     try:
-        for reader in readers:
-            reader.start()
-        for worker in team:
-            worker.wait()
+        for keeper in keepers:
+            keeper.start()
+        for keeper in keepers:
+            keeper.join()
     finally:
+        with starting:
+            is_ending.set()
         for worker in team:
             worker.terminate()  # one that trains finishes and saves its step
-        for worker in team:
-            worker.wait()
-        for reader in readers:
-            reader.join()
+        for keeper in keepers:
+            keeper.join()
 
 
 def _environments(workers: int) -> Iterator[dict[str, str]]:

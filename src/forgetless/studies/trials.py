@@ -1,10 +1,10 @@
 """Trials that processes and machines share: each is done once, and none is lost.
 
-Which trials there are, who does one and what came of it lies in a storage of Optuna: a journal
-file, or a database by its URL. Drawing settings, taking turns and heartbeats are Optuna's. What is
-added: a worker shows by a lock file that it lives, since a journal has no heartbeats; a trial whose
-worker died is asked for again at whatever moment that was; and a budget is met to the trial, by
-however many workers.
+Of studies, sequences and searches alike. Which trials there are, who does one and what came of it
+lies in a storage of Optuna: a journal file, or a database by its URL. Drawing settings, taking
+turns and heartbeats are Optuna's. What is added: a worker shows by a lock file that it lives, since
+a journal has no heartbeats; a trial whose worker died is asked for again at whatever moment that
+was; and a budget is met to the trial, by however many workers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from filelock import FileLock
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import lock
@@ -30,14 +32,19 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial
 
+Direction = Literal["minimize", "maximize"]
+
 JOURNAL = "trials.journal"
-"""The file in the folder of a search that is its storage where none is given."""
+"""The file in the folder of a study that is its storage where none is given."""
 
 REASON = "reason"
 """The attribute of a trial that failed by itself, and not with the process that did it."""
 
 MOST_RETRIES = 10
 """How often a trial is begun again when the process that did it died."""
+
+DEATHS = "deaths"
+"""The attribute of a trial that says how often a process died or was stopped in doing it."""
 
 _WORKER, _DEFINITION = "worker", "definition"
 _ATTEMPTS = 8
@@ -66,20 +73,20 @@ def open_storage(url: str | None, journal: Path, beat: Beat) -> BaseStorage:
     Raises:
         UserError: what is missing, or what is wrong with the URL.
     """
-    try:
-        import optuna  # an extra: nothing but searches needs it
-        from optuna.storages import JournalStorage, RDBStorage
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:
-        raise UserError("a search needs optuna: pip install 'forgetless[search]'") from None
+    import optuna  # takes a second, which commands without trials need not wait
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # a run that fails is told of by itself
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     if not url:
-        return JournalStorage(JournalFileBackend(str(journal)))
+        # Optuna's own lock is that of a killed process for half a minute; this one is free at once.
+        turns = FileLock(journal.with_name(f".{journal.name}.lock"))
+        return JournalStorage(JournalFileBackend(str(journal), turns))  # type: ignore[arg-type]
     if "://" not in url:
         raise UserError(
             f"a storage is a URL such as sqlite:///search.db or postgresql://user@host/database, "
-            f"got {url!r}; without one a journal file lies beside the search"
+            f"got {url!r}; without one a journal file lies beside the runs"
         )
     from sqlalchemy.exc import ArgumentError
 
@@ -105,7 +112,8 @@ def _repeat(trials: Trials, trial: FrozenTrial) -> None:
     from optuna.storages import RetryHeartbeatStaleTrialCallback
 
     # Until its next worker says who it is, it must not seem to be that of the one which died.
-    trial.user_attrs = {k: v for k, v in trial.user_attrs.items() if k != _WORKER}
+    kept = {k: v for k, v in trial.user_attrs.items() if k != _WORKER}
+    trial.user_attrs = {**kept, DEATHS: 1 + kept.get(DEATHS, 0)}
     RetryHeartbeatStaleTrialCallback(max_retry=MOST_RETRIES)(trials, trial)
 
 
@@ -128,27 +136,44 @@ def _storage_errors() -> tuple[type[Exception], ...]:
 
 
 def open_trials(
-    url: str | None, folder: Path, names: Sequence[str], definition: Mapping[str, Any], beat: Beat
+    url: str | None,
+    folder: Path,
+    names: Sequence[str],
+    values: Mapping[str, Direction],
+    definition: Mapping[str, Any],
+    beat: Beat,
 ) -> list[Trials]:
-    """The trials under each name, of learning up and forgetting down; created if there are none.
+    """The trials under each name; created if there are none.
 
     Args:
         url: of the database; None for the journal in the folder.
         folder: shared by the processes of a machine, or of several.
         names: under which they lie in the storage.
+        values: what comes of a trial, each with "maximize" or "minimize".
         definition: plain JSON values that say what settings mean; they must not change.
         beat: see `Beat`.
 
     Raises:
         UserError: the storage cannot be used, or these trials were begun with another definition.
     """
+    from optuna import create_study
+
+    directions = list(values.values())
     # Processes that create the tables of one database at once fail on each other. On one disk they
     # take turns; of several machines some fail, and at a further attempt the tables are there.
     with lock(folder / ".trials.lock"):
         for attempt in range(_ATTEMPTS):
             try:
                 storage = open_storage(url, folder / JOURNAL, beat)
-                found = [_created(storage, name) for name in names]
+                found = [
+                    create_study(
+                        storage=storage,
+                        study_name=name,
+                        directions=directions,
+                        load_if_exists=True,
+                    )
+                    for name in names
+                ]
                 break
             except UserError:
                 raise
@@ -160,7 +185,7 @@ def open_trials(
         for trials in found:
             known = trials.user_attrs.get(_DEFINITION)
             if known is None:
-                trials.set_metric_names(["learned", "forgotten"])  # for optuna-dashboard
+                trials.set_metric_names(list(values))  # for optuna-dashboard
                 trials.set_user_attr(_DEFINITION, dict(definition))
             elif known != definition:
                 changed = [key for key in definition if known.get(key) != definition[key]]
@@ -171,25 +196,15 @@ def open_trials(
     return found
 
 
-def _created(storage: BaseStorage, name: str) -> Trials:
-    from optuna import create_study
-
-    return create_study(
-        storage=storage,
-        study_name=name,
-        directions=["maximize", "minimize"],
-        load_if_exists=True,
-    )
-
-
 def work(
     trials: Trials,
-    objective: Callable[[Trial], tuple[float, float]],
+    objective: Callable[[Trial], float | tuple[float, ...]],
     folder: Path,
     beat: Beat,
     *,
-    budget: int | None,
+    budget: int | None = 0,
     until: float | None = None,
+    ask: Callable[[], bool] = lambda: False,
 ) -> None:
     """Do trials until the budget is spent and none is left, also of workers that died meanwhile.
 
@@ -198,18 +213,22 @@ def work(
 
     Args:
         trials: of a storage.
-        objective: does one; gives what was learned and what was forgotten.
+        objective: does one; gives its values.
         folder: as of `open_trials`.
         beat: see `Beat`.
-        budget: how many trials there are to be; None for any number.
+        budget: how many trials there are to be beside those that are asked for; None for any
+            number.
         until: begin none after this time, in seconds as `time.time` has it.
+        ask: called when none waits to be begun; asks for further ones, and gives whether there are
+            any.
     """
     from optuna import TrialPruned
     from optuna.trial import TrialState
 
-    def one(trial: Trial) -> tuple[float, float]:
+    def one(trial: Trial) -> float | tuple[float, ...]:
+        is_asked_for = bool(trial.user_attrs.keys() - {DEATHS})  # no sampler draws attributes
         trial.set_user_attr(_WORKER, worker)
-        if budget is not None and _is_surplus(trials, trial.number, budget):
+        if not (is_asked_for or budget is None) and _is_surplus(trials, trial.number, budget):
             raise TrialPruned  # several workers began the last one
         try:
             return objective(trial)
@@ -218,28 +237,45 @@ def work(
                 trial.set_user_attr(REASON, f"{type(error).__name__}: {error}")
             raise
 
-    with _living(folder) as worker:
-        failing_since = None
-        while True:
-            try:
-                every = trials.get_trials(deepcopy=False)
-                failing_since = None
-                states = {trial.state for trial in every}
-                more = budget is None or len(_counted(every)) < budget
-                if (more or TrialState.WAITING in states) and not (until and time.time() > until):
-                    trials.optimize(one, n_trials=1, catch=(Exception,))
-                    continue
-                to_come = _ask_again(trials, folder, worker, beat)
-                if TrialState.RUNNING not in states and not to_come:
-                    return
-            except Exception as problem:
-                # A database that is restarted is waited for; what it was not told is done again,
-                # which costs little, since the folder of a finished run reports at once.
-                failing_since = failing_since or time.time()
-                lasts = time.time() - failing_since
-                if not _is_of_the_storage(problem) or lasts > _PATIENCE_SECONDS:
-                    raise
+    def step() -> bool:
+        every = trials.get_trials(deepcopy=False)
+        states = {trial.state for trial in every}
+        more = budget is None or len(_counted(every)) < budget
+        if (more or TrialState.WAITING in states) and not (until and time.time() > until):
+            trials.optimize(one, n_trials=1, catch=(Exception,))
+        elif not ask():
+            to_come = _ask_again(trials, folder, worker, beat)
+            if TrialState.RUNNING not in states and not to_come:
+                return False
             time.sleep(beat.poll)
+        return True
+
+    with _living(folder) as worker:
+        try:
+            while patiently(step, beat):
+                pass
+        except KeyboardInterrupt:
+            with suppress(Exception):  # what is not asked for now is found by others later
+                _ask_again(trials, folder, worker, replace(beat, poll=0.0))
+            raise
+
+
+def patiently(act: Callable[[], bool], beat: Beat) -> bool:
+    """What an act on the storage gives; a database that is restarted is waited for.
+
+    What it was not told is done again, which costs little, since the folder of a finished run
+    reports at once.
+    """
+    failing_since = None
+    while True:
+        try:
+            return act()
+        except Exception as problem:
+            failing_since = failing_since or time.time()  # what is done may take hours before
+            lasts = time.time() - failing_since
+            if not _is_of_the_storage(problem) or lasts > _PATIENCE_SECONDS:
+                raise
+        time.sleep(beat.poll)
 
 
 def _is_of_the_storage(problem: BaseException | None) -> bool:
@@ -263,6 +299,12 @@ def origin(trial: FrozenTrial) -> int:
     from optuna.storages import RetryHeartbeatStaleTrialCallback
 
     return next(iter(RetryHeartbeatStaleTrialCallback.retry_history(trial)), trial.number)
+
+
+def pending(trials: Trials) -> list[FrozenTrial]:
+    """The trials that are not done yet, with those that will be asked for again."""
+    every = trials.get_trials(deepcopy=False)
+    return [trial for trial in every if not trial.state.is_finished()] + _lost(every)
 
 
 def _counted(every: Sequence[FrozenTrial]) -> list[int]:
