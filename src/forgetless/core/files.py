@@ -316,8 +316,8 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
         return
     try:
         own = {"process": os.getpid(), "host": platform.node(), "since": _now()}
-        with suppress(OSError):  # it is for people alone
-            write_json(holder, own)
+        with suppress(OSError):  # it is for people alone, so the disk need not have it
+            holder.write_text(json.dumps(own), encoding="utf-8")
         yield True
     finally:
         with suppress(OSError):

@@ -109,13 +109,13 @@ def run(
     return Run(folder.path)
 
 
-def prepare(folder: RunFolder, recipe: Recipe) -> None:
-    """Write the recipe into its run's folder; for the holder of the lock."""
+def prepare(folder: RunFolder, recipe: Recipe, **changes: Any) -> None:
+    """Write the recipe into its run's folder, and run.json; for the holder of the lock."""
     write_text(folder.recipe, recipe.to_yaml())
     status = read_json(folder.record).get("status", "pending")
-    folder.update(run_id=folder.path.name, name=recipe.name, status=status)
     if recipe.after is not None:
-        folder.update(after=recipe.after)
+        changes = {"after": recipe.after, **changes}
+    folder.update(run_id=folder.path.name, name=recipe.name, status=status, **changes)
 
 
 def execute(

@@ -158,9 +158,8 @@ def _lay_out(
     """Write the definition, and request every run that nobody is doing; gives all of them."""
     entries = [{"run_id": run_id, "name": recipe.name} for run_id, recipe in recipes.items()]
     with lock(folder / ".lock"):
-        for name in (*definition, "runs.json", ".lock", ".trials"):
+        for name in (*definition, "runs.json", "trials.id"):
             remove_temporaries(folder, name)
-        remove_temporaries(folder / "workers")
         for name, content in definition.items():
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             write_text(folder / name, text)
@@ -171,8 +170,7 @@ def _lay_out(
             if not free:
                 continue
             try:
-                prepare(run, recipe)
-                run.update(requested=True)
+                prepare(run, recipe, requested=True)
             except UserError as damage:  # of its run.json; the other runs are done
                 listen(Event(run.path.name, recipe.name or "", "failed", str(damage)))
     return list(runs)
@@ -202,19 +200,28 @@ def take_part(
     """
     beat, name = Beat(), _name(folder, runs, in_database=bool(storage))
     (trials,) = open_trials(storage, folder, [name], {"seconds": "minimize"}, {}, beat)
+    over: set[RunFolder] = set()
+
+    def is_over(run: RunFolder) -> bool:
+        if run not in over and _is_over(run):
+            over.add(run)
+        return run in over
 
     def ask() -> bool:
         """Ask for runs that can be begun and that nobody has asked for; whether any is asked for.
 
         So whatever is asked for can be done at once, and no worker waits for another's run to end.
         """
-        with lock(folder / ".trials.lock"):
+        with lock(folder / ".trials.lock", wait=False) as is_first:
+            if not is_first:  # what somebody else is asking for can be begun meanwhile
+                time.sleep(0.1)
+                return True
             known = pending(trials)
-            if any(trial.state.name == "WAITING" for trial in known):  # somebody was faster
+            if any(trial.state.name == "WAITING" for trial in known):
                 return True
             asked = {trial.user_attrs.get(_RUN) for trial in known}
-            left = (run for run in runs if run.path.name not in asked and not _is_over(run))
-            free = (run for run in left if run.before is None or _is_over(run.before))
+            left = (run for run in runs if run.path.name not in asked and not is_over(run))
+            free = (run for run in left if run.before is None or is_over(run.before))
             chosen = sorted(islice(free, _AHEAD), key=_is_held)
             for run in chosen:
                 trials.enqueue_trial({}, user_attrs={_RUN: run.path.name})

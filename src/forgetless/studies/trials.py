@@ -240,7 +240,7 @@ def work(
     def step() -> bool:
         every = trials.get_trials(deepcopy=False)
         states = {trial.state for trial in every}
-        more = budget is None or len(_counted(every)) < budget
+        more = budget is None or (budget > 0 and len(_counted(every)) < budget)
         if (more or TrialState.WAITING in states) and not (until and time.time() > until):
             trials.optimize(one, n_trials=1, catch=(Exception,))
         elif not ask():
