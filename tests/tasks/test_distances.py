@@ -19,8 +19,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from forgetless.core.errors import UserError
 from forgetless.tasks import distances as module
+from forgetless.tasks import logits
 from forgetless.tasks.distances import distances
 from forgetless.tasks.kl import KL
+from forgetless.tasks.logits import has_a_head
 from forgetless.tasks.perplexity import Perplexity
 from forgetless.tasks.texts import Piece
 from tests.families import FAMILIES, VOCAB
@@ -89,7 +91,7 @@ def test_every_distance_is_its_formula_whatever_the_batch(
     base, tuned = FAMILIES[family].model(), FAMILIES[family].model(seed=1)
     expected = [formulas(log_softmax_of(base, r), log_softmax_of(tuned, r), r) for r in ROWS]
     for batch_size, chunk in [(1, 1 << 23), (3, 200), (None, 1), (None, 1 << 23)]:
-        monkeypatch.setattr(module, "_CHUNK_LOGITS", chunk)
+        monkeypatch.setattr(logits, "_CHUNK_LOGITS", chunk)
         found = distances(tuned, ROWS, max_length=64, reference=base, batch_size=batch_size)
         for text, (piece, by_hand) in enumerate(zip(found, expected, strict=True)):
             assert (piece.text, piece.start) == (text, 0)
@@ -162,7 +164,7 @@ def test_what_a_model_does_to_its_logits_is_done() -> None:
         torch.manual_seed(seed)
         models.append(Gemma2ForCausalLM(config).eval())
     base, tuned = models
-    assert module._has_a_head(base)
+    assert has_a_head(base)
     (found,) = distances(tuned, ROWS[:1], max_length=64, reference=base)
     by_hand = formulas(log_softmax_of(base, ROWS[0]), log_softmax_of(tuned, ROWS[0]), ROWS[0])
     assert found.sums["kl"] == pytest.approx(by_hand["kl"], abs=1e-6)
@@ -188,7 +190,7 @@ class _LargestWithVocabulary(TorchDispatchMode):  # type: ignore[no-untyped-call
 
 def test_logits_are_made_for_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(moved=True)
-    monkeypatch.setattr(module, "_CHUNK_LOGITS", 5 * VOCAB)
+    monkeypatch.setattr(logits, "_CHUNK_LOGITS", 5 * VOCAB)
     with _LargestWithVocabulary(model) as largest:
         found = distances(model, [[5] * 20] * 7, max_length=20)
     assert len(found) == 7

@@ -29,8 +29,9 @@ from torch import nn
 import forgetless as fl
 from forgetless.core.errors import UserError
 from forgetless.models.load import load_model, load_tokenizer
-from forgetless.tasks import Item, TaskResult, make_task, make_tasks
+from forgetless.tasks import Item, TaskResult, continuations, journal, make_task, make_tasks
 from forgetless.tasks.harness import index, local
+from forgetless.tasks.harness import model as harness_model
 from forgetless.tasks.harness.layouts import STANDARD
 from forgetless.tasks.harness.model import InMemory
 from forgetless.tasks.harness.results import _weighted as weighted
@@ -684,25 +685,24 @@ def test_without_a_template_there_is_none_to_ask_by(
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
-    """Count the harness's batches, and stop it in the middle."""
-    from lm_eval.models.huggingface import HFLM
-
+    """Count the batches that a model reads or writes, and stop it in the middle."""
     calls: list[int] = []
     limit: list[int | None] = [None]
 
-    def watched(name: str) -> None:
-        original = getattr(HFLM, name)
+    def watched(kind: str, texts: Any, batches: Any, compute: Any, *settings: Any) -> Any:
+        if kind == "beginnings":  # whether the model keeps apart what is read together
+            return journal.in_batches(kind, texts, batches, compute, *settings)
 
-        def call(self: Any, *arguments: Any, **settings: Any) -> Any:
+        def counting(places: Any) -> Any:
             if limit[0] is not None and len(calls) >= limit[0]:
                 raise KeyboardInterrupt
             calls.append(1)
-            return original(self, *arguments, **settings)
+            return compute(places)
 
-        monkeypatch.setattr(HFLM, name, call)
+        return journal.in_batches(kind, texts, batches, counting, *settings)
 
-    watched("_model_generate")
-    watched("_loglikelihood_tokens")
+    for place in (continuations, harness_model):
+        monkeypatch.setattr(place, "in_batches", watched)
 
     def stop_after(batches: int | None) -> list[int]:
         calls.clear()
@@ -712,9 +712,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]
     return stop_after
 
 
-@pytest.mark.parametrize(("name", "batches"), [("winogrande", 8), ("short_answers", 3)])
+@pytest.mark.parametrize(
+    ("name", "size", "batches"), [("winogrande", 1, 4), ("short_answers", 2, 3)]
+)
 def test_an_interrupted_evaluation_goes_on_with_the_same_numbers(
     name: str,
+    size: int,
     batches: int,
     data: Path,
     short_answers: str,
@@ -727,22 +730,22 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_numbers(
 
     task = make_task(short_answers if name == "short_answers" else spec(name, data))
     calls = counted(None)
-    whole = task.evaluate(model, tokenizer, batch_size=2)
+    whole = task.evaluate(model, tokenizer, batch_size=size)
     assert len(calls) == batches
     path = tmp_path / "partial.jsonl"
     counted(2)
     with pytest.raises(KeyboardInterrupt), resuming(path, "key"):
-        task.evaluate(model, tokenizer, batch_size=2)
+        task.evaluate(model, tokenizer, batch_size=size)
     with path.open("a") as file:
         file.write('{"batch": "half a li')
     calls = counted(None)
     with resuming(path, "key"):
-        again = task.evaluate(model, tokenizer, batch_size=2)
+        again = task.evaluate(model, tokenizer, batch_size=size)
     assert len(calls) == batches - 2
     assert without_time(again) == without_time(whole)
     calls = counted(None)
     with resuming(path, "another model"):
-        task.evaluate(model, tokenizer, batch_size=2)
+        task.evaluate(model, tokenizer, batch_size=size)
     assert len(calls) == batches
 
 

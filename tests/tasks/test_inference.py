@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetless.tasks import inference
-from forgetless.tasks.inference import rows_that_fit, rows_with_cache
+from forgetless.tasks.inference import by_tokens, rows_with_cache
+from forgetless.tasks.logits import tokens_at_once
 
 
 def model(device: str, **sizes: int) -> nn.Module:
@@ -27,23 +30,33 @@ def model(device: str, **sizes: int) -> nn.Module:
     return made
 
 
+class NoHead(LlamaForCausalLM):
+    """As code on the hub may be: it makes all logits."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, **given: Any) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **given)
+
+
+def test_a_batch_has_room_for_its_logits_where_all_are_made() -> None:
+    cpu, gpu = model("cpu"), model("meta")
+    assert (tokens_at_once(cpu), tokens_at_once(gpu)) == (1 << 10, 1 << 15)
+    large = NoHead(LlamaConfig(vocab_size=1 << 18, hidden_size=8, num_attention_heads=1))
+    assert tokens_at_once(large) == 1 << 8
+
+
 @pytest.mark.parametrize(
-    ("device", "length", "wanted", "rows"),
+    ("tokens", "rows", "expected"),
     [
-        ("cpu", 8, None, 32),
-        ("cpu", 512, None, (1 << 26) // (512 * 50_000)),
-        ("cpu", 512, 100, (1 << 26) // (512 * 50_000)),
-        ("cpu", 512, 1, 1),
-        ("cpu", 1 << 20, None, 1),
-        ("meta", 8, None, 128),
-        ("meta", 512, None, (1 << 28) // (512 * 50_000)),
-        ("meta", 8, 3, 3),
+        (12, None, [[1], [3, 0], [2, 4]]),
+        (20, None, [[1, 3], [0, 2, 4]]),
+        (20, 1, [[1], [3], [0], [2], [4]]),
+        (1, None, [[1], [3], [0], [2], [4]]),
     ],
 )
-def test_logits_of_a_batch_have_room(
-    device: str, length: int, wanted: int | None, rows: int
+def test_batches_by_tokens_count_their_padding(
+    tokens: int, rows: int | None, expected: list[list[int]]
 ) -> None:
-    assert rows_that_fit(model(device), length, wanted) == rows
+    assert list(by_tokens([4, 10, 3, 6, 1], tokens, rows)) == expected
 
 
 def test_a_gpu_writes_as_many_texts_as_their_keys_and_values_allow() -> None:

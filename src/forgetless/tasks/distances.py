@@ -6,29 +6,23 @@ vocabulary are made for a few tokens at a time.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
 from forgetless.models.load import adapter_off, evaluating
 from forgetless.models.text import text_config, vocabulary_of
-from forgetless.tasks.inference import Ids, accepts, by_length, device_of, pad, require_causal
+from forgetless.tasks.inference import Ids, by_length, device_of, pad, require_causal
 from forgetless.tasks.journal import in_batches
+from forgetless.tasks.logits import Reader, adapts_head, has_a_head, read, rows_of_logits
 from forgetless.tasks.texts import Piece
 
 __all__ = ["SUMS", "distances"]
-
-# Logits (tokens x vocabulary) that are compared at once: 32 MB in float32, some six times over.
-_CHUNK_LOGITS = 1 << 23
 
 # Numbers that a batch may have: hidden states, or logits where a model's head cannot be had apart.
 _BATCH_NUMBERS = 1 << 26
@@ -195,12 +189,6 @@ def _check_same_vocabulary(base: Tensor, tuned: Tensor) -> None:
         )
 
 
-# --------------------------------------------------------------------------- logits of few tokens
-
-_Reader = Callable[[Tensor], Tensor]
-"""Positions in the flattened batch -> logits (positions, vocabulary)."""
-
-
 class _Pair:
     """The tuned model and its base, asked for the logits of some tokens of a batch.
 
@@ -212,21 +200,20 @@ class _Pair:
     def __init__(self, model: nn.Module, reference: nn.Module | None) -> None:
         self.model, self.base = model, model if reference is None else reference
         self.off = partial(adapter_off, model) if reference is None else nullcontext
-        self.apart = _has_a_head(self.model) and _has_a_head(self.base)
+        self.apart = has_a_head(self.model) and has_a_head(self.base)
         # Hidden states are read with adapters off; switching takes long, and few adapt the head.
-        adapts_head = self.apart and _adapts_outside(model, _decoder(model))
-        self.off_at_head = self.off if adapts_head else nullcontext
+        switches = self.apart and adapts_head(model)
+        self.off_at_head = self.off if switches else nullcontext
         vocabulary = vocabulary_of(model) or 1 << 17
         hidden = int(getattr(text_config(model), "hidden_size", None) or 1 << 14)
         self.numbers_a_token = hidden if self.apart else vocabulary
-        self.chunk = max(1, _CHUNK_LOGITS // vocabulary)
+        self.chunk = rows_of_logits(model)
 
-    def readers(self, batch: Mapping[str, Tensor]) -> tuple[_Reader, _Reader]:
+    def readers(self, batch: Mapping[str, Tensor]) -> tuple[Reader, Reader]:
         """How to read the logits of the base and of the tuned model, on the tuned one's device."""
-        read = _read_in_parts if self.apart else _read_whole
-        tuned = read(self.model, batch)
+        tuned = read(self.model, batch, apart=self.apart)
         with self.off():
-            asked_off = read(self.base, batch)
+            asked_off = read(self.base, batch, apart=self.apart)
         device = device_of(self.model)
 
         def base(places: Tensor) -> Tensor:
@@ -234,85 +221,3 @@ class _Pair:
                 return asked_off(places).to(device)
 
         return base, tuned
-
-
-def _read_whole(model: nn.Module, batch: Mapping[str, Tensor]) -> _Reader:
-    """From all logits of the batch, for models whose head cannot be asked alone.
-
-    Prompt-learning adapters put tokens of their own before the text; these are not of the batch.
-    """
-    inputs = {key: value.to(device_of(model)) for key, value in batch.items()}
-    length = inputs["input_ids"].shape[1]
-    logits: Tensor = model(**inputs, use_cache=False).logits[:, -length:].flatten(0, 1)
-    return lambda places: logits[places.to(logits.device)]
-
-
-def _read_in_parts(model: nn.Module, batch: Mapping[str, Tensor]) -> _Reader:
-    """From the last hidden states, through the model's own head, whatever it does to its logits.
-
-    The model reads the batch once, with the logits of one token. For others it is called again
-    with its decoder standing still: it gives the hidden states that it gave before.
-    """
-    device, decoder = device_of(model), _decoder(model)
-    inputs = {key: value.to(device) for key, value in batch.items()}
-    outputs: list[Any] = []
-    hook = decoder.register_forward_hook(lambda module, given, output: outputs.append(output))
-    try:
-        model(**inputs, use_cache=False, logits_to_keep=1)
-    finally:
-        hook.remove()
-    if not outputs or not hasattr(outputs[0], "last_hidden_state"):
-        return _read_whole(model, batch)
-    output = outputs[0]
-    hidden: Tensor = output.last_hidden_state.flatten(0, 1)
-    one = {key: value[:1, :1] for key, value in inputs.items()}
-
-    def read(places: Tensor) -> Tensor:
-        answer = copy.copy(output)
-        answer.last_hidden_state = hidden[places.to(hidden.device)][None]
-        with _standing_still(decoder, answer):
-            logits: Tensor = model(**one, use_cache=False).logits[0]
-        return logits
-
-    return read
-
-
-def _plain(model: nn.Module) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _decoder(model: nn.Module) -> nn.Module:
-    decoder: nn.Module = _plain(model).get_decoder()
-    return decoder
-
-
-def _adapts_outside(model: nn.Module, decoder: nn.Module) -> bool:
-    """Whether any part of the model but its decoder is adapted."""
-    inside = set(decoder.modules())
-    adapted = BaseTunerLayer | AuxiliaryTrainingWrapper
-    return any(isinstance(part, adapted) for part in model.modules() if part not in inside)
-
-
-def _has_a_head(model: nn.Module) -> bool:
-    """Whether logits can be had from hidden states, as in transformers' decoder-only models."""
-    plain = _plain(model)
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return False
-    if not (hasattr(plain, "get_decoder") and accepts(model, "logits_to_keep")):
-        return False
-    decoder = plain.get_decoder()
-    return isinstance(decoder, nn.Module) and decoder is not plain
-
-
-@contextmanager
-def _standing_still(decoder: nn.Module, output: Any) -> Iterator[None]:
-    """Inside, the decoder gives `output` to whatever it is asked."""
-    own = decoder.__dict__.get("forward")
-    decoder.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del decoder.forward
-        else:
-            decoder.forward = own

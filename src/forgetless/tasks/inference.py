@@ -13,27 +13,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
 from forgetless.models.load import base_of, evaluating
-from forgetless.models.text import text_config, vocabulary_of, without_cache
+from forgetless.models.text import text_config, without_cache
 
 __all__ = [
     "accepts",
     "by_length",
+    "by_tokens",
     "device_of",
     "pad",
     "padding_of",
     "pads_left",
     "require_causal",
     "require_numbers",
-    "rows_that_fit",
     "rows_with_cache",
 ]
 
 Ids = Sequence[int]
-
-# Logits (tokens x vocabulary) that a batch may have, and its most rows. A GPU is waited for after
-# every batch, so it gets fewer and larger ones.
-_LOGITS = {"cpu": 1 << 26, "gpu": 1 << 28}
-_MOST_ROWS = {"cpu": 32, "gpu": 128}
 
 # What the keys and values of texts that are written together may take on a GPU, and how many texts
 # that are; on a CPU it depends on the model's size.
@@ -92,20 +87,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def rows_that_fit(model: nn.Module, length: int, wanted: int | None = None) -> int:
-    """How many texts to read at once: as many as are wanted, if there is room for their logits.
-
-    Args:
-        model: a causal language model.
-        length: tokens of the longest text.
-        wanted: None for 32 on a CPU, 128 on anything else.
-    """
-    place = _place(model)
-    vocabulary = vocabulary_of(model) or 1 << 17
-    fitting = max(1, _LOGITS[place] // (length * vocabulary))
-    return min(wanted or _MOST_ROWS[place], fitting)
-
-
 def rows_with_cache(model: nn.Module, length: int) -> int:
     """How many texts to write at once, which end with at most `length` tokens.
 
@@ -113,13 +94,9 @@ def rows_with_cache(model: nn.Module, length: int) -> int:
     long for many texts as for one: 32 to 256, as many as have room for their keys and values.
     """
     few, many = _WRITTEN_TOGETHER[0], _WRITTEN_TOGETHER[-1]
-    if _place(model) == "cpu":
+    if device_of(model).type == "cpu":
         return many if sum(w.numel() for w in model.parameters()) < _SMALL_MODEL else few
     return max(few, min(_CACHE_BYTES // (length * _cache_bytes(model)), many))
-
-
-def _place(model: nn.Module) -> str:
-    return "cpu" if device_of(model).type == "cpu" else "gpu"
 
 
 def _cache_bytes(model: nn.Module) -> int:
@@ -151,6 +128,23 @@ def by_length(rows: Sequence[Ids], batch_size: int, *, alike: bool = False) -> I
     for group in (list(places) for _, places in groups):
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
+
+
+def by_tokens(sizes: Sequence[int], tokens: int, rows: int | None = None) -> Iterator[list[int]]:
+    """Positions in batches of similar size, largest first (so memory shows at once).
+
+    Args:
+        sizes: tokens of each.
+        tokens: that a batch may have, padding included; at least one row is in it all the same.
+        rows: that it may have; None for any number.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    start = 0
+    while start < len(order):
+        fitting = max(1, tokens // sizes[order[start]])
+        end = start + min(fitting, rows or fitting)
+        yield order[start:end]
+        start = end
 
 
 @torch.no_grad()

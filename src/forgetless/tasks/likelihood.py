@@ -12,14 +12,12 @@ from torch.nn import functional
 from forgetless.data.packing import IGNORED
 from forgetless.models.load import evaluating
 from forgetless.models.text import require_known_tokens
-from forgetless.tasks.inference import Ids, by_length, device_of, pad, require_causal, rows_that_fit
+from forgetless.tasks.inference import Ids, by_tokens, device_of, pad, require_causal
 from forgetless.tasks.journal import in_batches
+from forgetless.tasks.logits import Reader, read, rows_of_logits, tokens_at_once
 from forgetless.tasks.texts import Piece
 
 __all__ = ["losses"]
-
-# Logits (tokens x vocabulary) that are looked at in one go.
-_CHUNK_LOGITS = 1 << 21
 
 
 class _Window(NamedTuple):
@@ -53,8 +51,7 @@ def losses(
         labels: of the same lengths, `IGNORED` where a token is context only; None for `rows`.
         max_length: 2 or more.
         stride: in 1..max_length - 1.
-        batch_size: windows at once, fewer where their logits have no room; None for as many as
-            `rows_that_fit` says.
+        batch_size: windows at once, at most; fewer where they have more than `tokens_at_once`.
 
     Returns:
         One piece a window that has targets, in the order of the texts.
@@ -76,12 +73,11 @@ def losses(
         batch = pad([inputs[i] for i in places], 0, device)
         # Position t predicts token t + 1, so labels move one to the left.
         moved = [[*windows[i].labels[1:], IGNORED] for i in places]
-        logits = model(**batch, use_cache=False).logits
-        return _row_losses(logits, pad(moved, IGNORED, device)["input_ids"])
+        targets = pad(moved, IGNORED, device)["input_ids"]
+        return _row_losses(read(model, batch), targets, rows_of_logits(model))
 
     with evaluating(model):
-        longest = max(map(len, inputs), default=1)
-        batches = by_length(inputs, rows_that_fit(model, longest, batch_size))
+        batches = by_tokens(list(map(len, inputs)), tokens_at_once(model), batch_size)
         asked = [[window.ids, window.labels] for window in windows]
         totals = in_batches("losses", asked, batches, sums)
     return [
@@ -104,16 +100,16 @@ def _windows(text: int, ids: Ids, labels: Ids, max_length: int, stride: int) -> 
             return
 
 
-def _row_losses(logits: Tensor, targets: Tensor) -> list[float]:
+def _row_losses(logits_of: Reader, targets: Tensor, at_once: int) -> list[float]:
     """Cross-entropy of each row, summed in float64 over its targets (rows, tokens).
 
-    It is computed for a few tokens at a time, so that no second copy of all logits is ever made.
+    Logits are made for a few tokens at a time, and for none that has no target.
     """
-    counted, flat, wanted = targets != IGNORED, logits.flatten(0, 1), targets.flatten()
+    counted, wanted = targets != IGNORED, targets.flatten()
     places = counted.flatten().nonzero().squeeze(1)
     losses = [
-        functional.cross_entropy(flat[part].float(), wanted[part], reduction="none")
-        for part in torch.split(places, max(1, _CHUNK_LOGITS // logits.shape[-1]))
+        functional.cross_entropy(logits_of(part).float(), wanted[part], reduction="none")
+        for part in torch.split(places, at_once)
     ]
     rows = (places // counted.shape[1]).cpu()
     sums = torch.zeros(len(counted), dtype=torch.float64)

@@ -12,7 +12,6 @@ from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr
 from forgetless.data.encoding import encode
 from forgetless.data.files import Row
-from forgetless.data.packing import IGNORED
 from forgetless.tasks.base import Item, Task, TaskResult, whole_number
 from forgetless.tasks.rows import (
     file_problem,
@@ -141,36 +140,38 @@ def choice_scores(
         UserError: not a causal language model, logits that are nan, or a choice that is longer
             than the model can read.
     """
+    # Loads torch, which naming and checking a task does not need.
+    from torch import float32
+
     from forgetless.models.text import positions_of
+    from forgetless.tasks.continuations import continuation_logps
     from forgetless.tasks.inference import require_numbers
-    from forgetless.tasks.likelihood import losses
 
     prompts = [prompt for prompt, choices in questions for _ in choices]
     texts = [f"{prompt} {choice}" for prompt, choices in questions for choice in choices]
-    rows, labels = [], []
-    for prompt, row in zip(encode(tokenizer, prompts), encode(tokenizer, texts), strict=True):
-        start = max(1, _shared(prompt, row))
-        rows.append(row)
-        labels.append([IGNORED] * start + row[start:])
+    rows = encode(tokenizer, texts)
+    starts = [
+        max(1, _shared(prompt, row))
+        for prompt, row in zip(encode(tokenizer, prompts), rows, strict=True)
+    ]
+    counts = [max(0, len(row) - start) for row, start in zip(rows, starts, strict=True)]
     room = positions_of(model) or max(map(len, rows))
-    if any(
-        len(row) - label.count(IGNORED) >= room for row, label in zip(rows, labels, strict=True)
-    ):
+    if max(counts) >= room:
         raise UserError(f"a choice is longer than the {room} tokens that the model can read")
-    pieces = losses(
+    said = [place for place, count in enumerate(counts) if count]
+    found = continuation_logps(
         model,
-        [row[-room:] for row in rows],
-        [label[-room:] for label in labels],
-        max_length=room,
-        stride=max(1, room - 1),
+        [rows[place][-room:] for place in said],
+        [counts[place] for place in said],
         batch_size=batch_size,
+        dtype=float32,
     )
     totals = [0.0] * len(rows)
-    for piece in pieces:
-        totals[piece.text] = -piece.sums["loss"]
+    for place, (total, _) in zip(said, found, strict=True):
+        totals[place] = total
     require_numbers(totals)
-    found = iter(totals)
-    return [[next(found) for _ in choices] for _, choices in questions]
+    each = iter(totals)
+    return [[next(each) for _ in choices] for _, choices in questions]
 
 
 def _shared(prompt: Sequence[int], row: Sequence[int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
 from forgetless.data.chat import Chat
-from forgetless.tasks.inference import padding_of, pads_left, require_numbers, rows_that_fit
+from forgetless.tasks.continuations import continuation_logps
+from forgetless.tasks.inference import padding_of, pads_left, require_numbers
 from forgetless.tasks.journal import in_batches
 
 __all__ = ["InMemory"]
@@ -29,10 +30,10 @@ Request = tuple[Any, list[int], list[int]]
 class InMemory(HFLM):
     """lm-eval's `HFLM` around a model object, batch by batch.
 
-    Requests are grouped, ordered and cut into batches as `HFLM` does it, and each batch is computed
-    by `HFLM` itself, so the numbers are its numbers to the last bit. What is added: a batch that an
-    interrupted evaluation finished is not computed again (see `forgetless.tasks.journal`), one
-    progress bar of ours, and a count of the requests that did not fit into the model.
+    Texts are made into tokens, cut and ended as `HFLM` does it. Continuations of one context share
+    its forward, so their log-probabilities are those of `HFLM` but for rounding. A batch that an
+    interrupted evaluation finished is not computed again (see `forgetless.tasks.journal`), there is
+    one progress bar, of ours, and requests that did not fit into the model are counted.
 
     Attributes:
         too_long: how many requests were cut on the left.
@@ -67,49 +68,17 @@ class InMemory(HFLM):
         disable_tqdm: bool = True,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        lengths = [len(context) + len(rest) for _, context, rest in requests]
-        self.too_long += sum(length > self.max_length + 1 for length in lengths)
-        compute: Callable[..., list[tuple[float, bool]]] = super()._loglikelihood_tokens
-        before: int = self.batch_size_per_gpu  # type: ignore[has-type]
-
-        def batches() -> Iterator[list[int]]:
-            for groups in self._batches(requests, override_bs):
-                self.batch_size_per_gpu = len(groups)
-                yield [place for group in groups for place in group]
-
-        def one_batch(places: Sequence[int]) -> list[tuple[float, bool]]:
-            chosen, size = [requests[i] for i in places], self.batch_size_per_gpu
-            return compute(chosen, disable_tqdm=True, override_bs=size)
-
-        asked = [[context, rest] for _, context, rest in requests]
-        try:
-            found = in_batches("loglikelihood", asked, batches(), one_batch)
-        finally:
-            self.batch_size_per_gpu = before
+        rows = [[*context, *rest] for _, context, rest in requests]
+        most = self.max_length + 1  # the last token is not read
+        self.too_long += sum(len(row) > most for row in rows)
+        found = continuation_logps(
+            self.model,
+            [row[-most:] for row in rows],
+            [len(rest) for *_, rest in requests],
+            batch_size=override_bs or self.chosen,
+        )
         require_numbers([value for value, _ in found])
-        return [(value, greedy) for value, greedy in found]
-
-    def _batches(self, requests: Sequence[Request], size: int | None) -> Iterable[list[list[int]]]:
-        """Positions of the requests: batches of groups that one row of the batch answers.
-
-        Requests that are equal up to their last token are a group; groups come by falling length,
-        then by their tokens.
-        """
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for place, (_, context, rest) in enumerate(requests):
-            groups.setdefault((*context, *rest[:-1]), []).append(place)
-
-        def tokens(group: list[int]) -> tuple[int, ...]:
-            _, context, rest = requests[max(group, key=lambda place: len(requests[place][2]))]
-            return (*context, *rest)
-
-        order = sorted(groups.values(), key=lambda group: (-len(tokens(group)), tokens(group)))
-        start = 0
-        while start < len(order):
-            length = min(len(tokens(order[start])), self.max_length)
-            rows = size or self.chosen or rows_that_fit(self.model, length)
-            yield order[start : start + rows]
-            start += rows
+        return found
 
     # ------------------------------------------------------------------------------- generation
 
