@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-quantised check docs fuzz kill audit format bench clean
+.PHONY: demo test test-quantised check docs fuzz kill damage audit format bench clean
 
 demo: $(READY)
 	$(BIN)/forgetless demo --out runs
@@ -46,6 +46,10 @@ fuzz: $(READY)
 kill: $(READY)
 	$(BIN)/python -m tests.killing --kills 150
 	$(BIN)/python -m tests.killing --pairs 100
+
+# Every kind of file that a command keeps, damaged 330 times: mended by the same command, or named.
+damage: $(READY)
+	$(BIN)/python -m tests.damaging --cases 330
 
 # Known holes in what is installed; asks the package index's advisories.
 audit: $(VENV)/.audit-ready

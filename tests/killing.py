@@ -109,8 +109,11 @@ def results(study_folder: Path) -> list[dict[str, str]]:
 
 # ---- every verb ----------------------------------------------------------------------------------
 
-CLOCK = re.compile(r"seconds|started|finished|since|hardware|versions|_at$|per_second")
-"""Keys of JSON whose values say when, how long and where."""
+CLOCK = re.compile(
+    r"seconds|started|finished|since|hardware|versions|_at$|per_second|resumed_from|xxh3"
+    r"|^log.jsonl$"
+)
+"""Keys of JSON whose values say when, how long, where, and after which interruption."""
 
 
 @dataclass(frozen=True)
@@ -200,25 +203,28 @@ def left(folder: Path) -> dict[str, Any]:
     """Every file below a folder with its content, but for locks, pages and what the clock says."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = str(path.relative_to(folder))
-        match path.suffix:
-            case ".lock" | ".journal":
-                continue
-            case _ if path.parent.name == "workers":
-                continue
-            case ".json":
-                found[name] = without_clock(json.loads(path.read_text()))
-            case ".jsonl":
-                lines = path.read_text().splitlines()
-                found[name] = [without_clock(json.loads(line)) for line in lines]
-            case ".csv":
-                with path.open(newline="") as file:
-                    found[name] = without_clock(list(csv.DictReader(file)))
-            case ".html" | ".md" | ".png" | ".svg" | ".parquet":
-                found[name] = "there"
-            case _:
-                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.suffix not in (".lock", ".journal") and path.parent.name != "workers":
+            try:
+                found[str(path.relative_to(folder))] = content(path)
+            except (ValueError, csv.Error):
+                found[str(path.relative_to(folder))] = "damaged"
     return found
+
+
+def content(path: Path) -> Any:
+    """What a file holds, but for what the clock says and for checksums of that."""
+    match path.suffix:
+        case ".json":
+            return without_clock(json.loads(path.read_text()))
+        case ".jsonl":
+            return [without_clock(json.loads(line)) for line in path.read_text().splitlines()]
+        case ".csv":
+            with path.open(newline="") as file:
+                return without_clock(list(csv.DictReader(file)))
+        case ".html" | ".md" | ".png" | ".svg" | ".parquet":
+            return "there"
+        case _:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def without_clock(value: Any) -> Any:
@@ -292,9 +298,15 @@ def twice(verb: Verb, inputs: Path, out: Path) -> None:
         assert code == 0 or (code == 2 and verb.ends), (code, said(inputs, number))
 
 
-def differences(whole: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """The files that are missing, more, or of other content."""
-    return [name for name in sorted({*whole, *found}) if whole.get(name) != found.get(name)]
+def differences(whole: Any, found: Any, place: str = "") -> list[str]:
+    """The files that are missing, more, or of other content, and where in them."""
+    if isinstance(whole, dict) and isinstance(found, dict):
+        pairs = [(key, whole.get(key), found.get(key)) for key in sorted({*whole, *found})]
+    elif isinstance(whole, list) and isinstance(found, list) and len(whole) == len(found):
+        pairs = list(zip(map(str, range(len(whole))), whole, found, strict=True))
+    else:
+        return [] if whole == found else [place]
+    return [line for key, a, b in pairs for line in differences(a, b, f"{place} {key}".strip())]
 
 
 def main() -> None:
@@ -333,7 +345,7 @@ def main() -> None:
                 counts[verb] += n
                 if unlike := differences(whole, left(out)):
                     wrong += 1
-                    print(f"{verb}, {n}: {', '.join(unlike)}", flush=True)
+                    print(f"{verb}, {n}: {', '.join(unlike[:8])}", flush=True)
             print(f"{sum(counts.values())} done, {wrong} with other results", flush=True)
     print(json.dumps({"pairs" if options.pairs else "kills": counts, "wrong": wrong}))
     sys.exit(wrong > 0)

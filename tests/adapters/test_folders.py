@@ -272,7 +272,7 @@ def test_a_writer_that_fails_leaves_the_old_adapter(
     def broken(*_: Any, **__: Any) -> None:
         raise BrokenError
 
-    for name in ("save_file", "write_json"):
+    for name in ("write_tensors", "write_json"):
         with monkeypatch.context() as patch:
             patch.setattr(folders, name, broken)
             with suppress(BrokenError):

@@ -40,6 +40,20 @@ from forgetless.core.files import (
 # ---- writing -------------------------------------------------------------------------------------
 
 
+def test_json_that_says_something_else_than_what_was_written_is_damaged(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, {"x": 1.25, "y": ["é", None]}, checked=True)
+    assert read_json(file) == {"x": 1.25, "y": ["é", None]}
+    text = file.read_text()
+    for old, new in (("1.25", "1.75"), ('"x"', '"z"'), ("null", "true")):
+        file.write_text(text.replace(old, new))
+        with pytest.raises(UserError, match="does not hold what was written"):
+            read_json(file)
+        assert read_json(file, damaged_as_missing=True) == {}
+    file.write_text('{"x": 1.75}')  # of a former version
+    assert read_json(file) == {"x": 1.75}
+
+
 def test_json_is_read_back_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
     content = {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": "é"}, "e": (1, None)}
     write_json(tmp_path / "new" / "x.json", content)

@@ -42,7 +42,7 @@ def test_two_seeds_of_a_study_are_measured_on_the_same_text(
     first, second = ([item["prompt"] for item in of_run] for of_run in items)
     assert first == second
     assert [item["score"] for item in items[0]] != [item["score"] for item in items[1]]
-    (file,) = (done.folder.parent / "shared" / "own").glob("*.jsonl")
+    (file,) = (done.folder.parent / "shared" / "own").glob("*/*.jsonl")
     assert len(read_jsonl(file)) == len(first)
 
 

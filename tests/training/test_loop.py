@@ -29,6 +29,7 @@ from forgetless.data.examples import load_examples
 from forgetless.data.packing import IGNORED
 from forgetless.data.tokens import tokenize
 from forgetless.training import checkpoints as ckpt
+from forgetless.training.log import TrainingLog
 from forgetless.training.loop import TrainingResult, train
 from forgetless.training.settings import TrainingSettings
 from forgetless.training.trainer import ExactTrainer
@@ -263,11 +264,20 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         fit(full(), tmp_path, steps=2)
 
 
-def test_a_lost_log_is_an_error_and_not_a_gap(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [None, b"", b'{"step": 1'])
+def test_a_lost_log_is_that_of_the_checkpoint(damage: bytes | None, tmp_path: Path) -> None:
     fit(lora(), tmp_path, steps=2)
-    (tmp_path / "log.jsonl").unlink()
+    log = tmp_path / "log.jsonl"
+    whole = log.read_bytes()
+    log.unlink() if damage is None else log.write_bytes(damage)
+    fit(lora(), tmp_path, steps=2)
+    assert log.read_bytes() == whole
+
+
+def test_where_no_checkpoint_has_it_a_lost_log_is_an_error_and_not_a_gap(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
     with pytest.raises(ValueError, match=r"log\.jsonl has no line for step 2"):
-        fit(lora(), tmp_path, steps=2)
+        TrainingLog(log, 2, tmp_path / "checkpoints" / "checkpoint-2")
 
 
 # ---- loss, optimiser, schedule -------------------------------------------------------------------

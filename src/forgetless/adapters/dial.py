@@ -19,14 +19,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forgetless.adapters.anchored import AnchoredVariant, is_anchored
-from forgetless.adapters.folders import WEIGHTS_FILE, without_new_head
+from forgetless.adapters.folders import WEIGHTS_FILE, without_new_head, write_weights
 from forgetless.adapters.layer import adapted_layers
 from forgetless.core.errors import UserError, first_few
-from forgetless.core.files import new_file
 from forgetless.core.tensors import read_tensors
 
 
@@ -118,8 +116,7 @@ def scale_folder(folder: str | Path, scale: float) -> None:
             "with forgetless.dial, or merge it within the dial (merge_and_unload)"
         )
     scaled = {key: t * scale if ".lora_B." in key else t for key, t in state.items()}
-    with new_file(folder / WEIGHTS_FILE) as file:
-        save_file(scaled, file, metadata={"format": "pt"})
+    write_weights(scaled, folder)
 
 
 def _turn_adapters(model: nn.Module, scale: float, undo: ExitStack) -> None:

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from forgetless.adapters.anchored import Anchor
@@ -31,8 +31,15 @@ from forgetless.adapters.layer import (
 from forgetless.adapters.plain import PlainLora, lora_config, plain_lora
 from forgetless.adapters.tuner import add_adapter, check_addable, take_off
 from forgetless.core.errors import UserError, first_few, reading
-from forgetless.core.files import new_folder, read_json, write_json
-from forgetless.core.tensors import read_tensors
+from forgetless.core.files import (
+    CHECKSUM,
+    new_file,
+    new_folder,
+    read_json,
+    with_checksum,
+    write_json,
+)
+from forgetless.core.tensors import read_tensors, write_tensors
 from forgetless.models.heads import (
     add_head,
     divided_state,
@@ -225,9 +232,8 @@ def _write(
     The config is PEFT's without what is at its default, since older versions of PEFT, and other
     readers, refuse keys that they do not know.
     """
-    save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if start is not None:
-        write_json(folder / START_FILE, start)
+        write_json(folder / START_FILE, start, checked=True)
     if config.modules_to_save and new_modules(model):
         base: Any = base_of(model)
         base.config.to_json_file(folder / HEADS_FILE)
@@ -236,6 +242,24 @@ def _write(
         if key in _ALWAYS or value != usual.get(key):
             values[key] = sorted(value) if isinstance(value, set) else value
     write_json(folder / CONFIG_FILE, values)
+    write_weights(state, folder)
+
+
+def write_weights(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the tensors of an adapter beside its config, whose checksum goes into their header."""
+    known = {"format": "pt", _CONFIG: _config_checksum(read_json(folder / CONFIG_FILE))}
+    with new_file(folder / WEIGHTS_FILE) as file:
+        write_tensors(state, file, known)
+
+
+_CONFIG = "adapter_config"
+"""The entry of the weights' header that says which config they were written with."""
+
+
+def _config_checksum(values: Mapping[str, Any]) -> str:
+    """Of a config but for the name of the base, which people change as they move it."""
+    kept = {key: value for key, value in values.items() if key != "base_model_name_or_path"}
+    return str(with_checksum(kept)[CHECKSUM])
 
 
 _ALWAYS = (
@@ -475,6 +499,14 @@ def _read_config(folder: Path) -> StartConfig:
         pickled = (folder / "adapter_model.bin").is_file()
         hint = "; its adapter_model.bin is a pickle, so save it with safetensors" if pickled else ""
         raise UserError(f"{folder} is no complete adapter: it has no {WEIGHTS_FILE}{hint}")
+    with reading(folder / WEIGHTS_FILE), safe_open(folder / WEIGHTS_FILE, "pt") as weights:
+        known = (weights.metadata() or {}).get(_CONFIG)
+    if known not in (None, _config_checksum(values)):
+        warnings.warn(
+            f"{folder / CONFIG_FILE} is not the one that these weights were written with: it was "
+            "edited, or it is damaged",
+            stacklevel=3,
+        )
     kind = values.pop("peft_type", None)
     if kind not in (ANCHORED_TYPE, "LORA"):
         raise UserError(f"{folder} holds an adapter of type {kind!r}; only LoRA can be loaded")

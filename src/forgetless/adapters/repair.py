@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -34,6 +33,7 @@ from forgetless.adapters.folders import (
     load,
     save,
     without_new_head,
+    write_weights,
 )
 from forgetless.adapters.foreign import AdapterCheck, require_usable
 from forgetless.adapters.layer import PREFIX, StartConfig, adapted_layers
@@ -503,8 +503,8 @@ def repair_folder(
     chosen = made.foreseen() if strength == "auto" else checked_strength(strength)
     state |= {f"{keys[name]}A.weight": A for name, A in made.A(chosen).items()}
     out.mkdir(parents=True, exist_ok=True)
-    save_file(state, out / WEIGHTS_FILE, metadata={"format": "pt"})
     shutil.copyfile(source / CONFIG_FILE, out / CONFIG_FILE)
+    write_weights(state, out)
     return made, chosen
 
 

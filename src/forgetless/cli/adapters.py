@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -53,24 +54,26 @@ def stats(
         memory_budget=memory_budget,
     )
     from forgetless.cli.commands.starts import collect_statistics
-    from forgetless.core.files import remove
+    from forgetless.core.files import lock, remove
     from forgetless.training.devices import join
 
     hush()
     processes = join()
-    unfinished = Path(out).with_name(f".{Path(out).name}.unfinished")
-    collected = collect_statistics(
-        base,
-        settings,
-        target_modules=targets_of(target_modules),
-        dtype=dtype,
-        seed=seed,
-        unfinished=unfinished,
-        adapter=adapter,
-    )
-    processes.wait_for_everyone()  # until none needs what is unfinished
-    file = processes.first(lambda: collected.save(out))
-    processes.first(lambda: remove(unfinished))
+    place = Path(out)
+    unfinished, turn = (place.with_name(f".{place.name}.{end}") for end in ("unfinished", "lock"))
+    with lock(turn) if processes.is_first else nullcontext():
+        collected = collect_statistics(
+            base,
+            settings,
+            target_modules=targets_of(target_modules),
+            dtype=dtype,
+            seed=seed,
+            unfinished=unfinished,
+            adapter=adapter,
+        )
+        processes.wait_for_everyone()  # until none needs what is unfinished
+        file = processes.first(lambda: collected.save(out))
+        processes.first(lambda: remove(unfinished))
     print(f"{file}: {len(collected)} layers, {collected.metadata['tokens']} tokens")
 
 

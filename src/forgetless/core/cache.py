@@ -10,6 +10,7 @@ computes from its second moment alone is computed once for the three.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -21,12 +22,16 @@ from typing import Any, TypeVar
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from forgetless.core.errors import UserError
 from forgetless.core.files import new_file
+from forgetless.core.tensors import require_intact, write_tensors
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +95,13 @@ class SpectrumCache:
                 self._held.move_to_end(key)
             return self._held.get(key)
         try:
-            return Rows(**load_file(file))  # mapped, not read: a slice reads its own part alone
-        except (FileNotFoundError, SafetensorError):
+            rows = Rows(**load_file(file))  # mapped: a slice takes memory for its own part alone
+            require_intact(file)
+            return rows
+        except FileNotFoundError:
+            return None
+        except (UserError, SafetensorError) as damage:
+            _log.warning("%s is decomposed again: %s", file, damage)
             return None
 
     def _keep(self, key: str, rows: Rows) -> None:
@@ -102,7 +112,7 @@ class SpectrumCache:
                 self._held.popitem(last=False)
             return
         with new_file(file) as unfinished:
-            save_file({"left": rows.left, "S": rows.S, "right": rows.right}, unfinished)
+            write_tensors({"left": rows.left, "S": rows.S, "right": rows.right}, unfinished)
 
 
 def content_key(M: Tensor) -> str:

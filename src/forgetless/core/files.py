@@ -30,10 +30,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import yaml
 from filelock import FileLock, Timeout
 
 from forgetless.core.errors import UserError
+from forgetless.core.hashing import checksum
 
 _log = logging.getLogger(__name__)
 
@@ -211,10 +213,36 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all; a number that is not finite becomes null."""
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+def write_json(path: Path, content: Any, *, checked: bool = False) -> None:
+    """Write JSON, whole or not at all; a number that is not finite becomes null.
+
+    Args:
+        path: the file.
+        content: plain values.
+        checked: whether an object gets a checksum, so that `read_json` finds damage that is JSON
+            still.
+    """
+    content = with_checksum(_finite(content)) if checked else _finite(content)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
+
+
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of its entries as the last one, for `is_as_written`."""
+    return {**content, CHECKSUM: _checksum(content)}
+
+
+def is_as_written(content: dict[str, Any]) -> bool:
+    """Whether an object has the entries that its checksum is of; takes the checksum out."""
+    return CHECKSUM not in content or content.pop(CHECKSUM) == _checksum(content)
+
+
+CHECKSUM = "xxh3"
+
+
+def _checksum(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -234,7 +262,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: Path, *, damaged_as_missing: bool = False) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file.
+    """The object in a JSON file without its checksum; empty when there is no such file.
 
     Args:
         path: the file.
@@ -248,7 +276,11 @@ def read_json(path: Path, *, damaged_as_missing: bool = False) -> dict[str, Any]
 
 
 def read_jsonl(
-    path: Path, *, damaged_as_missing: bool = False, growing: bool = False
+    path: Path,
+    *,
+    damaged_as_missing: bool = False,
+    growing: bool = False,
+    written: str | None = None,
 ) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; empty when there is no such file.
 
@@ -256,6 +288,7 @@ def read_jsonl(
         path: the file.
         damaged_as_missing: as for `read_json`.
         growing: whether it is appended to, so that its last line may be half of one.
+        written: the `checksum` of the file, where it is known; it is then damaged if it is gone.
 
     Raises:
         UserError: as `read_json`.
@@ -266,19 +299,27 @@ def read_jsonl(
         found = text.split("\n")
         return [line for line in (found[:-1] if growing else found) if line]
 
-    return _objects(path, lines, damaged_as_missing)
+    return _objects(path, lines, damaged_as_missing, written)
 
 
 def _objects(
-    path: Path, split: Callable[[str], list[str]], damaged_as_missing: bool
+    path: Path,
+    split: Callable[[str], list[str]],
+    damaged_as_missing: bool,
+    written: str | None = None,
 ) -> list[dict[str, Any]]:
     try:
         found = [json.loads(part) for part in split(path.read_text(encoding="utf-8"))]
-        if all(isinstance(each, dict) for each in found):
+        if not all(isinstance(each, dict) for each in found):
+            damage = f"{path} is damaged (it holds something else than objects)"
+        elif written not in (None, checksum(path)) or not all(map(is_as_written, found)):
+            damage = f"{path} is damaged (it does not hold what was written)"
+        else:
             return found
-        damage = f"{path} is damaged (it holds something else than objects)"
     except FileNotFoundError:
-        return []
+        if written is None:
+            return []
+        damage = f"{path} is gone"
     except (ValueError, RecursionError) as problem:  # no JSON, no UTF-8, or nested too deeply
         damage = f"{path} is damaged ({problem})"
     if not damaged_as_missing:

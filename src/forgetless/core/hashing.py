@@ -38,7 +38,7 @@ def _file_hash(path: Path, size: int, modified: int) -> str:
 def checksums(folder: Path, counts: Callable[[Path], bool] = lambda file: True) -> dict[str, str]:
     """Name below the folder -> size and XXH3 of each file that counts."""
     return {
-        file.relative_to(folder).as_posix(): f"{file.stat().st_size} {_checksum(file)}"
+        file.relative_to(folder).as_posix(): f"{file.stat().st_size} {checksum(file)}"
         for file in sorted(folder.rglob("*"))
         if file.is_file() and counts(file)
     }
@@ -50,10 +50,11 @@ def first_damaged(folder: Path, written: Mapping[str, str]) -> Path | None:
     for file, (size, _) in files.items():
         if not file.is_file() or file.stat().st_size != int(size):
             return file
-    return next((file for file, (_, sum_) in files.items() if _checksum(file) != sum_), None)
+    return next((file for file, (_, sum_) in files.items() if checksum(file) != sum_), None)
 
 
-def _checksum(file: Path) -> str:
+def checksum(file: Path) -> str:
+    """XXH3 of a file."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as content:
         while part := content.read(1 << 22):

@@ -1,31 +1,40 @@
-"""Tensors in a safetensors file."""
+"""Tensors in a safetensors file, with a checksum of all of it in the header's metadata."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from forgetless.core.errors import UserError, reading
 
+_CHECKSUM = "xxh3"
+_UNKNOWN = "0" * 32
+"""What stands for the checksum in the text that it is the checksum of."""
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors with metadata, equal ones as equal bytes: safetensors alone puts the metadata
     into the header in an order of chance.
     """
-    save_file(dict(tensors), file, metadata=dict(metadata))
+    save_file(dict(tensors), file, metadata={**(metadata or {}), _CHECKSUM: _UNKNOWN})
     with file.open("r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # the same characters in another order
-            opened.seek(8)
-            opened.write(text.ljust(size))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, "these are the same characters in another order"
+        known = text.replace(_UNKNOWN.encode(), _checksum(text, file).encode(), 1)
+        opened.seek(8)
+        opened.write(known)
 
 
 def read_tensors(file: str | Path, *, finite: bool = False) -> dict[str, Tensor]:
@@ -41,6 +50,7 @@ def read_tensors(file: str | Path, *, finite: bool = False) -> dict[str, Tensor]
     """
     with reading(file, "write it again"):
         found = load_file(file)
+    require_intact(file)
     for name, tensor in found.items() if finite else ():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(
@@ -48,3 +58,36 @@ def read_tensors(file: str | Path, *, finite: bool = False) -> dict[str, Tensor]
                 "diverged, or it is damaged"
             )
     return found
+
+
+def require_intact(file: str | Path) -> None:
+    """Compare a safetensors file with the checksum that `write_tensors` gave it, if it did.
+
+    A file that was not changed since is not read again.
+
+    Raises:
+        UserError: it holds something else than what was written.
+    """
+    status = Path(file).stat()
+    if not _is_intact(Path(file), status.st_size, status.st_mtime_ns):
+        raise UserError(f"{file} is damaged: it does not hold what was written; write it again")
+
+
+@lru_cache(maxsize=4096)
+def _is_intact(file: Path, size: int, modified: int) -> bool:
+    with file.open("rb") as opened:
+        text = opened.read(int.from_bytes(opened.read(8), "little"))
+    known = json.loads(text).get("__metadata__", {}).get(_CHECKSUM)
+    if known is None:  # of another program, or of a former version
+        return True
+    return bool(known == _checksum(text.replace(known.encode(), _UNKNOWN.encode(), 1), file))
+
+
+def _checksum(header: bytes, file: Path) -> str:
+    """XXH3 of a header and of what lies behind it in a file."""
+    digest = xxhash.xxh3_128(header)
+    with file.open("rb") as opened:
+        opened.seek(8 + len(header))
+        while part := opened.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()

@@ -66,6 +66,8 @@ def report(study_folder: str | Path) -> Path:
             notes.append(f"No figures: matplotlib is not installed ({_INSTALL}).")
     for note in notes:
         _log.info(note)
+    for warning in warnings:
+        _log.warning("%s", warning)
     notes += [f"{warning.replace(f'{study_folder}/', '')}." for warning in warnings]
     write_text(folder / "index.html", page(found, content, drawings, notes))
     return folder / "index.html"

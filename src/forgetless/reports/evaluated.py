@@ -14,9 +14,9 @@ from forgetless.core.files import (
     read_json,
     remove,
     write_json,
-    write_jsonl,
     write_text,
 )
+from forgetless.scores.files import write_score
 from forgetless.studies.folder import RunFolder, run_folders
 from forgetless.tasks.base import TaskResult
 
@@ -62,8 +62,8 @@ def write_evaluation(
     for phase, scores in (("base", before), ("final", after)):
         for name, result in scores.items():
             lines = [item.to_json() for item in result.items]
-            write_jsonl(run.items(phase, name), lines)  # type: ignore[arg-type]
-            write_json(run.scores(phase, name), result.to_json())  # type: ignore[arg-type]
+            files = run.scores(phase, name), run.items(phase, name)  # type: ignore[arg-type]
+            write_score(*files, result.to_json(), lines)
     recipe = _recipe(base, adapter)
     write_text(run.recipe, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     kinds = {name: "learning" if name in learning else "forgetting" for name in after}

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError
-from forgetless.core.files import load_yaml, read_json, read_jsonl
+from forgetless.core.files import read_json
 from forgetless.scores.comparison import TaskChange, compare
-from forgetless.scores.files import Phase
+from forgetless.scores.files import Phase, read_items
 from forgetless.studies.folder import RunFolder, curve, results, run_folders
 from forgetless.tasks.base import Item, TaskResult
 
@@ -94,7 +94,7 @@ class RunFiles:
 
     @cached_property
     def _lines(self) -> list[dict[str, Any]]:
-        lines = read_jsonl(self.folder.log, damaged_as_missing=True, growing=True)
+        lines = self.folder.lines()
         return [line for line in lines if number(line.get("step")) is not None]
 
     def log(self) -> list[tuple[int, float]]:
@@ -122,7 +122,8 @@ class RunFiles:
             return None
         folder = self.folder if step is None else self.folder.point(step)
         try:
-            lines = read_jsonl(folder.items(phase, task), damaged_as_missing=True)
+            files = folder.scores(phase, task), folder.items(phase, task)
+            lines = read_items(*files, damaged_as_missing=True)
             return TaskResult.from_json(score, [Item.from_json(line) for line in lines])
         except (KeyError, TypeError, ValueError):  # a file that somebody else has written
             return None
@@ -190,7 +191,7 @@ def read(study_folder: str | Path) -> Evidence:
 def _read_run(folder: RunFolder, rows: Sequence[Row]) -> RunFiles | None:
     """None where its recipe is damaged, which the rows' warning says, or was deleted just now."""
     try:
-        recipe = load_yaml(folder.recipe)
+        recipe = folder.settings()
     except (UserError, FileNotFoundError):
         return None
     own = {row["task"]: row for row in rows if row["run_id"] == folder.path.name and row["task"]}

@@ -20,12 +20,10 @@ from forgetless.core.errors import UserError
 from forgetless.core.files import (
     lock,
     read_json,
-    read_jsonl,
     remove,
     remove_temporaries,
-    write_json,
-    write_jsonl,
 )
+from forgetless.scores.files import read_items, write_score
 from forgetless.tasks.base import Item, Task, TaskResult
 from forgetless.tasks.journal import resuming
 
@@ -81,15 +79,15 @@ class ScoreCache:
         """
         score, items = self.paths(task, *model)
         with lock(score.with_suffix(".lock")):
+            partial = score.with_suffix(".partial.jsonl")
             if not _is_intact(score, items):
                 remove_temporaries(score.parent, score.stem)
-                partial = score.with_suffix(".partial.jsonl")
                 with resuming(partial, score.stem):
                     found = measure()
-                write_jsonl(items, [item.to_json() for item in found.items])
-                write_json(score, found.to_json())
-                remove(partial)
-        kept = [Item.from_json(line) for line in read_jsonl(items)]
+                lines = [item.to_json() for item in found.items]
+                write_score(score, items, found.to_json(), lines)
+            remove(partial)
+        kept = [Item.from_json(line) for line in read_items(score, items)]
         # The task may go by another name than when it was measured.
         return replace(TaskResult.from_json(read_json(score), kept), task=task.name)
 
@@ -97,7 +95,7 @@ class ScoreCache:
 def _is_intact(score: Path, items: Path) -> bool:
     """Whether both files can be read; what is damaged is measured again."""
     try:
-        read_jsonl(items)
+        read_items(score, items)
         return bool(read_json(score))
     except UserError as damage:
         _log.warning("%s", damage)

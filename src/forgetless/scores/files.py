@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forgetless.core.errors import UserError, reading
-from forgetless.core.files import read_json, read_jsonl, write_json
+from forgetless.core.files import read_json, read_jsonl, write_json, write_jsonl
+from forgetless.core.hashing import checksum
 from forgetless.tasks.base import Item, TaskResult
 from forgetless.tasks.evaluation import Scores
 
@@ -21,10 +22,12 @@ __all__ = [
     "Phase",
     "SavedScores",
     "items_file",
+    "read_items",
     "read_scores",
     "records_file",
     "score_file",
     "write_records",
+    "write_score",
 ]
 
 
@@ -40,6 +43,34 @@ def score_file(run_folder: Path, phase: Phase, task: str) -> Path:
 def items_file(run_folder: Path, phase: Phase, task: str) -> Path:
     """Where a run keeps what was asked, expected and answered, one line an item."""
     return run_folder / "items" / phase / f"{task}.jsonl"
+
+
+def write_score(
+    score: Path, items: Path, content: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write a score and its items, the score last, for it says that the items are there."""
+    write_jsonl(items, lines)
+    write_json(score, {**content, _ITEMS: checksum(items)}, checked=True)
+
+
+def read_items(
+    score: Path, items: Path, *, damaged_as_missing: bool = False
+) -> list[dict[str, Any]]:
+    """The lines of the items that `write_score` wrote beside a score; none where there are none.
+
+    Args:
+        score: the file of the score.
+        items: that of its items.
+        damaged_as_missing: as of `read_json`.
+
+    Raises:
+        UserError: either is damaged, or they are not the items of this score.
+    """
+    known = read_json(score, damaged_as_missing=damaged_as_missing).get(_ITEMS)
+    return read_jsonl(items, damaged_as_missing=damaged_as_missing, written=known)
+
+
+_ITEMS = "items_xxh3"
 
 
 @dataclass(frozen=True)
@@ -68,7 +99,7 @@ def write_records(scores: Mapping[str, TaskResult], path: str | Path) -> Path:
         task: {**result.to_json(), "items": [item.to_json() for item in result.items]}
         for task, result in scores.items()
     }
-    write_json(file, records)
+    write_json(file, records, checked=True)
     return file
 
 
@@ -128,7 +159,8 @@ def _read_run(folder: Path, phase: Phase, point: Path | None = None) -> SavedSco
         score = read_json(score_file(place, phase, task))
         if score:
             with reading(score_file(place, phase, task), "delete it, and run the recipe again"):
-                items = _items(read_jsonl(items_file(place, phase, task)))
+                files = score_file(place, phase, task), items_file(place, phase, task)
+                items = _items(read_items(*files))
                 results.append(TaskResult.from_json(score, items))
     if not results:
         raise UserError(

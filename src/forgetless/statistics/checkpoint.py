@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import write_json
 from forgetless.core.processes import Processes
-from forgetless.core.tensors import read_tensors
+from forgetless.core.tensors import read_tensors, write_tensors
 from forgetless.statistics.collector import Batch, Collector
 from forgetless.statistics.moments import OnDisk
 
@@ -126,11 +125,11 @@ class Checkpoint:
     def _write(self, tensors: Mapping[str, Tensor]) -> str:
         file = self._folder / f"{self._next_file}.safetensors"
         self._next_file += 1
-        save_file(dict(tensors), file)
+        write_tensors(tensors, file)
         return file.name
 
     def _replace_record(self) -> None:
-        write_json(self._file, self._record)
+        write_json(self._file, self._record, checked=True)
         used = {entry["file"] for entry in self._record["finished"].values()}
         used |= {self._record["sums"]["file"]} if self._record["sums"] else set()
         for file in self._folder.glob("*.safetensors"):

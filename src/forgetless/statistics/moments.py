@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from forgetless.core.errors import reading
+from forgetless.core.tensors import require_intact
 from forgetless.statistics.files import FileFormat
 
 _FORMAT = FileFormat("statistics", version=1, make="'forgetless stats'")
@@ -236,6 +237,7 @@ class OnDisk(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         with self._opened(name) as opened:
+            require_intact(self._files[name])
             tensor: Tensor = opened.get_tensor(name)
             return tensor
 

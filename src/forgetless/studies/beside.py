@@ -29,6 +29,7 @@ from forgetless.adapters.settings import Comparator, Ties
 from forgetless.adapters.spectra import spectra
 from forgetless.core.errors import UserError
 from forgetless.core.files import lock, new_folder, read_json, remove, write_json
+from forgetless.core.hashing import first_damaged
 from forgetless.core.settings import without_idle
 from forgetless.data.examples import source_hash
 from forgetless.data.settings import DATA
@@ -48,6 +49,7 @@ from forgetless.studies.aftercare import (
     Setting,
     choose,
 )
+from forgetless.studies.folder import adapter_checksums, is_kept, note_files
 
 if TYPE_CHECKING:
     from forgetless.studies.stages import Stages
@@ -83,7 +85,9 @@ class Beside:
         if known.get("key") != key:
             for label in known.get("points", ()):
                 remove(self.run.point(label).path)
-        elif not any(self.stages._missing("final", self.run.point(n)) for n in known["scored"]):
+        elif first_damaged(self.run.repaired, known.get("files", {})) is None and not any(
+            self.stages._missing("final", self.run.point(n)) for n in known["scored"]
+        ):
             return None
         adjustable, bench = self._bench
         others = [Setting(comparator=label) for label in adjustable.comparators]
@@ -109,8 +113,9 @@ class Beside:
             "points": {p.setting.label: self._described(adjustable, p) for p in held},
             "scored": labels,
             "repaired": taken.label if taken else None,
+            "files": adapter_checksums(self.run.repaired),
         }
-        write_json(self.run.aftercare, content)
+        write_json(self.run.aftercare, content, checked=True)
         self.stages._held = None  # the model has one more adapter now
         return f"{count} measurements at {len(labels)} settings"
 
@@ -211,7 +216,7 @@ class Beside:
                 keep.statistics,
                 task_stats=task.statistics,
             )
-        write_json(self.run.spectra, found.to_json())
+        write_json(self.run.spectra, found.to_json(), checked=True)
         return f"{len(found)} layers"
 
     # ------------------------------------------------------------------------------ the texts
@@ -234,11 +239,12 @@ class Beside:
         key = json.dumps(self._text_key(source, kind), sort_keys=True)
         folder = self.stages.shared / "aftercare" / digest(key)
         with lock(folder.with_suffix(".lock")):
-            if not folder.exists():
+            if not is_kept(folder):
                 with new_folder(folder) as new:
                     statistics = read(source, new).statistics
                     assert statistics is not None
                     statistics.save(new)
+                    note_files(new)
         return Read(Statistics.load(folder), folder / "held.jsonl")
 
     def _text_key(self, source: str, kind: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forgetless.core.files import read_json, read_jsonl
+from forgetless.core.files import read_json
 from forgetless.studies.folder import RunFolder
 
 MOST_LINES = 50
@@ -42,7 +42,7 @@ def course(
         steps = run.read().get("training", {}).get("steps")
         if steps is None:
             break
-        lines = read_jsonl(run.log, damaged_as_missing=True, growing=True)
+        lines = run.lines()
         losses = [line for line in lines if "loss" in line]
         every = -(-len(losses) // MOST_LINES) or 1
         found["loss"] += [

@@ -23,6 +23,7 @@ from typing import Any
 from forgetless.core import metrics
 from forgetless.core.errors import UserError
 from forgetless.core.files import load_yaml, read_json, read_jsonl, write_json, write_text
+from forgetless.core.hashing import checksum, checksums, first_damaged
 from forgetless.scores.files import PHASES, Phase, items_file, score_file
 
 _log = logging.getLogger(__name__)
@@ -107,6 +108,23 @@ class RunFolder:
         """
         return RunFolder(self.path / "points" / str(step))
 
+    def settings(self) -> dict[str, Any]:
+        """The recipe as plain values.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UserError: it is damaged.
+        """
+        known = self.read().get("files", {}).get(self.recipe.name)
+        if known not in (None, checksum(self.recipe)):
+            raise UserError("it does not hold what was written")
+        return load_yaml(self.recipe)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Those of log.jsonl; none, as the log says, where it is damaged."""
+        known = self.read().get("files", {}).get(self.log.name)
+        return read_jsonl(self.log, damaged_as_missing=True, growing=not known, written=known)
+
     @property
     def points(self) -> list[int]:
         """The steps on the way whose weights were kept, in order."""
@@ -140,7 +158,33 @@ class RunFolder:
 
     def update(self, **changes: Any) -> None:
         """Change entries of run.json; raises ``UserError`` where it is damaged."""
-        write_json(self.record, {**read_json(self.record), **changes})
+        write_json(self.record, {**read_json(self.record), **changes}, checked=True)
+
+
+def adapter_checksums(folder: Path) -> dict[str, str]:
+    """Those of the folder of an adapter or a model, but of its card, which is written anew."""
+    return checksums(folder, lambda file: file.name != "README.md")
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether a folder that runs share is there, as it was written; damage is named in the log."""
+    if folder.is_dir() and not (folder / _FILES).exists():
+        note_files(folder)  # it is of a former version
+    try:
+        damaged = first_damaged(folder, read_json(folder / _FILES))
+    except UserError:
+        damaged = folder / _FILES
+    if damaged is not None:
+        _log.warning("%s is damaged or gone; it is made again", damaged)
+    return folder.is_dir() and damaged is None
+
+
+def note_files(folder: Path) -> None:
+    """Write down what is in a folder that runs share, for `is_kept`."""
+    write_json(folder / _FILES, checksums(folder), checked=True)
+
+
+_FILES = "files.json"
 
 
 def run_folders(study_folder: str | Path) -> list[RunFolder]:
@@ -215,7 +259,7 @@ def curve_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
     common = _run_columns(folder, record) if folder.points else {}
     if not common:
         return
-    lines = read_jsonl(folder.log, damaged_as_missing=True, growing=True)
+    lines = folder.lines()
     tokens = {0: 0} | {line["step"]: line["tokens"] for line in lines if "tokens" in line}
     trained, last = record.get("training", {}), common["steps"]
     if trained.get("steps") == last:
@@ -255,7 +299,7 @@ def _score(folder: RunFolder, phase: Phase, task: str) -> dict[str, Any]:
 def _run_columns(folder: RunFolder, record: Mapping[str, Any]) -> dict[str, Any]:
     """What all rows of a run repeat; nothing where its recipe is damaged."""
     try:
-        recipe = load_yaml(folder.recipe)
+        recipe = folder.settings()
         adapter, training = recipe["adapter"], recipe["training"]
         names, full = adapter["target_modules"], adapter["method"] == "full"
         trained = record.get("training", {})

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder
 from forgetless.core.processes import Processes
-from forgetless.core.tensors import read_tensors
+from forgetless.core.tensors import read_tensors, write_tensors
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import Batch, Processor, modality_of, training_batches
 from forgetless.data.settings import DATA, CalibrationSettings, DataSettings
@@ -164,7 +163,7 @@ class Collecting:
             if not file.exists():
                 flat = {f"{i}.{n}": v for i, batch in enumerate(made()) for n, v in batch.items()}
                 with new_folder(folder) as new:
-                    save_file(flat, new / file.name)
+                    write_tensors(flat, new / file.name)
 
         Processes.current().first(write)
         kept: dict[int, Batch] = {}

@@ -100,7 +100,7 @@ def find_rate(
         if not read_json(file, damaged_as_missing=True):
             stages = Stages(work, recipe, listen or (lambda event: None))
             with torch_threads(threads, recipe.base):
-                write_json(file, _tried(stages, rates, steps))
+                write_json(file, _tried(stages, rates, steps), checked=True)
         found = read_json(file)
         trials = [Trial(**trial) for trial in found["trials"]]
         try:

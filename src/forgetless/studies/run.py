@@ -19,6 +19,7 @@ from torch import distributed
 
 from forgetless.core.errors import RecipeError
 from forgetless.core.files import folder_name, lock, read_json, remove_temporaries, write_text
+from forgetless.core.hashing import checksum
 from forgetless.core.processes import Processes
 from forgetless.models.load import meta_model
 from forgetless.recipes.checking import check, load_recipe
@@ -112,9 +113,12 @@ def run(
 def prepare(folder: RunFolder, recipe: Recipe, **changes: Any) -> None:
     """Write the recipe into its run's folder, and run.json; for the holder of the lock."""
     write_text(folder.recipe, recipe.to_yaml())
-    status = read_json(folder.record).get("status", "pending")
+    record = read_json(folder.record)
+    status = record.get("status", "pending")
+    files = {**record.get("files", {}), folder.recipe.name: checksum(folder.recipe)}
     if recipe.after is not None:
         changes = {"after": recipe.after, **changes}
+    changes = {"files": files, **changes}
     folder.update(run_id=folder.path.name, name=recipe.name, status=status, **changes)
 
 

@@ -231,7 +231,7 @@ class _Doing:
         """Write search.json and front.csv, the tables of all runs, and which runs there are."""
         outcome = self._outcome()
         report = self.folder / "report"
-        write_json(report / OUTCOME, outcome)
+        write_json(report / OUTCOME, outcome, checked=True)
         rows = [_front_row(point) for point in outcome["front"]]
         columns = list(dict.fromkeys(column for row in rows for column in row))
         write_csv(report / FRONT, rows, columns)
@@ -239,7 +239,7 @@ class _Doing:
             trial.user_attrs["run"] for t in (self.trials, self.further) for trial in _finished(t)
         )
         entries = [{"run_id": run} for run in runs if (self.folder / run).is_dir()]
-        write_json(self.folder / "runs.json", {"runs": entries})
+        write_json(self.folder / "runs.json", {"runs": entries}, checked=True)
         write_tables(self.folder, results(self.folder), curve(self.folder))
 
     def _outcome(self) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forgetless.adapters.attachment import attach
@@ -47,16 +46,15 @@ from forgetless.core.files import (
     new_file,
     new_folder,
     read_json,
-    read_jsonl,
     remove,
     write_json,
     write_jsonl,
 )
-from forgetless.core.hashing import checksums, first_damaged
+from forgetless.core.hashing import checksum, first_damaged
 from forgetless.core.method import Factors
 from forgetless.core.processes import Processes
 from forgetless.core.progress import duration
-from forgetless.core.tensors import read_tensors
+from forgetless.core.tensors import read_tensors, write_tensors
 from forgetless.data.examples import load_examples
 from forgetless.data.mixture import Mixture
 from forgetless.data.modality import (
@@ -77,12 +75,12 @@ from forgetless.recipes.identity import base_words, input_keys
 from forgetless.recipes.measuring import probed, tasked
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.cache import ScoreCache, digest
-from forgetless.scores.files import Phase
+from forgetless.scores.files import Phase, read_items, write_score
 from forgetless.statistics.gradients import Gradients
 from forgetless.statistics.moments import Statistics
 from forgetless.studies.beside import Beside
 from forgetless.studies.card import write_run_card
-from forgetless.studies.folder import RunFolder, planned
+from forgetless.studies.folder import RunFolder, adapter_checksums, is_kept, note_files, planned
 from forgetless.studies.inputs import Collecting, load_inputs
 from forgetless.studies.out_of_memory import naming_what_takes_less
 from forgetless.tasks import Task, TaskResult, make_tasks
@@ -120,6 +118,8 @@ class Event:
 
 
 Listener = Callable[[Event], None]
+
+OWN_FILE = "texts.jsonl"
 
 FIRST_MINUTE = 60.0
 """Seconds of training after which its length is foretold."""
@@ -168,10 +168,12 @@ class Stages:
         self._timed("analyse", self.analyse)
         if self.recipe.spectra:
             self._timed("spectra", partial(self._alone, Beside(self).spectra))
-        self.processes.first(self._write_cards)
+        self.processes.first(self._finish)
 
-    def _write_cards(self) -> None:
-        """The cards of the adapter as trained and of the repaired one."""
+    def _finish(self) -> None:
+        """Write the cards, and remove what a process left that was killed between two files."""
+        for unfinished in self.folder.path.rglob("*.partial.jsonl"):
+            remove(unfinished)
         write_run_card(self.folder)
         if taken := self.folder.taken:
             write_run_card(self.folder, self.folder.repaired, repaired=taken)
@@ -218,13 +220,16 @@ class Stages:
         """The file of what the base writes for a task, the same for all runs of the study."""
         asked = task.get("limit") or OWN_TEXTS, task.get("max_length", KL.max_length), OWN_SEED
         key = digest(*base_words(self.recipe), *map(str, asked))
-        path = self.shared / "own" / f"{key}.jsonl"
-        with lock(path.with_suffix(".lock")):
-            if not path.exists():
+        folder = self.shared / "own" / key
+        with lock(folder.with_suffix(".lock")):
+            if not is_kept(folder):
                 assert self.modality.own_texts is not None  # a check has refused other bases
                 texts = self.modality.own_texts(self._base(), self.processor, *asked)
-                write_jsonl(path, [{"text": text} for text in texts if text.strip()])
-        return str(path)
+                rows = [{"text": text} for text in texts if text.strip()]
+                with new_folder(folder) as new:
+                    write_jsonl(new / OWN_FILE, rows)
+                    note_files(new)
+        return str(folder / OWN_FILE)
 
     @cached_property
     def modality(self) -> Modality:
@@ -373,8 +378,9 @@ class Stages:
         run, missing = run or self.folder, []
         for task, kind in self.tasks:
             try:
-                read_jsonl(run.items(phase, task.name))
-                score = read_json(run.scores(phase, task.name))
+                files = run.scores(phase, task.name), run.items(phase, task.name)
+                score = read_json(files[0])
+                read_items(*files)
             except UserError as damage:
                 _log.warning("%s", damage)
                 score = {}
@@ -385,25 +391,21 @@ class Stages:
     def _measure(
         self, run: RunFolder, phase: Phase, task: Task, kind: str, model: Any, weights: Path
     ) -> None:
-        """Score a model and write the result; an interrupted attempt on these weights is resumed.
-
-        The score comes last, for it says that the items are there.
-        """
+        """Score a model and write the result; an attempt that was stopped is resumed."""
         # For an adapter the reference is the same model with the adapter off.
         reference = self._load_base() if self.full and task.needs_reference else None
         unfinished = run.scores(phase, task.name).with_suffix(".partial.jsonl")
         with resuming(unfinished, f"{task.fingerprint} {weights.stat().st_mtime_ns}"):
             result = task.evaluate(model, self.processor, reference=reference)
         items = [item.to_json() for item in result.items]
-        write_jsonl(run.items(phase, result.task), items)
-        write_json(run.scores(phase, result.task), {**result.to_json(), "kind": kind})
+        files = run.scores(phase, result.task), run.items(phase, result.task)
+        write_score(*files, {**result.to_json(), "kind": kind}, items)
         remove(unfinished)
 
     def _copy(self, task: Task, kind: str, source: tuple[Path, Path], phase: Phase) -> None:
         """Take over a score that was measured elsewhere."""
-        score, items = source
-        write_jsonl(self.folder.items(phase, task.name), read_jsonl(items))
-        write_json(self.folder.scores(phase, task.name), {**read_json(score), "kind": kind})
+        files = self.folder.scores(phase, task.name), self.folder.items(phase, task.name)
+        write_score(*files, {**read_json(source[0]), "kind": kind}, read_items(*source))
 
     def base_scores(self) -> str | None:
         """Score the untouched base, or take the scores that another run of the study measured."""
@@ -506,7 +508,7 @@ class Stages:
         """
         is_first = self.processes.is_first
         with lock(folder.with_suffix(".lock")) if is_first else nullcontext():
-            if self.processes.first(folder.exists):
+            if self.processes.first(lambda: is_kept(folder)):
                 return 0
             unfinished = folder.with_suffix(".unfinished")
             found = make(unfinished)
@@ -514,6 +516,7 @@ class Stages:
             if is_first:
                 with new_folder(folder) as new:
                     found.save(new)
+                    note_files(new)
                 remove(unfinished)
         return len(found)
 
@@ -662,7 +665,7 @@ class Stages:
 
             def write() -> None:
                 with new_file(file) as new:
-                    save_file(trained_copy(model, "cpu"), new)
+                    write_tensors(trained_copy(model, "cpu"), new)
 
             self.processes.first(write)
             for weight in others:
@@ -692,8 +695,8 @@ class Stages:
             self.processes.first(lambda: self._save_unrepaired(model))
         else:
             self._save(model, self.folder)
-            self._note(lambda: {"weights": _written(self._weights(self.folder))})
-        self.processes.first(lambda: write_json(self.folder.training, asdict(result)))
+            self._note(lambda: {"weights": adapter_checksums(self._weights(self.folder))})
+        self.processes.first(lambda: write_json(self.folder.training, asdict(result), checked=True))
         self.processes.first(self._finish_training)
         over = f"; {result.exceeded}" if result.exceeded else ""
         return f"{result.steps} steps, loss {result.final_loss:.4g}{over}"
@@ -778,7 +781,7 @@ class Stages:
         with new_folder(self.folder.native) as folder:
             save_plain(trained, folder, model)
         remove(self.folder.unrepaired)
-        self.folder.update(weights=_written(self.folder.native))
+        self.folder.update(weights=adapter_checksums(self.folder.native))
         self._held = None
         told = made.forecast(strength)
         self.folder.update(repair={"strength": strength, "earlier_share": share, **asdict(told)})
@@ -786,6 +789,7 @@ class Stages:
 
     def _require_undamaged(self) -> None:
         """Raise which file of the trained weights is not as it was written."""
+        self.folder.lines()  # which warns of a damaged log
         weights = self._weights(self.folder)
         damaged = first_damaged(weights, self.record.get("weights", {}))
         if damaged is not None:
@@ -796,8 +800,14 @@ class Stages:
 
     def _finish_training(self) -> None:
         """Note the result in run.json and remove what only an unfinished training needs."""
-        if result := read_json(self.folder.training):
-            self.folder.update(training=result)
+        record, file = self.record, self.folder.training
+        result = read_json(file, damaged_as_missing=True)
+        if not result and "training" in record:
+            result = record["training"]
+            write_json(file, result, checked=True)
+        if result and record.get("training") != result:
+            files = {**record["files"], self.folder.log.name: checksum(self.folder.log)}
+            self.folder.update(training=result, files=files)
         remove(self.folder.checkpoints)
         remove(self.folder.probe)
         if not self.full and self.record["start"]["equals_base"]:
@@ -818,7 +828,7 @@ class Stages:
             report = export(self._trained_model(self.folder), folder, rank)
             write_run_card(self.folder, folder, report.relative_error)
         entry = {"requested": rank, "rank": report.rank, "relative_error": report.relative_error}
-        self.folder.update(export={**entry, "files": _written(self.folder.adapter)})
+        self.folder.update(export={**entry, "files": adapter_checksums(self.folder.adapter)})
         return f"rank {report.rank}, relative error {report.relative_error:.2g}"
 
     def analyse(self) -> str | None:
@@ -831,7 +841,9 @@ class Stages:
             moved, size = moved + squares[0], size + squares[1]
             layers[name] = (squares[0] / squares[1]) ** 0.5 if squares[1] else None
         update = (moved / size) ** 0.5
-        write_json(self.folder.analysis, {"relative_update": update, "layers": layers})
+        write_json(
+            self.folder.analysis, {"relative_update": update, "layers": layers}, checked=True
+        )
         return f"weights moved by {update:.2%}"
 
     def _deltas(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -860,11 +872,6 @@ def attached(
     """
     given = settings.model_dump(exclude={"method", "options", "head"})
     return attach(model, settings.method, seed=seed, **given, **inputs, **settings.options)
-
-
-def _written(folder: Path) -> dict[str, str]:
-    """Checksums of a folder, but of its card, which is written anew."""
-    return checksums(folder, lambda file: file.name != "README.md")
 
 
 @torch.no_grad()

@@ -163,7 +163,7 @@ def _lay_out(
         for name, content in definition.items():
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             write_text(folder / name, text)
-        write_json(folder / "runs.json", {"runs": entries, **index})
+        write_json(folder / "runs.json", {"runs": entries, **index}, checked=True)
     runs = {RunFolder(folder / run_id): recipe for run_id, recipe in recipes.items()}
     for run, recipe in runs.items():
         with lock(run.lock, wait=False) as free:

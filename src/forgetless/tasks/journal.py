@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from forgetless.core.files import is_as_written, with_checksum
 from forgetless.core.progress import Bar
 
 __all__ = ["in_batches", "resuming"]
@@ -41,6 +42,8 @@ class _Journal:
             lines = self.file.read().split("\n")[:-1]
             for line in lines[1:] if lines[:1] == kept else []:
                 entry = json.loads(line)
+                if not is_as_written(entry):
+                    break
                 self.done[entry["batch"]] = entry["values"]
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
@@ -52,7 +55,7 @@ class _Journal:
 
     def add(self, batch: str, values: Sequence[Any]) -> None:
         self.done[batch] = list(values)
-        entry = {"batch": batch, "values": list(values)}
+        entry = with_checksum({"batch": batch, "values": list(values)})
         self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.file.flush()
 

@@ -7,6 +7,7 @@ the same step.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -60,6 +61,7 @@ class TrainingLog:
     Args:
         path: of the file; need not exist.
         step: the last step to keep, 0 for none.
+        checkpoint: that has a copy of the file as it was then, whose checksum was compared.
 
     Attributes:
         lines: how the training stood.
@@ -70,9 +72,11 @@ class TrainingLog:
         UserError: the file has no line for that step.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, checkpoint: Path | None = None) -> None:
         self.path, self.is_kept = path, True
-        kept = [line for line in _read(path) if line.step <= step] if step else []
+        copy = None if checkpoint is None else checkpoint / path.name
+        source = copy if copy is not None and copy.exists() else path
+        kept = [line for line in _read(source) if line.step <= step] if step else []
         self.lines = [line for line in kept if isinstance(line, LogLine)]
         self.probes = {line.step for line in kept if isinstance(line, Probe)}
         if step and (not self.lines or self.lines[-1].step != step):
@@ -225,6 +229,7 @@ class Record(TrainerCallback):
         checkpoint = folder / f"{checkpoints.PREFIX}{state.global_step}"
 
         def seal() -> None:
+            shutil.copyfile(self.log.path, checkpoint / self.log.path.name)
             checkpoints.seal(checkpoint, self.origin)
             checkpoints.prune(folder)
 

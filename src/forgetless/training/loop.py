@@ -231,7 +231,7 @@ def _begin(folder: Path, origin: Mapping[str, Any]) -> tuple[Path | None, Unlogg
     if checkpoint is not None:
         checkpoints.require_origin(checkpoint, origin)
     unlogged = Unlogged.of(checkpoint)
-    return checkpoint, unlogged, TrainingLog(folder / "log.jsonl", unlogged.since)
+    return checkpoint, unlogged, TrainingLog(folder / "log.jsonl", unlogged.since, checkpoint)
 
 
 @contextmanager

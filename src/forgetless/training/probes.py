@@ -11,11 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
-from forgetless.core.tensors import read_tensors
+from forgetless.core.tensors import read_tensors, write_tensors
 from forgetless.data.examples import Examples
 from forgetless.data.modality import Processor
 from forgetless.data.texts import read_examples as read_texts
@@ -215,7 +214,7 @@ class RecordedBase(nn.Module):
     def save(self, file: Path) -> None:
         """Write the logits, for a training that is stopped and continued."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: logits.contiguous() for key, logits in self.kept.items()}, file)
+        write_tensors({key: logits.contiguous() for key, logits in self.kept.items()}, file)
 
     @classmethod
     def load(cls, file: Path) -> RecordedBase:

@@ -148,7 +148,7 @@ def find_learning_rate(
             finally:
                 put_back(model, before)
                 model.zero_grad()
-            write_json(kept, asdict(Trial(rate, losses, values)))
+            write_json(kept, asdict(Trial(rate, losses, values)), checked=True)
             remove(place)
         yield Trial(**read_json(kept))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_file
-from forgetless.core.tensors import write_tensors
+from forgetless.core.tensors import require_intact, write_tensors
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -60,6 +60,7 @@ class KeptWeights:
     def restore(self, model: nn.Module) -> tuple[int, int]:
         """Give the weights back to `model`; returns the step and the tokens that they are from."""
         trained = trained_weights(model)
+        require_intact(self.file)
         with safe_open(self.file, framework="pt") as content:
             for name in content.keys():  # noqa: SIM118 - it is no mapping
                 trained[name].copy_(content.get_tensor(name))
