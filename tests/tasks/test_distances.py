@@ -137,6 +137,16 @@ def test_a_fresh_adapter_is_at_a_distance_of_exactly_zero(dtype: torch.dtype) ->
     assert all(piece.sums["loss"] == piece.sums["base_loss"] for piece in found)
 
 
+def test_a_base_reads_once_how_far_it_is_from_itself() -> None:
+    base: Any = FAMILIES["llama"].model()
+    passes: list[int] = []
+    base.model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    found = distances(base, ROWS, max_length=64, reference=base)
+    assert len(passes) == 1
+    assert found == distances(base, ROWS, max_length=64, reference=FAMILIES["llama"].model())
+    assert all(piece.sums["kl"] == 0 for piece in found)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
 def test_the_reference_of_an_adapter_is_the_model_without_it(targets: Any) -> None:
     model = adapted("qwen2", moved=True, targets=targets)

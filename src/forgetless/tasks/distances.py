@@ -110,7 +110,8 @@ def _batch_sums(pair: _Pair, batch: Mapping[str, Tensor]) -> list[list[float]]:
     base_at, tuned_at = pair.readers(batch)
     values = []
     for part in torch.split(places, pair.chunk):
-        base, tuned = base_at(part), tuned_at(part)
+        base = base_at(part)
+        tuned = base if pair.is_one else tuned_at(part)
         _check_same_vocabulary(base, tuned)
         values.append(_compare(base, tuned, following[part], has_next.flatten()[part]))
     rows = (places // mask.shape[1]).cpu()
@@ -137,7 +138,8 @@ def _compare(base: Tensor, tuned: Tensor, following: Tensor, has_next: Tensor) -
         following: the next token of the text.
         has_next: whether there is one.
     """
-    a, b = _Softmax(base), _Softmax(tuned)
+    a = _Softmax(base)
+    b = a if tuned is base else _Softmax(tuned)
     gap = a.logits - b.logits
     kl = a.mean(gap) - a.log_sum + b.log_sum
     reverse = b.mean(gap.neg_()) - b.log_sum + a.log_sum
@@ -199,6 +201,7 @@ class _Pair:
 
     def __init__(self, model: nn.Module, reference: nn.Module | None) -> None:
         self.model, self.base = model, model if reference is None else reference
+        self.is_one = reference is model  # a base that is asked how far it is from itself
         self.off = partial(adapter_off, model) if reference is None else nullcontext
         self.apart = has_a_head(self.model) and has_a_head(self.base)
         # Hidden states are read with adapters off; switching takes long, and few adapt the head.
@@ -212,6 +215,8 @@ class _Pair:
     def readers(self, batch: Mapping[str, Tensor]) -> tuple[Reader, Reader]:
         """How to read the logits of the base and of the tuned model, on the tuned one's device."""
         tuned = read(self.model, batch, apart=self.apart)
+        if self.is_one:
+            return tuned, tuned
         with self.off():
             asked_off = read(self.base, batch, apart=self.apart)
         device = device_of(self.model)
