@@ -85,6 +85,28 @@ def test_answers_are_those_of_one_prompt_alone(base: str) -> None:
     assert bool(warned) == (base in READS_PADDING)
 
 
+@pytest.mark.parametrize("base", ["gpt2", "gemma3", "bloom", "mamba"])
+def test_prompts_that_are_read_in_parts_are_answered_together(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tokens than there is room for at first, in rows of which some end before others."""
+    model, words = PASSES_OVER[base](), tokenizer()
+    prompts = [*PROMPTS, *(text + " hi" for text in PROMPTS)]
+    alone = [generate(model, words, [p], max_new_tokens=90, stop=["c", "ab"])[0] for p in prompts]
+    monkeypatch.setattr("forgetless.tasks.logits._TOKENS", {"cpu": 64, "gpu": 64})
+    read: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, given, named: read.append(len(named["input_ids"])), with_kwargs=True
+    )
+    assert generate(model, words, prompts, max_new_tokens=90, stop=["c", "ab"]) == alone
+    hook.remove()
+    assert len(set(alone)) > 2
+    after_first = read[read.index(len(prompts)) :]
+    assert after_first == sorted(after_first, reverse=True)
+    if base == "gpt2":
+        assert read[0] < len(prompts)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_no_padding(dtype: torch.dtype) -> None:
     assert pads_left(FAMILIES["llama"].model(dtype))
@@ -101,6 +123,24 @@ def test_the_harness_answers_alike() -> None:
     asked = [
         SimpleNamespace(args=(prompt, {"until": ["\x0b"], "max_gen_toks": 6})) for prompt in PROMPTS
     ]
+    assert InMemory(model, tokenizer(), None)._is_plain(asked[0].args[1])
     together = InMemory(model, tokenizer(), None).generate_until(asked)
     alone = [InMemory(model, tokenizer(), None).generate_until([each])[0] for each in asked]
     assert together == alone
+
+
+def test_settings_of_a_model_s_generation_are_the_harness_s_to_follow() -> None:
+    pytest.importorskip("lm_eval")
+    from types import SimpleNamespace
+
+    from lm_eval.models.huggingface import HFLM
+
+    from forgetless.tasks.harness.model import InMemory
+
+    model: Any = FAMILIES["llama"].model()
+    asked = [SimpleNamespace(args=(p, {"until": ["\x0b"], "max_gen_toks": 12})) for p in PROMPTS]
+    plain = InMemory(model, tokenizer(), None).generate_until(asked)
+    model.generation_config.repetition_penalty = 3.0
+    ours = InMemory(model, tokenizer(), None).generate_until(asked)
+    assert ours == HFLM(pretrained=model, tokenizer=tokenizer()).generate_until(asked)
+    assert ours != plain

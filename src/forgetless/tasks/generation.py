@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
 from forgetless.data.encoding import encode
+from forgetless.models.cache import can_be_joined, joined
 from forgetless.models.load import base_of, evaluating
 from forgetless.models.text import positions_of, require_known_tokens
 from forgetless.tasks.inference import (
@@ -28,9 +30,10 @@ from forgetless.tasks.inference import (
     rows_with_cache,
 )
 from forgetless.tasks.journal import in_batches
+from forgetless.tasks.logits import tokens_at_once
 from forgetless.tasks.sampling import Sampling
 
-__all__ = ["Written", "generate"]
+__all__ = ["Decoder", "Written", "generate"]
 
 # Steps between two looks for a longer stop, each of which decodes all that was written.
 _LOOK = 8
@@ -91,8 +94,7 @@ def generate(
     _check_room(model, rows, max_new_tokens)
     ends = _end_ids(model, tokenizer)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    inside = [_ids_with(text, tokenizer, len(tokenizer)) for text in stops if len(text) == 1]
-    decoder = _Decoder(model, tokenizer, ends.union(*inside), max_new_tokens, stops)
+    decoder = Decoder(model, tokenizer, max_new_tokens, stops)
     longest = max(map(len, rows), default=0) + max_new_tokens
 
     def continuations(places: Sequence[int]) -> list[tuple[str, bool]]:
@@ -146,27 +148,31 @@ def _until(text: str, stops: Sequence[str]) -> str:
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
 
 
-class _Decoder:
+class Decoder:
     """Decoding of one batch after the other by the same model, with the same ends."""
 
     def __init__(
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        ends: Set[int],
         steps: int,
         stops: Sequence[str],
     ) -> None:
-        self.model, self.tokenizer, self.ends, self.steps = model, tokenizer, ends, steps
-        # One character is in one token, which is among the ends; more may be spread over tokens.
+        self.model, self.tokenizer, self.steps = model, tokenizer, steps
+        # One character is in one token, and so is a special token; more may be spread over tokens.
+        inside = [_ids_with(text, tokenizer, len(tokenizer)) for text in stops if len(text) == 1]
+        special = tokenizer.get_added_vocab()
+        alone = {special[text] for text in stops if text in special}
+        self.ends = _end_ids(model, tokenizer).union(alone, *inside)
         self.stops = [text for text in stops if len(text) > 1]
+        self.joins = True  # until the model has another kind of cache
         self.fill = padding_of(model, tokenizer)
         self.device = device_of(model)
-        self.end_ids = torch.tensor(sorted(ends), device=self.device, dtype=torch.long)
+        self.end_ids = torch.tensor(sorted(self.ends), device=self.device, dtype=torch.long)
 
     def continuations(self, rows: Sequence[Ids], choose: Choose = _best) -> list[list[int]]:
         """New tokens of each row, up to and with the one that ends it."""
-        state = _State(self.model, pad(rows, self.fill, self.device, left=True))
+        state = self._read(rows)
         output = torch.full((len(rows), self.steps), self.fill, device=self.device)
         alive = torch.arange(len(rows), device=self.device)
         running = torch.ones_like(alive, dtype=torch.bool)
@@ -192,6 +198,19 @@ class _Decoder:
             for ids in output.tolist()
         ]
 
+    def _read(self, rows: Sequence[Ids]) -> _State:
+        """The rows before their first new token, read part by part where that can be joined."""
+        size = max(1, tokens_at_once(self.model) // max(map(len, rows)))
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)] if self.joins else [rows]
+        states = []
+        for part in parts:
+            states.append(_State(self.model, pad(part, self.fill, self.device, left=True)))
+            states[-1].next_logits()
+            if not can_be_joined(states[-1].cache):
+                self.joins = False
+                return states[-1] if len(part) == len(rows) else self._read(rows)
+        return _joined(states, self.fill)
+
 
 class _State:
     """One batch on its way: all tokens so far, those not yet seen by the model, and its cache."""
@@ -199,6 +218,7 @@ class _State:
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         self.model = model
         self.ids, self.mask = batch["input_ids"], batch["attention_mask"]
+        self.logits: Tensor | None = None
         self.cache: Any = None
         self.cached = accepts(model, "past_key_values")
         self.positions = accepts(model, "position_ids")
@@ -208,6 +228,8 @@ class _State:
 
     def next_logits(self) -> Tensor:
         """Of the next token of each row, (rows, tokens)."""
+        if self.logits is not None:
+            return self.logits
         seen = 0 if self.cache is None else self.length - 1
         inputs: dict[str, Any] = {"input_ids": self.ids[:, seen:], "attention_mask": self.mask}
         if self.positions:
@@ -218,9 +240,10 @@ class _State:
         self.cache = getattr(output, "past_key_values", None) if self.cached else None
         if self.cached and self.cache is None:  # it keeps its state to itself: read all again
             self.cached, self.options["use_cache"] = False, False
-        logits: Tensor = output.logits[:, -1]
-        require_numbers(logits)
-        return logits
+        # A copy, or all logits of a model that makes them would be held.
+        self.logits = output.logits[:, -1].clone()
+        require_numbers(self.logits)
+        return self.logits
 
     @property
     def length(self) -> int:
@@ -231,12 +254,28 @@ class _State:
         """Put one more token, (rows,), at the end of each row."""
         self.ids = torch.cat([self.ids, token[:, None]], 1)
         self.mask = torch.cat([self.mask, torch.ones_like(token)[:, None]], 1)
+        self.logits = None
 
     def keep_rows(self, rows: Tensor) -> None:
         """Go on with these rows only."""
         self.ids, self.mask = self.ids[rows], self.mask[rows]
         if self.cache is not None:
             self.cache.reorder_cache(rows)
+
+
+def _joined(states: Sequence[_State], fill: int) -> _State:
+    """The rows of several states in one, padded on the left to the longest."""
+    first, longest = states[0], max(state.length for state in states)
+
+    def cat(parts: Sequence[Tensor], value: int) -> Tensor:
+        wide = [functional.pad(part, (longest - part.shape[1], 0), value=value) for part in parts]
+        return torch.cat(wide)
+
+    first.logits = torch.cat([state.next_logits() for state in states])
+    first.ids = cat([state.ids for state in states], fill)
+    first.mask = cat([state.mask for state in states], 0)
+    first.cache = joined([state.cache for state in states])
+    return first
 
 
 def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:

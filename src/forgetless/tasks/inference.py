@@ -30,11 +30,9 @@ __all__ = [
 
 Ids = Sequence[int]
 
-# What the keys and values of texts that are written together may take on a GPU, and how many texts
-# that are; on a CPU it depends on the model's size.
+# What the keys and values of texts that are written together may take, and how many texts that are.
 _CACHE_BYTES = 4 << 30
 _WRITTEN_TOGETHER = range(32, 257)
-_SMALL_MODEL = 50_000_000
 
 
 def require_causal(model: nn.Module) -> None:
@@ -90,12 +88,10 @@ def device_of(model: nn.Module) -> torch.device:
 def rows_with_cache(model: nn.Module, length: int) -> int:
     """How many texts to write at once, which end with at most `length` tokens.
 
-    On a CPU 256 for a model below 50 M parameters, else 32. On anything else a step takes about as
-    long for many texts as for one: 32 to 256, as many as have room for their keys and values.
+    A step takes little longer for many texts than for one: 32 to 256, as many as have room for
+    their keys and values.
     """
     few, many = _WRITTEN_TOGETHER[0], _WRITTEN_TOGETHER[-1]
-    if device_of(model).type == "cpu":
-        return many if sum(w.numel() for w in model.parameters()) < _SMALL_MODEL else few
     return max(few, min(_CACHE_BYTES // (length * _cache_bytes(model)), many))
 
 
