@@ -246,20 +246,21 @@ def _write(
 
 
 def write_weights(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the tensors of an adapter beside its config, whose checksum goes into their header."""
-    known = {"format": "pt", _CONFIG: _config_checksum(read_json(folder / CONFIG_FILE))}
+    """Write the tensors of an adapter after its other files, whose checksum is in their header."""
+    known = {"format": "pt", _OTHERS: _checksum_of_others(folder)}
     with new_file(folder / WEIGHTS_FILE) as file:
         write_tensors(state, file, known)
 
 
-_CONFIG = "adapter_config"
-"""The entry of the weights' header that says which config they were written with."""
+_OTHERS = "settings_xxh3"
 
 
-def _config_checksum(values: Mapping[str, Any]) -> str:
-    """Of a config but for the name of the base, which people change as they move it."""
-    kept = {key: value for key, value in values.items() if key != "base_model_name_or_path"}
-    return str(with_checksum(kept)[CHECKSUM])
+def _checksum_of_others(folder: Path) -> str:
+    """Of config and start, but for the name of the base, which people change as they move it."""
+    config = read_json(folder / CONFIG_FILE)
+    config.pop("base_model_name_or_path", None)
+    both = with_checksum({"config": config, "start": read_json(folder / START_FILE)})
+    return str(both[CHECKSUM])
 
 
 _ALWAYS = (
@@ -500,11 +501,11 @@ def _read_config(folder: Path) -> StartConfig:
         hint = "; its adapter_model.bin is a pickle, so save it with safetensors" if pickled else ""
         raise UserError(f"{folder} is no complete adapter: it has no {WEIGHTS_FILE}{hint}")
     with reading(folder / WEIGHTS_FILE), safe_open(folder / WEIGHTS_FILE, "pt") as weights:
-        known = (weights.metadata() or {}).get(_CONFIG)
-    if known not in (None, _config_checksum(values)):
+        known = (weights.metadata() or {}).get(_OTHERS)
+    if known not in (None, _checksum_of_others(folder)):
         warnings.warn(
-            f"{folder / CONFIG_FILE} is not the one that these weights were written with: it was "
-            "edited, or it is damaged",
+            f"{folder}: {CONFIG_FILE} or {START_FILE} is not as it was when these weights were "
+            "written: it was edited, or it is damaged or gone",
             stacklevel=3,
         )
     kind = values.pop("peft_type", None)
