@@ -21,7 +21,7 @@ from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import lock
 from forgetless.recipes.study import StudyRecipe
 from forgetless.studies import study as studies
-from forgetless.studies.folder import RunFolder, planned
+from forgetless.studies.folder import RunFolder
 from forgetless.studies.run import prepare
 from forgetless.studies.stages import Event
 from forgetless.studies.study import Study, run_workers, study
@@ -218,11 +218,10 @@ def test_a_run_whose_process_dies_again_and_again_is_given_up(
     monkeypatch.setattr(studies, "Beat", lambda: Beat(poll=0.01))
     with pytest.raises(SystemExit):
         study(definition, tmp_path)
-    runs = planned(tmp_path / "s")
     how: dict[str, Any] = {"storage": None, "threads": 1, "listen": lambda event: None}
     while True:
         with suppress(SystemExit):
-            studies.take_part(tmp_path / "s", runs, **how)
+            studies.take_part(tmp_path / "s", **how)
             break
     found = {run.run_id: run for run in Study(tmp_path / "s").runs}
     assert died.count(first) == MOST_RETRIES

@@ -16,6 +16,7 @@ _FOR = {
     "train": "training and runs",
     "eval": "tasks of the lm-evaluation-harness",
     "search": "studies and searches on a database, by several machines",
+    "ray": "studies and searches on a cluster",
     "report": "figures and parquet of a report",
     "quantised": "bases in 4 and 8 bit",
     "deepspeed": "ZeRO on several devices",

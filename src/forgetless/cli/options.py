@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,7 +13,13 @@ Set = Annotated[
 ]
 Out = Annotated[str, typer.Option("--out", help="Folder that holds the studies.")]
 StudyName = Annotated[str | None, typer.Option(help="Folder of the run; the recipe's name.")]
-Workers = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Runs at a time; one, or all that a cluster has room for.")
+]
+On = Annotated[Literal["ray"] | None, typer.Option("--on", help="Do the runs on a Ray cluster.")]
+Address = Annotated[
+    str | None, typer.Option(envvar="RAY_ADDRESS", help="Of the cluster; that of this machine.")
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Torch threads of a process; one for a small model.")
 ]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from forgetless.cli import tables
 from forgetless.cli.options import (
+    Address,
     Check,
     Hours,
+    On,
     Out,
     RecipeFile,
     Set,
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from forgetless.recipes.recipe import Recipe
     from forgetless.recipes.study import StudyRecipe
     from forgetless.studies.run import Run
+    from forgetless.studies.stages import Listener
 
 
 def demo(
@@ -40,7 +45,8 @@ def demo(
     """Fine-tune the pocket model seven ways and show what each learned and forgot."""
     from forgetless.cli.demo import definition, images_definition
 
-    _do_study(images_definition() if images else definition(), out, None, workers, threads)
+    how = _how(None, workers, threads, None, None)
+    _do_study(images_definition() if images else definition(), out, how)
 
 
 def run(
@@ -140,8 +146,10 @@ def study(
     changes: Set = None,
     out: Out = "runs",
     storage: Storage = None,
-    workers: Workers = 1,
+    workers: Workers = None,
     threads: Threads = None,
+    on: On = None,
+    address: Address = None,
     check: Check = False,
     page: Annotated[bool, typer.Option("--report/--no-report", help="Write the page.")] = True,
 ) -> None:
@@ -153,24 +161,34 @@ def study(
     if check:
         print(f"{path}: no problems; {len(definition.recipes())} runs")
         return
-    _do_study(definition, out, storage, workers, threads, page=page)
+    _do_study(definition, out, _how(storage, workers, threads, on, address), page=page)
+
+
+def _how(
+    storage: str | None,
+    workers: int | None,
+    threads: int | None,
+    on: Literal["ray"] | None,
+    address: str | None,
+) -> dict[str, Any]:
+    """The arguments of a study, a sequence or a search that say who does the runs."""
+    where = {"on": on, "address": address}
+    return {"storage": storage, "workers": workers, "threads": threads, **where}
+
+
+def _watch_runs(how: Mapping[str, Any]) -> AbstractContextManager[Listener]:
+    """A listener for runs, of which there may be several at a time."""
+    return watch(several=how["on"] is not None or (how["workers"] or 1) > 1)
 
 
 def _do_study(
-    definition: StudyRecipe | dict[str, Any],
-    out: str,
-    storage: str | None,
-    workers: int,
-    threads: int | None,
-    *,
-    page: bool = True,
+    definition: StudyRecipe | dict[str, Any], out: str, how: dict[str, Any], *, page: bool = True
 ) -> None:
     """Do the runs, show what came of them, and end with 1 if one failed."""
     from forgetless.studies.study import study as do
 
-    with watch(several=workers > 1) as listen:
-        how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
-        done = do(definition, out, storage=storage, **how)
+    with _watch_runs(how) as listen:
+        done = do(definition, out, **how, listen=listen)
     failed = done.failed
     if len(failed) < len(done.runs):
         tables.print_study(done.folder, page=page)
@@ -190,8 +208,10 @@ def sequence(
     changes: Set = None,
     out: Out = "runs",
     storage: Storage = None,
-    workers: Workers = 1,
+    workers: Workers = None,
     threads: Threads = None,
+    on: On = None,
+    address: Address = None,
     check: Check = False,
     page: Annotated[bool, typer.Option("--report/--no-report", help="Write the page.")] = True,
 ) -> None:
@@ -206,9 +226,9 @@ def sequence(
         return
     from forgetless.studies.sequence import sequence as do
 
-    with watch(several=workers > 1) as listen:
-        how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
-        done = do(definition, out, storage=storage, **how)
+    how = _how(storage, workers, threads, on, address)
+    with _watch_runs(how) as listen:
+        done = do(definition, out, **how, listen=listen)
     tables.print_sequences(done.folder, page=page)
     _say_failed(done.failed)
 
@@ -218,8 +238,10 @@ def search(
     changes: Set = None,
     out: Out = "runs",
     storage: Storage = None,
-    workers: Workers = 1,
+    workers: Workers = None,
     threads: Threads = None,
+    on: On = None,
+    address: Address = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Instead of the file's.")] = None,
     hours: Hours = None,
     check: Check = False,
@@ -236,17 +258,9 @@ def search(
         return
     from forgetless.studies.search import search as do
 
-    with watch(several=workers > 1) as listen:
-        done = do(
-            definition,
-            out,
-            storage=storage,
-            workers=workers,
-            threads=threads,
-            trials=trials,
-            hours=hours,
-            listen=listen,
-        )
+    how = _how(storage, workers, threads, on, address)
+    with _watch_runs(how) as listen:
+        done = do(definition, out, **how, trials=trials, hours=hours, listen=listen)
     tables.print_search(done, page=page)
     if not done.front:
         raise typer.Exit(1)
@@ -276,12 +290,11 @@ def worker(
 ) -> None:
     """Do runs of a study, or trials of a search, that another process started."""
     from forgetless.studies import search, study
-    from forgetless.studies.folder import is_search, planned
+    from forgetless.studies.folder import is_search
 
     hush()
     how: dict[str, Any] = {"storage": storage, "threads": threads}
     if is_search(folder):
         study.serve(lambda listen: search.take_part(folder, **how, until=until, listen=listen))
     else:
-        runs = planned(folder)
-        study.serve(lambda listen: study.take_part(folder, runs, **how, listen=listen))
+        study.serve(lambda listen: study.take_part(folder, **how, listen=listen))

@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Mapping
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
@@ -35,7 +36,7 @@ from forgetless.studies.folder import RunFolder, curve, results, write_csv, writ
 from forgetless.studies.run import execute, prepare
 from forgetless.studies.sequence import mean_over
 from forgetless.studies.stages import Listener
-from forgetless.studies.study import Study, start_workers
+from forgetless.studies.study import Study, Workers
 from forgetless.studies.trials import REASON, Beat, Direction, open_trials, origin, pending, work
 
 if TYPE_CHECKING:
@@ -67,8 +68,10 @@ def search(
     out: str | Path = "runs",
     *,
     storage: str | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     threads: int | None = None,
+    on: Literal["ray"] | None = None,
+    address: str | None = None,
     trials: int | None = None,
     hours: float | None = None,
     listen: Listener | None = None,
@@ -85,8 +88,10 @@ def search(
         out: the folder that holds studies.
         storage: URL of a database, such as postgresql://user@host/database or sqlite:///search.db;
             None for a journal file in the search's folder.
-        workers: processes that do trials side by side; 1 is this very process.
-        threads: torch threads of a worker; None for one on a small model.
+        workers: as of `forgetless.study`.
+        threads: likewise.
+        on: likewise.
+        address: likewise.
         trials: instead of the definition's.
         hours: likewise.
         listen: called with the `Event`s of all runs.
@@ -98,8 +103,7 @@ def search(
         RecipeError: what is wrong with the definition, before anything is run.
         UserError: the storage cannot be used.
     """
-    if workers < 1:
-        raise UserError(f"workers must be at least 1, got {workers}")
+    team = Workers(storage, workers, threads, on, address)
     if not isinstance(definition, SearchRecipe):
         read = SearchRecipe.parse if isinstance(definition, Mapping) else SearchRecipe.load
         definition = read(definition)  # type: ignore[arg-type]
@@ -115,9 +119,7 @@ def search(
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_text(folder / "search.yaml", text)
     until = doing.end()
-    if workers > 1:
-        start_workers(folder, workers, doing.listen, storage, threads=threads, until=until)
-    doing.work(until)  # with workers, what is left: the trial of one that died
+    team.work(take_part, folder, sys.maxsize, doing.listen, until=until)
     doing.write()
     return Search(folder)
 

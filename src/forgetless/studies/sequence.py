@@ -12,7 +12,7 @@ from collections.abc import Sequence as Listed
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from forgetless.scores.seeds import holm
 from forgetless.studies.course import course
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.stages import Listener
-from forgetless.studies.study import Study, do_runs
+from forgetless.studies.study import Study, Workers, do_runs
 from forgetless.tasks import make_tasks
 
 FORMULAS = {
@@ -77,8 +77,10 @@ def sequence(
     out: str | Path = "runs",
     *,
     storage: str | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     threads: int | None = None,
+    on: Literal["ray"] | None = None,
+    address: str | None = None,
     listen: Listener | None = None,
 ) -> Sequence:
     """Do every run of some sequences that is not done yet, and write their matrices.
@@ -94,6 +96,8 @@ def sequence(
         storage: as of `forgetless.study`.
         workers: likewise.
         threads: likewise.
+        on: likewise.
+        address: likewise.
         listen: likewise.
 
     Returns:
@@ -102,6 +106,7 @@ def sequence(
     Raises:
         RecipeError: what is wrong with the definition, before anything is run.
     """
+    team = Workers(storage, workers, threads, on, address)
     if not isinstance(definition, SequenceRecipe):
         read = SequenceRecipe.parse if isinstance(definition, Mapping) else SequenceRecipe.load
         definition = read(definition)  # type: ignore[arg-type]
@@ -113,9 +118,8 @@ def sequence(
         "knowledge": _first_name(definition.knowledge),
         "classes": definition.classes if definition.split else {},
     }
-    how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
     content = {"sequence.yaml": definition.model_dump()}
-    do_runs(folder, recipes, content, index=index, storage=storage, **how)
+    do_runs(folder, recipes, content, team, index=index, listen=listen)
     write_json(folder / "report" / "sequence.json", matrices(folder))
     return Sequence(folder)
 

@@ -19,9 +19,10 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -31,7 +32,14 @@ from forgetless.core.files import lock, remove_temporaries, write_json, write_te
 from forgetless.recipes.recipe import Recipe
 from forgetless.recipes.study import StudyRecipe
 from forgetless.scores.cache import digest
-from forgetless.studies.folder import RunFolder, curve, results, run_folders, write_tables
+from forgetless.studies.folder import (
+    RunFolder,
+    curve,
+    planned,
+    results,
+    run_folders,
+    write_tables,
+)
 from forgetless.studies.run import Run, execute, prepare
 from forgetless.studies.stages import Event, Listener
 from forgetless.studies.trials import (
@@ -77,8 +85,10 @@ def study(
     out: str | Path = "runs",
     *,
     storage: str | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     threads: int | None = None,
+    on: Literal["ray"] | None = None,
+    address: str | None = None,
     listen: Listener | None = None,
 ) -> Study:
     """Do every run of a study that is not done yet, and write its results.csv.
@@ -93,8 +103,11 @@ def study(
         storage: URL of a database that says who does which run, such as
             postgresql://user@host/database; None for a journal file in the study's folder.
         workers: processes that do runs side by side, each on a GPU of its own as long as there are
-            enough; 1 is this very process.
+            enough; None for this very process, or for as many as a cluster has room for.
         threads: torch threads of a worker; None for one on a small model.
+        on: "ray" for workers on the nodes of a Ray cluster, which see the folder.
+        address: of the cluster, as of ``ray.init``; None for the one that this machine belongs to,
+            and without one for this machine alone.
         listen: called with the `Event`s of all runs.
 
     Returns:
@@ -102,15 +115,15 @@ def study(
 
     Raises:
         RecipeError: what is wrong with the definition, before anything is run.
-        UserError: the storage cannot be used.
+        UserError: the storage or the cluster cannot be used.
     """
+    team = Workers(storage, workers, threads, on, address)
     if not isinstance(definition, StudyRecipe):
         read = StudyRecipe.parse if isinstance(definition, Mapping) else StudyRecipe.load
         definition = read(definition)  # type: ignore[arg-type]
     folder = Path(out) / definition.name
-    how: dict[str, Any] = {"workers": workers, "threads": threads, "listen": listen}
     content = {"study.yaml": definition.model_dump()}
-    do_runs(folder, definition.recipes(), content, storage=storage, **how)
+    do_runs(folder, definition.recipes(), content, team, listen=listen)
     return Study(folder)
 
 
@@ -118,11 +131,9 @@ def do_runs(
     folder: Path,
     recipes: Mapping[str, Recipe],
     definition: Mapping[str, Any],
+    team: Workers,
     *,
     index: Mapping[str, Any] | None = None,
-    storage: str | None = None,
-    workers: int = 1,
-    threads: int | None = None,
     listen: Listener | None = None,
 ) -> None:
     """Do every run that is not done yet, and write the tables of the folder.
@@ -131,20 +142,13 @@ def do_runs(
         folder: of the study.
         recipes: by run id.
         definition: what they come from, by the name of the file to write it to.
+        team: does them.
         index: what runs.json has beside the runs.
-        storage: as of `study`.
-        workers: likewise.
-        threads: likewise.
-        listen: likewise.
+        listen: as of `study`.
     """
-    if workers < 1:
-        raise UserError(f"workers must be at least 1, got {workers}")
     listen = listen or (lambda event: None)
-    runs = _lay_out(folder, recipes, definition, index or {}, listen)
-    if workers > 1:
-        start_workers(folder, min(workers, len(recipes)), listen, storage, threads=threads)
-    # With workers, what is left: nothing, unless they died too often.
-    take_part(folder, runs, storage=storage, threads=threads, listen=listen)
+    _lay_out(folder, recipes, definition, index or {}, listen)
+    team.work(take_part, folder, len(recipes), listen)
     write_tables(folder, results(folder), curve(folder))
 
 
@@ -154,8 +158,8 @@ def _lay_out(
     definition: Mapping[str, Any],
     index: Mapping[str, Any],
     listen: Listener,
-) -> list[RunFolder]:
-    """Write the definition, and request every run that nobody is doing; gives all of them."""
+) -> None:
+    """Write the definition, and request every run that nobody is doing."""
     entries = [{"run_id": run_id, "name": recipe.name} for run_id, recipe in recipes.items()]
     with lock(folder / ".lock"):
         for name in (*definition, "runs.json", "trials.id"):
@@ -164,16 +168,15 @@ def _lay_out(
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             write_text(folder / name, text)
         write_json(folder / "runs.json", {"runs": entries, **index}, checked=True)
-    runs = {RunFolder(folder / run_id): recipe for run_id, recipe in recipes.items()}
-    for run, recipe in runs.items():
+    for run_id, recipe in recipes.items():
+        run = RunFolder(folder / run_id)
         with lock(run.lock, wait=False) as free:
             if not free:
                 continue
             try:
                 prepare(run, recipe, requested=True)
             except UserError as damage:  # of its run.json; the other runs are done
-                listen(Event(run.path.name, recipe.name or "", "failed", str(damage)))
-    return list(runs)
+                listen(Event(run_id, recipe.name or "", "failed", str(damage)))
 
 
 _RUN = "run"
@@ -181,23 +184,16 @@ _AHEAD = 16
 """Runs that are asked for at a time, since a worker reads all that wait before each run."""
 
 
-def take_part(
-    folder: Path,
-    runs: Sequence[RunFolder],
-    *,
-    storage: str | None,
-    threads: int | None,
-    listen: Listener,
-) -> None:
+def take_part(folder: Path, *, storage: str | None, threads: int | None, listen: Listener) -> None:
     """Do runs of a study until all are over, wherever they are done.
 
     Args:
         folder: of the study.
-        runs: of the definition.
         storage: as of `study`.
         threads: likewise.
         listen: likewise.
     """
+    runs = planned(folder)
     beat, name = Beat(), _name(folder, runs, in_database=bool(storage))
     (trials,) = open_trials(storage, folder, [name], {"seconds": "minimize"}, {}, beat)
     over: set[RunFolder] = set()
@@ -283,15 +279,49 @@ def _is_held(run: RunFolder) -> bool:
         return not free
 
 
-def start_workers(
-    folder: Path, workers: int, listen: Listener, storage: str | None, **options: float | None
-) -> None:
-    """Start workers on a study or a search and wait until they end; see `run_workers`."""
-    command = [sys.executable, "-m", "forgetless", "worker", str(folder)]
-    for name, value in options.items():
-        command += [] if value is None else [f"--{name}", str(value)]
-    # In the environment, where other users of the machine see no password.
-    run_workers(command, workers, listen, {"FORGETLESS_STORAGE": storage or ""})
+@dataclass(frozen=True)
+class Workers:
+    """Who does the runs of a study or of a search; the attributes are arguments of `study`."""
+
+    storage: str | None
+    count: int | None
+    threads: int | None
+    on: Literal["ray"] | None
+    address: str | None
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise UserError(f"workers must be at least 1, got {self.count}")
+
+    def work(
+        self, take_part: Callable[..., None], folder: Path, most: int, listen: Listener, **more: Any
+    ) -> None:
+        """Let all take part until there is nothing left to do.
+
+        Args:
+            take_part: what one does with the folder, given ``storage``, ``threads``, ``listen`` and
+                what more there is.
+            folder: of the study or the search.
+            most: workers for which there is something to do.
+            listen: called with the events of all.
+            more: likewise, where it is not None.
+        """
+        more = {"threads": self.threads, **more}
+        if self.on == "ray":
+            from forgetless.studies.on_ray import work_on_ray  # Ray is optional
+
+            part = partial(take_part, folder, storage=self.storage, **more)
+            work_on_ray(part, self.address, self.count, most, self.threads or 1, listen)
+            return
+        if self.count is not None and self.count > 1:
+            command = [sys.executable, "-m", "forgetless", "worker", str(folder)]
+            for name, value in more.items():
+                command += [] if value is None else [f"--{name}", str(value)]
+            # In the environment, where other users of the machine see no password.
+            secret = {"FORGETLESS_STORAGE": self.storage or ""}
+            run_workers(command, min(self.count, most), listen, secret)
+        # With workers, what is left: nothing, unless they died too often.
+        take_part(folder, storage=self.storage, listen=listen, **more)
 
 
 def run_workers(
