@@ -148,7 +148,8 @@ def do_runs(
     """
     listen = listen or (lambda event: None)
     _lay_out(folder, recipes, definition, index or {}, listen)
-    team.work(take_part, folder, len(recipes), listen)
+    runs = [RunFolder(folder / run_id) for run_id in recipes]
+    team.work(partial(take_part, runs=runs), folder, len(runs), listen)
     write_tables(folder, results(folder), curve(folder))
 
 
@@ -184,7 +185,14 @@ _AHEAD = 16
 """Runs that are asked for at a time, since a worker reads all that wait before each run."""
 
 
-def take_part(folder: Path, *, storage: str | None, threads: int | None, listen: Listener) -> None:
+def take_part(
+    folder: Path,
+    *,
+    storage: str | None,
+    threads: int | None,
+    listen: Listener,
+    runs: Sequence[RunFolder] | None = None,
+) -> None:
     """Do runs of a study until all are over, wherever they are done.
 
     Args:
@@ -192,8 +200,9 @@ def take_part(folder: Path, *, storage: str | None, threads: int | None, listen:
         storage: as of `study`.
         threads: likewise.
         listen: likewise.
+        runs: of the definition; None for those that the folder says it has.
     """
-    runs = planned(folder)
+    runs = planned(folder) if runs is None else runs
     beat, name = Beat(), _name(folder, runs, in_database=bool(storage))
     (trials,) = open_trials(storage, folder, [name], {"seconds": "minimize"}, {}, beat)
     over: set[RunFolder] = set()
