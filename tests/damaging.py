@@ -107,13 +107,14 @@ KEPT = {
 
 
 def damageable(kept: Kept, out: Path) -> list[Path]:
-    """The files that have content and are read, but for locks."""
+    """The files that have content and are read: no locks, and of a trained run no start."""
     files = sorted(path for path in out.rglob("*") if path.is_file() and path.stat().st_size)
     return [
         path
         for path in files
         if not path.name.endswith((".lock", ".holder", ".journal"))
         and ("shared" in path.relative_to(out).parts) == kept.shared
+        and not (path.parent.name == "start" and (path.parents[1] / "native").exists())
     ]
 
 
