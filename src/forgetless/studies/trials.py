@@ -361,12 +361,23 @@ def _is_dead(trial: FrozenTrial, folder: Path, me: str, beat: Beat) -> bool:
     """Whether nobody is doing a trial that is said to be running."""
     worker = trial.user_attrs.get(_WORKER)
     if worker is None:  # it was begun, and nobody said a word since
-        return trial.datetime_start is None or _age(trial.datetime_start) > beat.grace
+        is_alone = (folder / JOURNAL).exists() and not _others(folder, me)
+        return is_alone or trial.datetime_start is None or _age(trial.datetime_start) > beat.grace
     path = folder / "workers" / worker
     if worker == me or not path.exists():  # we are between two trials; that of another machine
         return bool(worker == me)
     with lock(path, wait=False) as free:
         return free
+
+
+def _others(folder: Path, me: str) -> bool:
+    """Whether another worker lives; who shares the folder's journal has a lock file in it."""
+    for path in (folder / "workers").iterdir():
+        if path.name != me and not path.name.endswith(".holder"):
+            with lock(path, wait=False) as free:
+                if not free:
+                    return True
+    return False
 
 
 def _age(moment: datetime) -> float:
