@@ -790,8 +790,10 @@ class Stages:
     def _require_undamaged(self) -> None:
         """Raise which file of the trained weights is not as it was written."""
         self.folder.lines()  # which warns of a damaged log
-        weights = self._weights(self.folder)
-        damaged = first_damaged(weights, self.record.get("weights", {}))
+        weights, known = self._weights(self.folder), self.record.get("weights", {})
+        if weights.exists() and not known:  # run.json is another one
+            self.folder.update(weights=adapter_checksums(weights))
+        damaged = first_damaged(weights, known)
         if damaged is not None:
             raise UserError(
                 f"{damaged} is damaged or gone; delete {self.folder.path}, and the same command "
