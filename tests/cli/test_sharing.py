@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import forgetless as fl
@@ -113,12 +114,14 @@ def test_a_merged_model_with_tied_embeddings_says_the_same_in_a_new_process(
     assert told.code == 0, told.err
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM as M; "
+        "from safetensors.torch import save_file; "
         "model = M.from_pretrained(sys.argv[1]).eval(); "
-        "torch.save(model(input_ids=torch.arange(3, 11)[None]).logits, sys.argv[2])"
+        "logits = model(input_ids=torch.arange(3, 11)[None]).logits.detach(); "
+        "save_file({'logits': logits}, sys.argv[2])"
     )
-    file = tmp_path / "logits.pt"
+    file = tmp_path / "logits.safetensors"
     subprocess.run([sys.executable, "-c", script, tmp_path / "merged", file], check=True)
-    torch.testing.assert_close(torch.load(file).detach(), wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(load_file(file)["logits"], wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("size", "left"), [(1e-5, False), (1.0, True)])

@@ -32,11 +32,10 @@ from forgetless.adapters.plain import PlainLora, lora_config, plain_lora
 from forgetless.adapters.tuner import add_adapter, check_addable, take_off
 from forgetless.core.errors import UserError, first_few, reading
 from forgetless.core.files import (
-    CHECKSUM,
+    json_checksum,
     new_file,
     new_folder,
     read_json,
-    with_checksum,
     write_json,
 )
 from forgetless.core.tensors import read_tensors, write_tensors
@@ -259,8 +258,7 @@ def _checksum_of_others(folder: Path) -> str:
     """Of config and start, but for the name of the base, which people change as they move it."""
     config = read_json(folder / CONFIG_FILE)
     config.pop("base_model_name_or_path", None)
-    both = with_checksum({"config": config, "start": read_json(folder / START_FILE)})
-    return str(both[CHECKSUM])
+    return json_checksum({"config": config, "start": read_json(folder / START_FILE)})
 
 
 _ALWAYS = (

@@ -229,18 +229,19 @@ def write_json(path: Path, content: Any, *, checked: bool = False) -> None:
 
 def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a checksum of its entries as the last one, for `is_as_written`."""
-    return {**content, CHECKSUM: _checksum(content)}
+    return {**content, _CHECKSUM: json_checksum(content)}
 
 
 def is_as_written(content: dict[str, Any]) -> bool:
     """Whether an object has the entries that its checksum is of; takes the checksum out."""
-    return CHECKSUM not in content or content.pop(CHECKSUM) == _checksum(content)
+    return _CHECKSUM not in content or content.pop(_CHECKSUM) == json_checksum(content)
 
 
-CHECKSUM = "xxh3"
+_CHECKSUM = "xxh3"
 
 
-def _checksum(content: Any) -> str:
+def json_checksum(content: Any) -> str:
+    """XXH3 of plain values, whatever the order of their keys."""
     text = json.dumps(content, sort_keys=True)
     return xxhash.xxh3_64_hexdigest(text.encode())
 
@@ -364,6 +365,12 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
         with suppress(OSError):
             holder.unlink(missing_ok=True)
         taken.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether anybody holds the lock file ``path``."""
+    with lock(path, wait=False) as free:
+        return not free
 
 
 def _holder(path: Path) -> Path:

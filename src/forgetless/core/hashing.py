@@ -53,10 +53,11 @@ def first_damaged(folder: Path, written: Mapping[str, str]) -> Path | None:
     return next((file for file, (_, sum_) in files.items() if checksum(file) != sum_), None)
 
 
-def checksum(file: Path) -> str:
-    """XXH3 of a file."""
-    digest = xxhash.xxh3_128()
+def checksum(file: Path, start: int = 0, before: bytes = b"") -> str:
+    """XXH3 of some bytes, if any, and of a file from a byte of it on."""
+    digest = xxhash.xxh3_128(before)
     with file.open("rb") as content:
+        content.seek(start)
         while part := content.read(1 << 22):
             digest.update(part)
     return digest.hexdigest()

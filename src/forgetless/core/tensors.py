@@ -8,11 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from forgetless.core.errors import UserError, reading
+from forgetless.core.hashing import checksum
 
 _CHECKSUM = "xxh3"
 _UNKNOWN = "0" * 32
@@ -32,9 +32,9 @@ def write_tensors(
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
         assert len(text) == size, "these are the same characters in another order"
-        known = text.replace(_UNKNOWN.encode(), _checksum(text, file).encode(), 1)
+        known = checksum(file, 8 + size, before=text)
         opened.seek(8)
-        opened.write(known)
+        opened.write(text.replace(_UNKNOWN.encode(), known.encode(), 1))
 
 
 def read_tensors(file: str | Path, *, finite: bool = False) -> dict[str, Tensor]:
@@ -80,14 +80,5 @@ def _is_intact(file: Path, size: int, modified: int) -> bool:
     known = json.loads(text).get("__metadata__", {}).get(_CHECKSUM)
     if known is None:  # of another program, or of a former version
         return True
-    return bool(known == _checksum(text.replace(known.encode(), _UNKNOWN.encode(), 1), file))
-
-
-def _checksum(header: bytes, file: Path) -> str:
-    """XXH3 of a header and of what lies behind it in a file."""
-    digest = xxhash.xxh3_128(header)
-    with file.open("rb") as opened:
-        opened.seek(8 + len(header))
-        while part := opened.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
+    unknown = text.replace(known.encode(), _UNKNOWN.encode(), 1)
+    return bool(known == checksum(file, 8 + len(text), before=unknown))

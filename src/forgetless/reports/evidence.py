@@ -13,7 +13,7 @@ from typing import Any
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
 from forgetless.scores.comparison import TaskChange, compare
-from forgetless.scores.files import Phase, read_items
+from forgetless.scores.files import Phase, read_score
 from forgetless.studies.folder import RunFolder, curve, results, run_folders
 from forgetless.tasks.base import Item, TaskResult
 
@@ -94,7 +94,7 @@ class RunFiles:
 
     @cached_property
     def _lines(self) -> list[dict[str, Any]]:
-        lines = self.folder.lines()
+        lines = self.folder.lines(self.record)
         return [line for line in lines if number(line.get("step")) is not None]
 
     def log(self) -> list[tuple[int, float]]:
@@ -117,13 +117,12 @@ class RunFiles:
 
     def result(self, phase: Phase, task: str, step: int | str | None = None) -> TaskResult | None:
         """As `score`, with the items where these were kept; None where it was not measured."""
-        score = self.score(phase, task, step)
+        folder = self.folder if step is None else self.folder.point(step)
+        files = folder.scores(phase, task), folder.items(phase, task)
+        score, lines = read_score(*files, damaged_as_missing=True)
         if number(score.get("value")) is None:
             return None
-        folder = self.folder if step is None else self.folder.point(step)
         try:
-            files = folder.scores(phase, task), folder.items(phase, task)
-            lines = read_items(*files, damaged_as_missing=True)
             return TaskResult.from_json(score, [Item.from_json(line) for line in lines])
         except (KeyError, TypeError, ValueError):  # a file that somebody else has written
             return None
@@ -190,12 +189,13 @@ def read(study_folder: str | Path) -> Evidence:
 
 def _read_run(folder: RunFolder, rows: Sequence[Row]) -> RunFiles | None:
     """None where its recipe is damaged, which the rows' warning says, or was deleted just now."""
+    record = folder.read()
     try:
-        recipe = folder.settings()
+        recipe = folder.settings(record)
     except (UserError, FileNotFoundError):
         return None
     own = {row["task"]: row for row in rows if row["run_id"] == folder.path.name and row["task"]}
-    return RunFiles(folder, recipe, folder.read(), own)
+    return RunFiles(folder, recipe, record, own)
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:

@@ -15,15 +15,15 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import (
     lock,
-    read_json,
     remove,
     remove_temporaries,
 )
-from forgetless.scores.files import read_items, write_score
+from forgetless.scores.files import read_score, write_score
 from forgetless.tasks.base import Item, Task, TaskResult
 from forgetless.tasks.journal import resuming
 
@@ -80,23 +80,24 @@ class ScoreCache:
         score, items = self.paths(task, *model)
         with lock(score.with_suffix(".lock")):
             partial = score.with_suffix(".partial.jsonl")
-            if not _is_intact(score, items):
+            content, lines = _intact(score, items)
+            if not content:
                 remove_temporaries(score.parent, score.stem)
                 with resuming(partial, score.stem):
                     found = measure()
-                lines = [item.to_json() for item in found.items]
-                write_score(score, items, found.to_json(), lines)
+                written = [item.to_json() for item in found.items]
+                write_score(score, items, found.to_json(), written)
+                content, lines = read_score(score, items)
             remove(partial)
-        kept = [Item.from_json(line) for line in read_items(score, items)]
+        kept = [Item.from_json(line) for line in lines]
         # The task may go by another name than when it was measured.
-        return replace(TaskResult.from_json(read_json(score), kept), task=task.name)
+        return replace(TaskResult.from_json(content, kept), task=task.name)
 
 
-def _is_intact(score: Path, items: Path) -> bool:
-    """Whether both files can be read; what is damaged is measured again."""
+def _intact(score: Path, items: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What both files hold, nothing if either is damaged: that is measured again."""
     try:
-        read_items(score, items)
-        return bool(read_json(score))
+        return read_score(score, items)
     except UserError as damage:
         _log.warning("%s", damage)
-        return False
+        return {}, []

@@ -22,7 +22,7 @@ __all__ = [
     "Phase",
     "SavedScores",
     "items_file",
-    "read_items",
+    "read_score",
     "read_scores",
     "records_file",
     "score_file",
@@ -53,10 +53,10 @@ def write_score(
     write_json(score, {**content, _ITEMS: checksum(items)}, checked=True)
 
 
-def read_items(
+def read_score(
     score: Path, items: Path, *, damaged_as_missing: bool = False
-) -> list[dict[str, Any]]:
-    """The lines of the items that `write_score` wrote beside a score; none where there are none.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `write_score` wrote, the lines of the items last; both empty where there is no score.
 
     Args:
         score: the file of the score.
@@ -66,8 +66,11 @@ def read_items(
     Raises:
         UserError: either is damaged, or they are not the items of this score.
     """
-    known = read_json(score, damaged_as_missing=damaged_as_missing).get(_ITEMS)
-    return read_jsonl(items, damaged_as_missing=damaged_as_missing, written=known)
+    content = read_json(score, damaged_as_missing=damaged_as_missing)
+    if not content:
+        return {}, []
+    known = content.pop(_ITEMS, None)
+    return content, read_jsonl(items, damaged_as_missing=damaged_as_missing, written=known)
 
 
 _ITEMS = "items_xxh3"
@@ -156,12 +159,11 @@ def _read_run(folder: Path, phase: Phase, point: Path | None = None) -> SavedSco
     kinds: Mapping[str, str] = read_json(folder / "run.json").get("tasks", {})
     results, place = [], point or folder
     for task in kinds:
-        score = read_json(score_file(place, phase, task))
+        file = score_file(place, phase, task)
+        score, lines = read_score(file, items_file(place, phase, task))
         if score:
-            with reading(score_file(place, phase, task), "delete it, and run the recipe again"):
-                files = score_file(place, phase, task), items_file(place, phase, task)
-                items = _items(read_items(*files))
-                results.append(TaskResult.from_json(score, items))
+            with reading(file, "delete it, and run the recipe again"):
+                results.append(TaskResult.from_json(score, _items(lines)))
     if not results:
         raise UserError(
             f"the run {folder} has no {phase} scores yet; 'forgetless run' measures them"

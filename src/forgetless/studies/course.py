@@ -39,10 +39,11 @@ def course(
     before = 0
     for run_id, row in zip(chain["runs"], R[len(R) - len(chain["runs"]) :], strict=True):
         run = RunFolder(folder / run_id)
-        steps = run.read().get("training", {}).get("steps")
+        record = run.read()
+        steps = record.get("training", {}).get("steps")
         if steps is None:
             break
-        lines = run.lines()
+        lines = run.lines(record)
         losses = [line for line in lines if "loss" in line]
         every = -(-len(losses) // MOST_LINES) or 1
         found["loss"] += [

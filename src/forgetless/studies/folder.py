@@ -108,21 +108,21 @@ class RunFolder:
         """
         return RunFolder(self.path / "points" / str(step))
 
-    def settings(self) -> dict[str, Any]:
-        """The recipe as plain values.
+    def settings(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The recipe as plain values, as run.json knows it.
 
         Raises:
             FileNotFoundError: there is none.
             UserError: it is damaged.
         """
-        known = self.read().get("files", {}).get(self.recipe.name)
+        known = record.get("files", {}).get(self.recipe.name)
         if known not in (None, checksum(self.recipe)):
             raise UserError("it does not hold what was written")
         return load_yaml(self.recipe)
 
-    def lines(self) -> list[dict[str, Any]]:
-        """Those of log.jsonl; none, as the log says, where it is damaged."""
-        known = self.read().get("files", {}).get(self.log.name)
+    def lines(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Those of log.jsonl, as run.json knows it; none, with a warning, where it is damaged."""
+        known = record.get("files", {}).get(self.log.name)
         return read_jsonl(self.log, damaged_as_missing=True, growing=not known, written=known)
 
     @property
@@ -259,7 +259,7 @@ def curve_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
     common = _run_columns(folder, record) if folder.points else {}
     if not common:
         return
-    lines = folder.lines()
+    lines = folder.lines(record)
     tokens = {0: 0} | {line["step"]: line["tokens"] for line in lines if "tokens" in line}
     trained, last = record.get("training", {}), common["steps"]
     if trained.get("steps") == last:
@@ -299,7 +299,7 @@ def _score(folder: RunFolder, phase: Phase, task: str) -> dict[str, Any]:
 def _run_columns(folder: RunFolder, record: Mapping[str, Any]) -> dict[str, Any]:
     """What all rows of a run repeat; nothing where its recipe is damaged."""
     try:
-        recipe = folder.settings()
+        recipe = folder.settings(record)
         adapter, training = recipe["adapter"], recipe["training"]
         names, full = adapter["target_modules"], adapter["method"] == "full"
         trained = record.get("training", {})

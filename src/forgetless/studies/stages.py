@@ -75,7 +75,7 @@ from forgetless.recipes.identity import base_words, input_keys
 from forgetless.recipes.measuring import probed, tasked
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.cache import ScoreCache, digest
-from forgetless.scores.files import Phase, read_items, write_score
+from forgetless.scores.files import Phase, read_score, write_score
 from forgetless.statistics.gradients import Gradients
 from forgetless.statistics.moments import Statistics
 from forgetless.studies.beside import Beside
@@ -379,8 +379,7 @@ class Stages:
         for task, kind in self.tasks:
             try:
                 files = run.scores(phase, task.name), run.items(phase, task.name)
-                score = read_json(files[0])
-                read_items(*files)
+                score, _ = read_score(*files)
             except UserError as damage:
                 _log.warning("%s", damage)
                 score = {}
@@ -405,7 +404,8 @@ class Stages:
     def _copy(self, task: Task, kind: str, source: tuple[Path, Path], phase: Phase) -> None:
         """Take over a score that was measured elsewhere."""
         files = self.folder.scores(phase, task.name), self.folder.items(phase, task.name)
-        write_score(*files, {**read_json(source[0]), "kind": kind}, read_items(*source))
+        content, lines = read_score(*source)
+        write_score(*files, {**content, "kind": kind}, lines)
 
     def base_scores(self) -> str | None:
         """Score the untouched base, or take the scores that another run of the study measured."""
@@ -789,8 +789,9 @@ class Stages:
 
     def _require_undamaged(self) -> None:
         """Raise which file of the trained weights is not as it was written."""
-        self.folder.lines()  # which warns of a damaged log
-        weights, known = self._weights(self.folder), self.record.get("weights", {})
+        record = self.record
+        self.folder.lines(record)  # which warns of a damaged log
+        weights, known = self._weights(self.folder), record.get("weights", {})
         if weights.exists() and not known:  # run.json is another one
             self.folder.update(weights=adapter_checksums(weights))
         damaged = first_damaged(weights, known)

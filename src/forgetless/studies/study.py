@@ -28,7 +28,7 @@ import torch
 import yaml
 
 from forgetless.core.errors import UserError
-from forgetless.core.files import lock, remove_temporaries, write_json, write_text
+from forgetless.core.files import is_locked, lock, remove_temporaries, write_json, write_text
 from forgetless.recipes.recipe import Recipe
 from forgetless.recipes.study import StudyRecipe
 from forgetless.scores.cache import digest
@@ -227,7 +227,8 @@ def take_part(
             asked = {trial.user_attrs.get(_RUN) for trial in known}
             left = (run for run in runs if run.path.name not in asked and not is_over(run))
             free = (run for run in left if run.before is None or is_over(run.before))
-            chosen = sorted(islice(free, _AHEAD), key=_is_held)
+            # Those that somebody does, for another definition or by itself, come last.
+            chosen = sorted(islice(free, _AHEAD), key=lambda run: is_locked(run.lock))
             for run in chosen:
                 trials.enqueue_trial({}, user_attrs={_RUN: run.path.name})
         return bool(chosen)
@@ -280,12 +281,6 @@ def _do(run: RunFolder, deaths: int, threads: int | None, listen: Listener) -> N
 def _is_over(run: RunFolder) -> bool:
     record = run.read()
     return record.get("status") in ("done", "failed") and not record.get("requested")
-
-
-def _is_held(run: RunFolder) -> bool:
-    """Whether somebody does a run, for another definition or by itself."""
-    with lock(run.lock, wait=False) as free:
-        return not free
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock
 
 from forgetless.core.errors import UserError
-from forgetless.core.files import lock
+from forgetless.core.files import is_locked, lock
 
 if TYPE_CHECKING:
     from optuna import Study as Trials
@@ -366,18 +366,13 @@ def _is_dead(trial: FrozenTrial, folder: Path, me: str, beat: Beat) -> bool:
     path = folder / "workers" / worker
     if worker == me or not path.exists():  # we are between two trials; that of another machine
         return bool(worker == me)
-    with lock(path, wait=False) as free:
-        return free
+    return not is_locked(path)
 
 
 def _others(folder: Path, me: str) -> bool:
     """Whether another worker lives; who shares the folder's journal has a lock file in it."""
-    for path in (folder / "workers").iterdir():
-        if path.name != me and not path.name.endswith(".holder"):
-            with lock(path, wait=False) as free:
-                if not free:
-                    return True
-    return False
+    workers = [path for path in (folder / "workers").iterdir() if path.suffix != ".holder"]
+    return any(is_locked(path) for path in workers if path.name != me)
 
 
 def _age(moment: datetime) -> float:
