@@ -27,6 +27,7 @@ from forgetless.core.files import (
     held_by,
     load_yaml,
     lock,
+    new_file,
     new_folder,
     parse_yaml,
     read_json,
@@ -206,6 +207,14 @@ def test_only_leftovers_of_a_name_are_removed(tmp_path: Path) -> None:
     remove_temporaries(tmp_path, "study.yaml")
     left = sorted(path.name.partition("abcd-")[2] for path in tmp_path.iterdir())
     assert left == ["my-study.yaml", "other"]
+
+
+def test_what_is_just_being_written_is_no_leftover(tmp_path: Path) -> None:
+    with new_file(tmp_path / "study.yaml") as half, new_folder(tmp_path / "made") as folder:
+        half.write_text("whole")
+        remove_temporaries(tmp_path)
+        assert folder.is_dir()
+    assert (tmp_path / "study.yaml").read_text() == "whole"
 
 
 # ---- two writers, and a reader beside them -------------------------------------------------------

@@ -119,11 +119,16 @@ def _machine() -> str:
 def _remove_abandoned(path: Path) -> None:
     """Delete what writers of ``path`` left that were killed on this machine."""
     for left in path.parent.glob(f"{_TEMPORARY}*-{glob.escape(path.name)}"):
-        from psutil import pid_exists  # takes 50 ms, which writing has no need of else
-
-        origin = re.match(f"{_TEMPORARY}{_machine()}([0-9a-f]{{6}})", left.name)
-        if origin and not pid_exists(int(origin[1], 16)):
+        if _lives(left) is False:
             remove(left)
+
+
+def _lives(temporary: Path) -> bool | None:
+    """Whether the process that uses a temporary name lives; None for one of another machine."""
+    from psutil import pid_exists  # takes 50 ms, which writing has no need of else
+
+    writer = re.match(f"{_TEMPORARY}{_machine()}([0-9a-f]{{6}})", temporary.name)
+    return pid_exists(int(writer[1], 16)) if writer else None
 
 
 def flush(path: Path) -> None:
@@ -192,11 +197,13 @@ def remove(path: Path) -> None:
 def remove_temporaries(folder: Path, name: str = "") -> None:
     """Delete what killed writers left of ``name...``, or of everything in and below ``folder``.
 
-    Only for the holder of the lock on these files: other writers may be at work on others.
+    Also what writers of other machines left, of which nobody here knows whether they live: only
+    for the holder of the lock on these files.
     """
     pattern = f"{_TEMPORARY}{'?' * 14}-{glob.escape(name)}*"
     for left in folder.glob(pattern) if name else folder.rglob(pattern):
-        remove(left)
+        if not _lives(left):
+            remove(left)
 
 
 def folder_name(name: str) -> str:

@@ -250,7 +250,7 @@ def _name(folder: Path, runs: Sequence[RunFolder], *, in_database: bool) -> str:
     """
     ids = [run.path.name for run in runs]
     if in_database:
-        with lock(folder / ".trials.lock"):
+        with lock(folder / ".lock"):  # under which `_lay_out` removes what was left of this file
             file = folder / "trials.id"
             if not file.exists():
                 write_text(file, uuid.uuid4().hex)
