@@ -132,12 +132,17 @@ def kind_of(file: Path, out: Path) -> str:
     return "/".join([*parts[-3:-1], file.suffix if "scores" in parts[:-1] else file.name])
 
 
-def without_base(file: Path, content: bytes | None) -> object:
-    """An adapter's config without the name of its base, which people may change."""
-    if file.name != "adapter_config.json" or content is None:
+def meaning(file: Path, content: bytes | None) -> object:
+    """What a file says: the last of 17 digits may be another one of the same number.
+
+    Of an adapter's config without the name of its base, which people may change.
+    """
+    if file.suffix != ".json" or content is None:
         return content
     try:
-        return {**json.loads(content), "base_model_name_or_path": None}
+        values = json.loads(content)
+        is_config = file.name == "adapter_config.json"
+        return {**values, "base_model_name_or_path": None} if is_config else values
     except (ValueError, TypeError):
         return content
 
@@ -154,7 +159,7 @@ def fault(
         file.write_bytes(damaged)
     code = do(kept.again or kept.made, inputs, out, None)
     name = "gone" if damage is None else damage.__name__
-    if damaged == content or without_base(file, damaged) == without_base(file, content):
+    if meaning(file, damaged) == meaning(file, content):
         return None
     text = (inputs / "said0.txt").read_text()
     is_named = file.name in "".join(text.split())
