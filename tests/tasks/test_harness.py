@@ -689,7 +689,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]
     calls: list[int] = []
     limit: list[int | None] = [None]
 
-    def watched(kind: str, texts: Any, batches: Any, compute: Any, *settings: Any) -> Any:
+    def watched(
+        kind: str, texts: Any, batches: Any, compute: Any, *settings: Any, **how: Any
+    ) -> Any:
         if kind == "beginnings":  # whether the model keeps apart what is read together
             return journal.in_batches(kind, texts, batches, compute, *settings)
 
@@ -699,7 +701,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]
             calls.append(1)
             return compute(places)
 
-        return journal.in_batches(kind, texts, batches, counting, *settings)
+        return journal.in_batches(kind, texts, batches, counting, *settings, **how)
 
     for place in (continuations, harness_model):
         monkeypatch.setattr(place, "in_batches", watched)

@@ -255,6 +255,12 @@ def test_what_is_measured_is_the_same(one: Path, several: Several, strategy: Str
         for run in (the_run(one, "adapter"), the_run(several(strategy), "adapter"))
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    items = [
+        {file.name: read_jsonl(file) for file in the_run(out, "adapter").path.glob("items/base/*")}
+        for out in (one, several(strategy))
+    ]
+    assert items[0]
+    assert items[0] == items[1]
 
 
 def test_probes_of_two_processes_give_what_one_gives(one: Path, several: Several) -> None:

@@ -105,4 +105,4 @@ class Processes:
         if problem is not None:
             raise problem
         if failed:
-            raise UserError("another process failed while collecting; its message says why")
+            raise UserError("another process failed; its message says why")

@@ -13,9 +13,10 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import (
@@ -26,6 +27,9 @@ from forgetless.core.files import (
 from forgetless.scores.files import read_score, write_score
 from forgetless.tasks.base import Item, Task, TaskResult
 from forgetless.tasks.journal import resuming
+
+if TYPE_CHECKING:
+    from forgetless.core.processes import Processes
 
 __all__ = ["ScoreCache", "default_folder", "digest"]
 
@@ -66,7 +70,13 @@ class ScoreCache:
         """Whether the score is here."""
         return self.paths(task, *model)[0].exists()
 
-    def result(self, task: Task, *model: str, measure: Callable[[], TaskResult]) -> TaskResult:
+    def result(
+        self,
+        task: Task,
+        *model: str,
+        measure: Callable[[], TaskResult],
+        processes: Processes | None = None,
+    ) -> TaskResult:
         """The score and items of a model on a task, measured now if nobody has.
 
         An evaluation that was interrupted goes on with the batch that it had reached. Of several
@@ -76,19 +86,31 @@ class ScoreCache:
             task: to score on.
             model: as for `paths`.
             measure: evaluates the task.
+            processes: those that measure together, inside of `sharing`, and all ask for the score;
+                None for this one alone.
         """
         score, items = self.paths(task, *model)
-        with lock(score.with_suffix(".lock")):
-            partial = score.with_suffix(".partial.jsonl")
-            content, lines = _intact(score, items)
-            if not content:
+        partial = score.with_suffix(".partial.jsonl")
+
+        def known() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            found = _intact(score, items)
+            if not found[0]:
                 remove_temporaries(score.parent, score.stem)
+            return found
+
+        def keep() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            write_score(score, items, found.to_json(), [item.to_json() for item in found.items])
+            return read_score(score, items)
+
+        is_first = processes is None or processes.is_first
+        with lock(score.with_suffix(".lock")) if is_first else nullcontext():
+            content, lines = known() if processes is None else processes.first(known)
+            if not content:
                 with resuming(partial, score.stem):
                     found = measure()
-                written = [item.to_json() for item in found.items]
-                write_score(score, items, found.to_json(), written)
-                content, lines = read_score(score, items)
-            remove(partial)
+                content, lines = keep() if processes is None else processes.first(keep)
+            if is_first:
+                remove(partial)
         kept = [Item.from_json(line) for line in lines]
         # The task may go by another name than when it was measured.
         return replace(TaskResult.from_json(content, kept), task=task.name)

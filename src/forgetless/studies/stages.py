@@ -84,7 +84,7 @@ from forgetless.studies.folder import RunFolder, adapter_checksums, is_kept, not
 from forgetless.studies.inputs import Collecting, load_inputs
 from forgetless.studies.out_of_memory import naming_what_takes_less
 from forgetless.tasks import Task, TaskResult, make_tasks
-from forgetless.tasks.journal import resuming
+from forgetless.tasks.journal import resuming, sharing
 from forgetless.tasks.kl import KL, OWN_TEXTS
 from forgetless.training.devices import gathered, is_sharded
 from forgetless.training.forgetting import from_settings
@@ -139,8 +139,8 @@ class Stages:
     def run(self, *, evaluate: bool) -> None:
         """All stages in order; the measuring ones only when asked.
 
-        Several processes collect statistics and train together. All else is the first one's work,
-        for which the others wait, and it alone writes.
+        Several processes collect statistics, train and measure together. All else is the first
+        one's work, for which the others wait, and it alone writes.
         """
         self.processes.first(self.require_fitting_data)
         if self.prompted is not None and not self._is_trained():
@@ -148,11 +148,11 @@ class Stages:
             self._note(lambda: {"prompts": self.prompted})
         if evaluate:
             self._note(lambda: {"tasks": {task.name: kind for task, kind in self.tasks}})
-            self._timed("base scores", self.base_scores)
+            self._timed("base scores", self.base_scores, together=True)
         self._timed("statistics", self.collect_statistics, together=True)
         self._timed("start", self.start)
         if evaluate:
-            self._timed("step 0", self.step0)
+            self._timed("step 0", self.step0, together=True)
         self._timed("train", self.train, together=True)
         if self.recipe.is_repaired:
             self._timed("repair", self.repair)
@@ -160,7 +160,7 @@ class Stages:
             self._timed("inputs", self.add_inputs)
         self._timed("export", self.export)
         if evaluate:
-            self._timed("evaluate", self.evaluate)
+            self._timed("evaluate", self.evaluate, together=True)
             recipe = self.recipe
             beside = recipe.repair and not recipe.is_repaired
             if beside or recipe.dial or recipe.comparators or recipe.residual:
@@ -375,17 +375,23 @@ class Stages:
 
     def _missing(self, phase: Phase, run: RunFolder | None = None) -> list[tuple[Task, str]]:
         """The tasks without an intact score; one that has changed has another fingerprint."""
-        run, missing = run or self.folder, []
-        for task, kind in self.tasks:
-            try:
-                files = run.scores(phase, task.name), run.items(phase, task.name)
-                score, _ = read_score(*files)
-            except UserError as damage:
-                _log.warning("%s", damage)
-                score = {}
-            if score.get("fingerprint") != task.fingerprint:
-                missing.append((task, kind))
-        return missing
+        run = run or self.folder
+
+        def names() -> set[str]:
+            missing = set()
+            for task, _ in self.tasks:
+                try:
+                    files = run.scores(phase, task.name), run.items(phase, task.name)
+                    score, _ = read_score(*files)
+                except UserError as damage:
+                    _log.warning("%s", damage)
+                    score = {}
+                if score.get("fingerprint") != task.fingerprint:
+                    missing.add(task.name)
+            return missing
+
+        missing = self.processes.first(names)
+        return [(task, kind) for task, kind in self.tasks if task.name in missing]
 
     def _measure(
         self, run: RunFolder, phase: Phase, task: Task, kind: str, model: Any, weights: Path
@@ -394,18 +400,27 @@ class Stages:
         # For an adapter the reference is the same model with the adapter off.
         reference = self._load_base() if self.full and task.needs_reference else None
         unfinished = run.scores(phase, task.name).with_suffix(".partial.jsonl")
-        with resuming(unfinished, f"{task.fingerprint} {weights.stat().st_mtime_ns}"):
+        key = f"{task.fingerprint} {weights.stat().st_mtime_ns}"
+        with sharing(self.processes), resuming(unfinished, key):
             result = task.evaluate(model, self.processor, reference=reference)
-        items = [item.to_json() for item in result.items]
-        files = run.scores(phase, result.task), run.items(phase, result.task)
-        write_score(*files, {**result.to_json(), "kind": kind}, items)
-        remove(unfinished)
+
+        def write() -> None:
+            items = [item.to_json() for item in result.items]
+            files = run.scores(phase, result.task), run.items(phase, result.task)
+            write_score(*files, {**result.to_json(), "kind": kind}, items)
+            remove(unfinished)
+
+        self.processes.first(write)
 
     def _copy(self, task: Task, kind: str, source: tuple[Path, Path], phase: Phase) -> None:
         """Take over a score that was measured elsewhere."""
         files = self.folder.scores(phase, task.name), self.folder.items(phase, task.name)
-        content, lines = read_score(*source)
-        write_score(*files, {**content, "kind": kind}, lines)
+
+        def write() -> None:
+            content, lines = read_score(*source)
+            write_score(*files, {**content, "kind": kind}, lines)
+
+        self.processes.first(write)
 
     def base_scores(self) -> str | None:
         """Score the untouched base, or take the scores that another run of the study measured."""
@@ -413,7 +428,9 @@ class Stages:
         cache = ScoreCache(self.shared / "scores")
         base = base_words(self.recipe, self.new_classes)
         for task, kind in missing:
-            cache.result(task, *base, measure=partial(self._ask_base, task))
+            ask = partial(self._ask_base, task)
+            with sharing(self.processes):
+                cache.result(task, *base, measure=ask, processes=self.processes)
             self._copy(task, kind, cache.paths(task, *base), "base")
         return _counted(missing, "task") if missing else None
 

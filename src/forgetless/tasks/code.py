@@ -17,6 +17,7 @@ from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr, pass_at_k
 from forgetless.data.files import Row, hub_data
 from forgetless.tasks.base import Item, TaskResult, whole_number
+from forgetless.tasks.journal import in_batches
 from forgetless.tasks.questions import Generating
 from forgetless.tasks.rows import file_problem, read_records
 from forgetless.tasks.sampling import Sampling, sampling_problems
@@ -144,8 +145,17 @@ class CodeTask(Generating):
 
     def right(self, written: Sequence[Sequence[str]]) -> list[list[bool]]:
         """Whether a program passes its tests."""
-        judged = judge(self.programs(), written, self.seconds)
-        return [[result.passed for result in each] for each in judged]
+        programs, seconds = self.programs(), self.seconds
+
+        def passed(_: Sequence[int]) -> list[list[bool]]:
+            judged = judge(programs, written, seconds)
+            return [[result.passed for result in each] for each in judged]
+
+        # All in one batch: whichever process judges it has the machine's cores to itself.
+        asked = [
+            list(map(program.case, texts)) for program, texts in zip(programs, written, strict=True)
+        ]
+        return in_batches("verdicts", asked, [range(len(programs))], passed, seconds)
 
     def measure(
         self, model: Model, tokenizer: Tokenizer, reference: Model | None, batch_size: int | None

@@ -130,7 +130,7 @@ def generate(
             )
         batches = by_length(rows, size, alike=alike)
         how = (max_new_tokens, stop, *drawn)
-        found = in_batches("written", rows, batches, continuations, *how)
+        found = in_batches("written", rows, batches, continuations, *how, divisible=True)
     return [Written(*each) for each in found]
 
 

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -18,9 +19,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from forgetless.core.errors import UserError
+from forgetless.core.processes import Processes
 from forgetless.data.examples import ChatTemplate
 from forgetless.data.modality import Processor, modality_of
 from forgetless.tasks.base import whole_number
+from forgetless.tasks.journal import sharing
 from forgetless.training.forgetting_budget import Action, Exceeded, ForgettingBudget
 from forgetless.training.probes import Asked, Probes, RecordedBase
 from forgetless.training.settings import ProbeSettings
@@ -73,7 +76,7 @@ class ForgettingCallback(TrainerCallback):
     take 4 % of the training's time, 100 at most. Their steps then follow the clock. With `every`
     they are its multiples. With a budget they decide about the weights, so without `every` they
     are fixed too: every twentieth part of the training. So they are on several processes (DDP),
-    where each scores the same probes and the first one's values count.
+    which share the scoring, unless the base is known by what it said before the first step.
 
     Args:
         forgetting: what is to be kept: texts (KL(base || model) per token on 32 of them), a task's
@@ -229,7 +232,8 @@ class ForgettingCallback(TrainerCallback):
         self._asked = recorded or self.reference
         started = _now(self._model)
         if self.budget.max_drop is not None:
-            self._base = self.probes.of_base(self._model, self._reader, self.reference)
+            with self._sharing():
+                self._base = self.probes.of_base(self._model, self._reader, self.reference)
         self._probe(args, state, control)
         seconds = round(_now(self._model) - started, 6)
         self.history[0] = replace(self.history[0], seconds=seconds)
@@ -284,10 +288,16 @@ class ForgettingCallback(TrainerCallback):
         distance = max((steps - since) / (max(fitting, 0) + 1), steps / MOST_PROBES)
         return step - since >= distance
 
+    def _sharing(self) -> AbstractContextManager[None]:
+        """Each process has what it asked of a base that is recorded, so it asks everything."""
+        is_recorded = isinstance(self._asked, RecordedBase)
+        return nullcontext() if is_recorded else sharing(Processes.current())
+
     def _probe(self, args: Any, state: Any, control: Any) -> None:
         """Score, log, and compare with the budget."""
         started = _now(self._model)
-        learning, forgetting = self.probes.measure(self._model, self._reader, self._asked)
+        with self._sharing():
+            learning, forgetting = self.probes.measure(self._model, self._reader, self._asked)
         if self._several:  # all must judge alike
             learning, forgetting = broadcast_object_list([learning, forgetting])
         values = {f"learning/{name}": result.value for name, result in learning.items()}

@@ -127,7 +127,8 @@ class InMemory(HFLM):
             ]
 
         with evaluating(self.model):
-            return in_batches("generate_until", prompts, batches, one_batch, settings)
+            how: dict[str, Any] = {"divisible": True}
+            return in_batches("generate_until", prompts, batches, one_batch, settings, **how)
 
     def _new_tokens(self, setting: dict[str, Any]) -> int:
         return int(normalize_gen_kwargs(setting, self.max_gen_toks)["max_gen_toks"])
