@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,20 @@ def test_json_that_says_something_else_than_what_was_written_is_damaged(tmp_path
         assert read_json(file, damaged_as_missing=True) == {}
     file.write_text('{"x": 1.75}')  # of a former version
     assert read_json(file) == {"x": 1.75}
+
+
+def test_every_bit_of_json_counts(tmp_path: Path) -> None:
+    """Also those of the checksum and of its name; but for a bit that leaves the same values."""
+    file = tmp_path / "a.json"
+    write_json(file, {"x": 1.25, "xxh": "é", "list": [None, True, {"tasks": 3}]}, checked=True)
+    content, values = file.read_bytes(), read_json(file)
+    for place, bit in product(range(len(content)), range(8)):
+        flipped = bytes([content[place] ^ 1 << bit])
+        file.write_bytes(content[:place] + flipped + content[place + 1 :])
+        try:
+            assert read_json(file) == values
+        except UserError as damage:
+            assert "a.json is damaged" in str(damage)
 
 
 def test_json_is_read_back_and_what_is_not_finite_is_null(tmp_path: Path) -> None:

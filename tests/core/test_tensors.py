@@ -28,12 +28,11 @@ def test_equal_tensors_are_equal_files(tmp_path: Path) -> None:
 
 
 def test_every_byte_counts(tmp_path: Path) -> None:
-    """One that is another is found, in the header but for the checksum's name, and behind it."""
+    """One that is another is found, in the header, the checksum's name too, and behind it."""
     tensors, file = {"a": torch.arange(6.0)}, tmp_path / "0.safetensors"
     write_tensors(tensors, file, {"format": "pt"})
     content = file.read_bytes()
-    name = range(content.index(b'"xxh3"'), content.index(b'"xxh3"') + 6)
-    for place in sorted({*range(8, len(content)), len(content) - 1} - {*name}):
+    for place in range(8, len(content)):
         other = tmp_path / f"{place}.safetensors"
         other.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(UserError, match=other.name):

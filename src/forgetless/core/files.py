@@ -35,7 +35,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from forgetless.core.errors import UserError
-from forgetless.core.hashing import checksum
+from forgetless.core.hashing import CHECKSUM, checksum, known_checksum
 
 _log = logging.getLogger(__name__)
 
@@ -236,15 +236,14 @@ def write_json(path: Path, content: Any, *, checked: bool = False) -> None:
 
 def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a checksum of its entries as the last one, for `is_as_written`."""
-    return {**content, _CHECKSUM: json_checksum(content)}
+    return {**content, CHECKSUM: json_checksum(content)}
 
 
 def is_as_written(content: dict[str, Any]) -> bool:
     """Whether an object has the entries that its checksum is of; takes the checksum out."""
-    return _CHECKSUM not in content or content.pop(_CHECKSUM) == json_checksum(content)
-
-
-_CHECKSUM = "xxh3"
+    known = known_checksum(content)
+    content.pop(CHECKSUM, None)
+    return known is None or known == json_checksum(content)
 
 
 def json_checksum(content: Any) -> str:

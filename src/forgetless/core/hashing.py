@@ -6,8 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import xxhash
+
+CHECKSUM = "xxh3"
+"""What the checksum of a file or of a JSON object is called where it stands in there."""
 
 
 def content_hash(path: str | Path) -> str:
@@ -61,3 +65,15 @@ def checksum(file: Path, start: int = 0, before: bytes = b"") -> str:
         while part := content.read(1 << 22):
             digest.update(part)
     return digest.hexdigest()
+
+
+def known_checksum(content: Mapping[str, Any]) -> str | None:
+    """What stands under `CHECKSUM`, or under the same name but for one character, which is damage.
+
+    None where neither is there: it is of another program, or of a former version.
+    """
+    if CHECKSUM in content:
+        return str(content[CHECKSUM])
+    like = (name for name in content if len(name) == len(CHECKSUM))
+    wrong = (sum(a != b for a, b in zip(name, CHECKSUM, strict=True)) for name in like)
+    return f"not under {CHECKSUM}" if 1 in wrong else None

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from forgetless.core.errors import UserError, reading
-from forgetless.core.hashing import checksum
+from forgetless.core.hashing import CHECKSUM, checksum, known_checksum
 
-_CHECKSUM = "xxh3"
 _UNKNOWN = "0" * 32
 """What stands for the checksum in the text that it is the checksum of."""
 
@@ -25,7 +24,7 @@ def write_tensors(
     """Write tensors with metadata, equal ones as equal bytes: safetensors alone puts the metadata
     into the header in an order of chance.
     """
-    save_file(dict(tensors), file, metadata={**(metadata or {}), _CHECKSUM: _UNKNOWN})
+    save_file(dict(tensors), file, metadata={**(metadata or {}), CHECKSUM: _UNKNOWN})
     with file.open("r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
@@ -77,7 +76,7 @@ def require_intact(file: str | Path) -> None:
 def _is_intact(file: Path, size: int, modified: int) -> bool:
     with file.open("rb") as opened:
         text = opened.read(int.from_bytes(opened.read(8), "little"))
-    known = json.loads(text).get("__metadata__", {}).get(_CHECKSUM)
+    known = known_checksum(json.loads(text).get("__metadata__", {}))
     if known is None:  # of another program, or of a former version
         return True
     unknown = text.replace(known.encode(), _UNKNOWN.encode(), 1)
