@@ -65,9 +65,10 @@ def test_every_bit_of_json_counts(tmp_path: Path) -> None:
         flipped = bytes([content[place] ^ 1 << bit])
         file.write_bytes(content[:place] + flipped + content[place + 1 :])
         try:
-            assert read_json(file) == values
-        except UserError as damage:
-            assert "a.json is damaged" in str(damage)
+            found = read_json(file)
+        except UserError:
+            continue
+        assert found == values
 
 
 def test_json_is_read_back_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
