@@ -55,7 +55,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         yield temporary
         flush(temporary)
@@ -81,7 +81,7 @@ def new_folder(
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
-    temporary, old = _temporary(path), _temporary(path)
+    temporary, old = temporary_name(path), temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -102,7 +102,7 @@ def new_folder(
             remove(left)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
     """A new name beside ``path`` that says which process of which machine uses it."""
     writer = f"{_machine()}{os.getpid():06x}{uuid.uuid4().hex[:4]}"
     return path.with_name(f"{_TEMPORARY}{writer}-{path.name}")

@@ -28,7 +28,14 @@ from forgetless.adapters.repair import STRENGTHS
 from forgetless.adapters.settings import Comparator, Ties
 from forgetless.adapters.spectra import spectra
 from forgetless.core.errors import UserError
-from forgetless.core.files import lock, new_folder, read_json, remove, write_json
+from forgetless.core.files import (
+    lock,
+    new_folder,
+    read_json,
+    remove,
+    temporary_name,
+    write_json,
+)
 from forgetless.core.hashing import first_damaged
 from forgetless.core.settings import without_idle
 from forgetless.data.examples import source_hash
@@ -194,7 +201,9 @@ class Beside:
     @cached_property
     def _place(self) -> TemporaryDirectory[str]:
         """Where the parts of the task's text lie while the trained weights are measured."""
-        return TemporaryDirectory(prefix="forgetless-aftercare-")
+        # With the name of what a killed process leaves, which the next one removes.
+        name = temporary_name(self.run.path / "held").name
+        return TemporaryDirectory(prefix=f"{name}-", dir=self.run.path)
 
     def _task_text(self) -> str:
         wanted = self.recipe.repair.task if self.recipe.repair is not None else DATA
