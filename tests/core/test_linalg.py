@@ -201,3 +201,11 @@ def test_what_is_no_second_moment_is_refused() -> None:
 def test_rounding_asymmetry_is_averaged_away() -> None:
     C = torch.eye(3) + 1e-6 * torch.triu(torch.ones(3, 3), 1)
     assert torch.equal(linalg.symmetric(C), linalg.symmetric(C).mT)
+
+
+@pytest.mark.parametrize("place", [(1, 0), (0, 1099), (1099, 0), (600, 700), (700, 600)])
+def test_one_asymmetric_entry_is_found_wherever_it_stands(place: tuple[int, int]) -> None:
+    C = torch.eye(1100)
+    assert linalg.symmetric(C) is C
+    C[place] = 1e-6
+    assert linalg.symmetric(C)[place] == linalg.symmetric(C)[place[::-1]] == 5e-7
