@@ -33,12 +33,14 @@ TIMES = ("train_seconds",)
 
 # What a run imports is imported once, in the process that the others are forked from.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    [
-        *("forgetless.cli", "forgetless.studies.study", "forgetless.training.loop"),
-        *("forgetless.studies.search", "optuna.storages._rdb.storage", "psycopg", "scipy.stats"),
-    ]
-)
+PRELOAD = [
+    *("forgetless.cli.app", "forgetless.studies.study", "forgetless.training.loop"),
+    *("forgetless.studies.search", "forgetless.reports", "optuna.storages._rdb.storage"),
+    *("optuna.storages._rdb.models", "sqlalchemy.orm", "sqlalchemy.dialects.postgresql.psycopg"),
+    *("sqlalchemy.dialects.mysql", "sqlalchemy.dialects.sqlite", "alembic.command"),
+    *("alembic.config", "alembic.migration", "alembic.script", "psycopg", "scipy.stats"),
+]
+FORKSERVER.set_forkserver_preload(PRELOAD)
 
 
 def killed_until_done(work: Callable[..., object], *arguments: Any, most: int = 6) -> int:

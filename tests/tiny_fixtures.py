@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from tests.killing import FORKSERVER, PRELOAD
 from tests.tiny import recipe_of, save_base, save_files
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_flushing() -> Iterator[None]:
     """Bringing files to the disk guards against power cuts, and costs tests more than all else."""
+    FORKSERVER.set_forkserver_preload([*PRELOAD, "tests.unflushed"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
         yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +29,7 @@ from forgetless.tasks.generation import generate
 from tests.cli.test_cli import forgetless  # noqa: F401 - a fixture
 from tests.tiny import recipe_of
 
-pytest_plugins = ["tests.tiny_fixtures"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.quick_python"]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +102,7 @@ def test_a_merged_model_with_tied_embeddings_says_the_same_in_a_new_process(
     forgetless: Any,  # noqa: F811
     tiny_base: Path,
     tmp_path: Path,
+    python: str,
 ) -> None:
     ids = torch.arange(3, 11)[None]
     adapted = save_adapter(load_model(str(tiny_base)), tmp_path / "adapter", **settings)
@@ -120,7 +120,7 @@ def test_a_merged_model_with_tied_embeddings_says_the_same_in_a_new_process(
         "save_file({'logits': logits}, sys.argv[2])"
     )
     file = tmp_path / "logits.safetensors"
-    subprocess.run([sys.executable, "-c", script, tmp_path / "merged", file], check=True)
+    subprocess.run([python, "-c", script, tmp_path / "merged", file], check=True)
     torch.testing.assert_close(load_file(file)["logits"], wanted, atol=1e-4, rtol=0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ from forgetless.adapters.folders import load, save
 from forgetless.core.method import Factors, Method
 from forgetless.methods import METHODS, decompose, find
 from tests.families import FAMILIES
+
+pytest_plugins = ["tests.quick_python"]
 
 PACKAGE = """
 from forgetless import Factors, Method
@@ -45,7 +46,7 @@ for warning in caught:
 """
 
 
-def test_an_entry_point_is_found_and_a_wrong_one_is_left_out(tmp_path: Path) -> None:
+def test_an_entry_point_is_found_and_a_wrong_one_is_left_out(tmp_path: Path, python: str) -> None:
     (tmp_path / "their_package.py").write_text(PACKAGE)
     installed = tmp_path / "their_package-1.0.dist-info"
     installed.mkdir()
@@ -55,7 +56,7 @@ def test_an_entry_point_is_found_and_a_wrong_one_is_left_out(tmp_path: Path) -> 
     (installed / "entry_points.txt").write_text(ENTRY_POINTS)
     told = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {SHOW}"
     done = subprocess.run(
-        [sys.executable, "-c", told.replace("; \n", "\n")],
+        [python, "-c", told.replace("; \n", "\n")],
         capture_output=True,
         text=True,
         check=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +32,8 @@ from forgetless.models.load import (
 from forgetless.models.targets import shortest_endings
 from forgetless.models.weights import linear_weight
 from tests.families import FAMILIES
+
+pytest_plugins = ["tests.quick_python"]
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -370,7 +371,7 @@ def test_a_real_model_loads(shared_data: Path) -> None:
 
 @pytest.mark.parametrize("part", ["config", "tokenizer"])
 def test_code_that_comes_with_a_base_never_runs_and_nobody_is_asked(
-    part: str, llama_folder: Path, tmp_path: Path
+    part: str, llama_folder: Path, tmp_path: Path, python: str
 ) -> None:
     folder = tmp_path / "base"
     shutil.copytree(llama_folder, folder)
@@ -395,7 +396,7 @@ def test_code_that_comes_with_a_base_never_runs_and_nobody_is_asked(
         f"load_{'model' if part == 'config' else 'tokenizer'}({str(folder)!r})\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], input="y\n" * 9, capture_output=True, text=True, check=False
+        [python, "-c", script], input="y\n" * 9, capture_output=True, text=True, check=False
     )
     assert "ASKED" not in done.stdout
     assert "UserError" in done.stderr, done.stderr

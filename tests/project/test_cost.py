@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+pytest_plugins = ["tests.quick_python"]
 
 PACKAGE = Path(__file__).parents[2] / "src" / "forgetless"
 
@@ -63,16 +65,22 @@ def add_line(file: Path, beside: str, line: str) -> None:
     file.write_text(text.replace(beside, f"{beside}{line}"), encoding="utf-8")
 
 
-def run(folder: Path, code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(python: str) -> Callable[[Path, str], str]:
+    """What a piece of code prints, with the package of a folder."""
+
+    def printed(folder: Path, code: str) -> str:
+        done = subprocess.run(
+            [python, "-c", code],
+            env=os.environ | {"PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return printed
 
 
 @pytest.fixture
@@ -82,7 +90,9 @@ def package(tmp_path: Path) -> Path:
     return copy
 
 
-def test_a_method_costs_one_file_and_one_line(package: Path) -> None:
+def test_a_method_costs_one_file_and_one_line(
+    package: Path, run: Callable[[Path, str], str]
+) -> None:
     (package / "methods" / "zeros.py").write_text(METHOD)
     add_line(package / "methods" / "__init__.py", '    "pissa",\n', '    "zeros",\n')
     code = (
@@ -93,7 +103,7 @@ def test_a_method_costs_one_file_and_one_line(package: Path) -> None:
     assert run(package.parent, code).split() == ["True", "True"]
 
 
-def test_a_task_costs_one_file_and_one_line(package: Path) -> None:
+def test_a_task_costs_one_file_and_one_line(package: Path, run: Callable[[Path, str], str]) -> None:
     (package / "tasks" / "pocket_recall_again.py").write_text(TASK)
     add_line(
         package / "tasks" / "__init__.py", '    "pocket_recall",\n', '    "pocket_recall_again",\n'
@@ -105,7 +115,9 @@ def test_a_task_costs_one_file_and_one_line(package: Path) -> None:
     assert run(package.parent, code).split() == ["pocket_recall_again", "True"]
 
 
-def test_a_penalty_costs_one_file_and_one_line(package: Path) -> None:
+def test_a_penalty_costs_one_file_and_one_line(
+    package: Path, run: Callable[[Path, str], str]
+) -> None:
     (package / "training" / "penalties" / "nothing.py").write_text(PENALTY)
     add_line(
         package / "training" / "penalties" / "__init__.py",
@@ -120,7 +132,7 @@ def test_a_penalty_costs_one_file_and_one_line(package: Path) -> None:
     assert run(package.parent, code).split() == ["[]", "True"]
 
 
-def test_a_training_setting_costs_one_field(package: Path) -> None:
+def test_a_training_setting_costs_one_field(package: Path, run: Callable[[Path, str], str]) -> None:
     before = run(package.parent, RECIPE + "print(run_id(made))")
     add_line(
         package / "training" / "settings.py",
@@ -143,7 +155,9 @@ MODALITY = replace(IMAGES, processor_name="reader", load_processor=load_tokenize
 """
 
 
-def test_a_modality_costs_a_line_and_a_file(package: Path, tmp_path: Path) -> None:
+def test_a_modality_costs_a_line_and_a_file(
+    package: Path, tmp_path: Path, run: Callable[[Path, str], str]
+) -> None:
     """A task for it costs what every task costs."""
     base = tmp_path / "bert"
     base.mkdir()

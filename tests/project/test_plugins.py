@@ -32,7 +32,7 @@ from forgetless.training.loop import train
 from forgetless.training.penalties import Penalty, make_penalty
 from forgetless.training.settings import TrainingSettings
 
-pytest_plugins = ["tests.tiny_fixtures"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.quick_python"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def installed(tmp_path_factory: pytest.TempPathFactory, python: str) -> Run:
     """A Python with the example package installed into a folder; it runs module and words."""
     folder = tmp_path_factory.mktemp("plugin")
     shutil.copytree(ROOT / "examples" / "plugin", folder / "source")  # building writes beside it
@@ -54,7 +54,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def run(*words: str, at: Path = folder) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", *words],
+            [python, "-m", *words],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             cwd=at,
             capture_output=True,
@@ -169,7 +169,7 @@ def test_a_recipe_names_methods_tasks_and_penalties_of_a_module(
 
 @pytest.mark.parametrize("kind", ["file", "package"])
 def test_no_recipe_runs_code_of_the_working_directory_unasked(
-    beside: str, kind: str, tiny_recipe: dict[str, Any], tmp_path: Path
+    beside: str, kind: str, tiny_recipe: dict[str, Any], tmp_path: Path, python: str
 ) -> None:
     source = tmp_path / f"{beside}.py"
     if kind == "package":
@@ -182,7 +182,7 @@ def test_no_recipe_runs_code_of_the_working_directory_unasked(
     for asked in (False, True):
         paths = [str(Path(fl.__file__).parents[1]), *(["."] if asked else [])]
         done = subprocess.run(
-            [sys.executable, "-m", "forgetless", "run", "recipe.yaml", "--check"],
+            [python, "-m", "forgetless", "run", "recipe.yaml", "--check"],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             capture_output=True,
             text=True,

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+pytest_plugins = ["tests.quick_python"]
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_python_example_runs_as_printed(tmp_path: Path) -> None:
+def test_the_python_example_runs_as_printed(tmp_path: Path, python: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + PYTHON[0]],
+        [python, "-c", "import torch; torch.set_num_threads(1)\n" + PYTHON[0]],
         cwd=tmp_path,
         capture_output=True,
         text=True,

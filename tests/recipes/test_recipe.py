@@ -21,7 +21,7 @@ from forgetless.recipes.recipe import Recipe
 from forgetless.recipes.study import StudyRecipe
 from tests.tiny import recipe_of, save_base, save_files
 
-pytest_plugins = ["tests.tiny_fixtures"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.quick_python"]
 
 
 def run_id(recipe: dict[str, Any], **changes: Any) -> str:
@@ -186,14 +186,14 @@ def test_the_runs_of_the_demo_keep_their_ids() -> None:
     }
 
 
-def test_the_id_is_the_same_in_another_process(tiny_recipe: dict[str, Any]) -> None:
+def test_the_id_is_the_same_in_another_process(tiny_recipe: dict[str, Any], python: str) -> None:
     code = (
         "import json, sys; from forgetless.recipes.recipe import Recipe;"
         "from forgetless.recipes.identity import run_id;"
         "print(run_id(Recipe.parse(json.load(sys.stdin))))"
     )
     found = subprocess.run(
-        [sys.executable, "-c", code],
+        [python, "-c", code],
         input=json.dumps(tiny_recipe),
         capture_output=True,
         text=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,8 @@ from tests.classifiers import check_start, check_stopped
 from tests.images import SWIN_SIZES, VIT_SIZES, save_images
 from tests.images import save_classifier as save_image_classifier
 from tests.sentences import CLASSES, FAMILIES, save_classifier, sentences, write_rows
+
+pytest_plugins = ["tests.quick_python"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*saw fewer tokens"),
@@ -219,7 +220,7 @@ print(json.dumps(found))
 """
 
 
-def test_a_run_learns_and_a_fresh_process_agrees(world: Path, tmp_path: Path) -> None:
+def test_a_run_learns_and_a_fresh_process_agrees(world: Path, tmp_path: Path, python: str) -> None:
     longer: dict[str, Any] = {"training.steps": 60, "training.probe_steps": 60}
     recipe = recipe_of(world, **longer)
     assert check(recipe) == []
@@ -232,7 +233,7 @@ def test_a_run_learns_and_a_fresh_process_agrees(world: Path, tmp_path: Path) ->
     adapter, test = done.folder / "adapter", str(world / "test.jsonl")
     arguments = [str(world / "base"), str(adapter), test]
     out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FRESH, *arguments],
+        [python, "-W", "ignore", "-c", FRESH, *arguments],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     answers = read_jsonl(done.folder / "items" / "final" / "new.jsonl")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,8 @@ from tests.classifiers import check_start, check_stopped
 from tests.images import CLASSES, SWIN_SIZES, VIT_SIZES, save_classifier, save_images
 from tests.sentences import save_classifier as save_text_classifier
 from tests.sentences import write_rows
+
+pytest_plugins = ["tests.quick_python"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*saw fewer tokens"),
@@ -205,7 +206,9 @@ print(json.dumps(found))
 """
 
 
-def test_a_run_measures_each_head_and_a_fresh_process_agrees(world: Path, tmp_path: Path) -> None:
+def test_a_run_measures_each_head_and_a_fresh_process_agrees(
+    world: Path, tmp_path: Path, python: str
+) -> None:
     changes: dict[str, Any] = {"training.probe_steps": 20}
     recipe = recipe_of(world, **changes)
     assert check(recipe) == []
@@ -226,7 +229,7 @@ def test_a_run_measures_each_head_and_a_fresh_process_agrees(world: Path, tmp_pa
     adapter = done.folder / "adapter"
     arguments = [str(world / "base"), str(adapter), str(world / "keep"), str(world / "test")]
     out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FRESH, *arguments],
+        [python, "-W", "ignore", "-c", FRESH, *arguments],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     own_and_new = json.loads(out.stdout.splitlines()[-1])

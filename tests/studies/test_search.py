@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from forgetless.studies.search import Search, search
 from forgetless.studies.trials import Beat
 from tests.killing import FORKSERVER
 
-pytest_plugins = ["tests.tiny_fixtures"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.quick_python"]
 
 RATE, DECAY = "training.learning_rate", "training.weight_decay"
 
@@ -259,9 +258,9 @@ def test_two_calls_at_once_one_of_them_killed_share_a_search(
     assert all(point["learning"]["n"] == 2 for point in found.front)
 
 
-def test_workers_on_the_command_line(real: dict[str, Any], tmp_path: Path) -> None:
+def test_workers_on_the_command_line(real: dict[str, Any], tmp_path: Path, python: str) -> None:
     (tmp_path / "real.yaml").write_text(json.dumps({**real, "trials": 2, "replicate": []}))
-    command = [sys.executable, "-m", "forgetless", "search", "real.yaml", "--workers", "2"]
+    command = [python, "-m", "forgetless", "search", "real.yaml", "--workers", "2"]
     done = subprocess.run(
         [*command, "--storage", "sqlite:///trials.db"],
         cwd=tmp_path,

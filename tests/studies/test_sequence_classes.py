@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from tests.sentences import save_classifier as save_text_classifier
 from tests.sentences import write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw fewer tokens")
-pytest_plugins = ["tests.tiny_fixtures"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.quick_python"]
 
 TASKS = {"first": ("lines", "waves"), "then": ("rings", "zebra")}
 NEW = ["lines", "waves", "rings", "zebra"]
@@ -130,13 +129,13 @@ print(json.dumps(found))
 
 
 def test_one_plain_adapter_gives_the_last_row_in_a_fresh_process(
-    done: Sequence, world: Path
+    done: Sequence, world: Path, python: str
 ) -> None:
     arms = [name for name in ARMS if name not in ("full", "separate")]
     adapters = [done.folder / of(done, arm)["runs"][-1] / "adapter" for arm in arms]
     arguments = map(str, [world / "base", world / "test", world / "known", *adapters])
     out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FRESH, *arguments],
+        [python, "-W", "ignore", "-c", FRESH, *arguments],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     for arm, (names, own, rights) in zip(

@@ -28,7 +28,7 @@ from forgetless.studies.study import Study, run_workers, study
 from forgetless.studies.trials import MOST_RETRIES, Beat
 from tests.killing import FORKSERVER, killed_until_done, results, study_of
 
-pytest_plugins = ["tests.tiny_fixtures"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.quick_python"]
 
 psutil = pytest.importorskip("psutil")  # comes with accelerate
 
@@ -148,6 +148,13 @@ def test_a_study_writes_its_definition_and_its_results(
     assert StudyRecipe.load(done.folder / "study.yaml") == StudyRecipe.parse(definition)
 
 
+@pytest.fixture
+def quick_workers(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are processes that begin with the libraries loaded."""
+    monkeypatch.setattr(sys, "executable", python)
+
+
+@pytest.mark.usefixtures("quick_workers")
 def test_two_workers_give_the_same_numbers(
     whole: tuple[dict[str, Any], Study], tmp_path: Path
 ) -> None:
@@ -175,10 +182,9 @@ def test_a_failed_run_does_not_stop_the_others(tiny_recipe: dict[str, Any], tmp_
     assert [row["score"] is None for row in done.results()] == [True] * 3 + [False] * 3
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_the_run_of_a_worker_that_dies_is_resumed_by_another(
     whole: tuple[dict[str, Any], Study],
-    tiny_base: Path,
-    tiny_files: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -187,7 +193,7 @@ def test_the_run_of_a_worker_that_dies_is_resumed_by_another(
     def kill_once(event: Event) -> None:
         if event.step == 2 and not killed:
             killed.append(event.run_id)
-            (worker,) = [pid for pid in _children() if _holds(pid, event.run_id)]
+            (worker,) = _holders(tmp_path / "killed" / event.run_id)
             os.kill(worker, signal.SIGKILL)
 
     definition, done = whole
@@ -235,14 +241,14 @@ def test_a_run_whose_process_dies_again_and_again_is_given_up(
     assert study(definition, tmp_path).failed == []
 
 
-def _children() -> list[int]:
-    return [child.pid for child in psutil.Process().children()]
-
-
-def _holds(pid: int, run_id: str) -> bool:
-    """Whether a process has the lock file of a run open."""
-    names = (os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink())
-    return any(name.endswith(f"{run_id}/.lock") for name in names)
+def _holders(run: Path) -> list[int]:
+    """The processes that have the lock file of a run open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # it was closed meanwhile, or is somebody else's
+            if os.readlink(link) == str(run / ".lock"):
+                found.add(int(link.parts[2]))
+    return sorted(found)
 
 
 def test_a_run_in_other_hands_is_waited_for(
@@ -253,20 +259,27 @@ def test_a_run_in_other_hands_is_waited_for(
     first = RunFolder(tmp_path / "killed" / run_id)
     prepare(first, recipe)
     held = threading.Event()
-    other = threading.Thread(target=_hold_a_while, args=[first.lock, held])
+    others_done = threading.Semaphore(0)
+
+    def hold_to_the_last() -> None:
+        """What another process would do: a lock belongs to the opened file, not to the process."""
+        with lock(first.lock):
+            held.set()
+            for _ in range(3):
+                others_done.acquire(timeout=60)
+            time.sleep(0.5)
+
+    def listen(event: Event) -> None:
+        if event.stage == "done":
+            others_done.release()
+
+    other = threading.Thread(target=hold_to_the_last)
     other.start()
     assert held.wait(60)
-    again = study(definition, tmp_path)
+    again = study(definition, tmp_path, listen=listen)
     other.join()
     assert again.failed == []
     assert results(again.folder) == results(done.folder)
-
-
-def _hold_a_while(path: Path, held: threading.Event) -> None:
-    """What another process would do: a lock belongs to the opened file, not to the process."""
-    with lock(path):
-        held.set()
-        time.sleep(3)
 
 
 # ---- two calls at once ---------------------------------------------------------------------------
@@ -410,18 +423,29 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_numbers(
     assert not list(tmp_path.rglob(".tmp-*"))
 
 
+STUDY = """
+import sys
+python, *words = sys.argv[1:]
+sys.executable = python  # of the workers
+from forgetless.cli import main
+main(["study", *words])
+"""
+
+
 def test_no_worker_outlives_a_killed_parent(
-    tiny_base: Path, tiny_files: Path, tmp_path: Path
+    tiny_base: Path, tiny_files: Path, tmp_path: Path, python: str
 ) -> None:
     file = tmp_path / "killed.yaml"
     file.write_text(json.dumps(study_of(tiny_base, tiny_files)))
-    command = [sys.executable, "-m", "forgetless", "study", str(file), "--out", str(tmp_path)]
-    parent = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL)
+    command = [python, "-c", STUDY, python, str(file), "--out", str(tmp_path), "--workers", "2"]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     workers: list[Any] = []
     until = time.monotonic() + 120
     while len(workers) < 2 and time.monotonic() < until:
-        time.sleep(0.2)
-        workers = psutil.Process(parent.pid).children()
+        time.sleep(0.05)
+        called = ["worker", str(tmp_path / "killed")]
+        every = psutil.process_iter(["cmdline"])
+        workers = [each for each in every if (each.info["cmdline"] or [])[-2:] == called]
     parent.kill()
     parent.wait()
     gone, alive = psutil.wait_procs(workers, timeout=60)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,8 @@ import pytest
 from forgetless.core.errors import UserError
 from forgetless.tasks import make_task
 from forgetless.tasks.harness.own_code import own_code
+
+pytest_plugins = ["tests.quick_python"]
 
 pytest.importorskip("lm_eval")
 
@@ -156,7 +157,7 @@ main()
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_a_check_runs_nothing_of_the_user_s(allowed: bool, folder: Path) -> None:
+def test_a_check_runs_nothing_of_the_user_s(allowed: bool, folder: Path, python: str) -> None:
     """Not even where it is allowed; an audit hook sees what is opened, compiled and executed."""
     file = written(folder, CODE["documents"][0])
     task = json.dumps({"kind": file, "allow_code_execution": allowed})
@@ -166,7 +167,7 @@ def test_a_check_runs_nothing_of_the_user_s(allowed: bool, folder: Path) -> None
         f"training: {{steps: 1}}\ntasks: {{learning: [{task}]}}\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED.format(folder=str(folder), recipe=str(recipe))],
+        [python, "-c", WATCHED.format(folder=str(folder), recipe=str(recipe))],
         capture_output=True,
         text=True,
         check=False,

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -39,7 +38,7 @@ from forgetless.training.settings import TrainingSettings
 from forgetless.training.zero import Zero
 from tests.tiny import recipe_of
 
-pytest_plugins = ["tests.tiny_fixtures"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.quick_python"]
 
 STRATEGIES = get_args(Strategy)
 
@@ -391,9 +390,9 @@ def test_what_does_not_go_with_a_launch_is_named(monkeypatch: pytest.MonkeyPatch
     assert keys == ["training.optimizer", "training.compile"]
 
 
-def test_other_commands_are_for_one_process(tmp_path: Path) -> None:
+def test_other_commands_are_for_one_process(tmp_path: Path, python: str) -> None:
     environment = os.environ | _environment(0, 1, "DDP")
-    command = [sys.executable, "-m", "forgetless", "study", str(tmp_path / "study.yaml")]
+    command = [python, "-m", "forgetless", "study", str(tmp_path / "study.yaml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "'study' is the work of one process" in done.stderr

@@ -29,7 +29,7 @@ from forgetless.training.settings import TrainingSettings
 from tests.families import FAMILIES, VOCAB
 from tests.tiny import recipe_of
 
-pytest_plugins = ["tests.tiny_fixtures"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.quick_python"]
 
 
 pytestmark = pytest.mark.usefixtures("interruptible")
@@ -154,10 +154,12 @@ def test_a_thread_trains_without_signals(tmp_path: Path) -> None:
 # ---- on the command line -------------------------------------------------------------------------
 
 
-def stopped_while_training(number: signal.Signals, folder: Path, *arguments: str) -> str:
+def stopped_while_training(
+    python: str, number: signal.Signals, folder: Path, *arguments: str
+) -> str:
     """What a command says that gets a signal some steps after its run's training began."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "forgetless", *arguments, "--out", str(folder.parent)],
+        [python, "-m", "forgetless", *arguments, "--out", str(folder.parent)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -178,7 +180,7 @@ def stopped_while_training(number: signal.Signals, folder: Path, *arguments: str
 
 
 def test_ctrl_c_in_a_run_says_how_to_go_on(
-    tiny_base: Path, tiny_files: Path, tmp_path: Path
+    tiny_base: Path, tiny_files: Path, tmp_path: Path, python: str
 ) -> None:
     recipe = recipe_of(
         tiny_base, tiny_files, **{"training.steps": 5000, "training.checkpoint_every": 5000}
@@ -186,7 +188,7 @@ def test_ctrl_c_in_a_run_says_how_to_go_on(
     file = tmp_path / "long one.yaml"
     file.write_text(json.dumps(recipe))
     study_folder = tmp_path / "runs" / "long-one"
-    said = stopped_while_training(signal.SIGINT, study_folder, "train", str(file))
+    said = stopped_while_training(python, signal.SIGINT, study_folder, "train", str(file))
     *_, last = said.strip().splitlines()
     assert last == (
         f"stopped; to go on: python -m forgetless train '{file}' --out {tmp_path / 'runs'}"
@@ -198,8 +200,14 @@ def test_ctrl_c_in_a_run_says_how_to_go_on(
 
 
 def test_a_stopped_study_lets_its_workers_finish_their_steps(
-    tiny_base: Path, tiny_files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_base: Path,
+    tiny_files: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    python: str,
 ) -> None:
+    monkeypatch.setattr(sys, "executable", python)  # of the workers
     changes = {"training.steps": 200, "training.checkpoint_every": 5000, "tasks": {}}
     definition = {"name": "s", "recipe": recipe_of(tiny_base, tiny_files, **changes)}
 

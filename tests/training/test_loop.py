@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +35,8 @@ from forgetless.training.trainer import ExactTrainer
 from tests.adapters.test_attachment import ATTACHABLE, attached
 from tests.data.test_forms import PAIRS, byte_tokenizer, examples
 from tests.families import FAMILIES, VOCAB
+
+pytest_plugins = ["tests.quick_python"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -198,11 +199,13 @@ fit(full(), Path(sys.argv[1]), **RESUMED)
 """
 
 
-def test_a_checkpoint_half_written_at_a_kill_is_not_resumed_from(tmp_path: Path) -> None:
+def test_a_checkpoint_half_written_at_a_kill_is_not_resumed_from(
+    tmp_path: Path, python: str
+) -> None:
     repository = Path(__file__).parents[2]
     paths = os.pathsep.join([str(repository), str(repository / "src")])
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "killed")],
+        [python, "-c", KILLED, str(tmp_path / "killed")],
         env={**os.environ, "PYTHONPATH": paths},
         check=False,
     )
