@@ -38,7 +38,7 @@ from forgetless.tasks.harness.results import _weighted as weighted
 from forgetless.tasks.lm_eval import LMEval
 from forgetless.tasks.multiple_choice import MultipleChoice
 
-pytest_plugins = ["tests.tiny_fixtures"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.quick_python"]
 
 Rows = list[dict[str, Any]]
 
@@ -148,13 +148,13 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def command_line(folder: Path, limit: int, models: dict[Path, list[str]]) -> None:
+def command_line(python: str, folder: Path, limit: int, models: dict[Path, list[str]]) -> None:
     """lm-eval's own command line, once a model, in one process; results go below the paths."""
     common = ["--model", "hf", "--tasks", ",".join(COMPARED), "--include_path", str(folder)]
     common += ["--limit", str(limit), "--batch_size", "8", "--device", "cpu", "--log_samples"]
     calls = [[*common, "--output_path", str(out), *words] for out, words in models.items()]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(calls)],
+        [python, "-c", DRIVER, json.dumps(calls)],
         capture_output=True,
         text=True,
         check=False,
@@ -197,7 +197,7 @@ def check_equal(scores: fl.Scores, results: dict[str, Any], samples: dict[str, R
 
 
 def test_scores_equal_those_of_the_harness_s_own_command_line(
-    shared_data: Path, long_base: Path, tmp_path: Path
+    shared_data: Path, long_base: Path, tmp_path: Path, python: str
 ) -> None:
     limit, stories = 4, str(shared_data / "stories260K" / "hf")
     (tmp_path / "tasks").mkdir()
@@ -207,6 +207,7 @@ def test_scores_equal_those_of_the_harness_s_own_command_line(
     tuned.save_pretrained(str(tmp_path / "adapter"))
     real, tiny = tmp_path / "real" / "out.json", tmp_path / "tiny" / "out.json"
     command_line(
+        python,
         tmp_path / "tasks",
         limit,
         {
