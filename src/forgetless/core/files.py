@@ -437,11 +437,13 @@ _Loader.add_implicit_resolver(
 _QuickLoader.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
+_ODD = re.compile(r"[^\n -~]|\?|[>|]#|[^\n]{1000}")
+"""Where libyaml is more lenient than PyYAML, and lines that can be deep in each other."""
+
+
 def _is_plain(text: str) -> bool:
     """Whether libyaml reads a text as PyYAML does: it ends the process where nesting is deep."""
-    brackets = text.count("[") + text.count("{")
-    longest = max(map(len, text.split("\n")), default=0)
-    return text.isascii() and "\t" not in text and brackets < _DEEPEST_YAML and longest < 1000
+    return text.count("[") + text.count("{") < _DEEPEST_YAML and not _ODD.search(text)
 
 
 def parse_yaml(text: str) -> Any:
