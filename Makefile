@@ -13,8 +13,9 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(READY)
 	$(BIN)/forgetless demo --out runs
 
+# One process more than two cores: many tests wait for others, or for a time to pass.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # The tests of quantised bases, which skip elsewhere: their two packages make every import of
 # transformers and peft seconds slower and noisy, so they get an environment of their own.

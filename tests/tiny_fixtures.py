@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
 from tests.killing import FORKSERVER, PRELOAD
@@ -20,6 +22,14 @@ def _no_flushing() -> Iterator[None]:
     FORKSERVER.set_forkserver_preload([*PRELOAD, "tests.unflushed"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cards_from_one_template() -> Iterator[None]:
+    """PEFT compiles the template of a model card wherever an adapter is saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jinja2.Template", cache(jinja2.Template))
         yield
 
 

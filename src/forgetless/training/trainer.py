@@ -251,20 +251,23 @@ class ExactTrainer(Trainer):
             self._save(output_dir, state_dict=weights)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Trainer's; weights keep the names that they have in memory.
+        """Trainer's; weights keep the names that they have in memory, and an adapter has no card.
 
-        By these alone Trainer reads them back, and passes over the others in silence, while
+        By these names alone Trainer reads them back, and passes over the others in silence, while
         `save_pretrained` writes the older names of some architectures.
         """
         model: Any = self.model
-        if not isinstance(model, PreTrainedModel):
-            super()._save(output_dir, state_dict)
-            return
-        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        name, own = "create_or_update_model_card", lambda folder: None
+        if isinstance(model, PreTrainedModel):
+            name, own = (
+                "save_pretrained",
+                partial(model.save_pretrained, save_original_format=False),
+            )
+        setattr(model, name, own)
         try:
             super()._save(output_dir, state_dict)
         finally:
-            del model.save_pretrained
+            delattr(model, name)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         gathers = is_sharded(self.model) or self.zero is not None
