@@ -56,7 +56,7 @@ class Bench:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A bench in the place of training."""
     found = Bench()
-    monkeypatch.setattr(searches, "execute", found.execute)
+    monkeypatch.setattr(searches, "execute_run", found.execute)
     monkeypatch.setattr(searches, "Beat", lambda: Beat(poll=0.01))
     return found
 

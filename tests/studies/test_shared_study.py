@@ -50,7 +50,7 @@ def stand_in(run: RunFolder, **_: Any) -> None:
 def call(kind: str, definition: dict[str, Any], out: Path, url: str | None) -> None:
     """What a command does, but for training."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(studies, "execute", stand_in)
+    patch.setattr(studies, "execute_run", stand_in)
     patch.setattr(studies, "Beat", lambda: BEAT)
     done = DO[kind](definition, out, storage=url)
     assert done.failed == []
@@ -158,7 +158,7 @@ def test_what_a_definition_leaves_out_is_not_done(
         raise KeyboardInterrupt
 
     content = {"name": "s", "recipe": tiny_recipe, "axes": {"seed": [0, 1, 2]}}
-    monkeypatch.setattr(studies, "execute", stop)
+    monkeypatch.setattr(studies, "execute_run", stop)
     with pytest.raises(KeyboardInterrupt):
         study(content, tmp_path)
     began: list[str] = []
@@ -167,7 +167,7 @@ def test_what_a_definition_leaves_out_is_not_done(
         began.append(run.path.name)
         stand_in(run, **how)
 
-    monkeypatch.setattr(studies, "execute", note)
+    monkeypatch.setattr(studies, "execute_run", note)
     study({**content, "axes": {"seed": [2]}}, tmp_path)
     assert began == [run.path.name for run in planned(tmp_path / "s")]
 
@@ -184,9 +184,9 @@ def test_a_run_in_other_hands_is_the_last_to_be_waited_for(
         if len(began) == 2:
             held.__exit__(None, None, None)
 
-    monkeypatch.setattr(studies, "execute", stand_in)
+    monkeypatch.setattr(studies, "execute_run", stand_in)
     first, *others = [run.run_id for run in study(content, tmp_path).runs]
-    monkeypatch.setattr(studies, "execute", note)
+    monkeypatch.setattr(studies, "execute_run", note)
     RunFolder(tmp_path / "s" / first).update(status="running")
     held = lock(RunFolder(tmp_path / "s" / first).lock)
     held.__enter__()

@@ -24,7 +24,7 @@ from forgetless.studies import study as studies
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.run import prepare
 from forgetless.studies.stages import Event
-from forgetless.studies.study import Study, run_workers, study
+from forgetless.studies.study import Study, study
 from forgetless.studies.trials import MOST_RETRIES, Beat
 from tests.killing import FORKSERVER, killed_until_done, results, study_of
 
@@ -220,7 +220,7 @@ def test_a_run_whose_process_dies_again_and_again_is_given_up(
             raise SystemExit
         run.update(status="done")
 
-    monkeypatch.setattr(studies, "execute", die)
+    monkeypatch.setattr(studies, "execute_run", die)
     monkeypatch.setattr(studies, "Beat", lambda: Beat(poll=0.01))
     with pytest.raises(SystemExit):
         study(definition, tmp_path)
@@ -368,43 +368,6 @@ def test_other_damaged_files_are_written_anew(
     assert len(Study(tmp_path / "killed").results()) == (9 if name == "recipe.yaml" else 12)
     assert study(definition, tmp_path).failed == []
     assert results(tmp_path / "killed") == results(done.folder)
-
-
-# ---- GPUs ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("visible", "count", "dealt"),
-    [
-        (None, 2, ["0", "0", "1"]),
-        (None, 8, ["0", "1", "2"]),
-        ("7, 3", 2, ["3", "7", "7"]),
-        ("GPU-8f2a,GPU-11c0,GPU-77d4", 3, ["GPU-11c0", "GPU-77d4", "GPU-8f2a"]),
-        ("MIG-a,MIG-b,", 1, ["MIG-a", "MIG-a", "MIG-b"]),  # as CUDA counts them
-        ("0,1,-1,2", 2, ["0", "0", "1"]),
-        ("3", 1, ["3", "3", "3"]),
-        ("0,1", 1, ["0,1", "0,1", "0,1"]),  # there is no second one
-        ("", 0, ["", "", ""]),
-        (None, 1, ["unset", "unset", "unset"]),
-        (None, 0, ["unset", "unset", "unset"]),
-    ],
-)
-def test_workers_take_the_visible_gpus_in_turn(
-    visible: str | None,
-    count: int,
-    dealt: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    events: list[Event] = []
-    event = '{"run_id": "%s", "name": "", "stage": ""}'
-    command = ["sh", "-c", f"printf '{event}' \"${{CUDA_VISIBLE_DEVICES-unset}}\""]
-    run_workers(command, 3, events.append)
-    assert sorted(event.run_id for event in events) == dealt
-    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def _options(
         sys.stdout, os.environ["TTY_COMPATIBLE"] = StringIO(), "0"
         warnings.simplefilter("ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice to programmers
-    if this_launch().processes > 1 and context.invoked_subcommand not in _TOGETHER:
+    if this_launch().processes > 1 and context.invoked_subcommand not in (*_TOGETHER, "worker"):
         raise UserError(
             f"{context.invoked_subcommand!r} is the work of one process; of several, as "
             f"'accelerate launch' starts them, are only {', '.join(_TOGETHER)}"

@@ -23,6 +23,9 @@ Address = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Torch threads of a process; one for a small model.")
 ]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that do a run together, each on a GPU of its own.")
+]
 Storage = Annotated[
     str | None,
     typer.Option(

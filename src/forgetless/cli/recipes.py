@@ -17,6 +17,7 @@ from forgetless.cli.options import (
     Hours,
     On,
     Out,
+    Processes,
     RecipeFile,
     Set,
     Storage,
@@ -45,7 +46,7 @@ def demo(
     """Fine-tune the pocket model seven ways and show what each learned and forgot."""
     from forgetless.cli.demo import definition, images_definition
 
-    how = _how(None, workers, threads, None, None)
+    how = _how(None, workers, threads, 1, None, None)
     _do_study(images_definition() if images else definition(), out, how)
 
 
@@ -148,6 +149,7 @@ def study(
     storage: Storage = None,
     workers: Workers = None,
     threads: Threads = None,
+    processes: Processes = 1,
     on: On = None,
     address: Address = None,
     check: Check = False,
@@ -161,19 +163,20 @@ def study(
     if check:
         print(f"{path}: no problems; {len(definition.recipes())} runs")
         return
-    _do_study(definition, out, _how(storage, workers, threads, on, address), page=page)
+    _do_study(definition, out, _how(storage, workers, threads, processes, on, address), page=page)
 
 
 def _how(
     storage: str | None,
     workers: int | None,
     threads: int | None,
+    processes: int,
     on: Literal["ray"] | None,
     address: str | None,
 ) -> dict[str, Any]:
     """The arguments of a study, a sequence or a search that say who does the runs."""
-    where = {"on": on, "address": address}
-    return {"storage": storage, "workers": workers, "threads": threads, **where}
+    who = {"workers": workers, "threads": threads, "processes": processes}
+    return {"storage": storage, **who, "on": on, "address": address}
 
 
 def _watch_runs(how: Mapping[str, Any]) -> AbstractContextManager[Listener]:
@@ -210,6 +213,7 @@ def sequence(
     storage: Storage = None,
     workers: Workers = None,
     threads: Threads = None,
+    processes: Processes = 1,
     on: On = None,
     address: Address = None,
     check: Check = False,
@@ -226,7 +230,7 @@ def sequence(
         return
     from forgetless.studies.sequence import sequence as do
 
-    how = _how(storage, workers, threads, on, address)
+    how = _how(storage, workers, threads, processes, on, address)
     with _watch_runs(how) as listen:
         done = do(definition, out, **how, listen=listen)
     tables.print_sequences(done.folder, page=page)
@@ -240,6 +244,7 @@ def search(
     storage: Storage = None,
     workers: Workers = None,
     threads: Threads = None,
+    processes: Processes = 1,
     on: On = None,
     address: Address = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Instead of the file's.")] = None,
@@ -258,7 +263,7 @@ def search(
         return
     from forgetless.studies.search import search as do
 
-    how = _how(storage, workers, threads, on, address)
+    how = _how(storage, workers, threads, processes, on, address)
     with _watch_runs(how) as listen:
         done = do(definition, out, **how, trials=trials, hours=hours, listen=listen)
     tables.print_search(done, page=page)
@@ -286,15 +291,23 @@ def worker(
     folder: Annotated[Path, typer.Argument()],
     storage: Storage = None,
     threads: Threads = None,
+    processes: Processes = 1,
     until: Annotated[float | None, typer.Option()] = None,
 ) -> None:
-    """Do runs of a study, or trials of a search, that another process started."""
+    """Do runs of a study, or trials of a search, that another process started; or one run."""
     from forgetless.studies import search, study
-    from forgetless.studies.folder import is_search
+    from forgetless.studies.folder import RunFolder, is_search
+    from forgetless.studies.run import execute
+    from forgetless.studies.workers import serve
+    from forgetless.training.devices import join
 
     hush()
-    how: dict[str, Any] = {"storage": storage, "threads": threads}
-    if is_search(folder):
-        study.serve(lambda listen: search.take_part(folder, **how, until=until, listen=listen))
+    how: dict[str, Any] = {"storage": storage, "threads": threads, "processes": processes}
+    run = RunFolder(folder)
+    if run.recipe.exists():
+        own: dict[str, Any] = {"threads": threads, "processes": join()}
+        serve(lambda listen: execute(run, **own, listen=listen))
+    elif is_search(folder):
+        serve(lambda listen: search.take_part(folder, **how, until=until, listen=listen))
     else:
-        study.serve(lambda listen: study.take_part(folder, **how, listen=listen))
+        serve(lambda listen: study.take_part(folder, **how, listen=listen))

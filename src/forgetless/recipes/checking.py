@@ -38,7 +38,7 @@ from forgetless.statistics.moments import is_statistics
 from forgetless.tasks import Task, make_tasks
 from forgetless.tasks.accuracy import ClassTask
 from forgetless.training.forgetting import from_settings
-from forgetless.training.launch import this_launch
+from forgetless.training.launch import Launch, this_launch
 from forgetless.training.model import compile_problems
 from forgetless.training.optimizers import optimizer_problems
 from forgetless.training.penalties import make_penalty
@@ -48,9 +48,14 @@ from forgetless.training.trackers import tracker_problems
 
 
 class Checker:
-    """Checks recipes; whatever several of them share is looked at once."""
+    """Checks recipes; whatever several of them share is looked at once.
 
-    def __init__(self) -> None:
+    Args:
+        launch: which they are for; None for that of this process.
+    """
+
+    def __init__(self, launch: Launch | None = None) -> None:
+        self._launch = launch or this_launch()
         self._seen: dict[str, tuple[Any, str | None]] = {}
 
     def check(self, recipe: Recipe) -> list[str]:
@@ -69,12 +74,12 @@ class Checker:
             *self._calibration(recipe),
             *self._penalties(recipe),
             *self._probes(recipe),
-            *this_launch().obstacles(
+            *self._launch.obstacles(
                 recipe.training,
                 penalties=bool(recipe.penalties),
                 probes=recipe.probes != ProbeSettings(),
             ),
-            *_sequence(recipe),
+            *_sequence(recipe, self._launch),
             *self._aftercare(recipe),
             *self._tasks(recipe),
         ]
@@ -119,7 +124,7 @@ class Checker:
         config, problem = self._attempt(config_of, recipe.base)
         if problem is not None:  # which the adapter's own check tells
             return
-        is_packed, launch = is_stored_packed(config), this_launch()
+        is_packed, launch = is_stored_packed(config), self._launch
         if recipe.attn_implementation is not None:
             look = _with_attention, recipe.base, recipe.attn_implementation
             yield from self._problem("attn_implementation", *look)
@@ -436,7 +441,7 @@ def _rank_problems(model: Any, settings: AdapterSettings) -> Iterator[str]:
             yield f"adapter.rank: {problem}{more}"
 
 
-def _sequence(recipe: Recipe) -> Iterator[str]:
+def _sequence(recipe: Recipe, launch: Launch) -> Iterator[str]:
     """What a run cannot be in a sequence."""
     sequence, repair = recipe.sequence, recipe.repair
     if sequence is None:
@@ -463,7 +468,7 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
         yield "sequence.apart: is for new adapters that train A; stack or merge, or leave it out"
     if dora and (alone or repair) and not full:
         yield "sequence: a DoRA is no sum and has no A to repair; leave use_dora out"
-    if (alone or repair) and this_launch().processes > 1:
+    if (alone or repair) and launch.processes > 1:
         yield "sequence: stack, merge and repair are the work of one process"
     if repair is not None:
         if repair.strength != "auto" and len(repair.strength) > 1:

@@ -31,8 +31,10 @@ def work_on_ray(
     address: str | None,
     workers: int | None,
     most: int,
-    threads: int,
     listen: Listener,
+    *,
+    threads: int,
+    processes: int,
 ) -> None:
     """Let workers on a cluster take part until one of them finds nothing left to do.
 
@@ -44,11 +46,13 @@ def work_on_ray(
         address: of the cluster, as ``ray.init`` takes it.
         workers: how many; None for as many as the cluster has GPUs, or else room for.
         most: workers for which there is something to do.
-        threads: processors of each, which has a GPU too where the cluster has any.
         listen: called with the events of all.
+        threads: processors of a process, which has a GPU too where the cluster has any.
+        processes: of each worker, on one node.
 
     Raises:
-        UserError: there is no Ray or no such cluster, or each worker failed.
+        UserError: there is no Ray or no such cluster, no node has so many GPUs or processors, or
+            each worker failed.
     """
     # Of a cluster that is gone Ray notices that after ten minutes otherwise; now after one.
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
@@ -64,15 +68,21 @@ def work_on_ray(
     except ConnectionError as problem:
         raise UserError(f"no Ray cluster at {address}: {problem}") from None
     try:
-        cluster = ray.cluster_resources()
-        gpus = int(cluster.get("GPU", 0))
-        room = gpus or int(cluster.get("CPU", 0)) // threads
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        kind, each = (
+            ("GPU", processes) if any("GPU" in n for n in nodes) else ("CPU", processes * threads)
+        )
+        room = sum(int(node.get(kind, 0)) // each for node in nodes)
+        if not room and processes > 1:
+            raise UserError(
+                f"no node has {each} {kind}s, which the {processes} processes of a run ask for"
+            )
         # On the node of this process, so that no other takes it along when it is lost.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         task = ray.remote(_work).options(
-            num_cpus=threads,
-            num_gpus=min(gpus, 1),
+            num_cpus=threads * processes,
+            num_gpus=processes if kind == "GPU" else 0,
             max_retries=MOST_RETRIES,  # of nodes that are lost and of processes that are killed
             scheduling_strategy="SPREAD",
         )

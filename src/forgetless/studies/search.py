@@ -33,11 +33,12 @@ from forgetless.recipes.identity import run_id
 from forgetless.recipes.recipe import Recipe
 from forgetless.recipes.search import SearchRecipe
 from forgetless.studies.folder import RunFolder, curve, results, write_csv, write_tables
-from forgetless.studies.run import execute, prepare
+from forgetless.studies.run import prepare
 from forgetless.studies.sequence import mean_over
 from forgetless.studies.stages import Listener
-from forgetless.studies.study import Study, Workers
+from forgetless.studies.study import Study
 from forgetless.studies.trials import REASON, Beat, Direction, open_trials, origin, pending, work
+from forgetless.studies.workers import Workers, execute_run
 
 if TYPE_CHECKING:
     from optuna import Study as Trials
@@ -70,6 +71,7 @@ def search(
     storage: str | None = None,
     workers: int | None = None,
     threads: int | None = None,
+    processes: int = 1,
     on: Literal["ray"] | None = None,
     address: str | None = None,
     trials: int | None = None,
@@ -90,6 +92,7 @@ def search(
             None for a journal file in the search's folder.
         workers: as of `forgetless.study`.
         threads: likewise.
+        processes: likewise.
         on: likewise.
         address: likewise.
         trials: instead of the definition's.
@@ -103,7 +106,7 @@ def search(
         RecipeError: what is wrong with the definition, before anything is run.
         UserError: the storage cannot be used.
     """
-    team = Workers(storage, workers, threads, on, address)
+    team = Workers(storage, workers, threads, processes, on, address)
     if not isinstance(definition, SearchRecipe):
         read = SearchRecipe.parse if isinstance(definition, Mapping) else SearchRecipe.load
         definition = read(definition)  # type: ignore[arg-type]
@@ -112,7 +115,7 @@ def search(
     definition = SearchRecipe.parse({**definition.model_dump(), **changed})
     definition.check()
     folder = Path(out) / definition.name
-    doing = _Doing(definition, folder, storage, threads, listen or (lambda event: None))
+    doing = _Doing(definition, folder, team, listen or (lambda event: None))
     doing.ask_first()
     with lock(folder / ".lock"):
         content = definition.model_dump()
@@ -125,11 +128,18 @@ def search(
 
 
 def take_part(
-    folder: Path, *, storage: str | None, threads: int | None, until: float | None, listen: Listener
+    folder: Path,
+    *,
+    storage: str | None,
+    threads: int | None,
+    processes: int = 1,
+    until: float | None,
+    listen: Listener,
 ) -> None:
     """Do trials of the search in a folder until it ends: what a worker does."""
     definition = SearchRecipe.load(folder / "search.yaml")
-    _Doing(definition, folder, storage, threads, listen).work(until)
+    team = Workers(storage, None, threads, processes, None, None)
+    _Doing(definition, folder, team, listen).work(until)
 
 
 class _Doing:
@@ -139,17 +149,16 @@ class _Doing:
         self,
         definition: SearchRecipe,
         folder: Path,
-        storage: str | None,
-        threads: int | None,
+        team: Workers,
         listen: Listener,
     ) -> None:
-        self.definition, self.folder = definition, folder
-        self.threads, self.listen, self.beat = threads, listen, Beat()
+        self.definition, self.folder, self.team = definition, folder, team
+        self.listen, self.beat = listen, Beat()
         self._checker = Checker()
         names = definition.name, f"{definition.name}, further seeds"
         values: dict[str, Direction] = {"learned": "maximize", "forgotten": "minimize"}
         self.trials, self.further = open_trials(
-            storage, folder, names, values, definition.meaning, self.beat
+            team.storage, folder, names, values, definition.meaning, self.beat
         )
         self.trials.sampler = _sampler(definition)
 
@@ -200,13 +209,15 @@ class _Doing:
         recipe = load_recipe(self.definition.recipe, changes, self._checker)
         if problems := self._checker.check(recipe):
             raise RecipeError(changes["name"], problems)
+        self.team.require_fitting([recipe])
         run = RunFolder(self.folder / run_id(recipe))
         # Whoever seemed dead and is not, or does the same settings, is waited for.
         with lock(run.lock):
             is_known = run.recipe.exists() and Recipe.load(run.recipe) == recipe
             if not (is_known and run.read().get("status") == "done"):
                 prepare(run, recipe)
-                execute(run, threads=self.threads, listen=self.listen)
+                team = self.team
+                execute_run(run, threads=team.threads, processes=team.processes, listen=self.listen)
             tasks = self.definition.tasks(recipe)
             scores = {kind: _score(run, recipe, task) for kind, task in tasks.items()}
         trial.set_user_attr("run", run.path.name)

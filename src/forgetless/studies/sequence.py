@@ -26,7 +26,8 @@ from forgetless.scores.seeds import holm
 from forgetless.studies.course import course
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.stages import Listener
-from forgetless.studies.study import Study, Workers, do_runs
+from forgetless.studies.study import Study, do_runs
+from forgetless.studies.workers import Workers
 from forgetless.tasks import make_tasks
 
 FORMULAS = {
@@ -79,6 +80,7 @@ def sequence(
     storage: str | None = None,
     workers: int | None = None,
     threads: int | None = None,
+    processes: int = 1,
     on: Literal["ray"] | None = None,
     address: str | None = None,
     listen: Listener | None = None,
@@ -96,6 +98,7 @@ def sequence(
         storage: as of `forgetless.study`.
         workers: likewise.
         threads: likewise.
+        processes: likewise.
         on: likewise.
         address: likewise.
         listen: likewise.
@@ -106,7 +109,7 @@ def sequence(
     Raises:
         RecipeError: what is wrong with the definition, before anything is run.
     """
-    team = Workers(storage, workers, threads, on, address)
+    team = Workers(storage, workers, threads, processes, on, address)
     if not isinstance(definition, SequenceRecipe):
         read = SequenceRecipe.parse if isinstance(definition, Mapping) else SequenceRecipe.load
         definition = read(definition)  # type: ignore[arg-type]

@@ -7,24 +7,16 @@ run keeps two processes from doing the same one, whichever definition they have 
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import yaml
 
 from forgetless.core.errors import UserError
@@ -40,7 +32,7 @@ from forgetless.studies.folder import (
     run_folders,
     write_tables,
 )
-from forgetless.studies.run import Run, execute, prepare
+from forgetless.studies.run import Run, prepare
 from forgetless.studies.stages import Event, Listener
 from forgetless.studies.trials import (
     DEATHS,
@@ -50,6 +42,7 @@ from forgetless.studies.trials import (
     pending,
     work,
 )
+from forgetless.studies.workers import Workers, execute_run
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -87,6 +80,7 @@ def study(
     storage: str | None = None,
     workers: int | None = None,
     threads: int | None = None,
+    processes: int = 1,
     on: Literal["ray"] | None = None,
     address: str | None = None,
     listen: Listener | None = None,
@@ -104,7 +98,8 @@ def study(
             postgresql://user@host/database; None for a journal file in the study's folder.
         workers: processes that do runs side by side, each on a GPU of its own as long as there are
             enough; None for this very process, or for as many as a cluster has room for.
-        threads: torch threads of a worker; None for one on a small model.
+        threads: torch threads of a process; None for one on a small model.
+        processes: that do a run together, each on a GPU of its own, see docs/devices.md.
         on: "ray" for workers on the nodes of a Ray cluster, which see the folder.
         address: of the cluster, as of ``ray.init``; None for the one that this machine belongs to,
             and without one for this machine alone.
@@ -117,7 +112,7 @@ def study(
         RecipeError: what is wrong with the definition, before anything is run.
         UserError: the storage or the cluster cannot be used.
     """
-    team = Workers(storage, workers, threads, on, address)
+    team = Workers(storage, workers, threads, processes, on, address)
     if not isinstance(definition, StudyRecipe):
         read = StudyRecipe.parse if isinstance(definition, Mapping) else StudyRecipe.load
         definition = read(definition)  # type: ignore[arg-type]
@@ -147,6 +142,7 @@ def do_runs(
         listen: as of `study`.
     """
     listen = listen or (lambda event: None)
+    team.require_fitting(recipes.values())
     _lay_out(folder, recipes, definition, index or {}, listen)
     runs = [RunFolder(folder / run_id) for run_id in recipes]
     team.work(partial(take_part, runs=runs), folder, len(runs), listen)
@@ -190,6 +186,7 @@ def take_part(
     *,
     storage: str | None,
     threads: int | None,
+    processes: int = 1,
     listen: Listener,
     runs: Sequence[RunFolder] | None = None,
 ) -> None:
@@ -199,6 +196,7 @@ def take_part(
         folder: of the study.
         storage: as of `study`.
         threads: likewise.
+        processes: likewise.
         listen: likewise.
         runs: of the definition; None for those that the folder says it has.
     """
@@ -236,7 +234,7 @@ def take_part(
     def do(trial: Trial) -> float:
         """Do the run of a trial, or find it done; the seconds that it took."""
         began, run = time.perf_counter(), RunFolder(folder / trial.user_attrs[_RUN])
-        _do(run, trial.user_attrs.get(DEATHS, 0), threads, listen)
+        _do(run, trial.user_attrs.get(DEATHS, 0), threads, processes, listen)
         return time.perf_counter() - began
 
     work(trials, do, folder, beat, ask=ask)
@@ -258,7 +256,7 @@ def _name(folder: Path, runs: Sequence[RunFolder], *, in_database: bool) -> str:
     return f"{folder.name} {digest(' '.join(ids))[:8]}"
 
 
-def _do(run: RunFolder, deaths: int, threads: int | None, listen: Listener) -> None:
+def _do(run: RunFolder, deaths: int, threads: int | None, processes: int, listen: Listener) -> None:
     """Take a run through its stages unless it is over; what goes wrong is in its run.json.
 
     Whoever holds it is waited for: who seemed dead and is not, or has it from another definition.
@@ -269,7 +267,7 @@ def _do(run: RunFolder, deaths: int, threads: int | None, listen: Listener) -> N
         try:
             if deaths >= MOST_RETRIES and not run.read().get("requested"):
                 raise UserError(f"its process died {deaths} times; perhaps it ran out of memory")
-            execute(run, threads=threads, listen=listen)
+            execute_run(run, threads=threads, processes=processes, listen=listen)
         except Exception as error:
             if not _is_over(run):
                 reason = f"{type(error).__name__}: {error}"
@@ -281,137 +279,3 @@ def _do(run: RunFolder, deaths: int, threads: int | None, listen: Listener) -> N
 def _is_over(run: RunFolder) -> bool:
     record = run.read()
     return record.get("status") in ("done", "failed") and not record.get("requested")
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Who does the runs of a study or of a search; the attributes are arguments of `study`."""
-
-    storage: str | None
-    count: int | None
-    threads: int | None
-    on: Literal["ray"] | None
-    address: str | None
-
-    def __post_init__(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise UserError(f"workers must be at least 1, got {self.count}")
-
-    def work(
-        self, take_part: Callable[..., None], folder: Path, most: int, listen: Listener, **more: Any
-    ) -> None:
-        """Let all take part until there is nothing left to do.
-
-        Args:
-            take_part: what one does with the folder, given ``storage``, ``threads``, ``listen`` and
-                what more there is.
-            folder: of the study or the search.
-            most: workers for which there is something to do.
-            listen: called with the events of all.
-            more: likewise, where it is not None.
-        """
-        more = {"threads": self.threads, **more}
-        if self.on == "ray":
-            from forgetless.studies.on_ray import work_on_ray  # Ray is optional
-
-            part = partial(take_part, folder, storage=self.storage, **more)
-            work_on_ray(part, self.address, self.count, most, self.threads or 1, listen)
-            return
-        if self.count is not None and self.count > 1:
-            command = [sys.executable, "-m", "forgetless", "worker", str(folder)]
-            for name, value in more.items():
-                command += [] if value is None else [f"--{name}", str(value)]
-            # In the environment, where other users of the machine see no password.
-            secret = {"FORGETLESS_STORAGE": self.storage or ""}
-            run_workers(command, min(self.count, most), listen, secret)
-        # With workers, what is left: nothing, unless they died too often.
-        take_part(folder, storage=self.storage, listen=listen, **more)
-
-
-def run_workers(
-    command: Sequence[str], workers: int, listen: Listener, changes: Mapping[str, str] | None = None
-) -> None:
-    """Run worker processes to their end; they end with this process, whatever ends it.
-
-    What they report on their standard output, see `serve`, is passed on. In the place of one that
-    the system killed, as where memory runs out, another is started.
-
-    Args:
-        command: of each worker.
-        workers: how many.
-        listen: called with their events.
-        changes: of the environment of each.
-    """
-    team: list[subprocess.Popen[str]] = []
-    starting, is_ending = threading.Lock(), threading.Event()
-
-    def keep(own: Mapping[str, str]) -> None:
-        environment = os.environ | own | dict(changes or {})
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        for _ in range(1 + MOST_RETRIES):
-            with starting:
-                if is_ending.is_set():
-                    return
-                # It ends when its standard input does, so none outlives a parent that is killed.
-                worker = subprocess.Popen(command, env=environment, **pipes)
-                team.append(worker)
-            for line in worker.stdout or ():
-                with suppress(ValueError):  # anything else that a library prints
-                    listen(Event(**json.loads(line)))
-            if worker.wait() >= 0 or is_ending.is_set():
-                return
-            _log.warning("a worker was killed by signal %d; another takes over", -worker.returncode)
-
-    keepers = [threading.Thread(target=keep, args=[own]) for own in _environments(workers)]
-    try:
-        for keeper in keepers:
-            keeper.start()
-        for keeper in keepers:
-            keeper.join()
-    finally:
-        with starting:
-            is_ending.set()
-        for worker in team:
-            worker.terminate()  # one that trains finishes and saves its step
-        for keeper in keepers:
-            keeper.join()
-
-
-def _environments(workers: int) -> Iterator[dict[str, str]]:
-    """What is different in the environment of each worker."""
-    given = os.environ.get(_VISIBLE_GPUS)
-    devices = [] if given is None else [name.strip() for name in given.split(",")]
-    if devices and devices[0].startswith("MIG-"):
-        # Of several parts of a GPU one process sees the first alone, so that no count would tell.
-        devices = [name for name in devices if name.startswith("MIG-")]
-    else:
-        count = torch.cuda.device_count()  # asks NVML: this process takes no memory on any of them
-        # CUDA leaves out the first name that it cannot find and all behind it.
-        devices = [str(n) for n in range(count)] if given is None else devices[:count]
-    for worker in range(workers):
-        # The bars of several trainings at once are one heap: the listener draws them.
-        changes = {"TTY_COMPATIBLE": "0"}
-        if len(devices) > 1:  # in the worker its own is then the first, which every run takes
-            changes[_VISIBLE_GPUS] = devices[worker % len(devices)]
-        yield changes
-
-
-def serve(do: Callable[[Listener], None]) -> None:
-    """What a worker process does, with its events as JSON lines on standard output."""
-
-    def end_with_parent() -> None:
-        sys.stdin.read()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which terminates us
-    output = sys.stdout
-    sys.stdout = sys.stderr  # whatever else is printed is no event
-
-    def report(event: Event) -> None:
-        print(json.dumps(asdict(event)), file=output, flush=True)
-
-    try:
-        do(report)
-    except KeyboardInterrupt:  # the parent says what there is to say
-        sys.exit(1)
