@@ -120,6 +120,20 @@ def test_what_is_wrong_on_the_nodes_is_said(
 ) -> None:
     with pytest.raises(UserError, match=r"every worker on Ray failed.*a storage is a URL such as"):
         study(whole[0], tmp_path, storage="nothing", workers=1, **on(cluster))
+    with pytest.raises(
+        UserError, match="no node has 2 CPUs, which the 2 processes of a run ask for"
+    ):
+        study(whole[0], tmp_path, processes=2, **on(cluster))
+
+
+def test_a_node_with_room_for_it_does_a_run_by_two_processes(
+    cluster: Any, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    node = cluster.add_node(num_cpus=2)
+    (run,) = study({"name": "s", "recipe": tiny_recipe}, tmp_path, processes=2, **on(cluster)).runs
+    cluster.remove_node(node)
+    assert run.status == "done"
+    assert run.record["hardware"]["processes"] == 2
 
 
 def test_without_ray_it_is_said_what_to_install(
