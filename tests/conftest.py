@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -20,6 +21,8 @@ from forgetless.core import progress
 
 # Two threads on two busy cores are several times slower than one.
 torch.set_num_threads(1)
+# Importing and training make few cycles, and looking for them takes a tenth of the time.
+gc.set_threshold(50_000, 10, 10)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -35,6 +35,7 @@ def serve(address: str) -> dict[str, Any]:
     listener.bind(f"\0{address}")
     listener.listen(64)
     print("listening", flush=True)
+    gc.set_threshold(50_000, 10, 10)  # as in tests/conftest.py
     for name in LIBRARIES:
         importlib.import_module(name)
     gc.collect()

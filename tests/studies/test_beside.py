@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from forgetless.core.files import read_json
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.aftercare import Reading
-from forgetless.studies.folder import RunFolder, aftercare_rows
+from forgetless.studies.folder import RunFolder, aftercare_rows, run_folders
 from forgetless.studies.run import run
 from forgetless.studies.study import study
 from forgetless.tasks import make_task
@@ -29,8 +30,8 @@ from tests.tiny import recipe_of
 pytest_plugins = ["tests.tiny_fixtures"]
 
 
-@pytest.fixture
-def recipe(tiny_base: Path, tiny_files: Path) -> dict[str, Any]:
+def adjusted(tiny_base: Path, tiny_files: Path) -> dict[str, Any]:
+    """A recipe of a run that is repaired, dialled and looked into."""
     changes: dict[str, Any] = {
         "repair": {"strength": [0.1, 1], "scales": [1.0, 0.5]},
         "dial": {"scales": [0.5, 0.0]},
@@ -39,16 +40,36 @@ def recipe(tiny_base: Path, tiny_files: Path) -> dict[str, Any]:
     return recipe_of(tiny_base, tiny_files, **changes)
 
 
+@pytest.fixture
+def recipe(tiny_base: Path, tiny_files: Path) -> dict[str, Any]:
+    return adjusted(tiny_base, tiny_files)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base: Path, tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The study of `recipe`, which nobody changes."""
+    return run(adjusted(tiny_base, tiny_files), tmp_path_factory.mktemp("finished")).folder.parent
+
+
+@pytest.fixture
+def folder(finished: Path, recipe: dict[str, Any], tmp_path: Path) -> RunFolder:
+    """A copy of it, where a run of the recipe goes too."""
+    shutil.copytree(finished, tmp_path / finished.name)
+    return RunFolder(run(recipe, tmp_path).folder)
+
+
 def scores(folder: RunFolder) -> dict[tuple[str, str], float]:
     return {(row["setting"], row["task"]): row["score"] for row in aftercare_rows(folder)}
 
 
 @pytest.mark.parametrize("method", ["pissa", "full"])
 def test_every_setting_is_scored_as_what_it_is(
-    method: str, recipe: dict[str, Any], tiny_files: Path, tmp_path: Path
+    method: str, recipe: dict[str, Any], finished: Path, tiny_files: Path, tmp_path: Path
 ) -> None:
     recipe["adapter"]["method"] = method
-    folder = RunFolder(run(recipe, tmp_path).folder)
+    if method == "full":
+        finished = run(recipe, tmp_path).folder.parent
+    (folder,) = run_folders(finished)
     found = scores(folder)
     settings = ["trained", "repair-0.1", "repair-0.1-dial-0.5", "repair-1", "repair-1-dial-0.5"]
     assert list(dict.fromkeys(s for s, _ in found)) == [*settings, "dial-0.5", "dial-0"]
@@ -75,9 +96,8 @@ def test_every_setting_is_scored_as_what_it_is(
 
 
 def test_a_run_that_is_done_measures_nothing_again(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: dict[str, Any], folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder(run(recipe, tmp_path).folder)
     before = (folder.aftercare.read_text(), folder.spectra.read_text())
     with monkeypatch.context() as patch:
         for name in ("Adjustable", "spectra"):
@@ -93,13 +113,11 @@ def test_a_run_that_is_done_measures_nothing_again(
 
 
 def test_another_text_to_keep_measures_all_anew_and_trains_nothing(
-    recipe: dict[str, Any], tiny_files: Path, tmp_path: Path
+    recipe: dict[str, Any], folder: RunFolder, tiny_files: Path, tmp_path: Path
 ) -> None:
-    first = run(recipe, tmp_path)
-    folder = RunFolder(first.folder)
     weights, before = folder.native.stat().st_mtime_ns, scores(folder)
     recipe["repair"]["keep"] = str(tiny_files / "test.jsonl")
-    assert run(recipe, tmp_path).folder == first.folder
+    assert run(recipe, tmp_path).folder == folder.path
     assert folder.native.stat().st_mtime_ns == weights
     after = scores(folder)
     assert before["dial-0.5", "prose"] == after["dial-0.5", "prose"]
@@ -241,8 +259,8 @@ def test_the_residual_is_scored_on_request(
     assert read_json(folder.aftercare)["scored"] == ["residual"]
 
 
-def test_spectra_of_a_run(recipe: dict[str, Any], tmp_path: Path) -> None:
-    folder = RunFolder(run(recipe, tmp_path).folder)
+def test_spectra_of_a_run(finished: Path) -> None:
+    (folder,) = run_folders(finished)
     found = read_json(folder.spectra)
     assert len(found["layers"]) == 14
     assert found["modules"]["q_proj"]["activations_rank_effective"] > 1
