@@ -323,6 +323,28 @@ def test_the_config_holds_what_is_not_usual(write: Writer, method: str, tmp_path
     assert found["target_modules"] == ["q_proj", "up_proj"]
 
 
+@pytest.mark.parametrize("write", [save, export])
+@pytest.mark.parametrize("name", ["adapter_config.json", "forgetless.json"])
+def test_a_line_that_is_missing_from_what_the_files_say_is_told(
+    name: str, write: Writer, tmp_path: Path
+) -> None:
+    write(made("pissa")[0], tmp_path / "adapter")
+    file = tmp_path / "adapter" / name
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    for number in range(len(lines)):
+        if "base_model_name_or_path" in lines[number]:  # which people change
+            continue
+        file.write_text("".join(lines[:number] + lines[number + 1 :]))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                export(loaded(tmp_path / "adapter"), tmp_path / "again")
+                said = ""
+            except UserError as problem:
+                said = str(problem)
+        assert name in " ".join([said, *(str(warning.message) for warning in told)]), lines[number]
+
+
 # ---- more than A and B ---------------------------------------------------------------------------
 
 

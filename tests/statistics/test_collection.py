@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from forgetless.core.errors import UserError
 from forgetless.models.load import target_layers
 from forgetless.statistics.collection import collect
+from forgetless.statistics.gradients import Gradients
 from forgetless.statistics.moments import LayerStatistics, Statistics
 from forgetless.statistics.padding import TokenRows
 from tests.families import FAMILIES, language_batch
@@ -594,6 +595,25 @@ def test_files_that_are_no_statistics(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="damaged"):
         Statistics.load(tmp_path / "b.safetensors")
+
+
+SAVED = [
+    Statistics({name: LayerStatistics(torch.eye(2).double(), 3) for name in ("a", "b")}),
+    Gradients({name: torch.eye(2) for name in ("a", "b")}, {"tokens": 3}),
+]
+
+
+@pytest.mark.parametrize("saved", SAVED, ids=lambda saved: type(saved).__name__)
+def test_a_wrong_bit_anywhere_in_a_file_is_told_with_its_name(
+    saved: Statistics | Gradients, tmp_path: Path
+) -> None:
+    content = saved.save(tmp_path / "whole").read_bytes()
+    for place, byte in enumerate(content):
+        file = tmp_path / f"{place}.safetensors"
+        file.write_bytes(content[:place] + bytes([byte ^ 1 << place % 8]) + content[place + 1 :])
+        with pytest.raises(UserError, match=file.name):
+            type(saved).load(file)
+        file.unlink()
 
 
 @FAMILY

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -498,9 +498,6 @@ def _read_config(folder: Path) -> StartConfig:
         pickled = (folder / "adapter_model.bin").is_file()
         hint = "; its adapter_model.bin is a pickle, so save it with safetensors" if pickled else ""
         raise UserError(f"{folder} is no complete adapter: it has no {WEIGHTS_FILE}{hint}")
-    kind = values.pop("peft_type", None)
-    if kind not in (ANCHORED_TYPE, "LORA"):
-        raise UserError(f"{folder} holds an adapter of type {kind!r}; only LoRA can be loaded")
     with reading(folder / WEIGHTS_FILE), safe_open(folder / WEIGHTS_FILE, "pt") as weights:
         known = (weights.metadata() or {}).get(_OTHERS)
     if known not in (None, _checksum_of_others(folder)):
@@ -509,10 +506,17 @@ def _read_config(folder: Path) -> StartConfig:
             "written: it was edited, or it is damaged or gone",
             stacklevel=3,
         )
+    kind, said = values.pop("peft_type", None), folder / CONFIG_FILE
+    if kind not in (ANCHORED_TYPE, "LORA"):
+        raise UserError(f"{said} is of an adapter of type {kind!r}; only LoRA can be loaded")
     if kind == "LORA" and (folder / START_FILE).is_file():
         # An anchored one says it in its config; a file that says so here is another adapter's.
-        start = read_json(folder / START_FILE)
+        said = folder / START_FILE
+        start = read_json(said)
         values["start"] = None if start.get("anchored") else start
+    if values.get("start") is not None:
+        with reading(said):
+            values["start"] = asdict(Start.from_dict(values["start"]))
     if str(values.get("init_lora_weights")).startswith(_CHANGES_THE_BASE):
         raise UserError(
             f"{folder} was saved with init_lora_weights={values['init_lora_weights']!r}: it is for "

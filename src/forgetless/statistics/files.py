@@ -11,7 +11,7 @@ from torch import Tensor
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_file
-from forgetless.core.tensors import write_tensors
+from forgetless.core.tensors import require_intact, write_tensors
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class FileFormat:
                 header, names = opened.metadata() or {}, list(opened.keys())
         except SafetensorError as problem:
             raise UserError(f"{file} is damaged or no safetensors file: {problem}") from None
+        require_intact(file)
         found = header.get("format"), header.get("version")
         if found != (f"forgetless-{self.holds}", str(self.version)):
             raise UserError(f"{file} does not hold {self.holds} of version {self.version}")

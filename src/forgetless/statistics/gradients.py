@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from forgetless.core.errors import UserError
+from forgetless.core.errors import UserError, reading
 from forgetless.core.processes import Processes
 from forgetless.core.progress import counted
 from forgetless.data.losses import loss_of
@@ -84,7 +84,9 @@ class Gradients(Mapping[str, Tensor]):
             UserError: there is no such file, or it does not hold gradients.
         """
         header, names = _FORMAT.header(path)
-        return cls(OnDisk(dict.fromkeys(names, _FORMAT.file(path))), json.loads(header["metadata"]))
+        file = _FORMAT.file(path)
+        with reading(file, "make it again"):
+            return cls(OnDisk(dict.fromkeys(names, file)), json.loads(header["metadata"]))
 
 
 def collect_gradients(

@@ -212,15 +212,17 @@ class Statistics(Mapping[str, LayerStatistics]):
             UserError: there is no such file, or it does not hold statistics.
         """
         header, _ = _FORMAT.header(path)
-        saved = json.loads(header["statistics"])
-        layers = saved["layers"]
-        matrix_of = {name: layer["matrix"] for name, layer in layers.items()}
-        return cls.of(
-            OnDisk(dict.fromkeys(matrix_of.values(), _FORMAT.file(path))),
-            matrix_of,
-            {name: layer["tokens"] for name, layer in layers.items()},
-            saved["metadata"],
-        )
+        file = _FORMAT.file(path)
+        with reading(file, "make it again"):
+            saved = json.loads(header["statistics"])
+            layers = saved["layers"]
+            matrix_of = {name: layer["matrix"] for name, layer in layers.items()}
+            return cls.of(
+                OnDisk(dict.fromkeys(matrix_of.values(), file)),
+                matrix_of,
+                {name: layer["tokens"] for name, layer in layers.items()},
+                saved["metadata"],
+            )
 
 
 def is_statistics(source: str | Path) -> bool:
