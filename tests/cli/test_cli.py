@@ -221,7 +221,10 @@ MISTAKES: list[tuple[str, str]] = [
         "pocket_series cannot be learned: not among the tasks pocket_recall",
     ),
     ("stats {base} --calibration {here}/absent.txt --out {here}/new", "no such file"),
-    ("stats {base} --samples 0 --out {here}/new", "samples: must be greater than or equal to 1"),
+    (
+        "stats {base} --samples 0 --out {here}/new",
+        "samples: must be 'auto' or a whole number of at least 1",
+    ),
     ("init {base} --method lora_nul --out {here}/new", "did you mean 'lora_null_v"),
     ("init {base} --out {here}/new", "needs to know what to keep: give --calibration FILE"),
     ("init {base} --method lora --rank 40 --out {here}/new", "rank must be in 1..32"),

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from forgetless.core.errors import UserError
-from forgetless.data.texts import batches, fingerprint, self_text
+from forgetless.data.texts import SELF_DRAWN, batches, fingerprint, self_text
 from forgetless.models.load import load_model, load_tokenizer
 from tests.families import FAMILIES, VOCAB
 from tests.tiny import tokenizer as characters
@@ -205,6 +205,24 @@ def test_self_text_is_seeded_and_leaves_the_random_state(model: PreTrainedModel)
     assert self_text(model, make_tokenizer(), 2, 1, 0) == [[BOS]] * 2
 
 
+def test_no_sequence_depends_on_those_that_are_written_with_it(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = self_text(model, make_tokenizer(), 40, 12, 0)
+    assert self_text(model, make_tokenizer(), 15, 12, 0, start=25) == whole[25:]
+    monkeypatch.setattr("forgetless.data.texts.sampled_together", lambda *_: 7)
+    assert self_text(model, make_tokenizer(), 40, 12, 0) == whole
+
+
+def test_text_is_the_same_where_keys_and_values_have_no_room_of_their_own(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = self_text(model, make_tokenizer(), 8, 100, 0)
+    assert max(map(len, expected)) > 72
+    monkeypatch.setattr("forgetless.models.cache.can_be_joined", lambda _: False)
+    assert self_text(model, make_tokenizer(), 8, 100, 0) == expected
+
+
 def test_self_text_ends_with_the_end_of_text(model: PreTrainedModel) -> None:
     rows = self_text(model, make_tokenizer(), 200, 40, 0)
     assert any(row[-1] == EOS and len(row) < 40 for row in rows)
@@ -270,7 +288,7 @@ def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     b = write_rows(tmp_path / "b.json", {"text": "w3"})
     c = write_rows(tmp_path / "c.jsonl", {"text": "w4"})
     assert fingerprint(a) == fingerprint(b) != fingerprint(c)
-    assert fingerprint("self") == "self"
+    assert fingerprint("self") == SELF_DRAWN
     assert fingerprint("pocket:knowledge") != fingerprint("pocket:problems")
 
 

@@ -17,7 +17,7 @@ from forgetless.cli.commands.starts import collect_statistics, init
 from forgetless.core.errors import UserError
 from forgetless.data.language import MODALITY
 from forgetless.data.modality import training_batches
-from forgetless.data.settings import CalibrationSettings, DataSettings
+from forgetless.data.settings import SAMPLES, CalibrationSettings, DataSettings
 from forgetless.data.texts import batches
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.recipes.checking import check
@@ -26,6 +26,7 @@ from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.collection import collect
 from forgetless.statistics.gradients import Gradients, collect_gradients
 from forgetless.statistics.moments import Statistics
+from forgetless.statistics.own_text import settled_text
 from forgetless.studies import stages
 from forgetless.studies.inputs import Collecting
 from forgetless.studies.run import run
@@ -155,6 +156,36 @@ def test_an_interrupted_stage_goes_on_with_the_same_text(
     assert isinstance(found, Statistics)
     assert isinstance(whole, Statistics)
     assert same(found, whole)
+
+
+def test_of_its_own_text_a_base_writes_as_much_as_it_takes(
+    tiny_base: Path, tiny_files: Path, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"calibration.source": "self", "calibration.max_length": 16}
+    recipe = tiny(tiny_base, tiny_files, "lora_null_v1", **how, **{"calibration.samples": "auto"})
+    assert check(recipe) == []
+    model, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
+    found = Collecting.of(recipe).collect("second_moment", model, tokenizer, tmp_path / "kept")
+    assert isinstance(found, Statistics)
+    count = len(settled_text(model, tokenizer, "all-linear", recipe.calibration, recipe.seed))
+    stated = Collecting.of(recipe.override({"calibration.samples": count}))
+    expected = stated.collect("second_moment", model, tokenizer)
+    assert isinstance(expected, Statistics)
+    assert found.metadata["tokens"] == expected.metadata["tokens"]
+
+
+def test_where_the_count_is_automatic_only_text_of_the_base_has_another_key(
+    tiny_base: Path, tiny_files: Path
+) -> None:
+    def key(source: str, samples: object) -> Any:
+        changes = {"calibration.source": source, "calibration.samples": samples}
+        return input_keys(tiny(tiny_base, tiny_files, "sc_lora", **changes))
+
+    text = str(tiny_files / "old.txt")
+    assert key(text, "auto") == key(text, SAMPLES)
+    auto, stated = key("self", "auto"), key("self", SAMPLES)
+    assert auto["task_moment"] == stated["task_moment"]
+    assert auto["second_moment"] != stated["second_moment"]
 
 
 def test_after_a_failure_fewer_texts_at_a_time_may_be_tried(

@@ -27,7 +27,7 @@ def stats(
     base: Base,
     out: NewFolder,
     calibration: Calibration = "self",
-    samples: Samples = 256,
+    samples: Samples = "auto",
     max_length: MaxLength = 256,
     batch_size: BatchSize = 8,
     target_modules: Targets = "all-linear",
@@ -105,7 +105,7 @@ def init(
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the method.")
     ] = None,
-    samples: Samples = 256,
+    samples: Samples = "auto",
     max_length: MaxLength = 256,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",

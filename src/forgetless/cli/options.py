@@ -47,7 +47,10 @@ Calibration = Annotated[
     str | None,
     typer.Option(help="Text to keep: a file, 'self' (sampled from the base), pocket:knowledge."),
 ]
-Samples = Annotated[int, typer.Option(help="Texts of the calibration source to read.")]
+Samples = Annotated[
+    str,
+    typer.Option(help="Calibration texts to read; auto: of self as many as it takes, else 256."),
+]
 MaxLength = Annotated[int, typer.Option(help="Tokens of the longest calibration text.")]
 BatchSize = Annotated[int, typer.Option(help="Calibration texts at a time.")]
 Targets = Annotated[

@@ -73,7 +73,7 @@ def _pairs(option: str, assignments: Sequence[str] | None) -> Sequence[str]:
 
 
 def calibration_of(
-    source: str, samples: int, max_length: int, batch_size: int, **more: Any
+    source: str, samples: str, max_length: int, batch_size: int, **more: Any
 ) -> CalibrationSettings:
     """The text to keep, and how much of it is read."""
     from forgetless.core.settings import validated
@@ -81,7 +81,7 @@ def calibration_of(
 
     values = {
         "source": source,
-        "samples": samples,
+        "samples": int(samples) if samples.isdigit() else samples,
         "max_length": max_length,
         "batch_size": batch_size,
         **more,

@@ -12,7 +12,7 @@ from forgetless.data.chat import Chat, as_chat
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.forms import TEXTS
 from forgetless.data.modality import Batch, Modality
-from forgetless.data.texts import batches, self_text
+from forgetless.data.texts import batches, said, self_text
 from forgetless.data.tokens import preference_tokens, tokenize
 from forgetless.models.load import load_tokenizer
 from forgetless.models.text import vocabulary_of
@@ -55,8 +55,7 @@ def _own_texts(
     max_length: int,
     seed: int,
 ) -> list[str]:
-    said = self_text(model, tokenizer, samples, max_length, seed)
-    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+    return said(tokenizer, self_text(model, tokenizer, samples, max_length, seed))
 
 
 def _probe(model: PreTrainedModel) -> Batch:

@@ -18,17 +18,23 @@ VALIDATION = "validation"
 """The path of a task or a probe that stands for the share of the training data held out."""
 
 
+SAMPLES = 256
+"""Sequences of a calibration text that are read where no other number is given."""
+
+
 class CalibrationSettings(Section):
     """The text whose knowledge is to be kept; read only when the method needs its statistics.
 
     ``source`` is one text, or a list of ``{source, weight}``, whose weights are shares of the mean.
     ``data`` is the training data, ``auto`` is ``self``. What a method needs of the new task's text
     is always collected on the training data, with the other settings of this section; of these,
-    ``skip_first`` and ``memory_budget`` are those of `forgetless.collect`.
+    ``skip_first`` and ``memory_budget`` are those of `forgetless.collect`. ``samples`` is how many
+    sequences are read; ``auto`` is as many as it takes of what a base says itself, see
+    `forgetless.statistics.own_text`, and `SAMPLES` of every other text.
     """
 
     source: Any = "auto"
-    samples: Count = 256
+    samples: Any = "auto"
     max_length: Annotated[int, Field(ge=2)] = 256
     batch_size: Count = 8
     skip_first: Annotated[int, Field(ge=0)] = 0
@@ -47,6 +53,13 @@ class CalibrationSettings(Section):
             "number}"
         )
 
+    @field_validator("samples")
+    @classmethod
+    def _auto_or_number(cls, value: Any) -> str | int:
+        if value == "auto" or (type(value) is int and value >= 1):
+            return value  # type: ignore[no-any-return]
+        raise ValueError("must be 'auto' or a whole number of at least 1")
+
     @property
     def sources(self) -> list[tuple[str, float]]:
         """Every source with its weight; none of them is ``auto``."""
@@ -55,6 +68,11 @@ class CalibrationSettings(Section):
         if isinstance(self.source, str):
             return [(self.source, 1.0)]
         return [(part["source"], float(part["weight"])) for part in self.source]
+
+    @property
+    def count(self) -> int:
+        """Sequences that are read of a text that is there."""
+        return SAMPLES if self.samples == "auto" else int(self.samples)
 
 
 class AugmentSettings(Section):

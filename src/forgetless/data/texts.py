@@ -8,7 +8,8 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,10 +23,12 @@ from forgetless.data.forms import TEXTS
 from forgetless.data.sources import Source, read_rows
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SELF = "self"
+SELF_DRAWN = "self, every sequence by random numbers of its own"
+"""What is hashed in its place: another way of drawing gives other texts of the same seed."""
 OWN_SEED = 271_828
 """Of the texts that a base writes to be measured on: the same for all seeds of a study, and others
 than those that its statistics are collected on."""
@@ -50,6 +53,8 @@ POCKET_PICTURES = tuple(
 # What the keys and values of sequences sampled together may take; more at a time is faster.
 _CACHE_BYTES = 4 * 2**30
 _SAMPLED_TOGETHER = range(8, 257)
+# Tokens whose probabilities are summed first where one is drawn; about the root of a vocabulary.
+_BLOCK = 256
 # A window needs fewer characters than this a token in nearly every language that has spaces, and
 # in most others about one.
 _CHARACTERS_PER_TOKEN = 8
@@ -63,6 +68,10 @@ _ANSWERS = {
     "problem": ("solution",),
 }
 """What a prompt may be called -> what its answer is called beside it."""
+
+Before = Callable[[range, int, "Tensor"], None]
+"""Told the numbers of sequences, the position of the token of each that is read next, and which of
+them, (sequences,) of bool, have not ended."""
 
 T = TypeVar("T")
 
@@ -105,10 +114,6 @@ def batches(
             language model, or a tokenizer of another model.
     """
     # The fingerprint of a source needs no torch.
-    import torch
-
-    from forgetless.data.batches import Padding
-    from forgetless.data.modality import longest_first
     from forgetless.models.text import positions_of, require_known_tokens
 
     require_counts(samples=samples, max_length=max_length, batch_size=batch_size)
@@ -126,6 +131,16 @@ def batches(
         require_kind(examples, TEXTS)
         windows = _windows(examples, tokenizer, samples, max_length, draw)
         require_known_tokens(windows, model)
+    return padded(windows, batch_size)
+
+
+def padded(windows: Iterable[Sequence[int]], batch_size: int) -> list[dict[str, Tensor]]:
+    """Sequences of tokens as batches, see `batches`."""
+    import torch
+
+    from forgetless.data.batches import Padding
+    from forgetless.data.modality import longest_first
+
     rows = [
         {"input_ids": ids, "labels": ids, "lengths": [len(ids)]}
         for ids in map(torch.tensor, windows)
@@ -134,16 +149,21 @@ def batches(
     return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in joined]
 
 
+def said(tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Sequence[int]]) -> list[str]:
+    """Sequences of tokens as texts, without special tokens."""
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in sequences]
+
+
 def fingerprint(source: str) -> str:
     """SHA-256 of what a source holds: the same for the same content, wherever it lies.
 
-    "self" is its own fingerprint, since the base and the seed decide the rest.
+    Of "self" it says how it is drawn, since the base and the seed decide the rest.
 
     Raises:
         FileNotFoundError: there is no such file.
         UserError: an unknown source of the pocket world, or a broken or empty file.
     """
-    return SELF if source == SELF else read_examples(source).fingerprint
+    return SELF_DRAWN if source == SELF else read_examples(source).fingerprint
 
 
 def read_examples(source: str | Path, limit: int | None = None) -> Examples:
@@ -273,6 +293,8 @@ def self_text(
     samples: int,
     max_length: int,
     seed: int,
+    start: int = 0,
+    before: Before | None = None,
 ) -> list[list[int]]:
     """Sequences sampled from the base itself, at temperature 1 and from the whole vocabulary.
 
@@ -281,32 +303,52 @@ def self_text(
     or where the model has no more positions.
     Of a PeftModel the base speaks, adapters off. The global random state is left as it was.
 
+    Args:
+        model: a causal language model.
+        tokenizer: the model's.
+        samples: how many.
+        max_length: tokens of the longest.
+        seed: with its number it decides a sequence, up to the rounding of logits, which depends on
+            how many are written together.
+        start: the number of the first of them, so that more can be written later.
+        before: is called before each forward of sequences that are written together.
+
     Returns:
-        `samples` lists of token ids, the same for the same seed.
+        `samples` lists of token ids, the same for the same arguments.
 
     Raises:
         UserError: the model gives NaN or infinite probabilities.
     """
     import torch
 
+    from forgetless.models.cache import can_be_joined
     from forgetless.models.load import as_base
-    from forgetless.models.state import generators_kept
     from forgetless.models.text import positions_of
 
     max_length = min(max_length, positions_of(model) or max_length)
-    firsts = _first_tokens(model, tokenizer, samples, random.Random(seed))
+    firsts = _first_tokens(model, tokenizer, start + samples, random.Random(seed))
     together = sampled_together(model, max_length)
     sampled: list[list[int]] = []
     bar = Bar("the base writes", samples * max_length, "tokens")
     with as_base(model) as base, bar:
         device = next(base.parameters()).device
-        for start in range(0, samples, together):
-            begin = torch.tensor(firsts[start : start + together], device=device)[:, None]
-            if start == 0 and not base(input_ids=begin).logits.isfinite().all():
-                raise UserError("the base gives NaN or infinity instead of text; check its weights")
-            with generators_kept():
-                torch.manual_seed(seed * 1_000_003 + start)
-                sampled += _generate(base, begin, max_length, tokenizer.eos_token_id, bar)
+        read = base(input_ids=torch.tensor([firsts[start : start + 1]], device=device))
+        if not read.logits.isfinite().all():
+            raise UserError("the base gives NaN or infinity instead of text; check its weights")
+        cache = getattr(read, "past_key_values", None)
+        writer = _Writer(
+            base,
+            max_length,
+            tokenizer.eos_token_id,
+            seed,
+            bar,
+            cache if can_be_joined(cache) else None,
+            before or (lambda *_: None),
+        )
+        for first in range(start, start + samples, together):
+            rows = range(first, min(first + together, start + samples))
+            begin = torch.tensor(firsts[rows.start : rows.stop], device=device)[:, None]
+            sampled += writer.write(begin, rows)
     return sampled
 
 
@@ -328,48 +370,106 @@ def _first_tokens(
 
 
 def sampled_together(model: PreTrainedModel, max_length: int) -> int:
+    """How many sequences are sampled at a time, by the memory of their keys and values."""
     config = model.config.get_text_config()
     row_bytes: int = 2 * 4 * config.num_hidden_layers * config.hidden_size * max_length
     return max(_SAMPLED_TOGETHER[0], min(_CACHE_BYTES // row_bytes, _SAMPLED_TOGETHER[-1]))
 
 
-def _generate(
-    base: nn.Module, begin: Tensor, max_length: int, eos: int | None, bar: Bar
-) -> list[list[int]]:
-    """Continuations of `begin` (batch, 1), each cut after its first end-of-text token."""
-    import torch
-    from transformers import GenerationConfig
+@dataclass(frozen=True)
+class _Writer:
+    """Sampling from one base.
 
-    if max_length <= 1:
-        return [[token] for token in begin[:, 0].tolist()]
-    plain = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_length=max_length,
-        eos_token_id=eos,
-        pad_token_id=0 if eos is None else eos,
-    )
+    Attributes:
+        cache: of a sequence of the base, whose layers show what keys and values look like; None
+            where its cache is of another kind, which it then makes itself.
+    """
 
-    def counting(ids: Tensor, scores: Tensor) -> Tensor:
-        """Not one score is changed; the sequences have one token more."""
-        bar.advance(len(begin))
-        return scores
+    base: Any
+    max_length: int
+    eos: int | None
+    seed: int
+    bar: Bar
+    cache: Any
+    before: Before
 
-    model: Any = base
-    usual, model.generation_config = model.generation_config, plain  # its values fill in for unset
-    try:
-        ids = model.generate(
-            input_ids=begin,
-            attention_mask=torch.ones_like(begin),
-            generation_config=plain,
-            logits_processor=[counting],
+    def write(self, begin: Tensor, numbers: range) -> list[list[int]]:
+        """Continuations of `begin` (batch, 1), each cut after its first end-of-text token.
+
+        A sequence draws by random numbers of its own, so no other one changes what it says.
+        """
+        import numpy as np
+        import torch
+        from transformers import GenerationConfig
+
+        from forgetless.models.cache import with_room
+
+        if self.max_length <= 1:
+            return [[token] for token in begin[:, 0].tolist()]
+        drawn = [np.random.default_rng((self.seed, n)).random(self.max_length) for n in numbers]
+        levels = torch.tensor(np.array(drawn)).to(begin.device, torch.float64)
+
+        def choose(ids: Tensor, scores: Tensor) -> Tensor:
+            """Scores of which the drawn token's is the largest; one token more is counted."""
+            self.bar.advance(len(begin))
+            token = _drawn(scores, levels[:, ids.shape[1] - 1, None])
+            ends = torch.cat([ids[:, 1:], token], 1) == (-1 if self.eos is None else self.eos)
+            self.before(numbers, ids.shape[1], ~ends.any(1))
+            return torch.zeros_like(scores).scatter_(1, token, 1.0)
+
+        config = GenerationConfig(
+            do_sample=False,
+            max_length=self.max_length,
+            eos_token_id=self.eos,
+            pad_token_id=0 if self.eos is None else self.eos,
         )
-    finally:
-        model.generation_config = usual
-    bar.advance(len(begin) * (max_length - ids.shape[1] + 1))  # all may have ended before
-    return [_until(row, eos) for row in ids.tolist()]
+        room = {}
+        if self.cache is not None:
+            room["past_key_values"] = with_room(self.cache, len(begin), self.max_length)
+        self.before(numbers, 0, torch.ones_like(begin[:, 0], dtype=torch.bool))
+        usual, self.base.generation_config = self.base.generation_config, config
+        try:  # its own values would fill in for those unset
+            ids = self.base.generate(
+                input_ids=begin,
+                attention_mask=torch.ones_like(begin),
+                generation_config=config,
+                logits_processor=[choose],
+                **room,
+            )
+        finally:
+            self.base.generation_config = usual
+        self.bar.advance(len(begin) * (self.max_length - ids.shape[1] + 1))  # all may have ended
+        return [_until(row, self.eos) for row in ids.tolist()]
+
+
+def _drawn(logits: Tensor, level: Tensor) -> Tensor:
+    """The token at which the cumulated probabilities first exceed a level, one a row, (rows, 1).
+
+    Found among sums of blocks of tokens first and then within one block, since a cumulated sum over
+    a whole vocabulary takes longer than all else of a draw.
+
+    Args:
+        logits: (rows, tokens).
+        level: of each row in [0, 1), (rows, 1), float64.
+    """
+    from torch.nn import functional
+
+    weights = (logits - logits.amax(1, keepdim=True)).exp()
+    size = weights.shape[1]
+    blocks = functional.pad(weights, (0, -size % _BLOCK)).reshape(len(weights), -1, _BLOCK)
+    block, level = _first_above(blocks.sum(2), level)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
+    token, _ = _first_above(inside, level)
+    return (block * _BLOCK + token).clamp(max=size - 1)
+
+
+def _first_above(weights: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulated share of weights first exceeds a level, and the level within that one."""
+    reached = weights.double().cumsum(1)
+    goal = level * reached[:, -1:]
+    place = (reached <= goal).sum(1, keepdim=True).clamp(max=weights.shape[1] - 1)
+    own = weights.double().gather(1, place)
+    return place, (1 - (reached.gather(1, place) - goal) / own).clamp(0, 1 - 1e-12)
 
 
 def _until(ids: list[int], eos: int | None) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["can_be_joined", "joined"]
+__all__ = ["can_be_joined", "joined", "with_room"]
 
 # Tokens for which there is room; a power of two would put all rows on the same lines of a cache.
 _SPARE = 72
@@ -60,7 +60,7 @@ def _longer(old: Tensor, used: int, needed: int) -> Tensor:
 def can_be_joined(cache: Any) -> bool:
     """Whether a cache holds the keys and values of all tokens of all layers, and nothing else."""
     return type(cache) is DynamicCache and all(
-        type(layer) is DynamicLayer for layer in cache.layers
+        type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers
     )
 
 
@@ -83,3 +83,13 @@ def joined(caches: Sequence[DynamicCache]) -> DynamicCache:
             layer.keys = layer.values = None
         caches[0].layers[number] = _RoomyLayer(buffers, length)
     return caches[0]
+
+
+def with_room(cache: DynamicCache, rows: int, length: int) -> DynamicCache:
+    """An empty cache of the same layers, with room for so many rows of so many tokens."""
+    empty = DynamicCache()
+    for layer in cache.layers:
+        olds = (layer.keys, layer.values)
+        news = [old.new_empty(rows, old.shape[1], length, old.shape[3]) for old in olds]
+        empty.layers.append(_RoomyLayer(news, 0))
+    return empty

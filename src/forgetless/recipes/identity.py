@@ -14,7 +14,7 @@ from forgetless.core.plugins import code_hash, is_named
 from forgetless.core.settings import without_idle
 from forgetless.data.examples import load_examples, source_hash
 from forgetless.data.settings import DATA
-from forgetless.data.texts import fingerprint
+from forgetless.data.texts import SELF, fingerprint
 from forgetless.methods import find
 from forgetless.models.load import resolve_base
 from forgetless.models.trust import is_trusted
@@ -93,6 +93,7 @@ def input_keys(recipe: Recipe, *more: str) -> dict[str, dict[str, Any]]:
     settings = recipe.calibration.model_dump(exclude={"memory_budget"})
     # How many texts run together decides nothing; ids have always held the default.
     settings["batch_size"] = type(recipe.calibration).model_fields["batch_size"].default
+    settings["samples"] = recipe.calibration.count
     common = {
         **base_key(recipe),
         "target_modules": _adapter_key(recipe.adapter).get("target_modules"),
@@ -113,8 +114,11 @@ def input_keys(recipe: Recipe, *more: str) -> dict[str, dict[str, Any]]:
         for source, weight in recipe.calibration.sources
     ]
     task = {**common, "source": data_as_text}
+    kept = {**common, "source": texts[0][0] if len(texts) == 1 else texts}
+    if any(source == SELF for source, _ in recipe.calibration.sources):
+        kept["samples"] = recipe.calibration.samples
     found = {
-        "second_moment": {**common, "source": texts[0][0] if len(texts) == 1 else texts},
+        "second_moment": kept,
         "task_moment": task,
         "gradient": {**task, "gradient": True},
     }

@@ -37,6 +37,7 @@ from forgetless.models.load import checkpoint_activations, find_targets, target_
 from forgetless.models.quantised import Format, bytes_as_loaded, packed_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
+from forgetless.statistics.own_text import spread
 from forgetless.statistics.passes import matrix_bytes, parse_budget
 from forgetless.training.optimizers import OPTIMIZERS
 from forgetless.training.settings import TrainingSettings
@@ -286,22 +287,27 @@ def _statistics(model: Any, recipe: Recipe, matrices: int) -> int:
     shape = torch.Size((settings.batch_size, settings.max_length))
     whole, _ = _most_alive(_Forward(model), shape)
     inner, _ = _most_alive(_Forward(model.base_model), shape)
-    sampling = 0
+    sampling = probed = 0
     keeps = "second_moment" in find(recipe.adapter.method).needs
     kept = [source for source, _ in settings.sources] if keeps else []
     kept += [recipe.text_to_keep] if recipe.repair is not None else []
     if SELF in kept:
         # Keys and values of the texts that are sampled together, for every layer and token.
         config = model.config.get_text_config()
-        tokens = settings.max_length * min(
-            settings.samples, sampled_together(model, settings.max_length)
-        )
+        together = sampled_together(model, settings.max_length)
+        if settings.samples != "auto":
+            together = min(settings.samples, together)
+        else:  # the matrices by which enough is told are those of two halves
+            names = list(spread(target_layers(model, recipe.adapter.target_modules)))
+            few = recipe.adapter.model_copy(update={"target_modules": names})
+            probed = 2 * sum(statistics_matrices(model, few, "second_moment"))
+        tokens = settings.max_length * together
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None)
         width = width or config.hidden_size // config.num_attention_heads
         size = next(model.parameters()).element_size()
         sampling = 2 * size * config.num_hidden_layers * heads * width * tokens
-    return int(weights) + max(whole, inner + matrices, sampling)
+    return int(weights) + max(whole, inner + matrices, max(inner, sampling) + probed)
 
 
 class _Forward(nn.Module):

@@ -146,7 +146,7 @@ class Collector:
         for name in list(self.sums):
             total = self.sums.pop(name)
             if self.tokens[name] > 0:
-                _mirror_lower_triangle(total)
+                mirror_lower_triangle(total)
                 yield name, total.div_(self.tokens[name]).cpu()
 
     def _sum(self, name: str, device: torch.device | str) -> Tensor:
@@ -208,7 +208,7 @@ class Collector:
             rows = rows.cpu()
         total = self.sums[name] = self._sum(name, rows.device).to(rows.device)
         for start in range(0, len(rows), _CHUNK_ROWS):
-            _add_lower_triangle(total, rows[start : start + _CHUNK_ROWS].double())
+            add_lower_triangle(total, rows[start : start + _CHUNK_ROWS].double())
         self.tokens[name] += len(rows)
 
     def _check_finite(self, number: int) -> None:
@@ -272,7 +272,7 @@ def _outermost_block(base: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _add_lower_triangle(total: Tensor, rows: Tensor) -> None:
+def add_lower_triangle(total: Tensor, rows: Tensor) -> None:
     """Add rows^T rows to the lower triangle, and to the rest of each diagonal panel."""
     size, panel = total.shape[0], _panel(total)
     for start in range(0, size, panel):
@@ -280,7 +280,7 @@ def _add_lower_triangle(total: Tensor, rows: Tensor) -> None:
         total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
 
 
-def _mirror_lower_triangle(total: Tensor) -> None:
+def mirror_lower_triangle(total: Tensor) -> None:
     """Make the matrix symmetric, in place."""
     size, panel = total.shape[0], _panel(total)
     for start in range(0, size, panel):

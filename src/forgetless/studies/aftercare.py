@@ -34,11 +34,12 @@ from forgetless.core.progress import counted
 from forgetless.data.held import HeldOut, hold_out, write_texts
 from forgetless.data.modality import Processor, modality_of
 from forgetless.data.settings import CalibrationSettings, DataSettings
-from forgetless.data.texts import SELF
+from forgetless.data.texts import SELF, said
 from forgetless.models.heads import heads_of
 from forgetless.models.load import load_tuned
 from forgetless.scores.gates import Limit
 from forgetless.statistics.moments import Statistics, is_statistics
+from forgetless.statistics.own_text import settled_text
 from forgetless.studies.inputs import Collecting
 from forgetless.tasks import Task, TaskResult, make_task
 from forgetless.tasks.evaluation import Scores, evaluate
@@ -493,6 +494,10 @@ class Reading:
         own_texts = modality_of(self.base).own_texts
         if own_texts is None:
             raise UserError(f"this base says nothing by itself, so {SELF!r} is nothing to keep")
+        if settings.samples == "auto":
+            how = self.target_modules, settings, self.seed
+            settled = settled_text(self.base, self.processor, *how)
+            return write_texts(said(self.processor, settled), folder)
         asked = settings.samples, settings.max_length, self.seed
         return write_texts(own_texts(self.base, self.processor, *asked), folder)
 

@@ -40,7 +40,7 @@ from forgetless.core.hashing import first_damaged
 from forgetless.core.settings import without_idle
 from forgetless.data.examples import source_hash
 from forgetless.data.settings import DATA
-from forgetless.data.texts import fingerprint
+from forgetless.data.texts import SELF, fingerprint
 from forgetless.recipes.identity import base_key, weights_hash
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.cache import digest
@@ -259,6 +259,8 @@ class Beside:
     def _text_key(self, source: str, kind: str) -> dict[str, Any]:
         recipe = self.recipe
         how = recipe.calibration.model_dump(exclude={"source", "memory_budget", "batch_size"})
+        if source != SELF:
+            how["samples"] = recipe.calibration.count
         task = recipe.data.model_dump(include={"format", "max_length", "limit"})
         return {
             "kind": kind,

@@ -137,7 +137,8 @@ def _settings(run: RunFolder, recipe: Recipe, trained: Mapping[str, Any]) -> dic
     if method is not None and "second_moment" in method.needs:
         called = {"self": "sampled from the base itself", "data": "the training data"}
         read = [called.get(name) or file_name(name) for name, _ in text.sources]
-        kept = f"{' and '.join(read)}; {text.samples} texts of at most {text.max_length} tokens"
+        count = "as many as it took" if text.samples == "auto" else text.samples
+        kept = f"{' and '.join(read)}; {count} texts of at most {text.max_length} tokens"
     elif method is not None and method.needs:
         kept = "none: this start reads the training data alone"
     steps = trained.get("steps", training.steps or "")

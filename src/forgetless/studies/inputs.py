@@ -23,11 +23,12 @@ from forgetless.core.tensors import read_tensors, write_tensors
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import Batch, Processor, modality_of, training_batches
 from forgetless.data.settings import DATA, CalibrationSettings, DataSettings
-from forgetless.data.texts import SELF, fingerprint
+from forgetless.data.texts import SELF, fingerprint, padded
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.collection import collect
 from forgetless.statistics.gradients import Gradients, collect_gradients
 from forgetless.statistics.moments import Statistics
+from forgetless.statistics.own_text import settled_text
 
 ARGUMENT = {"second_moment": "stats", "task_moment": "task_stats", "gradient": "gradients"}
 """Need -> the argument of `attach` that answers it."""
@@ -137,7 +138,7 @@ class Collecting:
         with the same text only.
         """
         settings = self.calibration
-        counts: dict[str, Any] = {"samples": settings.samples, "batch_size": settings.batch_size}
+        counts: dict[str, Any] = {"samples": settings.count, "batch_size": settings.batch_size}
         if source == DATA:
             data, has_new = self._training_data(), self.adapter.has_new_head
             return training_batches(
@@ -152,6 +153,10 @@ class Collecting:
         length = settings.max_length
 
         def made() -> Batches:
+            if source == SELF and settings.samples == "auto":
+                targets = self.adapter.target_modules
+                said = settled_text(model, processor, targets, settings, self.seed)
+                return padded(said, settings.batch_size)
             made_by = modality_of(model).batches
             return made_by(source, model, processor, max_length=length, seed=self.seed, **counts)
 

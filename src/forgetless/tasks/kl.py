@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from forgetless.core.errors import UserError
 from forgetless.data.encoding import encode
-from forgetless.data.texts import OWN_SEED, SELF, self_text
+from forgetless.data.texts import OWN_SEED, SELF, SELF_DRAWN, self_text
 from forgetless.data.tokens import tokenize
 from forgetless.tasks.base import TaskResult, whole_number
 from forgetless.tasks.texts import LARGEST_LOSS, Piece, TextTask, added, items_of, per_token
@@ -85,7 +85,7 @@ class KL(TextTask):
     def content(self) -> Sequence[object]:
         """The texts and where they are cut; of the base's own texts, how many."""
         if self.path == SELF:
-            return SELF, self.limit or OWN_TEXTS, self.max_length
+            return SELF_DRAWN, self.limit or OWN_TEXTS, self.max_length
         return self.examples.fingerprint, self.max_length, *self.said("auto")
 
     def measure(

@@ -418,23 +418,25 @@ def _repair(base: Base, method: str, wishes: Wishes) -> list[Advice]:
     """The repair after the training, and how much text it looks at."""
     if wishes.goal == "learn" or method in ("full", "lora_null_v2"):
         return []
-    widest = max(weight_shape(layer)[1] for layer in target_layers(base.model).values())
-    samples = max(LEAST_SAMPLES, math.ceil(TOKENS_A_DIRECTION * widest / SAMPLE_TOKENS))
     reason = (
         "after the training, what the text to keep uses is taken out of the update: on "
         "SmolLM2-135M that took off three quarters of the drift for 0.7 % of what was learned"
     )
     text = "your text" if wishes.keep else "what the base writes itself, which did nearly as well"
-    words = (
-        f"so many texts of {SAMPLE_TOKENS} tokens are {TOKENS_A_DIRECTION} times the widest input"
-    )
     most = "the strongest that gives up no more than this share of what was learned is taken"
-    return [
+    advice = [
         Advice("repair.strength", [0.3, 1.0], reason, AFTERCARE),
         Advice("repair.max_drop", 0.02, most, RULE),
         Advice("repair.keep", wishes.keep or SELF, text, AFTERCARE),
-        Advice("calibration.samples", samples, words, RULE),
     ]
+    if wishes.keep is None:  # the base writes as much as it takes
+        return advice
+    widest = max(weight_shape(layer)[1] for layer in target_layers(base.model).values())
+    samples = max(LEAST_SAMPLES, math.ceil(TOKENS_A_DIRECTION * widest / SAMPLE_TOKENS))
+    words = (
+        f"so many texts of {SAMPLE_TOKENS} tokens are {TOKENS_A_DIRECTION} times the widest input"
+    )
+    return [*advice, Advice("calibration.samples", samples, words, RULE)]
 
 
 REPLAYED = 0.1

@@ -1,0 +1,74 @@
+"""A base writes as much of its own text as its statistics need, and no more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from forgetless.core.linalg import eigen_tail
+from forgetless.data.settings import CalibrationSettings
+from forgetless.data.texts import padded, self_text
+from forgetless.models.load import load_model, load_tokenizer, target_layers
+from forgetless.statistics import own_text
+from forgetless.statistics.collection import collect
+from forgetless.statistics.collector import mirror_lower_triangle
+from forgetless.statistics.own_text import LEAK, settled_text
+
+ASKED = CalibrationSettings(max_length=32)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return load_model("pocket")
+
+
+def leak(model: PreTrainedModel, texts: list[list[int]], fresh: list[list[int]]) -> float:
+    """Mean over layers of ‖X N‖, of each over the root of its energy."""
+    found: list[float] = []
+    targets = ["down_proj", "o_proj"]
+    chosen, held = (collect(model, padded(rows, 32), targets) for rows in (texts, fresh))
+    for name in chosen:
+        N = eigen_tail(chosen[name].second_moment, own_text.RANK).vectors
+        C = held[name].second_moment
+        found.append(float((N * (C @ N)).sum() / C.trace()) ** 0.5)
+    return sum(found) / len(found)
+
+
+def test_four_times_the_text_would_leak_hardly_less(model: PreTrainedModel) -> None:
+    tokenizer = load_tokenizer("pocket")
+    texts = settled_text(model, tokenizer, ["down_proj", "o_proj"], ASKED)
+    assert own_text.FIRST < len(texts) < own_text.MOST
+    more = self_text(model, tokenizer, 4 * len(texts), 32, 0)
+    fresh = self_text(model, tokenizer, 1024, 32, 1)
+    few, enough, whole = (leak(model, rows, fresh) for rows in (texts[:32], texts, more))
+    assert enough <= LEAK * whole
+    assert few > 1.2 * LEAK * whole  # which one round would not have been
+
+
+def test_the_text_is_the_beginning_of_what_the_base_says(model: PreTrainedModel) -> None:
+    tokenizer = load_tokenizer("pocket")
+    texts = settled_text(model, tokenizer, ["down_proj"], ASKED, 3)
+    assert texts == settled_text(model, tokenizer, ["down_proj"], ASKED, 3)
+    alone = self_text(model, tokenizer, len(texts), 32, 3)
+    assert sum(a == b for a, b in zip(texts, alone, strict=True)) >= 0.95 * len(texts)
+
+
+def test_what_is_summed_while_the_base_writes_is_what_it_reads_of_the_whole(
+    model: PreTrainedModel,
+) -> None:
+    layers = own_text.spread(target_layers(model, "all-linear"), most=2)
+    halves = own_text._Halves.of(model, layers, 1)
+    said: list[list[int]] = []
+    for count in (30, 7):
+        with halves.listening():
+            args = count, 40, 0, len(said)
+            said += self_text(model, load_tokenizer("pocket"), *args, before=halves.before)
+    assert len({len(row) for row in said}) > 3
+    for half in (0, 1):
+        found = collect(model, padded([row[:-1] for row in said[half::2]], 8), skip_first=1)
+        for name in halves.layers:
+            total = halves.sums[half, name] / halves.tokens[half, name]
+            mirror_lower_triangle(total)
+            assert halves.tokens[half, name] == found[name].tokens
+            assert torch.allclose(total, found[name].second_moment, rtol=1e-3, atol=1e-5)
