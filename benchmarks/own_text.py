@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="16,32,64")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--times", type=int, default=4)
-    parser.add_argument("--fresh", type=int, default=32)
+    parser.add_argument("--fresh", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print the row as JSON")
     options = parser.parse_args()
