@@ -326,6 +326,17 @@ def test_broken_models_are_refused_in_one_line(tmp_path: Path, llama_folder: Pat
         load_model(str(llama_folder), dtype="float23")
 
 
+@pytest.mark.parametrize("stored", [7, "LlamaForCausalLM", [7], {"a": 1}])
+def test_architectures_that_are_no_names_are_one_clear_line(
+    stored: object, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": stored}))
+    with pytest.raises(UserError, match="architectures must be a list of names, got"):
+        load_model(str(folder))
+
+
 def test_missing_weights_are_not_made_up(tmp_path: Path, llama_folder: Path) -> None:
     config = json.loads((llama_folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))

@@ -498,6 +498,9 @@ def _read_config(folder: Path) -> StartConfig:
         pickled = (folder / "adapter_model.bin").is_file()
         hint = "; its adapter_model.bin is a pickle, so save it with safetensors" if pickled else ""
         raise UserError(f"{folder} is no complete adapter: it has no {WEIGHTS_FILE}{hint}")
+    kind, said = values.pop("peft_type", None), folder / CONFIG_FILE
+    if kind not in (ANCHORED_TYPE, "LORA"):
+        raise UserError(f"{said} is of an adapter of type {kind!r}; only LoRA can be loaded")
     with reading(folder / WEIGHTS_FILE), safe_open(folder / WEIGHTS_FILE, "pt") as weights:
         known = (weights.metadata() or {}).get(_OTHERS)
     if known not in (None, _checksum_of_others(folder)):
@@ -506,9 +509,6 @@ def _read_config(folder: Path) -> StartConfig:
             "written: it was edited, or it is damaged or gone",
             stacklevel=3,
         )
-    kind, said = values.pop("peft_type", None), folder / CONFIG_FILE
-    if kind not in (ANCHORED_TYPE, "LORA"):
-        raise UserError(f"{said} is of an adapter of type {kind!r}; only LoRA can be loaded")
     if kind == "LORA" and (folder / START_FILE).is_file():
         # An anchored one says it in its config; a file that says so here is another adapter's.
         said = folder / START_FILE

@@ -318,6 +318,11 @@ def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
             raise _needs_trust(base) from None
         raise UserError(f"cannot read the config of base {base!r}: {first_line(problem)}") from None
     stored = getattr(config, "architectures", None) or []
+    if not (isinstance(stored, list) and all(isinstance(name, str) for name in stored)):
+        raise UserError(
+            f"cannot read the config of base {base!r}: architectures must be a list of names, got "
+            f"{stored!r}"
+        )
     for head in HEADS:
         if config.model_type in head.classes and (not stored or head.names.intersection(stored)):
             return config, head

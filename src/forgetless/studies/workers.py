@@ -73,14 +73,15 @@ class Workers:
         """Let all take part until there is nothing left to do.
 
         Args:
-            take_part: what one does with the folder, given ``storage``, ``threads``, ``processes``,
-                ``listen`` and what more there is.
+            take_part: what one does with the folder, given ``storage``, ``threads``, ``processes``
+                where they are several, ``listen`` and what more there is.
             folder: of the study or the search.
             most: workers for which there is something to do.
             listen: called with the events of all.
             more: likewise, where it is not None.
         """
-        more = {"threads": self.threads, "processes": self.processes, **more}
+        several = {"processes": self.processes} if self.processes > 1 else {}
+        more = {"threads": self.threads, **several, **more}
         if self.on == "ray":
             from forgetless.studies.on_ray import work_on_ray  # Ray is optional
 
