@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +30,7 @@ from forgetless.statistics.own_text import settled_text
 from forgetless.studies import stages
 from forgetless.studies.inputs import Collecting
 from forgetless.studies.run import run
+from tests import images, sentences
 from tests.tiny import recipe_of
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -49,6 +50,16 @@ def same(a: Statistics, b: Statistics) -> bool:
 
 
 # ---- which text ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", ["auto", 8])
+@pytest.mark.parametrize("save", [images.save_classifier, sentences.save_classifier])
+def test_a_base_that_says_nothing_is_asked_for_no_text(
+    save: Callable[[Path], Path], samples: str | int, tmp_path: Path
+) -> None:
+    base, settings = save(tmp_path / "base"), CalibrationSettings(samples=samples)
+    with pytest.raises(UserError, match="says nothing by itself; give a"):
+        collect_statistics(str(base), settings)
 
 
 def test_the_text_to_keep_is_the_bases_own_unless_it_is_named() -> None:

@@ -153,12 +153,13 @@ class Collecting:
         length = settings.max_length
 
         def made() -> Batches:
-            if source == SELF and settings.samples == "auto":
+            modality = modality_of(model)
+            if source == SELF and settings.samples == "auto" and modality.own_texts is not None:
                 targets = self.adapter.target_modules
                 said = settled_text(model, processor, targets, settings, self.seed)
                 return padded(said, settings.batch_size)
-            made_by = modality_of(model).batches
-            return made_by(source, model, processor, max_length=length, seed=self.seed, **counts)
+            how = {"max_length": length, "seed": self.seed, **counts}
+            return modality.batches(source, model, processor, **how)
 
         if folder is None:
             return made()
