@@ -26,7 +26,7 @@ from forgetless.core.files import (
 )
 from forgetless.scores.files import read_score, write_score
 from forgetless.tasks.base import Item, Task, TaskResult
-from forgetless.tasks.journal import resuming
+from forgetless.tasks.journal import resuming, sharing
 
 if TYPE_CHECKING:
     from forgetless.core.processes import Processes
@@ -86,8 +86,8 @@ class ScoreCache:
             task: to score on.
             model: as for `paths`.
             measure: evaluates the task.
-            processes: those that measure together, inside of `sharing`, and all ask for the score;
-                None for this one alone.
+            processes: those that measure together, all of which ask for the score; None for this
+                one alone.
         """
         score, items = self.paths(task, *model)
         partial = score.with_suffix(".partial.jsonl")
@@ -106,7 +106,7 @@ class ScoreCache:
         with lock(score.with_suffix(".lock")) if is_first else nullcontext():
             content, lines = known() if processes is None else processes.first(known)
             if not content:
-                with resuming(partial, score.stem):
+                with sharing(processes), resuming(partial, score.stem):
                     found = measure()
                 content, lines = keep() if processes is None else processes.first(keep)
             if is_first:

@@ -69,9 +69,9 @@ def work_on_ray(
         raise UserError(f"no Ray cluster at {address}: {problem}") from None
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        kind, each = (
-            ("GPU", processes) if any("GPU" in n for n in nodes) else ("CPU", processes * threads)
-        )
+        kind, each = "CPU", processes * threads
+        if any("GPU" in node for node in nodes):
+            kind, each = "GPU", processes
         room = sum(int(node.get(kind, 0)) // each for node in nodes)
         if not room and processes > 1:
             raise UserError(

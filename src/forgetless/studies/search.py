@@ -28,7 +28,7 @@ from forgetless.core.metrics import (
     hypervolume,
     pareto_front,
 )
-from forgetless.recipes.checking import Checker, load_recipe
+from forgetless.recipes.checking import load_recipe
 from forgetless.recipes.identity import run_id
 from forgetless.recipes.recipe import Recipe
 from forgetless.recipes.search import SearchRecipe
@@ -154,7 +154,7 @@ class _Doing:
     ) -> None:
         self.definition, self.folder, self.team = definition, folder, team
         self.listen, self.beat = listen, Beat()
-        self._checker = Checker()
+        self._checker = team.checker()
         names = definition.name, f"{definition.name}, further seeds"
         values: dict[str, Direction] = {"learned": "maximize", "forgotten": "minimize"}
         self.trials, self.further = open_trials(
@@ -209,7 +209,6 @@ class _Doing:
         recipe = load_recipe(self.definition.recipe, changes, self._checker)
         if problems := self._checker.check(recipe):
             raise RecipeError(changes["name"], problems)
-        self.team.require_fitting([recipe])
         run = RunFolder(self.folder / run_id(recipe))
         # Whoever seemed dead and is not, or does the same settings, is waited for.
         with lock(run.lock):

@@ -429,8 +429,7 @@ class Stages:
         base = base_words(self.recipe, self.new_classes)
         for task, kind in missing:
             ask = partial(self._ask_base, task)
-            with sharing(self.processes):
-                cache.result(task, *base, measure=ask, processes=self.processes)
+            cache.result(task, *base, measure=ask, processes=self.processes)
             self._copy(task, kind, cache.paths(task, *base), "base")
         return _counted(missing, "task") if missing else None
 

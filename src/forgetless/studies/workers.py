@@ -54,6 +54,11 @@ class Workers:
                 f"has {torch.cuda.device_count()}"
             )
 
+    def checker(self) -> Checker:
+        """Checks recipes for the processes of a run."""
+        several = self.processes > 1
+        return Checker(Launch(self.processes, strategy="DDP") if several else None)
+
     def require_fitting(self, recipes: Iterable[Recipe]) -> None:
         """Raise what of some checked recipes the processes of a run cannot do together.
 
@@ -62,7 +67,7 @@ class Workers:
         """
         if self.processes == 1:
             return
-        checker = Checker(Launch(self.processes, strategy="DDP"))
+        checker = self.checker()
         for recipe in recipes:
             if problems := checker.check(recipe):
                 raise RecipeError(recipe.name or "recipe", problems)

@@ -80,9 +80,12 @@ _processes: ContextVar[Processes | None] = ContextVar("processes", default=None)
 
 
 @contextmanager
-def sharing(processes: Processes) -> Iterator[None]:
-    """Let these processes, all of which ask the same of equal models, do every batch once."""
-    token = _processes.set(processes if processes.count > 1 else None)
+def sharing(processes: Processes | None) -> Iterator[None]:
+    """Let these processes, all of which ask the same of equal models, do every batch once.
+
+    None is for this one alone.
+    """
+    token = _processes.set(processes if processes and processes.count > 1 else None)
     try:
         yield
     finally:
@@ -148,9 +151,12 @@ def in_batches(
             found[place] = value
         shown.advance(len(values))
 
-    left = [number for number, name in enumerate(names) if name not in done]
-    for number in sorted({*range(len(batches))} - {*left}):
-        take(number, done[names[number]])
+    left = []
+    for number, name in enumerate(names):
+        if name in done:
+            take(number, done[name])
+        else:
+            left.append(number)
     computed = _computed([batches[number] for number in left], compute, divisible)
     for number, values in zip(left, computed, strict=True):
         if journal is not None:
