@@ -236,9 +236,11 @@ def test_what_is_just_being_written_is_no_leftover(tmp_path: Path) -> None:
 # ---- two writers, and a reader beside them -------------------------------------------------------
 
 
-def _replace(path: Path, writer: str, times: int) -> None:
+def _replace(
+    path: Path, writer: str, times: int, keep: Callable[[str], bool] = lambda name: False
+) -> None:
     for number in range(times):
-        with new_folder(path) as folder:
+        with new_folder(path, keep) as folder:
             for name in ("a", "b"):
                 (folder / name).write_text(f"{writer} {number}")
         write_json(path.with_name("file.json"), {"by": writer, "long": "x" * 20_000})
@@ -259,6 +261,29 @@ def test_two_writers_of_one_name_leave_one_whole_folder(
         assert len(contents) == 1
         assert sorted(file.name for file in (tmp_path / name).iterdir()) == ["a", "b"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "made", "un-made"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_what_two_writers_keep_is_taken_over_whole(
+    tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    made = tmp_path / "made"
+    (made / "images").mkdir(parents=True)
+    for name in map(str, range(20)):
+        (made / name).write_text(name)
+        (made / "images" / name).write_text(name)
+    with ThreadPoolExecutor() as pool:
+        arguments = [(made, writer, 25, lambda name: name not in "ab") for writer in "xyz"]
+        for done in [pool.submit(_replace, *each) for each in arguments]:
+            done.result()
+    kept = {file.name: file.read_text() for file in made.iterdir() if file.name.isdigit()}
+    assert (made / "a").read_text() == (made / "b").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "made"]
+    if exchanges:  # else a writer may come between two renames, when nothing bears the name
+        assert kept == {name: name for name in map(str, range(20))}
+        assert len(list((made / "images").iterdir())) == 20
 
 
 def test_a_reader_beside_two_writing_processes_always_finds_something_whole(

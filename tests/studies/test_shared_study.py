@@ -65,16 +65,25 @@ def begin(*arguments: Any) -> BaseProcess:
 def disturbed(
     kind: str, definition: dict[str, Any], out: Path, server: postgres.Server | None, seed: str
 ) -> None:
-    """Four calls at once: one is killed, one stopped beyond its heartbeat, the server restarted."""
+    """Four calls at once: one is killed, one stopped beyond its heartbeat, the server restarted.
+
+    Each when so many of the twelve runs are trained: none of the calls can have ended by then.
+    """
     draw = random.Random(seed)
     url = server.new_database() if server else None
     calls = [begin(kind, definition, out, url) for _ in range(4)]
+    killed, stopped, *others = calls
     while not list(out.glob("*/*/run.json")):
         time.sleep(0.02)
-    killed, stopped, *others = calls
-    time.sleep(draw.uniform(0, 2))
+
+    def wait_for(trained: int) -> None:
+        while len(list(out.glob("*/*/trained"))) < trained:
+            assert all(call.is_alive() for call in (stopped, *others))
+            time.sleep(0.02)
+
+    wait_for(draw.randint(0, 3))
     killed.kill()
-    time.sleep(draw.uniform(0, 1))
+    wait_for(draw.randint(3, 6))
     os.kill(stopped.pid or 0, signal.SIGSTOP)
     time.sleep(draw.uniform(0, 1))
     if server:

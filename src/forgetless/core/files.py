@@ -85,9 +85,8 @@ def new_folder(
     temporary.mkdir()
     try:
         yield temporary
-        for entry in sorted(path.iterdir()) if path.is_dir() else ():
-            if keep(entry.name) and not (temporary / entry.name).exists():
-                _link(entry, temporary / entry.name)
+        while not _take_over(path, temporary, keep):
+            pass
         for file in [*sorted(temporary.rglob("*")), temporary]:
             flush(file)
         _put(temporary, path, old)
@@ -141,6 +140,26 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _take_over(old: Path, new: Path, keep: Callable[[str], bool]) -> bool:
+    """Link what is kept of an old folder into the new one; False if it was replaced meanwhile."""
+    try:
+        before = old.stat()
+        names = [name for name in sorted(os.listdir(old)) if keep(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    taken = [new / name for name in names if not (new / name).exists()]
+    try:
+        for target in taken:
+            _link(old / target.name, target)
+    except (FileNotFoundError, shutil.Error):
+        if old.exists() and os.path.samestat(before, old.stat()):
+            raise
+        for target in taken:
+            remove(target)
+        return False
+    return True
 
 
 def _link(old: Path, new: Path) -> None:
