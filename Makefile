@@ -7,6 +7,8 @@ READY  := $(VENV)/.ready
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Where this is set, each process that a test starts compiles the whole package anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-quantised check docs fuzz kill damage audit format bench clean
 

@@ -41,6 +41,14 @@ def shared_data(shared_folder: Path) -> Path:
     return shared_folder / "data"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_flushing() -> Iterator[None]:
+    """Bringing files to the disk guards against power cuts, and costs tests more than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def seeded() -> int:
     """A fixed global seed for tests that draw random tensors."""

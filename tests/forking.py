@@ -40,7 +40,7 @@ def serve(address: str) -> dict[str, Any]:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    os.fsync = lambda fd: None  # as in `tests.tiny_fixtures`
+    os.fsync = lambda fd: None  # as in tests/conftest.py
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     connected = [listener]
     while True:
@@ -94,9 +94,14 @@ def become(asked: dict[str, Any]) -> None:
     os.chdir(asked["folder"])
     is_deaf = asked["is_deaf"]
     signal.signal(signal.SIGINT, signal.SIG_IGN if is_deaf else signal.default_int_handler)
-    while words[0] == "-W":
-        warnings.simplefilter(words[1])  # type: ignore[arg-type]
-        words = words[2:]
+    sys.executable = asked["python"]  # what it starts begins so too
+    while words[0] in ("-W", "-u"):
+        if words[0] == "-u":
+            sys.stdout.reconfigure(write_through=True)
+            words = words[1:]
+        else:
+            warnings.simplefilter(words[1])  # type: ignore[arg-type]
+            words = words[2:]
     kind, what, *rest = words
     own = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
     sys.path[:] = [os.getcwd() if kind == "-m" else "", *own, *PATH]

@@ -24,8 +24,8 @@ PROGRAM = """#!{python} -IS
 import json, os, signal, socket, sys
 
 words = sys.argv[1:]
-while words[:1] == ["-W"]:
-    words = words[2:]
+while words[:1] in (["-W"], ["-u"]):
+    words = words[2 if words[0] == "-W" else 1 :]
 if words[:1] not in (["-c"], ["-m"]):  # what changes the interpreter itself
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
@@ -35,6 +35,7 @@ is_deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 for number in (signal.SIGTERM, signal.SIGINT)[: 1 if is_deaf else 2]:
     signal.signal(number, lambda number, frame: server.sendall(bytes([number])))
 asked = dict(words=sys.argv[1:], folder=os.getcwd(), environment=dict(os.environ), is_deaf=is_deaf)
+asked["python"] = {program!r}
 server.sendall(json.dumps(asked).encode() + b"\\n")
 for number in range(3):
     os.close(number)
@@ -65,7 +66,10 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             start(address)
             server.connect(f"\0{address}")
             known.write_text(address)
-            program.write_text(PROGRAM.format(python=sys.executable, address=f"\0{address}"))
+            text = PROGRAM.format(
+                python=sys.executable, address=f"\0{address}", program=str(program)
+            )
+            program.write_text(text)
             program.chmod(0o755)
     yield str(program)
     server.close()

@@ -15,14 +15,7 @@ import pytest
 from tests.killing import FORKSERVER, PRELOAD
 from tests.tiny import recipe_of, save_base, save_files
 
-
-@pytest.fixture(autouse=True, scope="session")
-def _no_flushing() -> Iterator[None]:
-    """Bringing files to the disk guards against power cuts, and costs tests more than all else."""
-    FORKSERVER.set_forkserver_preload(["tests.quick_fork", *PRELOAD])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        yield
+FORKSERVER.set_forkserver_preload(["tests.quick_fork", *PRELOAD])
 
 
 @pytest.fixture(autouse=True, scope="session")

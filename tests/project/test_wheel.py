@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+pytest_plugins = ["tests.quick_python"]
 
 ROOT = Path(__file__).parents[2]
 CODE = """
@@ -40,12 +43,13 @@ def test_every_file_of_the_package_is_in_it(wheel: Path) -> None:
     assert built == known
 
 
-def test_it_runs_without_the_repository(wheel: Path, tmp_path: Path) -> None:
+def test_it_runs_without_the_repository(wheel: Path, tmp_path: Path, python: str) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     code = CODE.format(wheel=str(tmp_path / "installed"))
+    around = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
+        [python, "-c", code], cwd=tmp_path, env=around, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "lora_null_v2" in done.stdout
