@@ -120,7 +120,7 @@ def take_part(folder: Path, url: str | None, seconds: float, expected: int, said
             early["memory"] = memory()
 
     how: dict[str, Any] = {"storage": url, "threads": 1, "listen": lambda event: None}
-    with patch.object(studies, "execute", sleep):
+    with patch.object(studies, "execute_run", sleep):
         studies.take_part(folder, **how)
     said.put(
         {

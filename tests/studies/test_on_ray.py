@@ -17,13 +17,15 @@ from typer.testing import CliRunner
 from forgetless.cli.app import app
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
+from forgetless.studies import study as studies
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.stages import Event
 from forgetless.studies.study import Study, study
+from tests import postgres
 from tests.killing import results
 from tests.tiny import recipe_of
 
-pytest_plugins = ["tests.tiny_fixtures"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.postgres"]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,47 @@ def test_the_runs_of_a_node_that_is_lost_are_resumed_on_another(
     assert (resumed.pop(run_id) or 0) >= step - 10
     assert set(resumed.values()) == {None}
     assert {event.run_id for event in events if event.stage == "done"} == {run_id, *resumed}
+
+
+def test_a_cluster_without_a_shared_disk_resumes_from_a_store(
+    cluster: Any,
+    whole: tuple[dict[str, Any], Study],
+    server: postgres.Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def on_its_own_disk(folder: Path, runs: list[RunFolder], **how: Any) -> None:
+        import ray
+
+        from forgetless.studies import study as studies
+        from forgetless.studies.trials import Beat
+
+        pytest.MonkeyPatch().setattr(studies, "Beat", lambda: Beat(interval=1, grace=3, poll=0.1))
+        own = folder.parent / ray.get_runtime_context().get_node_id() / folder.name
+        studies.take_part(own, runs=[RunFolder(own / run.path.name) for run in runs], **how)
+
+    cluster.add_node(num_cpus=1)
+    lost: dict[str, int] = {}
+
+    def lose_a_node(event: Event) -> None:
+        holders = list(tmp_path.glob(f"*/s/{event.run_id}/.lock.holder"))
+        if event.step >= 20 and not lost and holders:
+            process = read_json(holders[0])["process"]
+            cluster.remove_node(node_of(process, cluster), allow_graceful=False)
+            lost[event.run_id] = event.step
+
+    definition, undisturbed = whole
+    monkeypatch.setattr(studies, "take_part", on_its_own_disk)
+    places: dict[str, Any] = {
+        "storage": server.new_database(),
+        "share": f"file://{tmp_path / 'store'}",
+    }
+    done = study(definition, tmp_path, **on(cluster), **places, listen=lose_a_node)
+    assert results(done.folder) == results(undisturbed.folder)
+    ((run_id, step),) = lost.items()
+    resumed = {run.run_id: run.record["training"].get("resumed_from") for run in done.runs}
+    assert (resumed.pop(run_id) or 0) >= step - 20
+    assert set(resumed.values()) == {None}
 
 
 def on(cluster: Any) -> dict[str, Any]:

@@ -146,6 +146,23 @@ def test_a_database_that_is_restarted_is_waited_for(
     require_each_once(url, tmp_path, tmp_path, 12)
 
 
+def test_the_heartbeats_of_a_trial_outlast_a_restart_of_the_database(
+    server: postgres.Server, tmp_path: Path
+) -> None:
+    trials = opened(server.new_database(), tmp_path)
+
+    def outlast(trial: Any) -> tuple[float, float]:
+        server.stop()
+        time.sleep(2 * BEAT.interval)
+        server.start()
+        time.sleep(BEAT.grace + BEAT.interval)
+        stale: list[int] = trials._storage._get_stale_trial_ids(trials._study_id)
+        return float(len(stale)), 0.0
+
+    work(trials, outlast, tmp_path, BEAT, budget=1)
+    assert trials.get_trials()[0].values == [0.0, 0.0]
+
+
 def test_killed_at_any_moment_a_search_ends_with_all_of_its_trials(tmp_path: Path) -> None:
     kills = 0
     while True:

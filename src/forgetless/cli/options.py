@@ -17,6 +17,12 @@ Workers = Annotated[
     int | None, typer.Option(min=1, help="Runs at a time; one, or all that a cluster has room for.")
 ]
 On = Annotated[Literal["ray"] | None, typer.Option("--on", help="Do the runs on a Ray cluster.")]
+Share = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Folder in an object store, for machines without a shared one."
+    ),
+]
 Address = Annotated[
     str | None, typer.Option(envvar="RAY_ADDRESS", help="Of the cluster; that of this machine.")
 ]

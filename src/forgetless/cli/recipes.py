@@ -20,6 +20,7 @@ from forgetless.cli.options import (
     Processes,
     RecipeFile,
     Set,
+    Share,
     Storage,
     StudyName,
     Threads,
@@ -46,7 +47,7 @@ def demo(
     """Fine-tune the pocket model seven ways and show what each learned and forgot."""
     from forgetless.cli.demo import definition, images_definition
 
-    how = _how(None, workers, threads, 1, None, None)
+    how = _how(None, workers, threads, 1, None, None, None)
     _do_study(images_definition() if images else definition(), out, how)
 
 
@@ -152,6 +153,7 @@ def study(
     processes: Processes = 1,
     on: On = None,
     address: Address = None,
+    share: Share = None,
     check: Check = False,
     page: Annotated[bool, typer.Option("--report/--no-report", help="Write the page.")] = True,
 ) -> None:
@@ -163,7 +165,9 @@ def study(
     if check:
         print(f"{path}: no problems; {len(definition.recipes())} runs")
         return
-    _do_study(definition, out, _how(storage, workers, threads, processes, on, address), page=page)
+    _do_study(
+        definition, out, _how(storage, workers, threads, processes, on, address, share), page=page
+    )
 
 
 def _how(
@@ -173,10 +177,11 @@ def _how(
     processes: int,
     on: Literal["ray"] | None,
     address: str | None,
+    share: str | None,
 ) -> dict[str, Any]:
     """The arguments of a study, a sequence or a search that say who does the runs."""
     who = {"workers": workers, "threads": threads, "processes": processes}
-    return {"storage": storage, **who, "on": on, "address": address}
+    return {"storage": storage, **who, "on": on, "address": address, "share": share}
 
 
 def _watch_runs(how: Mapping[str, Any]) -> AbstractContextManager[Listener]:
@@ -216,6 +221,7 @@ def sequence(
     processes: Processes = 1,
     on: On = None,
     address: Address = None,
+    share: Share = None,
     check: Check = False,
     page: Annotated[bool, typer.Option("--report/--no-report", help="Write the page.")] = True,
 ) -> None:
@@ -230,7 +236,7 @@ def sequence(
         return
     from forgetless.studies.sequence import sequence as do
 
-    how = _how(storage, workers, threads, processes, on, address)
+    how = _how(storage, workers, threads, processes, on, address, share)
     with _watch_runs(how) as listen:
         done = do(definition, out, **how, listen=listen)
     tables.print_sequences(done.folder, page=page)
@@ -247,6 +253,7 @@ def search(
     processes: Processes = 1,
     on: On = None,
     address: Address = None,
+    share: Share = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Instead of the file's.")] = None,
     hours: Hours = None,
     check: Check = False,
@@ -263,7 +270,7 @@ def search(
         return
     from forgetless.studies.search import search as do
 
-    how = _how(storage, workers, threads, processes, on, address)
+    how = _how(storage, workers, threads, processes, on, address, share)
     with _watch_runs(how) as listen:
         done = do(definition, out, **how, trials=trials, hours=hours, listen=listen)
     tables.print_search(done, page=page)
@@ -292,6 +299,7 @@ def worker(
     storage: Storage = None,
     threads: Threads = None,
     processes: Processes = 1,
+    share: Share = None,
     until: Annotated[float | None, typer.Option()] = None,
 ) -> None:
     """Do runs of a study, or trials of a search, that another process started; or one run."""
@@ -302,7 +310,12 @@ def worker(
     from forgetless.training.devices import join
 
     hush()
-    how: dict[str, Any] = {"storage": storage, "threads": threads, "processes": processes}
+    how: dict[str, Any] = {
+        "storage": storage,
+        "threads": threads,
+        "processes": processes,
+        "share": share,
+    }
     run = RunFolder(folder)
     if run.recipe.exists():
         own: dict[str, Any] = {"threads": threads, "processes": join()}

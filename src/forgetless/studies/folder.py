@@ -3,7 +3,8 @@
 <out>/<study>/study.yaml  runs.json            the definition, and its runs in order; sequences
                                                have a sequence.yaml, searches a search.yaml
 <out>/<study>/trials.journal  workers/         who does which run, see `forgetless.studies.trials`;
-                                               trials.id in its place where a database has it
+                                               trials.id in its place where a database has it;
+                                               runs may lie in an object store, see `share`, too
 <out>/<study>/shared/                          base scores and statistics, used by every run
 <out>/<study>/<run id>/                        one run, see `RunFolder`
 <out>/<study>/report/                          the page, results.csv, results.parquet, figures

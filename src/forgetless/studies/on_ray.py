@@ -38,8 +38,8 @@ def work_on_ray(
 ) -> None:
     """Let workers on a cluster take part until one of them finds nothing left to do.
 
-    All nodes have this package, and see the folder under the same path. Ctrl-C ends the workers
-    after their step, which they save.
+    All nodes have this package, and see the folder under the same path or share the runs in an
+    object store. Ctrl-C ends the workers after their step, which they save.
 
     Args:
         take_part: what a worker does, given ``listen``.

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from collections.abc import Sequence as Listed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +36,7 @@ from forgetless.recipes.search import SearchRecipe
 from forgetless.studies.folder import RunFolder, curve, results, write_csv, write_tables
 from forgetless.studies.run import prepare
 from forgetless.studies.sequence import mean_over
+from forgetless.studies.share import Share
 from forgetless.studies.stages import Listener
 from forgetless.studies.study import Study
 from forgetless.studies.trials import REASON, Beat, Direction, open_trials, origin, pending, work
@@ -74,6 +76,7 @@ def search(
     processes: int = 1,
     on: Literal["ray"] | None = None,
     address: str | None = None,
+    share: str | None = None,
     trials: int | None = None,
     hours: float | None = None,
     listen: Listener | None = None,
@@ -95,6 +98,7 @@ def search(
         processes: likewise.
         on: likewise.
         address: likewise.
+        share: likewise.
         trials: instead of the definition's.
         hours: likewise.
         listen: called with the `Event`s of all runs.
@@ -106,7 +110,7 @@ def search(
         RecipeError: what is wrong with the definition, before anything is run.
         UserError: the storage cannot be used.
     """
-    team = Workers(storage, workers, threads, processes, on, address)
+    team = Workers(storage, workers, threads, processes, on, address, share)
     if not isinstance(definition, SearchRecipe):
         read = SearchRecipe.parse if isinstance(definition, Mapping) else SearchRecipe.load
         definition = read(definition)  # type: ignore[arg-type]
@@ -133,12 +137,13 @@ def take_part(
     storage: str | None,
     threads: int | None,
     processes: int = 1,
+    share: str | None = None,
     until: float | None,
     listen: Listener,
 ) -> None:
     """Do trials of the search in a folder until it ends: what a worker does."""
     definition = SearchRecipe.load(folder / "search.yaml")
-    team = Workers(storage, None, threads, processes, None, None)
+    team = Workers(storage, None, threads, processes, None, None, share)
     _Doing(definition, folder, team, listen).work(until)
 
 
@@ -155,6 +160,7 @@ class _Doing:
         self.definition, self.folder, self.team = definition, folder, team
         self.listen, self.beat = listen, Beat()
         self._checker = team.checker()
+        self._store = Share(team.share, folder.name) if team.share else None
         names = definition.name, f"{definition.name}, further seeds"
         values: dict[str, Direction] = {"learned": "maximize", "forgotten": "minimize"}
         self.trials, self.further = open_trials(
@@ -211,17 +217,20 @@ class _Doing:
             raise RecipeError(changes["name"], problems)
         run = RunFolder(self.folder / run_id(recipe))
         # Whoever seemed dead and is not, or does the same settings, is waited for.
-        with lock(run.lock):
+        with lock(run.lock), self._uploaded(run) as listen:
             is_known = run.recipe.exists() and Recipe.load(run.recipe) == recipe
             if not (is_known and run.read().get("status") == "done"):
                 prepare(run, recipe)
                 team = self.team
-                execute_run(run, threads=team.threads, processes=team.processes, listen=self.listen)
+                execute_run(run, threads=team.threads, processes=team.processes, listen=listen)
             tasks = self.definition.tasks(recipe)
             scores = {kind: _score(run, recipe, task) for kind, task in tasks.items()}
         trial.set_user_attr("run", run.path.name)
         trial.set_user_attr("scores", scores)
         return -_worse(scores["learning"]), _worse(scores["forgetting"])
+
+    def _uploaded(self, run: RunFolder) -> AbstractContextManager[Listener]:
+        return self._store.during(run, self.listen) if self._store else nullcontext(self.listen)
 
     # ------------------------------------------------------------------------ what came of it
 
@@ -250,6 +259,8 @@ class _Doing:
         runs = dict.fromkeys(
             trial.user_attrs["run"] for t in (self.trials, self.further) for trial in _finished(t)
         )
+        if self._store:
+            self._store.fetch_all(RunFolder(self.folder / run) for run in runs)
         entries = [{"run_id": run} for run in runs if (self.folder / run).is_dir()]
         write_json(self.folder / "runs.json", {"runs": entries}, checked=True)
         write_tables(self.folder, results(self.folder), curve(self.folder))

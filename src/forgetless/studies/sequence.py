@@ -83,6 +83,7 @@ def sequence(
     processes: int = 1,
     on: Literal["ray"] | None = None,
     address: str | None = None,
+    share: str | None = None,
     listen: Listener | None = None,
 ) -> Sequence:
     """Do every run of some sequences that is not done yet, and write their matrices.
@@ -101,6 +102,7 @@ def sequence(
         processes: likewise.
         on: likewise.
         address: likewise.
+        share: likewise.
         listen: likewise.
 
     Returns:
@@ -109,7 +111,7 @@ def sequence(
     Raises:
         RecipeError: what is wrong with the definition, before anything is run.
     """
-    team = Workers(storage, workers, threads, processes, on, address)
+    team = Workers(storage, workers, threads, processes, on, address, share)
     if not isinstance(definition, SequenceRecipe):
         read = SequenceRecipe.parse if isinstance(definition, Mapping) else SequenceRecipe.load
         definition = read(definition)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -33,9 +34,11 @@ from forgetless.studies.folder import (
     write_tables,
 )
 from forgetless.studies.run import Run, prepare
+from forgetless.studies.share import Share
 from forgetless.studies.stages import Event, Listener
 from forgetless.studies.trials import (
     DEATHS,
+    FEW,
     MOST_RETRIES,
     Beat,
     open_trials,
@@ -83,6 +86,7 @@ def study(
     processes: int = 1,
     on: Literal["ray"] | None = None,
     address: str | None = None,
+    share: str | None = None,
     listen: Listener | None = None,
 ) -> Study:
     """Do every run of a study that is not done yet, and write its results.csv.
@@ -100,9 +104,11 @@ def study(
             enough; None for this very process, or for as many as a cluster has room for.
         threads: torch threads of a process; None for one on a small model.
         processes: that do a run together, each on a GPU of its own, see docs/devices.md.
-        on: "ray" for workers on the nodes of a Ray cluster, which see the folder.
+        on: "ray" for workers on the nodes of a Ray cluster, which see the folder or have a `share`.
         address: of the cluster, as of ``ray.init``; None for the one that this machine belongs to,
             and without one for this machine alone.
+        share: URL of a folder in an object store, such as s3://bucket/folder, for machines that do
+            not see one folder: runs are uploaded at each checkpoint, and go on from there anywhere.
         listen: called with the `Event`s of all runs.
 
     Returns:
@@ -112,7 +118,7 @@ def study(
         RecipeError: what is wrong with the definition, before anything is run.
         UserError: the storage or the cluster cannot be used.
     """
-    team = Workers(storage, workers, threads, processes, on, address)
+    team = Workers(storage, workers, threads, processes, on, address, share)
     if not isinstance(definition, StudyRecipe):
         read = StudyRecipe.parse if isinstance(definition, Mapping) else StudyRecipe.load
         definition = read(definition)  # type: ignore[arg-type]
@@ -143,9 +149,12 @@ def do_runs(
     """
     listen = listen or (lambda event: None)
     team.require_fitting(recipes.values())
-    _lay_out(folder, recipes, definition, index or {}, listen)
+    share = Share(team.share, folder.name) if team.share else None
+    _lay_out(folder, recipes, definition, index or {}, share, listen)
     runs = [RunFolder(folder / run_id) for run_id in recipes]
     team.work(partial(take_part, runs=runs), folder, len(runs), listen)
+    if share:
+        share.fetch_all(runs)
     write_tables(folder, results(folder), curve(folder))
 
 
@@ -154,6 +163,7 @@ def _lay_out(
     recipes: Mapping[str, Recipe],
     definition: Mapping[str, Any],
     index: Mapping[str, Any],
+    share: Share | None,
     listen: Listener,
 ) -> None:
     """Write the definition, and request every run that nobody is doing."""
@@ -164,20 +174,33 @@ def _lay_out(
         for name, content in definition.items():
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             write_text(folder / name, text)
-        write_json(folder / "runs.json", {"runs": entries, **index}, checked=True)
+        _write_runs(folder, entries, **index)
     for run_id, recipe in recipes.items():
         run = RunFolder(folder / run_id)
         with lock(run.lock, wait=False) as free:
             if not free:
                 continue
             try:
-                prepare(run, recipe, requested=True)
+                _request(run, recipe, share)
             except UserError as damage:  # of its run.json; the other runs are done
                 listen(Event(run_id, recipe.name or "", "failed", str(damage)))
 
 
+def _write_runs(folder: Path, entries: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    write_json(folder / "runs.json", {"runs": entries, **more}, checked=True)
+
+
+def _request(run: RunFolder, recipe: Recipe, share: Share | None) -> None:
+    """Ask for a run, also of others who find it in a store; for the holder of its lock."""
+    if share is not None:
+        share.fetch(run)
+    prepare(run, recipe, requested=True)
+    if share is not None and share.record(run).get("status") != "running":
+        share.put(run)
+
+
 _RUN = "run"
-_AHEAD = 16
+_AHEAD = 8
 """Runs that are asked for at a time, since a worker reads all that wait before each run."""
 
 
@@ -187,6 +210,7 @@ def take_part(
     storage: str | None,
     threads: int | None,
     processes: int = 1,
+    share: str | None = None,
     listen: Listener,
     runs: Sequence[RunFolder] | None = None,
 ) -> None:
@@ -197,18 +221,32 @@ def take_part(
         storage: as of `study`.
         threads: likewise.
         processes: likewise.
+        share: likewise.
         listen: likewise.
         runs: of the definition; None for those that the folder says it has.
     """
+    from optuna.trial import TrialState, create_trial
+
     runs = planned(folder) if runs is None else runs
-    beat, name = Beat(), _name(folder, runs, in_database=bool(storage))
+    beat, name = Beat(), _name(folder, runs, share, in_database=bool(storage))
+    store = Share(share, folder.name) if share else None
+    if not planned(folder):  # a node of a cluster; whether runs are several decides how they start
+        _write_runs(folder, [{"run_id": run.path.name} for run in runs])
     (trials,) = open_trials(storage, folder, [name], {"seconds": "minimize"}, {}, beat)
     over: set[RunFolder] = set()
 
+    def record(run: RunFolder) -> Mapping[str, Any]:
+        found = run.read()
+        return (store.record(run) or found) if store and not _is_over(found) else found
+
     def is_over(run: RunFolder) -> bool:
-        if run not in over and _is_over(run):
+        if run not in over and _is_over(record(run)):
             over.add(run)
         return run in over
+
+    def can_begin(run: RunFolder) -> bool:
+        after = record(run).get("after")
+        return after is None or is_over(RunFolder(folder / after))
 
     def ask() -> bool:
         """Ask for runs that can be begun and that nobody has asked for; whether any is asked for.
@@ -217,37 +255,42 @@ def take_part(
         """
         with lock(folder / ".trials.lock", wait=False) as is_first:
             if not is_first:  # what somebody else is asking for can be begun meanwhile
-                time.sleep(0.1)
+                time.sleep(0.02)
                 return True
             known = pending(trials)
-            if any(trial.state.name == "WAITING" for trial in known):
+            if sum(trial.state == TrialState.WAITING for trial in known) >= FEW:
                 return True
             asked = {trial.user_attrs.get(_RUN) for trial in known}
             left = (run for run in runs if run.path.name not in asked and not is_over(run))
-            free = (run for run in left if run.before is None or is_over(run.before))
+            free = filter(can_begin, left)
             # Those that somebody does, for another definition or by itself, come last.
             chosen = sorted(islice(free, _AHEAD), key=lambda run: is_locked(run.lock))
             for run in chosen:
-                trials.enqueue_trial({}, user_attrs={_RUN: run.path.name})
+                asked_for = create_trial(state=TrialState.WAITING, user_attrs={_RUN: run.path.name})
+                trials.add_trial(asked_for)
         return bool(chosen)
 
     def do(trial: Trial) -> float:
         """Do the run of a trial, or find it done; the seconds that it took."""
         began, run = time.perf_counter(), RunFolder(folder / trial.user_attrs[_RUN])
-        _do(run, trial.user_attrs.get(DEATHS, 0), threads, processes, listen)
+        deaths = trial.user_attrs.get(DEATHS, 0)
+        with lock(run.lock), store.during(run, listen) if store else nullcontext(listen) as told:
+            _do(run, deaths, threads, processes, told)
         return time.perf_counter() - began
 
     work(trials, do, folder, beat, ask=ask)
 
 
-def _name(folder: Path, runs: Sequence[RunFolder], *, in_database: bool) -> str:
+def _name(folder: Path, runs: Sequence[RunFolder], share: str | None, *, in_database: bool) -> str:
     """What the trials of these runs are called in a storage.
 
     Definitions have trials of their own, so that what one leaves out is not done; in a database,
     which has those of many folders, so have folders, wherever a machine finds them.
     """
     ids = [run.path.name for run in runs]
-    if in_database:
+    if share:
+        ids.append(share)
+    elif in_database:
         with lock(folder / ".lock"):  # under which `_lay_out` removes what was left of this file
             file = folder / "trials.id"
             if not file.exists():
@@ -259,23 +302,22 @@ def _name(folder: Path, runs: Sequence[RunFolder], *, in_database: bool) -> str:
 def _do(run: RunFolder, deaths: int, threads: int | None, processes: int, listen: Listener) -> None:
     """Take a run through its stages unless it is over; what goes wrong is in its run.json.
 
-    Whoever holds it is waited for: who seemed dead and is not, or has it from another definition.
+    For the holder of its lock, who has waited for whoever seemed dead and is not, or has the run
+    from another definition.
     """
-    with lock(run.lock):
-        if _is_over(run):
-            return
-        try:
-            if deaths >= MOST_RETRIES and not run.read().get("requested"):
-                raise UserError(f"its process died {deaths} times; perhaps it ran out of memory")
-            execute_run(run, threads=threads, processes=processes, listen=listen)
-        except Exception as error:
-            if not _is_over(run):
-                reason = f"{type(error).__name__}: {error}"
-                run.update(status="failed", reason=reason, requested=False)
-                listen(Event(run.path.name, run.read().get("name") or "", "failed", reason))
-            raise
+    if _is_over(run.read()):
+        return
+    try:
+        if deaths >= MOST_RETRIES and not run.read().get("requested"):
+            raise UserError(f"its process died {deaths} times; perhaps it ran out of memory")
+        execute_run(run, threads=threads, processes=processes, listen=listen)
+    except Exception as error:
+        if not _is_over(run.read()):
+            reason = f"{type(error).__name__}: {error}"
+            run.update(status="failed", reason=reason, requested=False)
+            listen(Event(run.path.name, run.read().get("name") or "", "failed", reason))
+        raise
 
 
-def _is_over(run: RunFolder) -> bool:
-    record = run.read()
+def _is_over(record: Mapping[str, Any]) -> bool:
     return record.get("status") in ("done", "failed") and not record.get("requested")

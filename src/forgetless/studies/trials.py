@@ -2,21 +2,18 @@
 
 Of studies, sequences and searches alike. Which trials there are, who does one and what came of it
 lies in a storage of Optuna: a journal file, or a database by its URL. Drawing settings, taking
-turns and heartbeats are Optuna's. What is added: a worker shows by a lock file that it lives, since
-a journal has no heartbeats; a trial whose worker died is asked for again at whatever moment that
-was; and a budget is met to the trial, by however many workers.
+turns and heartbeats are Optuna's. What is added: who does a trial holds a lock file meanwhile,
+since a journal has no heartbeats; a trial whose worker died is asked for again at whatever moment
+that was; and a budget is met to the trial, by however many workers.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import random
 import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock
 
 from forgetless.core.errors import UserError
-from forgetless.core.files import is_locked, lock
+from forgetless.core.files import folder_name, is_locked, lock
 
 if TYPE_CHECKING:
     from optuna import Study as Trials
@@ -46,7 +43,10 @@ MOST_RETRIES = 10
 DEATHS = "deaths"
 """The attribute of a trial that says how often a process died or was stopped in doing it."""
 
-_WORKER, _DEFINITION = "worker", "definition"
+_DEFINITION = "definition"
+FEW = 4
+"""Trials that wait to be begun; with less, further ones are asked for."""
+
 _ATTEMPTS = 8
 _PATIENCE_SECONDS = 600
 
@@ -74,7 +74,7 @@ def open_storage(url: str | None, journal: Path, beat: Beat) -> BaseStorage:
         UserError: what is missing, or what is wrong with the URL.
     """
     import optuna  # takes a second, which commands without trials need not wait
-    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # a run that fails is told of by itself
@@ -90,16 +90,12 @@ def open_storage(url: str | None, journal: Path, beat: Beat) -> BaseStorage:
         )
     from sqlalchemy.exc import ArgumentError
 
+    from forgetless.studies.database import Database
+
     if url.startswith(("postgresql://", "postgres://")):  # the driver that the extra has
         url = f"postgresql+psycopg://{url.partition('://')[2]}"
     try:
-        return RDBStorage(
-            url,
-            engine_kwargs={"pool_pre_ping": True},  # the database may have been restarted
-            heartbeat_interval=beat.interval,
-            grace_period=beat.grace,
-            heartbeat_stale_trial_callback=_repeat,
-        )
+        return Database(url, beat.interval, beat.grace, _repeat)
     except (ImportError, ArgumentError) as problem:
         raise UserError(
             f"the storage {_shown(url)} cannot be used: {problem}; PostgreSQL needs psycopg: "
@@ -111,9 +107,7 @@ def _repeat(trials: Trials, trial: FrozenTrial) -> None:
     """Ask for a trial again, with the same settings; that of a worker which died."""
     from optuna.storages import RetryHeartbeatStaleTrialCallback
 
-    # Until its next worker says who it is, it must not seem to be that of the one which died.
-    kept = {k: v for k, v in trial.user_attrs.items() if k != _WORKER}
-    trial.user_attrs = {**kept, DEATHS: 1 + kept.get(DEATHS, 0)}
+    trial.user_attrs = {**trial.user_attrs, DEATHS: 1 + trial.user_attrs.get(DEATHS, 0)}
     RetryHeartbeatStaleTrialCallback(max_retry=MOST_RETRIES)(trials, trial)
 
 
@@ -219,17 +213,23 @@ def work(
         budget: how many trials there are to be beside those that are asked for; None for any
             number.
         until: begin none after this time, in seconds as `time.time` has it.
-        ask: called when none waits to be begun; asks for further ones, and gives whether there are
-            any.
+        ask: called when fewer than `FEW` wait to be begun; asks for further ones, and gives whether
+            there are any.
     """
     from optuna import TrialPruned
     from optuna.trial import TrialState
 
+    signs = ExitStack()
+
     def one(trial: Trial) -> float | tuple[float, ...]:
-        is_asked_for = bool(trial.user_attrs.keys() - {DEATHS})  # no sampler draws attributes
-        trial.set_user_attr(_WORKER, worker)
+        # No sampler draws attributes, so what has some was asked for.
+        is_asked_for = bool(trial.user_attrs.keys() - {DEATHS})
         if not (is_asked_for or budget is None) and _is_surplus(trials, trial.number, budget):
+            trials.stop()
             raise TrialPruned  # several workers began the last one
+        sign = _sign(folder, trials, trial.number)
+        signs.push(lambda kind, *_: None if kind else sign.unlink(missing_ok=True))
+        signs.enter_context(lock(sign))
         try:
             return objective(trial)
         except Exception as error:
@@ -239,25 +239,30 @@ def work(
 
     def step() -> bool:
         every = trials.get_trials(deepcopy=False)
-        states = {trial.state for trial in every}
+        states = [trial.state for trial in every]
+        waiting, running = states.count(TrialState.WAITING), states.count(TrialState.RUNNING)
+        is_late = until is not None and time.time() > until
         more = budget is None or (budget > 0 and len(_counted(every)) < budget)
-        if (more or TrialState.WAITING in states) and not (until and time.time() > until):
-            trials.optimize(one, n_trials=1, catch=(Exception,))
-        elif not ask():
-            to_come = _ask_again(trials, folder, worker, beat)
-            if TrialState.RUNNING not in states and not to_come:
+        asked = waiting < FEW and not (more or is_late) and ask()
+        if (more or waiting) and not is_late:
+            # Where many wait, each worker takes some of them before it looks at all again.
+            share = 1 if until else max(1, waiting // (2 * running + 2))
+            with signs:  # until the storage was told
+                trials.optimize(one, n_trials=share, catch=(Exception,))
+        elif not asked:
+            to_come = _ask_again(trials, folder, beat)
+            if not (running or to_come):
                 return False
             time.sleep(beat.poll)
         return True
 
-    with _living(folder) as worker:
-        try:
-            while patiently(step, beat):
-                pass
-        except KeyboardInterrupt:
-            with suppress(Exception):  # what is not asked for now is found by others later
-                _ask_again(trials, folder, worker, replace(beat, poll=0.0))
-            raise
+    try:
+        while patiently(step, beat):
+            pass
+    except KeyboardInterrupt:
+        with suppress(Exception):  # what is not asked for now is found by others later
+            _ask_again(trials, folder, replace(beat, poll=0.0))
+        raise
 
 
 def patiently(act: Callable[[], bool], beat: Beat) -> bool:
@@ -325,17 +330,7 @@ def _is_surplus(trials: Trials, number: int, budget: int) -> bool:
     return sum(counted < origin(own) for counted in _counted(every)) >= budget
 
 
-@contextmanager
-def _living(folder: Path) -> Iterator[str]:
-    """The name of this worker, whose lock file is held as long as it lives."""
-    name = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    path = folder / "workers" / name
-    with lock(path):
-        yield name
-    path.unlink(missing_ok=True)
-
-
-def _ask_again(trials: Trials, folder: Path, me: str, beat: Beat) -> bool:
+def _ask_again(trials: Trials, folder: Path, beat: Beat) -> bool:
     """Ask for the trials of dead workers again; whether some that they failed are still to come."""
     from optuna.storages import fail_stale_trials
     from optuna.trial import TrialState
@@ -343,7 +338,7 @@ def _ask_again(trials: Trials, folder: Path, me: str, beat: Beat) -> bool:
     fail_stale_trials(trials)  # those without heartbeats, in a database
     every = trials.get_trials(deepcopy=False)
     for trial in every:
-        if trial.state == TrialState.RUNNING and _is_dead(trial, folder, me, beat):
+        if trial.state == TrialState.RUNNING and _is_dead(trials, trial, folder, beat):
             with suppress(ValueError, RuntimeError):  # somebody else was first, or it has ended
                 trials.tell(trial.number, state=TrialState.FAIL)
                 _repeat(trials, trials.get_trials()[trial.number])
@@ -352,32 +347,30 @@ def _ask_again(trials: Trials, folder: Path, me: str, beat: Beat) -> bool:
     # Whoever failed them was stopped before it could ask for them again, or is just doing it.
     with lock(folder / ".trials.lock"):
         for trial in _lost(trials.get_trials()):
-            if not trial.datetime_complete or _age(trial.datetime_complete) > 10 * beat.poll:
+            if _age(trial.datetime_complete) > 10 * beat.poll:
                 _repeat(trials, trial)
     return True
 
 
-def _is_dead(trial: FrozenTrial, folder: Path, me: str, beat: Beat) -> bool:
-    """Whether nobody is doing a trial that is said to be running."""
-    worker = trial.user_attrs.get(_WORKER)
-    if worker is None:  # it was begun, and nobody said a word since
-        is_alone = (folder / JOURNAL).exists() and not _others(folder, me)
-        return is_alone or trial.datetime_start is None or _age(trial.datetime_start) > beat.grace
-    path = folder / "workers" / worker
-    if worker == me or not path.exists():  # we are between two trials; that of another machine
-        return bool(worker == me)
-    return not is_locked(path)
+def _sign(folder: Path, trials: Trials, number: int) -> Path:
+    """The lock file that is held by who does a trial."""
+    return folder / "workers" / f"{folder_name(trials.study_name)}-{number}"
 
 
-def _others(folder: Path, me: str) -> bool:
-    """Whether another worker lives; who shares the folder's journal has a lock file in it."""
-    workers = [path for path in (folder / "workers").iterdir() if path.suffix != ".holder"]
-    return any(is_locked(path) for path in workers if path.name != me)
+def _is_dead(trials: Trials, trial: FrozenTrial, folder: Path, beat: Beat) -> bool:
+    """Whether nobody is doing a trial that is said to be running, as far as this disk can tell."""
+    from optuna.storages import JournalStorage
+
+    sign = _sign(folder, trials, trial.number)
+    if sign.exists():
+        return not is_locked(sign)
+    is_elsewhere = not isinstance(trials._storage, JournalStorage)  # or its heartbeats are awaited
+    return not is_elsewhere and _age(trial.datetime_start) > 10 * beat.poll
 
 
-def _age(moment: datetime) -> float:
+def _age(moment: datetime | None) -> float:
     """Seconds since then; the clock of another machine may be ahead."""
-    return abs((datetime.now() - moment).total_seconds())
+    return abs((datetime.now() - (moment or datetime.min)).total_seconds())
 
 
 def _lost(every: Sequence[FrozenTrial]) -> list[FrozenTrial]:

@@ -42,8 +42,14 @@ class Workers:
     processes: int
     on: Literal["ray"] | None
     address: str | None
+    share: str | None = None
 
     def __post_init__(self) -> None:
+        if self.share and not self.storage:
+            raise UserError(
+                f"--share {self.share} needs a database too, which says who does which run: "
+                "--storage postgresql://user@host/database"
+            )
         if self.count is not None and self.count < 1:
             raise UserError(f"workers must be at least 1, got {self.count}")
         if self.processes < 1:
@@ -86,7 +92,7 @@ class Workers:
             more: likewise, where it is not None.
         """
         several = {"processes": self.processes} if self.processes > 1 else {}
-        more = {"threads": self.threads, **several, **more}
+        more = {"threads": self.threads, "share": self.share, **several, **more}
         if self.on == "ray":
             from forgetless.studies.on_ray import work_on_ray  # Ray is optional
 
