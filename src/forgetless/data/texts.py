@@ -5,6 +5,7 @@ Importing this module imports no torch, so that a recipe can ask for the fingerp
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import unicodedata
@@ -55,6 +56,7 @@ _CACHE_BYTES = 4 * 2**30
 _SAMPLED_TOGETHER = range(8, 257)
 # Tokens whose probabilities are summed first where one is drawn; about the root of a vocabulary.
 _BLOCK = 256
+_ROWS = 8
 # A window needs fewer characters than this a token in nearly every language that has spaces, and
 # in most others about one.
 _CHARACTERS_PER_TOKEN = 8
@@ -301,7 +303,8 @@ def self_text(
     Each begins with the beginning-of-text token or, where the model has none, with a random token
     of its vocabulary that is not special, and ends with the end-of-text token or at `max_length`,
     or where the model has no more positions.
-    Of a PeftModel the base speaks, adapters off. The global random state is left as it was.
+    Of a PeftModel the base speaks, adapters off; see `as_writer` for its precision. The global
+    random state is left as it was.
 
     Args:
         model: a causal language model.
@@ -322,15 +325,14 @@ def self_text(
     import torch
 
     from forgetless.models.cache import can_be_joined
-    from forgetless.models.load import as_base
+    from forgetless.models.sampling import as_writer
     from forgetless.models.text import positions_of
 
     max_length = min(max_length, positions_of(model) or max_length)
     firsts = _first_tokens(model, tokenizer, start + samples, random.Random(seed))
-    together = sampled_together(model, max_length)
     sampled: list[list[int]] = []
     bar = Bar("the base writes", samples * max_length, "tokens")
-    with as_base(model) as base, bar:
+    with as_writer(model) as base, bar:
         device = next(base.parameters()).device
         read = base(input_ids=torch.tensor([firsts[start : start + 1]], device=device))
         if not read.logits.isfinite().all():
@@ -345,8 +347,9 @@ def self_text(
             cache if can_be_joined(cache) else None,
             before or (lambda *_: None),
         )
-        for first in range(start, start + samples, together):
-            rows = range(first, min(first + together, start + samples))
+        parts = math.ceil(samples / sampled_together(base, max_length))
+        ends = [start + samples * part // parts for part in range(parts + 1)]
+        for rows in map(range, ends, ends[1:]):
             begin = torch.tensor(firsts[rows.start : rows.stop], device=device)[:, None]
             sampled += writer.write(begin, rows)
     return sampled
@@ -371,9 +374,21 @@ def _first_tokens(
 
 def sampled_together(model: PreTrainedModel, max_length: int) -> int:
     """How many sequences are sampled at a time, by the memory of their keys and values."""
-    config = model.config.get_text_config()
-    row_bytes: int = 2 * 4 * config.num_hidden_layers * config.hidden_size * max_length
+    row_bytes = cached_bytes(model) * max_length
     return max(_SAMPLED_TOGETHER[0], min(_CACHE_BYTES // row_bytes, _SAMPLED_TOGETHER[-1]))
+
+
+def cached_bytes(model: PreTrainedModel) -> int:
+    """Bytes that the keys and values of a token take in all layers.
+
+    Of a base without attention what as many numbers as its hidden size would take.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    size = next(model.parameters()).element_size()
+    return int(2 * size * config.num_hidden_layers * kept * width)
 
 
 @dataclass(frozen=True)
@@ -415,7 +430,7 @@ class _Writer:
             token = _drawn(scores, levels[:, ids.shape[1] - 1, None])
             ends = torch.cat([ids[:, 1:], token], 1) == (-1 if self.eos is None else self.eos)
             self.before(numbers, ids.shape[1], ~ends.any(1))
-            return torch.zeros_like(scores).scatter_(1, token, 1.0)
+            return scores.zero_().scatter_(1, token, 1.0)
 
         config = GenerationConfig(
             do_sample=False,
@@ -445,16 +460,26 @@ class _Writer:
 def _drawn(logits: Tensor, level: Tensor) -> Tensor:
     """The token at which the cumulated probabilities first exceed a level, one a row, (rows, 1).
 
-    Found among sums of blocks of tokens first and then within one block, since a cumulated sum over
-    a whole vocabulary takes longer than all else of a draw.
-
     Args:
-        logits: (rows, tokens).
+        logits: (rows, tokens), which are overwritten.
         level: of each row in [0, 1), (rows, 1), float64.
+    """
+    import torch
+
+    # A few rows at a time stay in the processor's cache from one step to the next.
+    starts = range(0, len(logits), _ROWS)
+    parts = [_drawn_of_few(logits[i : i + _ROWS], level[i : i + _ROWS]) for i in starts]
+    return torch.cat(parts)
+
+
+def _drawn_of_few(logits: Tensor, level: Tensor) -> Tensor:
+    """Found among sums of blocks of tokens first and then within one block.
+
+    A cumulated sum over a whole vocabulary takes longer than all else of a draw.
     """
     from torch.nn import functional
 
-    weights = (logits - logits.amax(1, keepdim=True)).exp()
+    weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
     size = weights.shape[1]
     blocks = functional.pad(weights, (0, -size % _BLOCK)).reshape(len(weights), -1, _BLOCK)
     block, level = _first_above(blocks.sum(2), level)

@@ -30,7 +30,7 @@ from forgetless.adapters.anchored import Anchor
 from forgetless.adapters.layer import Start, StartConfig, adapted_layers, install
 from forgetless.adapters.settings import AdapterSettings
 from forgetless.adapters.tuner import add_adapter
-from forgetless.data.texts import SELF, sampled_together
+from forgetless.data.texts import SELF, cached_bytes, sampled_together
 from forgetless.methods import find
 from forgetless.methods.table import entries
 from forgetless.models.load import checkpoint_activations, find_targets, target_layers
@@ -292,8 +292,6 @@ def _statistics(model: Any, recipe: Recipe, matrices: int) -> int:
     kept = [source for source, _ in settings.sources] if keeps else []
     kept += [recipe.text_to_keep] if recipe.repair is not None else []
     if SELF in kept:
-        # Keys and values of the texts that are sampled together, for every layer and token.
-        config = model.config.get_text_config()
         together = sampled_together(model, settings.max_length)
         if settings.samples != "auto":
             together = min(settings.samples, together)
@@ -301,12 +299,7 @@ def _statistics(model: Any, recipe: Recipe, matrices: int) -> int:
             names = list(spread(target_layers(model, recipe.adapter.target_modules)))
             few = recipe.adapter.model_copy(update={"target_modules": names})
             probed = 2 * sum(statistics_matrices(model, few, "second_moment"))
-        tokens = settings.max_length * together
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        size = next(model.parameters()).element_size()
-        sampling = 2 * size * config.num_hidden_layers * heads * width * tokens
+        sampling = cached_bytes(model) * settings.max_length * together
     return int(weights) + max(whole, inner + matrices, max(inner, sampling) + probed)
 
 

@@ -39,6 +39,7 @@ from forgetless.core.linalg import eigen_tail
 from forgetless.data.settings import CalibrationSettings
 from forgetless.data.texts import self_text
 from forgetless.models.load import as_base, target_layers
+from forgetless.models.sampling import as_writer
 from forgetless.models.weights import weight_shape
 from forgetless.statistics.collector import (
     Collector,
@@ -86,22 +87,23 @@ def settled_text(
     Raises:
         UserError: as `self_text`.
     """
-    said: list[list[int]] = []
-    layers = spread(target_layers(model, target_modules))
-    halves = _Halves.of(model, layers, settings.skip_first)
-    wanted = FIRST
-    while len(said) < wanted:
-        asked = wanted - len(said), settings.max_length, seed, len(said)
-        with halves.listening():
-            said += self_text(model, tokenizer, *asked, before=halves.before)
-        excess = halves.excess() / 2
-        # (1 + x) / (1 + x / 4) <= LEAK² for an excess x of this.
-        enough = (LEAK**2 - 1) / (1 - LEAK**2 / 4)
-        if excess > enough:
-            # Heavy tails and texts that are of one piece settle more slowly than as 1 / n.
-            growth = min(max((excess / enough) ** 1.5, GROWTH[0]), GROWTH[1])
-            wanted = min(2 * math.ceil(len(said) * growth / 2), MOST)
-    return said
+    with as_writer(model) as writer:
+        said: list[list[int]] = []
+        layers = spread(target_layers(writer, target_modules))
+        halves = _Halves.of(writer, layers, settings.skip_first)
+        wanted = FIRST
+        while len(said) < wanted:
+            asked = wanted - len(said), settings.max_length, seed, len(said)
+            with halves.listening():
+                said += self_text(writer, tokenizer, *asked, before=halves.before)
+            excess = halves.excess() / 2
+            # (1 + x) / (1 + x / 4) <= LEAK² for an excess x of this.
+            enough = (LEAK**2 - 1) / (1 - LEAK**2 / 4)
+            if excess > enough:
+                # Heavy tails and texts that are of one piece settle more slowly than as 1 / n.
+                growth = min(max((excess / enough) ** 1.5, GROWTH[0]), GROWTH[1])
+                wanted = min(2 * math.ceil(len(said) * growth / 2), MOST)
+        return said
 
 
 def spread(layers: Mapping[str, nn.Module], most: int = 8) -> dict[str, nn.Module]:
