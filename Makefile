@@ -10,13 +10,17 @@ export TOKENIZERS_PARALLELISM ?= false
 # Where this is set, each process that a test starts compiles the whole package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-quantised check docs fuzz kill damage audit format bench clean
+.PHONY: demo test tests test-quantised check style types docs fuzz kill damage audit format bench clean
 
 demo: $(READY)
 	$(BIN)/forgetless demo --out runs
 
+# The types, which take one process half a minute, are checked beside the tests.
+test: style
+	$(MAKE) --jobs 2 types tests
+
 # One process more than two cores: many tests wait for others, or for a time to pass.
-test: check
+tests: $(READY)
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # The tests of quantised bases, which skip elsewhere: their two packages make every import of
@@ -26,12 +30,16 @@ test-quantised:
 	.venv-quantised/bin/python -m pytest tests/adapters/test_bases.py tests/adapters/test_rounding.py \
 	  tests/studies/test_quantised.py tests/cli/test_sharing.py -k 'not sharing or 4_bits'
 
-check: $(READY)
+check: style types
+
+style: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest --quiet tests/project/test_layout.py
+
+types: $(READY)
+	$(BIN)/mypy
 
 # The site, in site/index.html; a link that leads nowhere is an error.
 docs: $(VENV)/.docs-ready

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,21 @@ from forgetless.recipes.plan.advice import (
 )
 from forgetless.recipes.plan.plan import HELD_OUT, Plan, plan
 from forgetless.recipes.plan.showing import recipe_text, render
+from forgetless.recipes.plan.speed import matmul_speed
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.run import run
 from tests.project.test_recipes import RECIPES
 from tests.tiny import tokenizer
 
 pytest_plugins = ["tests.tiny_fixtures"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _speed_is_measured_once() -> Iterator[None]:
+    """A plan measures that of the processor, for a quarter of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("forgetless.recipes.plan.plan.matmul_speed", cache(matmul_speed))
+        yield
 
 
 @pytest.fixture(scope="module")

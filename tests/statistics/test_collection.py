@@ -166,12 +166,12 @@ SHARED: dict[str, dict[tuple[str, ...], int]] = {
     "gpt2": {("c_attn",): 2, ("c_proj",): 4, ("c_fc",): 2},
     # The keys and values of all of T5's cross-attention see the encoder's output.
     "t5": {
-        ("q", "k", "v"): 4,
-        ("o",): 6,
+        ("q", "k", "v"): 3,
+        ("o",): 5,
         ("q",): 2,
         ("k", "v", "k", "v"): 1,
-        ("wi",): 4,
-        ("wo",): 4,
+        ("wi",): 3,
+        ("wo",): 3,
     },
     "bert": {("query", "key", "value"): 2, ("dense",): 7},
 }
