@@ -90,7 +90,7 @@ def check_smollm2(wheel: Path, out: Path) -> dict[str, Any]:
     The GGUF layout has the rows of queries and keys in another order for the rotary embedding, so
     of those the sorted values are compared.
     """
-    from gguf import GGUFReader, dequantize  # type: ignore[import-not-found]
+    from gguf import GGUFReader, dequantize
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)

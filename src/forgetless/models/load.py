@@ -42,6 +42,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from forgetless.core.errors import UserError, first_line, unknown
+from forgetless.models.gguf import is_gguf, unpacked
 from forgetless.models.heads import (
     add_head,
     divided,
@@ -157,11 +158,12 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def resolve_base(base: str, *, weights: bool = True) -> str:
-    """The folder or hub id that `base` stands for, without loading or downloading anything.
+    """The folder or hub id that `base` stands for, without downloading anything.
 
     Args:
         base: "pocket" or "pocket-vision" for a shipped model, a folder with config.json and
-            weights, or the id of a model on the Hugging Face hub.
+            weights, a GGUF file, which is unpacked into a folder when it is asked for first, or the
+            id of a model on the Hugging Face hub.
         weights: whether a folder must hold them; for shapes its config.json is enough.
 
     Raises:
@@ -174,8 +176,10 @@ def resolve_base(base: str, *, weights: bool = True) -> str:
     if folder.is_dir():
         _check_model_folder(folder, weights)
         return str(folder)
-    hint = "Give 'pocket', a folder with config.json and *.safetensors, or a hub id."
+    hint = "Give 'pocket', a folder with config.json and *.safetensors, a .gguf file or a hub id."
     if folder.is_file():
+        if is_gguf(base):
+            return str(unpacked(folder))
         raise UserError(f"base {base!r} is a file, not a model folder. {hint}")
     if not _HUB_ID.fullmatch(base):
         raise UserError(f"base {base!r} does not exist. {hint}")

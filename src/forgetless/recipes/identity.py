@@ -16,6 +16,7 @@ from forgetless.data.examples import load_examples, source_hash
 from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF, fingerprint
 from forgetless.methods import find
+from forgetless.models.gguf import file_hash, is_gguf
 from forgetless.models.load import resolve_base
 from forgetless.models.trust import is_trusted
 from forgetless.recipes.measuring import probed
@@ -29,12 +30,14 @@ MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".ji
 
 
 def base_hash(base: str, new_classes: Sequence[str] = ()) -> str:
-    """What a base's name stands for: the folder's content, or the commit of a model on the hub.
+    """What a base's name stands for: the content of a folder or file, or the commit on the hub.
 
     With the classes of a new head, if it has one.
     """
     resolved = resolve_base(base)
-    if Path(resolved).is_dir():
+    if is_gguf(base):  # the config of its folder names the version of what unpacked it
+        found = file_hash(Path(base).expanduser())
+    elif Path(resolved).is_dir():
         found = weights_hash(resolved, {".py"} if is_trusted(base) else set())
     else:
         from huggingface_hub import hf_hub_download

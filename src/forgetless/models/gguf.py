@@ -1,0 +1,74 @@
+"""A base in one GGUF file, unpacked into the folder of a model that everything else reads."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from forgetless.core.errors import UserError, first_line
+from forgetless.core.files import folder_name, lock, new_folder
+from forgetless.core.hashing import files_hash
+
+__all__ = ["file_hash", "is_gguf", "unpacked"]
+
+
+def is_gguf(base: str) -> bool:
+    """Whether the name of a base is that of a GGUF file, which may not be there."""
+    return base.lower().endswith(".gguf")
+
+
+def unpacked(file: Path) -> Path:
+    """The model folder of a GGUF file: config, weights in float32 and tokenizer.
+
+    It is made when it is asked for first, in the cache of Hugging Face (``HF_HOME``), one for each
+    content. Weights of 4 bits take eight times the file.
+
+    Raises:
+        UserError: it is no GGUF file, it is damaged, its architecture is none that transformers
+            reads from such a file, or the package gguf is missing.
+    """
+    with file.open("rb") as content:
+        if content.read(4) != b"GGUF":
+            raise UserError(f"base {str(file)!r} does not hold what a GGUF file does; download it")
+    name = f"{folder_name(file.stem)}-{file_hash(file)[:16]}"
+    folder = Path(constants.HF_HOME) / "forgetless" / "gguf" / name
+    if not folder.is_dir():
+        if find_spec("gguf") is None:
+            raise UserError(f"base {str(file)!r} needs gguf: pip install 'forgetless[gguf]'")
+        with lock(folder.with_name(f".{name}.lock")):
+            if not folder.is_dir():
+                _unpack(file, folder)
+    return folder
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's name and content; read once as long as it is not changed."""
+    return files_hash([file], file.parent)
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except Exception as problem:  # whatever a library raises for a bad file
+        raise UserError(f"cannot unpack base {str(file)!r}: {first_line(problem)}") from problem
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"base {str(file)!r} is incomplete: {len(missing)} weights are missing, {missing[0]!r} "
+            "among them"
+        )
+    # It is an ordinary model by now, which transformers would not save as one.
+    for attribute in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, attribute):
+            delattr(model.config, attribute)
+    model.hf_quantizer, model.is_quantized = None, False
+    with new_folder(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
