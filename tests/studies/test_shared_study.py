@@ -31,8 +31,9 @@ DO = {"study": study, "sequence": sequence}
 
 
 def stand_in(run: RunFolder, **_: Any) -> None:
-    """Takes the place of training; that of a run which was trained before fails."""
-    assert run.before is None or run.before.read()["status"] == "done"
+    """Takes the place of training; fails where a run is trained twice or too early."""
+    # A call that comes later may just go through it once more.
+    assert run.before is None or (run.before.path / "trained").exists()
     run.update(status="running", requested=False)
     if not (run.path / "trained").exists():
         time.sleep(0.3)
@@ -53,7 +54,7 @@ def call(kind: str, definition: dict[str, Any], out: Path, url: str | None) -> N
     patch.setattr(studies, "execute_run", stand_in)
     patch.setattr(studies, "Beat", lambda: BEAT)
     done = DO[kind](definition, out, storage=url)
-    assert done.failed == []
+    assert [run.record.get("reason") for run in done.failed] == []
 
 
 def begin(*arguments: Any) -> BaseProcess:

@@ -163,6 +163,22 @@ def test_the_heartbeats_of_a_trial_outlast_a_restart_of_the_database(
     assert trials.get_trials()[0].values == [0.0, 0.0]
 
 
+def test_a_database_that_is_restarted_while_trials_are_opened_is_asked_again(
+    url: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Any = vars(optuna.Study)["user_attrs"].fget
+    failures = [optuna.exceptions.StorageInternalError("gone")]
+
+    def fail_once(trials: optuna.Study) -> Any:
+        if failures:
+            raise failures.pop()
+        return read(trials)
+
+    monkeypatch.setattr(optuna.Study, "user_attrs", property(fail_once))
+    assert opened(url, tmp_path).get_trials() == []
+    assert not failures
+
+
 def test_killed_at_any_moment_a_search_ends_with_all_of_its_trials(tmp_path: Path) -> None:
     kills = 0
     while True:

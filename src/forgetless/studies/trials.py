@@ -168,7 +168,9 @@ def open_trials(
                     )
                     for name in names
                 ]
-                break
+                for trials in found:
+                    _define(trials, values, definition)
+                return found
             except UserError:
                 raise
             except _storage_errors() as problem:
@@ -176,18 +178,21 @@ def open_trials(
                     reason = str(problem).strip().partition("\n")[0]
                     raise UserError(f"the storage {_shown(url or JOURNAL)}: {reason}") from None
                 time.sleep(random.uniform(0.2, 1.0))
-        for trials in found:
-            known = trials.user_attrs.get(_DEFINITION)
-            if known is None:
-                trials.set_metric_names(list(values))  # for optuna-dashboard
-                trials.set_user_attr(_DEFINITION, dict(definition))
-            elif known != definition:
-                changed = [key for key in definition if known.get(key) != definition[key]]
-                raise UserError(
-                    f"{names[0]} was begun with another {' and '.join(changed)}, and its trials "
-                    "cannot be counted together with others; give the new search another name"
-                )
-    return found
+    raise AssertionError("the last attempt raises")
+
+
+def _define(trials: Trials, values: Mapping[str, Direction], definition: Mapping[str, Any]) -> None:
+    """Write down what the settings of new trials mean; of known ones it must be the same."""
+    known = trials.user_attrs.get(_DEFINITION)
+    if known is None:
+        trials.set_metric_names(list(values))  # for optuna-dashboard
+        trials.set_user_attr(_DEFINITION, dict(definition))
+    elif known != definition:
+        changed = [key for key in definition if known.get(key) != definition[key]]
+        raise UserError(
+            f"{trials.study_name} was begun with another {' and '.join(changed)}, and its trials "
+            "cannot be counted together with others; give the new search another name"
+        )
 
 
 def work(
