@@ -202,3 +202,15 @@ def test_a_run_in_other_hands_is_the_last_to_be_waited_for(
     held.__enter__()
     assert study(content, tmp_path).failed == []
     assert began == [*others, first]
+
+
+def test_a_run_that_another_call_goes_through_again_has_not_failed(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "execute_run", stand_in)
+    done = study({"name": "s", "recipe": tiny_recipe, "axes": {"seed": [0, 1]}}, tmp_path)
+    run = RunFolder(done.runs[0].folder)
+    run.update(status="running")
+    assert [failed.folder for failed in done.failed] == [run.path]  # its process died
+    with lock(run.lock):
+        assert done.failed == []

@@ -68,8 +68,14 @@ class Study:
 
     @property
     def failed(self) -> list[Run]:
-        """The runs that did not come to their end."""
-        return [run for run in self.runs if run.status != "done"]
+        """The runs that did not come to their end, and that nobody is doing just now."""
+
+        def has_failed(run: Run) -> bool:
+            if run.status == "done" or is_locked(RunFolder(run.folder).lock):
+                return False
+            return run.status != "done"  # it may have ended between the two looks
+
+        return list(filter(has_failed, self.runs))
 
     def results(self) -> list[dict[str, Any]]:
         """One row per run and task, as in results.csv."""
