@@ -33,19 +33,36 @@ def stored(outputs: dict[str, Tensor], case: str, mode: str) -> dict[str, Tensor
     }
 
 
+def projection(N: Tensor) -> Tensor:
+    """Onto the rows of N, which are orthonormal."""
+    return N.mT @ N
+
+
+def spread_of_the_tail(outputs: dict[str, Tensor], case: str) -> float:
+    """How far the authors' own line, on this processor, ends from what they stored.
+
+    float32 does not separate the last directions of a second moment: 0 where its decomposition
+    rounds as theirs did, and up to a hundredth elsewhere.
+    """
+    theirs = stored(outputs, case, "null_zero")
+    U = torch.linalg.svd(theirs["cov"]).U
+    return relative(projection(U[:, -len(theirs["lora_A"]) :].mT), projection(theirs["lora_A"]))
+
+
 @pytest.mark.parametrize("case", ["a", "b", "c"])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_factors_match(outputs: dict[str, Tensor], case: str, mode: str) -> None:
     theirs = stored(outputs, case, mode)
     rank = len(theirs["lora_A"])
     ours = decompose(theirs["W"], rank, MODES[mode], second_moment=theirs["cov"])
-    assert relative(ours.start, theirs["lora_B"] @ theirs["lora_A"]) < 1e-4
-    assert relative(ours.residual, theirs["residual"]) < 1e-4
+    spread = spread_of_the_tail(outputs, case) if mode == "null" else 0.0
+    assert relative(ours.start, theirs["lora_B"] @ theirs["lora_A"]) < 1e-4 + 2 * spread
+    assert relative(ours.residual, theirs["residual"]) < 1e-4 + 2 * spread
     # One term at a time, whatever its sign.
     our_terms = torch.einsum("or,ri->roi", ours.B, ours.A)
     their_terms = torch.einsum("or,ri->roi", theirs["lora_B"], theirs["lora_A"])
     for our_term, their_term in zip(our_terms, their_terms, strict=True):
-        assert relative(our_term, their_term) < 1e-3
+        assert relative(our_term, their_term) < 1e-3 + 10 * spread
 
 
 @pytest.mark.parametrize("case", ["a", "b", "c"])
@@ -53,7 +70,9 @@ def test_null_zero_spans_the_same_space(outputs: dict[str, Tensor], case: str) -
     theirs = stored(outputs, case, "null_zero")
     A = theirs["lora_A"]
     ours = decompose(theirs["W"], len(A), "lora_null_zero", second_moment=theirs["cov"])
-    assert relative(ours.A.mT @ ours.A, A.mT @ A) < 1e-4
+    assert relative(projection(ours.A), projection(A)) < 1e-4 + 2 * spread_of_the_tail(
+        outputs, case
+    )
     assert not ours.B.any()
     assert not theirs["lora_B"].any()
     assert torch.equal(ours.residual, theirs["residual"])

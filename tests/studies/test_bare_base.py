@@ -221,7 +221,7 @@ print(json.dumps(found))
 
 
 def test_a_run_learns_and_a_fresh_process_agrees(world: Path, tmp_path: Path, python: str) -> None:
-    longer: dict[str, Any] = {"training.steps": 60, "training.probe_steps": 60}
+    longer: dict[str, Any] = {"training.steps": 120, "training.probe_steps": 120}
     recipe = recipe_of(world, **longer)
     assert check(recipe) == []
     done = run(recipe, tmp_path)
