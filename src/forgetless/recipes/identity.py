@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.adapters.settings import IDLE_SWITCHES, AdapterSettings
-from forgetless.core.hashing import files_hash
+from forgetless.core.hashing import content_hash, files_hash
 from forgetless.core.plugins import code_hash, is_named
 from forgetless.core.settings import without_idle
 from forgetless.data.examples import load_examples, source_hash
 from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF, fingerprint
 from forgetless.methods import find
-from forgetless.models.gguf import file_hash, is_gguf
+from forgetless.models.gguf import is_gguf
 from forgetless.models.load import resolve_base
 from forgetless.models.trust import is_trusted
 from forgetless.recipes.measuring import probed
@@ -36,7 +36,7 @@ def base_hash(base: str, new_classes: Sequence[str] = ()) -> str:
     """
     resolved = resolve_base(base)
     if is_gguf(base):  # the config of its folder names the version of what unpacked it
-        found = file_hash(Path(base).expanduser())
+        found = content_hash(Path(base).expanduser())
     elif Path(resolved).is_dir():
         found = weights_hash(resolved, {".py"} if is_trusted(base) else set())
     else:

@@ -30,7 +30,7 @@ from forgetless.core.files import (
     with_checksum,
     write_json,
 )
-from forgetless.core.hashing import checksum
+from forgetless.core.hashing import sized_checksum
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.stages import Event, Listener
 from forgetless.training.checkpoints import SEAL
@@ -196,12 +196,12 @@ class _DamageError(Exception):
 def _known(file: Path) -> str:
     """Size and checksum of a file; one that was not changed since is not read again."""
     status = file.stat()
-    return f"{status.st_size} {_checksum(file, status.st_size, status.st_mtime_ns)}"
+    return _known_as(file, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _checksum(file: Path, size: int, modified: int) -> str:
-    return checksum(file)
+def _known_as(file: Path, size: int, modified: int) -> str:
+    return sized_checksum(file)
 
 
 def _files(run: RunFolder) -> Iterator[Path]:

@@ -245,13 +245,16 @@ def take_part(
         found = run.read()
         return (store.record(run) or found) if store and not _is_over(found) else found
 
-    def is_over(run: RunFolder) -> bool:
-        if run not in over and _is_over(record(run)):
+    def is_over(run: RunFolder, found: Mapping[str, Any] | None = None) -> bool:
+        if run not in over and _is_over(record(run) if found is None else found):
             over.add(run)
         return run in over
 
     def can_begin(run: RunFolder) -> bool:
-        after = record(run).get("after")
+        found = record(run)
+        if is_over(run, found):
+            return False
+        after = found.get("after")
         return after is None or is_over(RunFolder(folder / after))
 
     def ask() -> bool:
@@ -267,7 +270,7 @@ def take_part(
             if sum(trial.state == TrialState.WAITING for trial in known) >= FEW:
                 return True
             asked = {trial.user_attrs.get(_RUN) for trial in known}
-            left = (run for run in runs if run.path.name not in asked and not is_over(run))
+            left = (run for run in runs if run.path.name not in asked and run not in over)
             free = filter(can_begin, left)
             # Those that somebody does, for another definition or by itself, come last.
             chosen = sorted(islice(free, _AHEAD), key=lambda run: is_locked(run.lock))
