@@ -27,10 +27,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=characters, **names)
 
 
-def save_base(folder: Path, seed: int = 0) -> Path:
+def save_base(folder: Path, seed: int = 0, words: PreTrainedTokenizerFast | None = None) -> Path:
     """A Llama of two layers with random weights, as `save_pretrained` writes it."""
     torch.manual_seed(seed)
-    words = tokenizer()
+    words = words or tokenizer()
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=32,

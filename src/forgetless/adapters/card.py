@@ -130,6 +130,14 @@ class Card:
         )
 
 
+def _quoted(text: str) -> str:
+    """A string of JSON that is one of Python and YAML too, so that a name cannot end it.
+
+    JSON's escapes of what is outside the first plane, such as emoji, mean something else in Python.
+    """
+    return json.dumps(text, ensure_ascii=False)
+
+
 @cache
 def _template() -> Template:
     environment = Environment(
@@ -137,8 +145,7 @@ def _template() -> Template:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    quoted = {"quoted": lambda text: json.dumps(text, ensure_ascii=False), "repr": repr}
-    environment.filters.update(quoted)  # a name in code cannot end its string
+    environment.filters.update({"quoted": _quoted, "repr": repr})
     return environment.get_template("card.md.jinja")
 
 
@@ -207,7 +214,7 @@ def usage(folder: str | Path, base: str) -> list[str]:
     found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     code = "" if found is None else found[1]
     for name, here in (("this-folder", str(folder)), (_base_name(base), base)):
-        code = code.replace(json.dumps(name), json.dumps(here))
+        code = code.replace(_quoted(name), _quoted(here))
     return [line for line in code.splitlines() if line and not line.startswith("#")]
 
 

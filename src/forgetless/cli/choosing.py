@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -133,9 +134,8 @@ def new(
     method, least = made.recipe.adapter.method, duration(made.seconds)
     print_text(f"{recipe}: {method}, {made.steps} steps ({least} or more); the reasons are in it")
     print("then:")
-    print(f"  forgetless data {base} {file}")
-    print(f"  forgetless run {recipe} --check")
-    print(f"  forgetless run {recipe}")
+    for words in (["data", base, file], ["run", str(recipe), "--check"], ["run", str(recipe)]):
+        print(f"  forgetless {shlex.join(words)}")
 
 
 def data(

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 import typer
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if loud[-1] == "verbose":
             logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     warnings.showwarning = _show_warning
+    if isinstance(sys.stdout, TextIOWrapper):  # what a terminal cannot show does not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clusters send it
     try:

@@ -176,7 +176,9 @@ def recipe_text(plan: Plan, command: str) -> str:
 
 def _setting(key: str, value: Any, reason: str | None, indent: str) -> list[str]:
     def flow(value: Any) -> str:
-        text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
+        text = yaml.safe_dump(
+            value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000
+        )
         return text.removesuffix("\n").removesuffix("\n...")
 
     room = WIDTH - len(indent) - 2
