@@ -45,11 +45,11 @@ INPUTS = {
 """Layer -> the name of its input."""
 
 BARS = {
-    "lora_null_v1": ("lora_null, straightforward", 10.0),
+    "lora_null_v1": ("lora_null, straightforward", 12.0),
     "corda_kpm": ("corda, peft", 2.0),
     "corda_ipm": ("corda, peft", 2.0),
     "pissa": ("pissa, peft", 1.0),
-    "pissa niter=16": ("pissa_niter_16, peft", None),
+    "pissa niter=16": ("pissa_niter_16, peft", 1.2),
     "slice, first and kept": ("svd, float32", None),
     "slice, from the cache": ("svd, float32", 50.0),
 }

@@ -180,3 +180,25 @@ def test_a_randomised_svd_nears_the_best_approximation() -> None:
     assert error(8) < 1.0001
     assert error(8) <= error(0)
     assert error(0, seed=1) != error(0)
+
+
+@pytest.mark.parametrize("spectrum", ["flat", "of a random matrix", *SPECTRA])
+@pytest.mark.parametrize("niter", [0, 2, 5, 16, 40])
+def test_the_leading_basis_is_as_near_as_power_iterations(spectrum: str, niter: int) -> None:
+    """As Krylov space, and for a block so wide that it is power iterations itself."""
+    more = {"flat": INDEX**-0.05, "of a random matrix": torch.linalg.svdvals(draw(SIZE, SIZE))}
+    S = {**SPECTRA, **more}[spectrum]
+    W = moment(S).float()
+    for width in (16, 60):
+        start = draw(SIZE, width, seed=3).float()
+        power = torch.linalg.qr(W @ (W.mT @ start)).Q
+        for _ in range(niter):
+            power = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ power).Q).Q
+        found = subspace.leading_basis(W, start, niter)
+
+        def caught(basis: Tensor, rank: int = width - 4) -> float:
+            """Energy of the best approximation of that rank within the space."""
+            Q = torch.linalg.qr(basis.double()).Q
+            return float(torch.linalg.svdvals(Q.mT @ W.double())[:rank].square().sum())
+
+        assert caught(found) >= caught(power) - 1e-8 * float(S.square().sum())

@@ -234,7 +234,7 @@ def svd_end(W: Tensor, rank: int, end: subspace.End) -> Triples:
 
 
 def randomised_svd(W: Tensor, rank: int, niter: int, generator: torch.Generator) -> Triples:
-    """About the `rank` largest singular triples of W, by `niter` power iterations.
+    """About the `rank` largest singular triples of W, as near as `niter` power iterations come.
 
     Args:
         W: (out, in), float64.
@@ -246,19 +246,16 @@ def randomised_svd(W: Tensor, rank: int, niter: int, generator: torch.Generator)
         `rank` triples of the best approximation within the space that was found.
 
     Reference:
-        Halko, Martinsson and Tropp 2011, "Finding Structure with Randomness", Algorithm 4.4.
+        Halko, Martinsson and Tropp 2011, "Finding Structure with Randomness", Algorithm 4.4, with
+        the space of `forgetless.core.krylov.leading_basis`.
     """
-    width = min(rank + 4, *W.shape)
-    single = W.float()  # the space is a guess anyway; what is made of it is exact
-    drawn = torch.randn(
-        W.shape[1], width, generator=generator, dtype=single.dtype, device="cpu"
-    ).to(W.device)
-    Q = torch.linalg.qr(single @ drawn).Q
-    for _ in range(niter):
-        # Of the two ways to write Wᵀ Q this one reads W along its rows, in two thirds of the time.
-        Q = torch.linalg.qr(single @ torch.linalg.qr((Q.mT @ single).mT).Q).Q
-    V, S, Uh = projected_svd(W.mT, torch.linalg.qr(Q.double()).Q)
-    return _orient(Uh.mT[:, :rank], S[:rank], V.mT[:rank])
+    short = W if W.shape[0] <= W.shape[1] else W.mT
+    single = short.float()  # the space is a guess anyway; what is made of it is exact
+    width = min(rank + 4, len(short))
+    drawn = torch.randn(len(short), width, generator=generator, device="cpu").to(single)
+    basis = subspace.leading_basis(single, drawn, niter)
+    U, S, Vh = projected_slice(W, torch.linalg.qr(basis.double()).Q)
+    return Triples(U[:, :rank], S[:rank], Vh[:rank])
 
 
 # --- eigenvalues -------------------------------------------------------------------------------
