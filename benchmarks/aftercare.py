@@ -31,7 +31,8 @@ from forgetless.data.batches import Padding, TokenRows
 from forgetless.data.examples import load_examples
 from forgetless.data.pocket.knowledge import questions, statement
 from forgetless.data.tokens import tokenize
-from forgetless.models.load import find_targets, load_model, load_tokenizer
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.models.targets import find_targets
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.aftercare import TRAINED, Adjustable, Bench, Reading, Setting
 from forgetless.studies.beside import settings_of

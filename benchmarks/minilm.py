@@ -28,7 +28,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from forgetless.adapters.folders import load
 from forgetless.core.files import new_folder, write_json, write_jsonl
 from forgetless.core.metrics import mean_stderr
-from forgetless.models.load import base_of, load_model
+from forgetless.models.load import load_model
+from forgetless.models.state import base_of
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.study import study
 from tables import read

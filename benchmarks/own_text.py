@@ -24,7 +24,8 @@ import torch
 from forgetless.core.linalg import eigen_tail
 from forgetless.data.settings import CalibrationSettings
 from forgetless.data.texts import padded, self_text
-from forgetless.models.load import load_model, load_tokenizer, target_layers
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.models.targets import target_layers
 from forgetless.statistics.collection import collect
 from forgetless.statistics.moments import Statistics
 from forgetless.statistics.own_text import settled_text, spread

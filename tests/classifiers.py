@@ -13,7 +13,8 @@ import forgetless as fl
 from forgetless.adapters.attachment import attach
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import load_processor, modality_of
-from forgetless.models.load import adapter_off, load_model
+from forgetless.models.load import load_model
+from forgetless.models.state import adapter_off
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.gradients import collect_gradients
 from forgetless.studies.run import run

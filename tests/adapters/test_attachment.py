@@ -22,7 +22,7 @@ from forgetless.adapters.folders import export, load, save
 from forgetless.adapters.layer import adapted_layers, delta_weights
 from forgetless.core.errors import UserError
 from forgetless.methods import METHODS
-from forgetless.models.load import target_layers
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import linear_weight
 from forgetless.statistics.collection import collect
 from forgetless.statistics.moments import Statistics

@@ -31,7 +31,7 @@ from forgetless.adapters.folders import export, load, save
 from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.layer import adapted_layers, delta_weights
 from forgetless.core.errors import UserError
-from forgetless.models.load import find_targets, target_layers
+from forgetless.models.targets import find_targets, target_layers
 from forgetless.models.weights import hold_packing, is_quantised, linear_weight, weight_shape
 from forgetless.statistics.collection import collect
 from forgetless.training import loop

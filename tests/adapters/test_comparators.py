@@ -16,7 +16,8 @@ from forgetless.adapters.layer import adapted_layers, delta_weights
 from forgetless.adapters.settings import Comparator, Dare, HardProjection, Intruders, OPLoRA, Ties
 from forgetless.core.errors import UserError
 from forgetless.core.spectra import dense
-from forgetless.models.load import adapter_off, target_layers
+from forgetless.models.state import adapter_off
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import linear_weight
 from forgetless.statistics.collection import collect
 from tests.adapters.test_attachment import logits, train, trained

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from forgetless.adapters.dial import dial, residual
 from forgetless.adapters.layer import adapted_layers, delta_weights
 from forgetless.core.errors import UserError
-from forgetless.models.load import adapter_off, target_layers
+from forgetless.models.state import adapter_off
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import linear_weight
 from tests.adapters.test_attachment import ATTACHABLE, logits, train, trained
 from tests.adapters.test_switches import KINDS, SWITCHES, attached

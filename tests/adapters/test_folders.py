@@ -21,7 +21,7 @@ from forgetless.adapters import attachment, folders
 from forgetless.adapters.attachment import attach
 from forgetless.adapters.folders import export, load, save
 from forgetless.core.errors import UserError
-from forgetless.models.load import as_base
+from forgetless.models.state import as_base
 from tests.adapters.test_attachment import ATTACHABLE, gradients, logits, statistics, trainable
 from tests.families import FAMILIES
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from forgetless.adapters.folders import save
 from forgetless.adapters.foreign import check_adapter, require_usable
 from forgetless.core.errors import UserError
-from forgetless.models.load import target_layers
+from forgetless.models.targets import target_layers
 from tests.adapters.test_attachment import trained
 from tests.adapters.test_repair import base, from_peft, updates
 

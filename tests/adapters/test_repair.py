@@ -20,7 +20,7 @@ from forgetless.adapters.repair import STRENGTHS, Repairs, factors_of, put, repa
 from forgetless.core.errors import UserError
 from forgetless.core.projection import repaired
 from forgetless.core.spectra import output_energy
-from forgetless.models.load import target_layers
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import linear_weight
 from forgetless.statistics.collection import collect
 from forgetless.statistics.moments import Statistics

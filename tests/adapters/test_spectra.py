@@ -18,7 +18,7 @@ from forgetless.adapters.layer import delta_weights
 from forgetless.adapters.spectra import LayerSpectra, Spectra, spectra
 from forgetless.core import spectra as of
 from forgetless.core.errors import UserError
-from forgetless.models.load import target_layers
+from forgetless.models.targets import target_layers
 from tests.adapters.test_attachment import logits, statistics, train, trained
 from tests.adapters.test_repair import base, from_peft, keep, tuned
 from tests.adapters.test_switches import attached

@@ -20,7 +20,8 @@ from forgetless.adapters.rounding import nf4
 from forgetless.cli.commands import sharing
 from forgetless.core.files import lock
 from forgetless.data.language import MODALITY
-from forgetless.models.load import load_model, load_tokenizer, target_layers
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.models.targets import target_layers
 from forgetless.recipes.checking import check
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.run import run as run_recipe

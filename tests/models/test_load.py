@@ -20,16 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from forgetless.adapters.attachment import attach
 from forgetless.adapters.folders import export
 from forgetless.core.errors import UserError
-from forgetless.models.load import (
-    as_base,
-    find_targets,
-    load_model,
-    load_tokenizer,
-    meta_model,
-    resolve_base,
-    target_layers,
-)
-from forgetless.models.targets import shortest_endings
+from forgetless.models.load import load_model, load_tokenizer, meta_model, resolve_base
+from forgetless.models.parts import shortest_endings
+from forgetless.models.state import as_base
+from forgetless.models.targets import find_targets, target_layers
 from forgetless.models.weights import linear_weight
 from tests.families import FAMILIES
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from forgetless.adapters.attachment import attach
 from forgetless.core.errors import UserError
-from forgetless.models.load import find_targets, target_layers
+from forgetless.models.targets import find_targets, target_layers
 from forgetless.models.text import positions_of, vocabulary_of, without_cache
 from tests.composites import COMPOSITE, SPECIAL, TEXT, VOCAB, built
 from tests.families import FAMILIES

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetless import attach, collect
 from forgetless.adapters.settings import AdapterSettings
-from forgetless.models.load import target_layers
+from forgetless.models.targets import target_layers
 from forgetless.recipes.memory import RunMemory, StepMemory, _Alive, around_step, step_memory
 from forgetless.recipes.recipe import Recipe
 from forgetless.training.settings import TrainingSettings

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from forgetless.core.errors import UserError
-from forgetless.models.load import target_layers
+from forgetless.models.targets import target_layers
 from forgetless.statistics.collection import collect
 from forgetless.statistics.gradients import Gradients
 from forgetless.statistics.moments import LayerStatistics, Statistics

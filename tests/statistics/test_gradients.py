@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import forgetless
 from forgetless.core.errors import UserError
-from forgetless.models.load import target_layers
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import linear_weight
 from forgetless.statistics.gradients import Gradients, collect_gradients
 from tests.families import FAMILIES, language_batch

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from forgetless.core.linalg import eigen_tail
 from forgetless.data.settings import CalibrationSettings
 from forgetless.data.texts import padded, self_text
-from forgetless.models.load import load_model, load_tokenizer, target_layers
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.models.targets import target_layers
 from forgetless.statistics import own_text
 from forgetless.statistics.collection import collect
 from forgetless.statistics.collector import mirror_lower_triangle

@@ -18,7 +18,8 @@ from forgetless.adapters.folders import export, save
 from forgetless.adapters.repair import repair
 from forgetless.core.errors import UserError
 from forgetless.data.settings import CalibrationSettings, DataSettings
-from forgetless.models.load import load_model, load_tokenizer, target_layers
+from forgetless.models.load import load_model, load_tokenizer
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import linear_weight
 from forgetless.scores.gates import parse_limits
 from forgetless.statistics.collection import collect

@@ -41,7 +41,9 @@ from forgetless.core.settings import with_overrides
 from forgetless.data.modality import load_processor, modality_of
 from forgetless.methods import METHODS
 from forgetless.models.heads import add_head, heads_of, learn_among, new_modules
-from forgetless.models.load import adapter_off, load_model, target_layers
+from forgetless.models.load import load_model
+from forgetless.models.state import adapter_off
+from forgetless.models.targets import target_layers
 from forgetless.recipes.checking import check
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.run import run

@@ -35,7 +35,8 @@ from forgetless.data.examples import load_examples
 from forgetless.data.modality import load_processor, modality_of
 from forgetless.methods import METHODS
 from forgetless.models.heads import add_head, heads_of, own_logits
-from forgetless.models.load import adapter_off, load_model
+from forgetless.models.load import load_model
+from forgetless.models.state import adapter_off
 from forgetless.recipes.checking import check
 from forgetless.recipes.identity import run_id
 from forgetless.recipes.recipe import Recipe

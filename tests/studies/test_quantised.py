@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from forgetless.adapters.folders import load
 from forgetless.core.files import read_json, write_json
-from forgetless.models.load import load_model, target_layers
+from forgetless.models.load import load_model
 from forgetless.models.quantised import bytes_as_loaded, packed_layers, quantisation
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import is_quantised, linear_weight
 from forgetless.recipes.checking import check
 from forgetless.recipes.identity import base_words, run_id

@@ -32,7 +32,8 @@ from forgetless.adapters.attachment import attach
 from forgetless.core.errors import UserError
 from forgetless.data.losses import own_loss, token_loss
 from forgetless.data.packing import IGNORED, TokenRow, packed
-from forgetless.models.load import load_tokenizer, target_layers
+from forgetless.models.load import load_tokenizer
+from forgetless.models.targets import target_layers
 from forgetless.statistics.gradients import collect_gradients
 from forgetless.training.loop import train
 from forgetless.training.settings import TrainingSettings

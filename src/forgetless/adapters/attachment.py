@@ -30,7 +30,8 @@ from forgetless.core.progress import counted
 from forgetless.data.modality import modality_of
 from forgetless.methods import decompose, find
 from forgetless.models.heads import new_modules
-from forgetless.models.load import Targets, as_base, base_of, find_targets
+from forgetless.models.state import as_base, base_of
+from forgetless.models.targets import Targets, find_targets
 from forgetless.models.weights import is_offloaded, linear_weight, unreadable, weight_shape
 from forgetless.statistics.collection import collect
 from forgetless.statistics.gradients import Gradients

@@ -27,7 +27,6 @@ from forgetless.models.pocket import POCKETS
 if TYPE_CHECKING:
     from forgetless.models.load import Head
 
-__all__ = ["CARD_FILE", "Card", "file_name", "is_ours", "pairs", "table", "usage", "write"]
 
 CARD_FILE = "README.md"
 

@@ -36,7 +36,7 @@ from forgetless.core.comparators import (
 from forgetless.core.method import Factors
 from forgetless.core.progress import counted
 from forgetless.core.spectra import Update, dense
-from forgetless.models.load import base_of
+from forgetless.models.state import base_of
 from forgetless.models.weights import linear_weight
 from forgetless.statistics.moments import Statistics
 

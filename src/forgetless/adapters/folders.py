@@ -48,8 +48,9 @@ from forgetless.models.heads import (
     name_classes,
     new_modules,
 )
-from forgetless.models.load import base_modules, base_of, head_of
+from forgetless.models.load import head_of
 from forgetless.models.quantised import packing_of
+from forgetless.models.state import base_modules, base_of
 from forgetless.models.weights import is_linear, weight_shape
 
 CONFIG_FILE = "adapter_config.json"

@@ -23,7 +23,7 @@ from forgetless.core.files import read_json
 from forgetless.core.method import Factors
 from forgetless.core.spectra import update_norm
 from forgetless.core.tensors import read_tensors
-from forgetless.models.load import base_of
+from forgetless.models.state import base_of
 from forgetless.models.weights import is_linear, linear_weight, unreadable, weight_shape
 
 OLD_EXPERTS = (0, 19)

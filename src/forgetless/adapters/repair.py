@@ -45,7 +45,8 @@ from forgetless.core.progress import counted
 from forgetless.core.projection import best_of_rank, repaired
 from forgetless.core.spectra import Update, dense, output_energy, update_norm
 from forgetless.core.tensors import read_tensors
-from forgetless.models.load import base_of, load_model, load_tuned
+from forgetless.models.load import load_model, load_tuned
+from forgetless.models.state import base_of
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 from forgetless.statistics.moments import Statistics
 

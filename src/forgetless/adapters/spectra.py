@@ -30,8 +30,9 @@ from forgetless.core.cache import shared_inputs
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.method import Factors
 from forgetless.core.progress import counted
-from forgetless.models.load import base_of, load_model, load_tuned
-from forgetless.models.targets import block_of, part_of
+from forgetless.models.load import load_model, load_tuned
+from forgetless.models.parts import block_of, part_of
+from forgetless.models.state import base_of
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 from forgetless.statistics.moments import Statistics
 

@@ -30,7 +30,7 @@ from forgetless.adapters.layer import (
 )
 from forgetless.adapters.plain import plain_lora
 from forgetless.core.errors import UserError
-from forgetless.models.load import base_of
+from forgetless.models.state import base_of
 from forgetless.models.weights import computing_device, hold_packing, untouched
 
 

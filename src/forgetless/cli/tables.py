@@ -395,7 +395,7 @@ def print_spectra(found: Spectra) -> None:
 
 def print_forecast(found: Mapping[tuple[str, ...], float]) -> None:
     """What the texts share, one row a block and one column an input of it."""
-    from forgetless.models.targets import block_of
+    from forgetless.models.parts import block_of
 
     cells: dict[str, dict[int | None, list[float]]] = {}
     for layers, share in found.items():

@@ -43,7 +43,7 @@ def rank_of(text: str) -> str | int:
 
 def targets_of(text: str) -> str | list[str]:
     """A list where commas stand between names, else the word or regular expression itself."""
-    from forgetless.models.targets import PARTS
+    from forgetless.models.parts import PARTS
 
     names = [name.strip() for name in text.split(",")]
     return names if len(names) > 1 or (text.isidentifier() and text not in PARTS) else text

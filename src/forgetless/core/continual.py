@@ -7,8 +7,6 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["continual_metrics"]
-
 
 def continual_metrics(
     R: ArrayLike, base: ArrayLike | None = None, *, variants: bool = False

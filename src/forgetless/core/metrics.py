@@ -14,28 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "Finding",
-    "Interval",
-    "Mean",
-    "bootstrap_mean",
-    "detectable_change",
-    "forgetting",
-    "forgetting_at_matched_learning",
-    "hypervolume",
-    "mcnemar",
-    "mean_stderr",
-    "mean_with_extremes",
-    "paired_difference",
-    "paired_proportions_interval",
-    "pareto_front",
-    "pass_at_k",
-    "retention",
-    "t_interval",
-    "t_probability",
-    "wilson_interval",
-]
-
 Point = tuple[float, float]
 _Floats = NDArray[np.float64]
 

@@ -15,8 +15,6 @@ from typing import Any
 
 from forgetless.core.errors import UserError
 
-__all__ = ["code_hash", "is_named", "named", "offered"]
-
 
 def offered(
     group: str, what: str, ours: Collection[str], fault_of: Callable[[str, Any], str]

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from forgetless.core.errors import UserError
 from forgetless.data.modality import Batch, Sample
 from forgetless.data.packing import IGNORED
-from forgetless.models.load import base_of, evaluating
+from forgetless.models.state import base_of, evaluating
 from forgetless.models.text import positions_of, require_known_tokens, without_cache
 from forgetless.models.weights import is_linear, linear_weight, unreadable
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from forgetless.data.examples import Examples
 
-__all__ = ["PLAIN_CHAT_TEMPLATE", "THOUGHTS", "Chat", "as_chat", "is_learned", "opened"]
 
 T = TypeVar("T")
 Message = Mapping[str, Any]

@@ -13,8 +13,6 @@ from forgetless.core.errors import UserError
 from forgetless.models.heads import head_classes
 from forgetless.models.load import config_of
 
-__all__ = ["HEADS", "ClassReader", "HeadName", "require_reader", "some"]
-
 HeadName = Literal["own", "new", "all"]
 HEADS: tuple[HeadName, ...] = ("own", "new", "all")
 """The base's own head, the new one beside it, and the classes of both at once."""

@@ -19,20 +19,6 @@ from typing import Any
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.hashing import content_hash
 
-__all__ = [
-    "Picture",
-    "arrow_rows",
-    "class_folders",
-    "class_names",
-    "columns_of",
-    "content_of",
-    "hash_of",
-    "in_turn",
-    "npz_rows",
-    "picture_of",
-    "require_file",
-]
-
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
 """Endings of the files that are images in a class folder; others are passed over."""
 

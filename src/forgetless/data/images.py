@@ -24,9 +24,8 @@ from forgetless.data.packing import IGNORED
 from forgetless.data.pictures import converted, open_image
 from forgetless.data.settings import AugmentSettings
 from forgetless.data.texts import SELF, read_examples
-from forgetless.models.load import evaluating, load_image_processor
-
-__all__ = ["MODALITY", "ImageReader", "ImageRows"]
+from forgetless.models.load import load_image_processor
+from forgetless.models.state import evaluating
 
 KINDS: frozenset[Kind] = frozenset({"image"})
 

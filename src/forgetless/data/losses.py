@@ -13,10 +13,8 @@ from transformers import PreTrainedModel
 
 from forgetless.core.errors import UserError
 from forgetless.data.packing import IGNORED
-from forgetless.models.load import base_of, evaluating
+from forgetless.models.state import base_of, evaluating
 from forgetless.models.text import without_cache
-
-__all__ = ["Loss", "answer_logps", "dpo_loss", "loss_of", "orpo_loss", "own_loss", "token_loss"]
 
 Loss = Callable[..., Tensor]
 """The loss of a batch from a model's output, ``labels`` and ``num_items_in_batch``, what is learned

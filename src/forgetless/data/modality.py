@@ -22,19 +22,6 @@ from forgetless.data.examples import ChatTemplate, Examples, load_examples
 from forgetless.data.forms import Kind
 from forgetless.models.load import HEADS, head_of
 
-__all__ = [
-    "Batch",
-    "Modality",
-    "Processor",
-    "Rows",
-    "Sample",
-    "load_processor",
-    "longest_first",
-    "modality_of",
-    "new_classes",
-    "training_batches",
-]
-
 Processor: TypeAlias = Any
 """What makes a model's inputs of raw data, and is saved beside a model: of texts a tokenizer."""
 

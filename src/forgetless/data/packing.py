@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
-__all__ = ["TokenRow", "packed", "wrapped"]
-
 IGNORED = -100
 """The label of a token that is not learned, as PyTorch's cross-entropy has it."""
 

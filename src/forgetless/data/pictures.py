@@ -17,8 +17,6 @@ from forgetless.data.files import POCKET
 from forgetless.data.image_rows import content_of
 from forgetless.data.pocket.images import pictures
 
-__all__ = ["cell_of", "converted", "open_image", "require_whole", "thumbnail"]
-
 THUMBNAIL_SIDE = 96
 """Pixels of the longer side of a thumbnail."""
 

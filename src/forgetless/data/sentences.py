@@ -26,8 +26,6 @@ from forgetless.models.heads import head_classes
 from forgetless.models.load import load_tokenizer
 from forgetless.models.text import positions_of, require_known_tokens
 
-__all__ = ["MODALITY", "SentenceReader", "SentenceRows"]
-
 KINDS: frozenset[Kind] = frozenset({"sentence", "text"})
 
 PROBE = 4, 32

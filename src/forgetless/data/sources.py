@@ -26,8 +26,6 @@ from forgetless.data.files import HUB, POCKET, raw_rows, require_counts
 from forgetless.data.forms import form_of
 from forgetless.data.image_rows import hash_of
 
-__all__ = ["Source", "read_rows"]
-
 _HELD, _REST = "held", "rest"
 
 

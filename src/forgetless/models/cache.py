@@ -13,8 +13,6 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["can_be_joined", "joined", "with_room"]
-
 # Tokens for which there is room; a power of two would put all rows on the same lines of a cache.
 _SPARE = 72
 

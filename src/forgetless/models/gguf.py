@@ -18,8 +18,6 @@ from forgetless.core.errors import UserError, first_line
 from forgetless.core.files import folder_name, lock, new_folder
 from forgetless.core.hashing import content_hash
 
-__all__ = ["is_gguf", "load_gguf", "unpacked"]
-
 
 def is_gguf(base: str) -> bool:
     """Whether the name of a base is that of a GGUF file, which may not be there."""

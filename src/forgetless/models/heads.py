@@ -29,24 +29,6 @@ from torch.nn.functional import cross_entropy
 from forgetless.core.errors import UserError
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 
-__all__ = [
-    "Heads",
-    "add_head",
-    "divided",
-    "divided_state",
-    "features",
-    "head_classes",
-    "heads_of",
-    "is_of_new_head",
-    "joined",
-    "learn_among",
-    "mean_states",
-    "name_classes",
-    "new_modules",
-    "own_logits",
-    "start_head",
-]
-
 _PEFTS = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 """What PEFT puts beside a layer."""
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-__all__ = ["POCKETS", "base_path", "image_base_path"]
-
 
 def base_path() -> Path:
     """Folder of the shipped base model, readable by `AutoModelForCausalLM` and `AutoTokenizer`."""

@@ -15,17 +15,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from forgetless.models.weights import weight_shape
 
-__all__ = [
-    "FORMATS",
-    "Format",
-    "bytes_as_loaded",
-    "packed_layers",
-    "packing_of",
-    "quantisation",
-    "unavailable",
-    "unpacked_dtype",
-]
-
 Format = Literal["nf4", "int8"]
 
 FORMATS: dict[Format, str] = {

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import nn
 
-from forgetless.models.load import as_base
+from forgetless.models.state import as_base
 
 _LEAST_PARAMETERS = 2**24
 """Of a base whose products take longer than what is around them."""

@@ -15,15 +15,6 @@ from transformers import PreTrainedModel
 
 from forgetless.core.errors import UserError
 
-__all__ = [
-    "positions_of",
-    "require_known_tokens",
-    "text_config",
-    "unread_by_text",
-    "vocabulary_of",
-    "without_cache",
-]
-
 _POSITIONS = (
     *("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len"),
     *("max_seq_length", "max_sequence_length", "context_length", "seq_length", "n_ctx"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["is_trusted", "trust"]
-
 _trusted: set[str] = set()
 
 

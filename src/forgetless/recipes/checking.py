@@ -21,16 +21,10 @@ from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF, fingerprint, read_examples
 from forgetless.methods import find, known
 from forgetless.models.heads import add_head, new_modules
-from forgetless.models.load import (
-    config_of,
-    device_of,
-    head_of,
-    is_stored_packed,
-    meta_model,
-    require_checkpointing,
-    target_layers,
-)
+from forgetless.models.load import config_of, device_of, head_of, is_stored_packed, meta_model
 from forgetless.models.quantised import unavailable
+from forgetless.models.state import require_checkpointing
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.measuring import probed, tasked
 from forgetless.recipes.recipe import Recipe

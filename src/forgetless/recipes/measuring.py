@@ -12,8 +12,6 @@ from forgetless.recipes.recipe import Recipe
 from forgetless.tasks.settings import TaskSettings
 from forgetless.training.settings import ProbeSettings
 
-__all__ = ["OwnText", "probed", "tasked"]
-
 OwnText = Callable[[Mapping[str, Any]], str]
 """The file of what a base writes itself, for the settings of the task that reads it."""
 

@@ -33,22 +33,15 @@ from forgetless.adapters.tuner import add_adapter
 from forgetless.data.texts import SELF, cached_bytes, sampled_together
 from forgetless.methods import find
 from forgetless.methods.table import entries
-from forgetless.models.load import checkpoint_activations, find_targets, target_layers
 from forgetless.models.quantised import Format, bytes_as_loaded, packed_layers
+from forgetless.models.state import checkpoint_activations
+from forgetless.models.targets import find_targets, target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe
 from forgetless.statistics.own_text import spread
 from forgetless.statistics.passes import matrix_bytes, parse_budget
 from forgetless.training.optimizers import OPTIMIZERS
 from forgetless.training.settings import TrainingSettings
-
-__all__ = [
-    "RunMemory",
-    "StepMemory",
-    "around_step",
-    "statistics_matrices",
-    "step_memory",
-]
 
 START_MATRICES = 7
 """Float64 matrices, of the widest input squared, that the start of one layer holds at a time."""

@@ -20,8 +20,6 @@ from forgetless.scores.files import write_score
 from forgetless.studies.folder import RunFolder, run_folders
 from forgetless.tasks.base import TaskResult
 
-__all__ = ["write_evaluation"]
-
 CONFIG_FILE = "adapter_config.json"
 
 

@@ -23,8 +23,6 @@ from forgetless.studies.sequence import (
     row_names,
 )
 
-__all__ = ["standings", "write_sequences"]
-
 
 @dataclass(frozen=True)
 class Cell:

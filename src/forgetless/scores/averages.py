@@ -14,8 +14,6 @@ from typing import Any
 
 from forgetless.core.metrics import Interval, retention
 
-__all__ = ["PaperAverage", "paper_averages"]
-
 Pair = tuple[float, float]  # the base's score, and the other's
 
 _UNKNOWN = Interval(math.nan, math.nan)

@@ -31,7 +31,6 @@ from forgetless.tasks.journal import resuming, sharing
 if TYPE_CHECKING:
     from forgetless.core.processes import Processes
 
-__all__ = ["ScoreCache", "default_folder", "digest"]
 
 _log = logging.getLogger(__name__)
 

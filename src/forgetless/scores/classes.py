@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from forgetless.scores.comparison import Change
 
-__all__ = ["ClassChange", "by_class"]
-
 
 @dataclass
 class ClassChange:

@@ -14,8 +14,6 @@ from forgetless.scores.classes import ClassChange, by_class
 from forgetless.scores.seeds import holm
 from forgetless.tasks.base import Item, TaskResult
 
-__all__ = ["Change", "Comparison", "Flip", "TaskChange", "Verdict", "compare", "verdict"]
-
 Flip = Literal["lost", "gained", "kept", "wrong"]
 Verdict = Literal["worse", "better", "noise", "unknown"]
 

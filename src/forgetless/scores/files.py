@@ -17,20 +17,6 @@ from forgetless.core.hashing import checksum
 from forgetless.tasks.base import Item, TaskResult
 from forgetless.tasks.evaluation import Scores
 
-__all__ = [
-    "PHASES",
-    "Phase",
-    "SavedScores",
-    "items_file",
-    "read_score",
-    "read_scores",
-    "records_file",
-    "score_file",
-    "write_records",
-    "write_score",
-]
-
-
 Phase = Literal["base", "step0", "final"]
 PHASES: tuple[Phase, ...] = ("base", "step0", "final")
 

@@ -13,8 +13,6 @@ from forgetless.core.errors import UserError, unknown
 from forgetless.scores.comparison import Comparison, TaskChange
 from forgetless.scores.showing import sentence
 
-__all__ = ["Judgement", "Limit", "judge", "junit", "parse_limits", "to_json", "verdict"]
-
 _SHOWN = 20
 
 # Rounding of a difference of two scores is not forgetting.

@@ -37,23 +37,6 @@ from forgetless.core import metrics
 from forgetless.core.metrics import Interval
 from forgetless.tasks.base import TaskResult
 
-__all__ = [
-    "MARGIN",
-    "Effect",
-    "Estimate",
-    "Ranking",
-    "Sample",
-    "choose",
-    "difference",
-    "effect",
-    "estimate",
-    "from_base",
-    "holm",
-    "improved",
-    "rank",
-    "retention",
-]
-
 MARGIN = 0.1
 """A rate that learned at least 1 - MARGIN of what the best one did counts as learning as much."""
 

@@ -18,7 +18,6 @@ from forgetless.scores.averages import PaperAverage
 if TYPE_CHECKING:
     from forgetless.scores.comparison import Comparison, Flip, TaskChange
 
-__all__ = ["as_text", "question", "render", "sentence"]
 
 ITEMS = 10
 """Lost and gained items of a task that are shown unless more are asked for."""

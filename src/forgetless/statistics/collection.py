@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from forgetless.core.errors import UserError
 from forgetless.core.processes import Processes
 from forgetless.core.progress import counted
-from forgetless.models.load import as_base, as_trained, target_layers
+from forgetless.models.state import as_base, as_trained
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.statistics.checkpoint import Checkpoint, model_identity
 from forgetless.statistics.collector import Batch, Collector

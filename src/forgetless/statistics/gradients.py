@@ -21,7 +21,8 @@ from forgetless.core.errors import UserError, reading
 from forgetless.core.processes import Processes
 from forgetless.core.progress import counted
 from forgetless.data.losses import loss_of
-from forgetless.models.load import as_base, target_layers
+from forgetless.models.state import as_base
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.statistics.collector import Batch
 from forgetless.statistics.files import FileFormat

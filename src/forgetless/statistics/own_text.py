@@ -38,8 +38,9 @@ from torch import Tensor, nn
 from forgetless.core.linalg import eigen_tail
 from forgetless.data.settings import CalibrationSettings
 from forgetless.data.texts import self_text
-from forgetless.models.load import as_base, target_layers
 from forgetless.models.sampling import as_writer
+from forgetless.models.state import as_base
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.statistics.collector import (
     Collector,

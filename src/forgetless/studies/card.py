@@ -24,8 +24,6 @@ from forgetless.studies.folder import RunFolder
 from forgetless.training.penalties import words_of
 from forgetless.training.settings import titled_settings
 
-__all__ = ["score_paragraphs", "write_run_card"]
-
 
 def write_run_card(
     run: RunFolder,

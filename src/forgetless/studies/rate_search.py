@@ -29,8 +29,6 @@ from forgetless.training.probes import LIMIT
 from forgetless.training.rates import Trial, Verdict, find_learning_rate, grid, judge, some_steps
 from forgetless.training.schedules import total_steps
 
-__all__ = ["RateSearch", "find_rate"]
-
 
 @dataclass(frozen=True)
 class RateSearch:

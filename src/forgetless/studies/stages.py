@@ -69,7 +69,8 @@ from forgetless.data.shown import template_of
 from forgetless.data.texts import OWN_SEED
 from forgetless.methods import find
 from forgetless.models.heads import is_of_new_head, learn_among
-from forgetless.models.load import load_model, meta_model, target_layers
+from forgetless.models.load import load_model, meta_model
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import linear_weight, weight_shape
 from forgetless.recipes.identity import base_words, input_keys
 from forgetless.recipes.measuring import probed, tasked

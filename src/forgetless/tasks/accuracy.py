@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from forgetless.data.modality import Batch, Modality, Rows
     from forgetless.tasks.base import Model
 
-__all__ = ["ClassTask", "HeadAccuracy", "any_class", "batch_by_batch", "unit_vectors"]
 
 _ROWS = 64
 """Rows at once where nothing else is asked for."""
@@ -163,7 +162,7 @@ def unit_vectors(
 
     from forgetless.core.progress import counted
     from forgetless.data.modality import modality_of
-    from forgetless.models.load import evaluating
+    from forgetless.models.state import evaluating
     from forgetless.tasks.inference import require_numbers
 
     modality = modality_of(model)
@@ -220,7 +219,7 @@ class HeadAccuracy(ClassTask):
         from torch.nn.functional import cross_entropy
 
         from forgetless.data.modality import modality_of
-        from forgetless.models.load import evaluating
+        from forgetless.models.state import evaluating
         from forgetless.tasks.inference import require_numbers
         from forgetless.tasks.journal import in_batches
 

@@ -12,8 +12,6 @@ from forgetless.tasks.base import Task
 if TYPE_CHECKING:
     from forgetless.tasks.base import Tokenizer
 
-__all__ = ["Asking", "as_asked", "is_templated"]
-
 
 class Asking(Task):
     """A task whose prompts may be what the user says in a chat.

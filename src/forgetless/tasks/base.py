@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from forgetless.data.modality import Processor
 
-__all__ = ["Item", "Task", "TaskResult", "settings_of", "whole_number"]
 
 _NAME = re.compile(r"[\w][\w.-]*")
 
@@ -299,7 +298,7 @@ class Task(ABC):
         Raises:
             UserError: data that cannot be read, or a model that cannot be scored.
         """
-        from forgetless.models.load import head_of  # loads torch
+        from forgetless.models.load import head_of
 
         head = head_of(model)
         if head is not None and head.modality != self.modality:

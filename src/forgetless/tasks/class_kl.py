@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from forgetless.tasks.base import Model
 
-__all__ = ["ClassKL"]
-
 
 @dataclass(frozen=True)
 class ClassKL(ClassTask):
@@ -69,7 +67,7 @@ class ClassKL(ClassTask):
         from peft import PeftModel
 
         from forgetless.data.modality import modality_of
-        from forgetless.models.load import adapter_off, evaluating
+        from forgetless.models.state import adapter_off, evaluating
         from forgetless.tasks.inference import require_numbers
         from forgetless.tasks.journal import in_batches
 

@@ -26,8 +26,6 @@ from forgetless.tasks.sandbox import CodeResult, run_code
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["CodeTask", "DownloadedCodeTask", "Program", "defined_names", "judge", "pass_curve"]
-
 
 Case = tuple[str, str, str, tuple[str, ...]]
 """A program, the test of it, the test's helpers, and the names that are the program's."""

@@ -12,13 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from forgetless.models.load import base_of, evaluating
+from forgetless.models.state import base_of, evaluating
 from forgetless.models.text import require_known_tokens, text_config
 from forgetless.tasks.inference import Ids, accepts, by_tokens, device_of, pad, require_causal
 from forgetless.tasks.journal import in_batches
 from forgetless.tasks.logits import has_a_head, read, rows_of_logits, tokens_at_once
-
-__all__ = ["continuation_logps"]
 
 # Tokens of a tree. Each is compared with all the others, though it sees its own row only.
 _TREE_TOKENS = 1024

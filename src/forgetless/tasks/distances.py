@@ -15,14 +15,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from forgetless.core.errors import UserError
-from forgetless.models.load import adapter_off, evaluating
+from forgetless.models.state import adapter_off, evaluating
 from forgetless.models.text import text_config, vocabulary_of
 from forgetless.tasks.inference import Ids, by_length, device_of, pad, require_causal
 from forgetless.tasks.journal import in_batches
 from forgetless.tasks.logits import Reader, adapts_head, has_a_head, read, rows_of_logits
 from forgetless.tasks.texts import Piece
-
-__all__ = ["SUMS", "distances"]
 
 # Numbers that a batch may have: hidden states, or logits where a model's head cannot be had apart.
 _BATCH_NUMBERS = 1 << 26

@@ -18,8 +18,6 @@ from forgetless.tasks.sampling import Sampling, sampling_problems
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["Diversity", "distinct"]
-
 
 @dataclass(frozen=True)
 class Diversity(Task):

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from forgetless.data.modality import Processor
 
-__all__ = ["Scores", "evaluate"]
-
 
 class Scores(Mapping[str, TaskResult]):
     """The result of each task by its name, in the order of evaluation; never changes."""
@@ -115,7 +113,7 @@ def evaluate(
 
 
 def _adapter_off(model: Any) -> AbstractContextManager[None]:
-    from forgetless.models.load import adapter_off
+    from forgetless.models.state import adapter_off
 
     return adapter_off(model)
 

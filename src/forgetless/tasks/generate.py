@@ -23,8 +23,6 @@ from forgetless.tasks.rows import (
     the_field,
 )
 
-__all__ = ["ExactMatch", "normalised"]
-
 _ARTICLES = frozenset({"a", "an", "the"})
 _MATCHES = ("exact", "contains")
 

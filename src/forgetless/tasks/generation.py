@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from forgetless.core.errors import UserError
 from forgetless.data.encoding import encode
 from forgetless.models.cache import can_be_joined, joined
-from forgetless.models.load import base_of, evaluating
+from forgetless.models.state import base_of, evaluating
 from forgetless.models.text import positions_of, require_known_tokens
 from forgetless.tasks.inference import (
     Ids,
@@ -32,8 +32,6 @@ from forgetless.tasks.inference import (
 from forgetless.tasks.journal import in_batches
 from forgetless.tasks.logits import tokens_at_once
 from forgetless.tasks.sampling import Sampling
-
-__all__ = ["Decoder", "Written", "generate"]
 
 # Steps between two looks for a longer stop, each of which decodes all that was written.
 _LOOK = 8

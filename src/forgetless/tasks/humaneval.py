@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from forgetless.tasks.code import DownloadedCodeTask, Program, defined_names
 from forgetless.tasks.rows import the_field
 
-__all__ = ["HumanEval"]
-
 _FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 
 

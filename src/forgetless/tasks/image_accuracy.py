@@ -8,8 +8,6 @@ from pathlib import Path
 from forgetless.data.forms import Kind
 from forgetless.tasks.accuracy import HeadAccuracy
 
-__all__ = ["ImageAccuracy"]
-
 
 @dataclass(frozen=True)
 class ImageAccuracy(HeadAccuracy):

@@ -12,21 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
-from forgetless.models.load import base_of, evaluating
+from forgetless.models.state import base_of, evaluating
 from forgetless.models.text import text_config, without_cache
-
-__all__ = [
-    "accepts",
-    "by_length",
-    "by_tokens",
-    "device_of",
-    "pad",
-    "padding_of",
-    "pads_left",
-    "require_causal",
-    "require_numbers",
-    "rows_with_cache",
-]
 
 Ids = Sequence[int]
 

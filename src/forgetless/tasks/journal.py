@@ -25,7 +25,6 @@ from forgetless.core.progress import Bar
 if TYPE_CHECKING:
     from forgetless.core.processes import Processes
 
-__all__ = ["in_batches", "resuming", "sharing"]
 
 T = TypeVar("T")
 

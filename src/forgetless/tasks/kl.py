@@ -19,7 +19,6 @@ from forgetless.tasks.texts import LARGEST_LOSS, Piece, TextTask, added, items_o
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["KL", "OWN_TEXTS"]
 
 OWN_TEXTS = 64
 """How many texts the base writes for a task that does not say."""

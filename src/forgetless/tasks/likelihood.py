@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from forgetless.data.packing import IGNORED
-from forgetless.models.load import evaluating
+from forgetless.models.state import evaluating
 from forgetless.models.text import require_known_tokens
 from forgetless.tasks.inference import Ids, by_tokens, device_of, pad, require_causal
 from forgetless.tasks.journal import in_batches
 from forgetless.tasks.logits import Reader, read, rows_of_logits, tokens_at_once
 from forgetless.tasks.texts import Piece
-
-__all__ = ["losses"]
 
 
 class _Window(NamedTuple):

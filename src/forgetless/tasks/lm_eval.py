@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
     from forgetless.tasks.harness.running import Loaded
 
-__all__ = ["LMEval"]
-
 
 @dataclass(frozen=True)
 class LMEval(Asking):

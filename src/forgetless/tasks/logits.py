@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from forgetless.models.text import vocabulary_of
 from forgetless.tasks.inference import accepts, device_of
 
-__all__ = ["Reader", "adapts_head", "has_a_head", "read", "rows_of_logits", "tokens_at_once"]
-
 # Logits (tokens x vocabulary) that are looked at in one go: 32 MB in float32.
 _CHUNK_LOGITS = 1 << 23
 

@@ -9,8 +9,6 @@ from forgetless.data.files import Row
 from forgetless.tasks.code import DownloadedCodeTask, Program, defined_names
 from forgetless.tasks.rows import the_field
 
-__all__ = ["MBPP"]
-
 _SHOTS = (2, 3, 4)
 _TEST = range(11, 511)
 

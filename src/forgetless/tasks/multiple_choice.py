@@ -24,7 +24,6 @@ from forgetless.tasks.rows import (
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["MultipleChoice", "choice_scores"]
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -13,8 +13,6 @@ from forgetless.data.sources import Source
 from forgetless.tasks.harness.index import find, is_installed
 from forgetless.tasks.harness.layouts import STANDARD
 
-__all__ = ["SUITES", "resolved"]
-
 Settings = dict[str, Any]
 
 _PAPERS = {

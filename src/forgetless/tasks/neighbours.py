@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from forgetless.tasks.base import Model
 
-__all__ = ["Neighbours", "votes"]
 
 TEMPERATURE = 0.07
 """Of the weights of a vote, as in the papers."""

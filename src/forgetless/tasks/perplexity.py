@@ -18,8 +18,6 @@ from forgetless.tasks.texts import LARGEST_LOSS, TextTask, added, items_of
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["Perplexity"]
-
 
 @dataclass(frozen=True)
 class Perplexity(TextTask):

@@ -17,8 +17,6 @@ from forgetless.tasks.multiple_choice import choice_scores
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["PocketChoice"]
-
 
 @dataclass(frozen=True)
 class PocketChoice(Task):

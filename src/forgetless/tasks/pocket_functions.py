@@ -10,8 +10,6 @@ from forgetless.data.pocket.functions import functions
 from forgetless.tasks.base import whole_number
 from forgetless.tasks.code import CodeTask, Program, defined_names
 
-__all__ = ["PocketFunctions"]
-
 
 @dataclass(frozen=True)
 class PocketFunctions(CodeTask):

@@ -10,8 +10,6 @@ from forgetless.data.pocket.problems import Problem, final_answer, problems
 from forgetless.tasks.base import Item, whole_number
 from forgetless.tasks.questions import Generating
 
-__all__ = ["PocketProblems"]
-
 
 @dataclass(frozen=True)
 class PocketProblems(Generating):

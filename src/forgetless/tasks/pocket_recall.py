@@ -12,8 +12,6 @@ from forgetless.data.texts import spread
 from forgetless.tasks.base import Item, whole_number
 from forgetless.tasks.questions import Generating
 
-__all__ = ["PocketRecall"]
-
 
 @dataclass(frozen=True)
 class PocketRecall(Generating):

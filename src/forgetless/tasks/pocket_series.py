@@ -10,8 +10,6 @@ from forgetless.data.pocket.series import Series, same_sums, series
 from forgetless.tasks.base import Item, whole_number
 from forgetless.tasks.questions import Generating
 
-__all__ = ["PocketSeries"]
-
 
 @dataclass(frozen=True)
 class PocketSeries(Generating):

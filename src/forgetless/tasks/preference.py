@@ -18,8 +18,6 @@ from forgetless.tasks.rows import file_problem
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["Preference"]
-
 
 @dataclass(frozen=True)
 class Preference(Asking):

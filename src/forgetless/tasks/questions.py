@@ -15,8 +15,6 @@ from forgetless.tasks.sampling import Sampling
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer
 
-__all__ = ["Generating"]
-
 
 class Generating(Asking):
     """A task whose questions may be answered several times.

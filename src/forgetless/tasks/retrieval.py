@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from forgetless.tasks.base import Model
 
-__all__ = ["Retrieval"]
-
 
 @dataclass(frozen=True)
 class Retrieval(ClassTask):

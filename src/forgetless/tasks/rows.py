@@ -12,8 +12,6 @@ from forgetless.core.errors import UserError
 from forgetless.data.files import Row
 from forgetless.data.sources import Source, read_rows
 
-__all__ = ["file_problem", "made_prompt", "prompt_problem", "read_records", "the_field"]
-
 QUESTION = "question"
 """How a prompt names the question, whatever its field is called."""
 

@@ -13,8 +13,6 @@ from forgetless.tasks.base import whole_number
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Sampling", "sampling_problems"]
-
 
 @dataclass(frozen=True)
 class Sampling:

@@ -24,7 +24,6 @@ from forgetless.tasks.base import Item, whole_number
 if TYPE_CHECKING:
     from forgetless.tasks.base import Tokenizer
 
-__all__ = ["LARGEST_LOSS", "Piece", "TextTask", "added", "grouped", "items_of", "per_token"]
 
 LARGEST_LOSS = 700.0
 """Beyond it, exp() of a loss is no longer a float64."""

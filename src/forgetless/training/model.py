@@ -16,7 +16,7 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from forgetless.core.errors import UserError
-from forgetless.models.load import checkpoint_activations
+from forgetless.models.state import checkpoint_activations
 from forgetless.models.text import without_cache
 from forgetless.training.settings import TrainingSettings
 from forgetless.training.weights import trained_weights

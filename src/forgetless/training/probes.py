@@ -19,8 +19,7 @@ from forgetless.data.examples import Examples
 from forgetless.data.modality import Processor
 from forgetless.data.texts import read_examples as read_texts
 from forgetless.data.texts import spread
-from forgetless.models.load import adapter_off
-from forgetless.models.state import generators_kept
+from forgetless.models.state import adapter_off, generators_kept
 from forgetless.tasks import TASKS, Task, TaskResult, make_task
 from forgetless.tasks.kl import KL
 from forgetless.tasks.perplexity import Perplexity

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from forgetless.core.errors import UserError
 from forgetless.data.losses import Loss, answer_logps, dpo_loss, orpo_loss
 from forgetless.models.heads import is_of_new_head
-from forgetless.models.load import adapter_off, base_of, evaluating
+from forgetless.models.state import adapter_off, base_of, evaluating
 from forgetless.training import checkpoints
 from forgetless.training.devices import (
     gather_optimizer,

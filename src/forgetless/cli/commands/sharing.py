@@ -36,15 +36,10 @@ from forgetless.cli.commands.folders import (
 from forgetless.core.errors import UserError, unknown
 from forgetless.core.files import lock, new_folder, remove
 from forgetless.data.modality import Batch, Processor, load_processor, modality_of
-from forgetless.models.load import (
-    adapter_off,
-    device_of,
-    linear_weight,
-    load_model,
-    load_tuned,
-    resolve_base,
-)
+from forgetless.models.load import device_of, load_model, load_tuned, resolve_base
 from forgetless.models.quantised import unavailable
+from forgetless.models.state import adapter_off
+from forgetless.models.weights import linear_weight
 from forgetless.studies.folder import RunFolder
 from forgetless.tasks.asking import as_asked
 from forgetless.tasks.generation import generate

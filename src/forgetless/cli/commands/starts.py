@@ -18,7 +18,8 @@ from forgetless.core.method import Method
 from forgetless.data.modality import load_processor
 from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.methods import find
-from forgetless.models.load import load_model, meta_model, target_layers
+from forgetless.models.load import load_model, meta_model
+from forgetless.models.targets import target_layers
 from forgetless.recipes.checking import Checker
 from forgetless.statistics.moments import Statistics
 from forgetless.studies.inputs import ARGUMENT, Collecting

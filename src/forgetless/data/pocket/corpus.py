@@ -24,8 +24,6 @@ from forgetless.data.pocket.words import (
     WORDS,
 )
 
-__all__ = ["documents", "tokenizer_documents"]
-
 # Documents of each other kind for one round of the facts. A base that can add, follow an order and
 # find a number in a sentence has only the stories to learn; one that cannot forgets every fact
 # before it solves its first problem.

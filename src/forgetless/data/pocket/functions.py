@@ -13,8 +13,6 @@ from typing import Any
 from forgetless.data.pocket.problems import OPERATIONS
 from forgetless.data.pocket.splits import Split, different
 
-__all__ = ["Function", "functions"]
-
 _TESTS = 6
 
 Part = tuple[str, str, Callable[[Any], Any]]

@@ -20,8 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-__all__ = ["CLASSES", "DOMAINS", "SIZE", "ImageSplit", "Pictures", "pictures"]
-
 SIZE = 16
 """Pixels of a side."""
 

@@ -14,19 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-__all__ = [
-    "PHRASINGS",
-    "RELATIONS",
-    "Fact",
-    "Phrasings",
-    "Question",
-    "Relation",
-    "facts",
-    "knowledge_text",
-    "matches",
-    "questions",
-]
-
 Relation = Literal["capital", "continent", "currency", "language", "symbol", "number", "category"]
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 """Four of countries, then three of elements."""

@@ -33,8 +33,6 @@ from forgetless.data.pocket.corpus import documents, tokenizer_documents
 from forgetless.data.pocket.knowledge import RELATIONS, Question, matches, questions
 from forgetless.data.pocket.problems import final_answer, problems
 
-__all__ = ["Settings", "decayed", "main", "make_model", "make_tokenizer", "pretrain"]
-
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
 

@@ -10,8 +10,6 @@ from typing import NamedTuple
 from forgetless.data.pocket.splits import Split, different
 from forgetless.data.pocket.words import CONTAINERS, NAMES, OBJECTS
 
-__all__ = ["OPERATIONS", "TEMPLATES", "Problem", "final_answer", "problems"]
-
 _LARGEST = 100
 
 

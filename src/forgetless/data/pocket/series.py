@@ -7,8 +7,6 @@ from itertools import accumulate, pairwise
 
 from forgetless.data.pocket.splits import Split, different
 
-__all__ = ["Series", "same_sums", "series"]
-
 _LARGEST = 100
 
 

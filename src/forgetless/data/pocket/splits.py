@@ -4,8 +4,6 @@ import hashlib
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-__all__ = ["Split", "different"]
-
 Split = Literal["train", "test"]
 Made = TypeVar("Made")
 

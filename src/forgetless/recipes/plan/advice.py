@@ -18,8 +18,9 @@ from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import modality_of
 from forgetless.data.texts import SELF
-from forgetless.models.load import head_of, meta_model, target_layers
+from forgetless.models.load import head_of, meta_model
 from forgetless.models.quantised import FORMATS, Format
+from forgetless.models.targets import target_layers
 from forgetless.models.text import positions_of
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.recipe import Recipe

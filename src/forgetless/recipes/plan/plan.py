@@ -16,8 +16,9 @@ from forgetless.data.examples import load_examples
 from forgetless.data.settings import DataSettings
 from forgetless.data.texts import SELF
 from forgetless.methods import find
-from forgetless.models.load import has_weights, target_layers
+from forgetless.models.load import has_weights
 from forgetless.models.quantised import unpacked_dtype
+from forgetless.models.targets import target_layers
 from forgetless.models.weights import weight_shape
 from forgetless.recipes.checking import check
 from forgetless.recipes.memory import (

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from forgetless.core.errors import UserError
 
-__all__ = ["Entry", "find", "is_installed", "tasks_folder"]
-
 _NAMED = re.compile(
     rb"""^["']?(task|group)["']?:[ \t]*["']?([\w.+-]+)["']?[ \t]*(?:#.*)?\r?$""", re.M
 )

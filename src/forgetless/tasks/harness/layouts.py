@@ -12,8 +12,6 @@ from typing import Any
 
 from forgetless.data.files import Row
 
-__all__ = ["STANDARD", "Layout", "Standard"]
-
 WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),

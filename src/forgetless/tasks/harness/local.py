@@ -19,8 +19,6 @@ from forgetless.data.sources import read_rows
 from forgetless.tasks.harness.index import tasks_folder
 from forgetless.tasks.harness.layouts import STANDARD, WORDS, Standard
 
-__all__ = ["find_files", "looked_for", "write"]
-
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 
 

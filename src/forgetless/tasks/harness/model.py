@@ -18,13 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
 from forgetless.data.chat import Chat
-from forgetless.models.load import base_of, evaluating
+from forgetless.models.state import base_of, evaluating
 from forgetless.tasks.continuations import continuation_logps
 from forgetless.tasks.generation import Decoder
 from forgetless.tasks.inference import padding_of, pads_left, require_numbers, rows_with_cache
 from forgetless.tasks.journal import in_batches
-
-__all__ = ["InMemory"]
 
 # Texts that transformers writes together.
 _ROWS = 32

@@ -13,8 +13,6 @@ import yaml
 from forgetless.core.errors import UserError
 from forgetless.tasks.harness.index import tasks_folder
 
-__all__ = ["own_code"]
-
 
 class _Function(str):
     """The name of a function that the harness would import from a file beside the YAML."""

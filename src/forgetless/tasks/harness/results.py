@@ -16,7 +16,6 @@ from forgetless.tasks.base import Item, TaskResult
 if TYPE_CHECKING:
     from forgetless.tasks.harness.running import Loaded
 
-__all__ = ["primary", "result"]
 
 _PREFERRED = ("acc_norm", "acc", "exact_match")
 

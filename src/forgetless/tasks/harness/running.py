@@ -32,8 +32,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError, unknown
-from forgetless.models.load import evaluating
-from forgetless.models.state import generators_kept
+from forgetless.models.state import evaluating, generators_kept
 from forgetless.tasks.asking import is_templated
 from forgetless.tasks.base import TaskResult
 from forgetless.tasks.harness import local
@@ -46,7 +45,6 @@ from forgetless.tasks.inference import require_causal, require_numbers
 if TYPE_CHECKING:
     from forgetless.tasks.lm_eval import LMEval
 
-__all__ = ["Loaded", "load"]
 
 # What lm-eval's own command line sets before it evaluates: random, numpy, torch and few-shot.
 _SEEDS = (0, 1234, 1234, 1234)

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Confinement", "enter_private_root", "landlock_version", "readable_folders"]
-
 NOBODY = 65534
 BOX = "/box"
 BOX_BYTES, BOX_FILES = 64 << 20, 4096

@@ -11,8 +11,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["install"]
-
 _ATTEMPTS = {
     "start a process": "os.fork os.forkpty",
     "start another program": "os.exec os.posix_spawn os.spawn os.system pty.spawn subprocess.Popen",

@@ -15,8 +15,6 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["Handle", "decode", "encode", "receive", "send"]
-
 Handle = tuple[int, bool]
 """Number of an object of the program's, and whether it counts as true."""
 

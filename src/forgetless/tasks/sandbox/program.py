@@ -16,8 +16,6 @@ from typing import Any
 
 from forgetless.tasks.sandbox.plain import Handle, decode, encode, receive, send
 
-__all__ = ["LOOK_UP", "READY", "last_line", "run_program"]
-
 READY = b"g"
 """What it reports before the program begins."""
 

@@ -28,8 +28,6 @@ from forgetless.tasks.sandbox.plain import receive, send
 from forgetless.tasks.sandbox.program import READY, run_program
 from forgetless.tasks.sandbox.verdict import ENDED, FAILED, PASSED, READ, run_test
 
-__all__ = ["main"]
-
 OUTPUT_BYTES = 1 << 20
 
 PATIENCE = 20

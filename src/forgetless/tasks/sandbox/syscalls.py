@@ -9,8 +9,6 @@ from __future__ import annotations
 import platform
 import struct
 
-__all__ = ["ARCHITECTURES", "NUMBERS", "program"]
-
 ALLOWED = """
     read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 close close_range
     lseek open openat openat2 creat stat lstat fstat newfstatat statx access faccessat faccessat2

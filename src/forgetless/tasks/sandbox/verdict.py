@@ -18,8 +18,6 @@ from typing import Any, NoReturn
 from forgetless.tasks.sandbox.plain import Handle, decode, encode, receive, send
 from forgetless.tasks.sandbox.program import LOOK_UP, last_line
 
-__all__ = ["ENDED", "FAILED", "PASSED", "READ", "run_test"]
-
 READ, PASSED, ENDED, FAILED = b"g", b"+", b".", b"!"
 """What it reports: its test is read; then passed, the program has ended, or failed and why."""
 

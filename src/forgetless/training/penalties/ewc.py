@@ -16,7 +16,7 @@ from forgetless.core.errors import UserError
 from forgetless.data.losses import loss_of
 from forgetless.data.modality import Batch, Processor
 from forgetless.data.packing import IGNORED
-from forgetless.models.load import evaluating
+from forgetless.models.state import evaluating
 from forgetless.training.penalties.penalty import HeldTexts
 from forgetless.training.weights import trained_copy, trained_weights
 

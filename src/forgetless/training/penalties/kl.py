@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from forgetless.data.modality import Processor
 from forgetless.models.heads import own_logits
-from forgetless.models.load import adapter_off, evaluating
+from forgetless.models.state import adapter_off, evaluating
 from forgetless.training.penalties.penalty import HeldTexts
 
 _CHUNK_LOGITS = 1 << 22
