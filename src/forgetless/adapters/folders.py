@@ -31,13 +31,7 @@ from forgetless.adapters.layer import (
 from forgetless.adapters.plain import PlainLora, lora_config, plain_lora
 from forgetless.adapters.tuner import add_adapter, check_addable, take_off
 from forgetless.core.errors import UserError, first_few, reading
-from forgetless.core.files import (
-    json_checksum,
-    new_file,
-    new_folder,
-    read_json,
-    write_json,
-)
+from forgetless.core.files import json_checksum, new_file, new_folder, read_json, write_json
 from forgetless.core.tensors import read_tensors, write_tensors
 from forgetless.models.heads import (
     add_head,

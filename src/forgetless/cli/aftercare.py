@@ -149,11 +149,7 @@ def dial(
 
 
 def _adjust(asked: Asked, out: str | None, items: int, as_json: bool) -> None:
-    from forgetless.cli.commands.aftercare import (
-        adjust,
-        needs_no_weights,
-        repair_from_statistics,
-    )
+    from forgetless.cli.commands.aftercare import adjust, needs_no_weights, repair_from_statistics
 
     hush()
     if out is not None and asked.strengths and needs_no_weights(asked):

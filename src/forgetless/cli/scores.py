@@ -103,13 +103,7 @@ def eval_(
         from forgetless.reports import report, write_evaluation
 
         write_evaluation(
-            page,
-            base,
-            adapter,
-            found.base,
-            found.adapted,
-            learning=learned,
-            command=context.obj,
+            page, base, adapter, found.base, found.adapted, learning=learned, command=context.obj
         )
         print(f"report: {report(page)}")
 

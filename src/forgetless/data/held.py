@@ -30,10 +30,7 @@ class HeldOut(NamedTuple):
 
 
 def hold_out(
-    source: str | Path,
-    folder: Path,
-    limit: int | None = None,
-    kinds: Collection[Kind] = TEXTS,
+    source: str | Path, folder: Path, limit: int | None = None, kinds: Collection[Kind] = TEXTS
 ) -> HeldOut:
     """Share the examples of a source out between two files: one in five is held out.
 

@@ -357,10 +357,7 @@ def self_text(
 
 
 def _first_tokens(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int,
-    draw: random.Random,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: int, draw: random.Random
 ) -> list[int]:
     config = model.config.get_text_config()
     bos = tokenizer.bos_token_id

@@ -32,20 +32,12 @@ from transformers.models.auto.modeling_auto import (
 
 from forgetless.core.errors import UserError, first_line, unknown
 from forgetless.models.gguf import is_gguf, unpacked
-from forgetless.models.heads import (
-    add_head,
-    divided,
-    is_of_new_head,
-    name_classes,
-    start_head,
-)
+from forgetless.models.heads import add_head, divided, is_of_new_head, name_classes, start_head
 from forgetless.models.pocket import POCKETS
 from forgetless.models.quantised import Format, quantisation, unavailable, unpacked_dtype
 from forgetless.models.state import base_of
 from forgetless.models.trust import is_trusted
-from forgetless.models.weights import (
-    hold_packing,
-)
+from forgetless.models.weights import hold_packing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -402,11 +394,7 @@ def _load_beside(base: str, auto_class: Any, noun: str, weights: bool) -> Any:
 
 
 def meta_model(
-    base: str,
-    *,
-    weights: bool = True,
-    bare: bool = False,
-    attn_implementation: str | None = None,
+    base: str, *, weights: bool = True, bare: bool = False, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """The base's architecture on the meta device: every shape, not one weight.
 

@@ -11,17 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from forgetless.core.errors import UserError
-from forgetless.models.weights import (
-    hold_packing,
-    is_offloaded,
-)
+from forgetless.models.weights import hold_packing, is_offloaded
 
 
 @contextmanager

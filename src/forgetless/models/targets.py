@@ -16,16 +16,11 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from forgetless.core.errors import UserError
-from forgetless.models.heads import (
-    new_modules,
-)
+from forgetless.models.heads import new_modules
 from forgetless.models.parts import PARTS, part_of, shortest_endings
 from forgetless.models.state import base_modules, base_of
 from forgetless.models.text import unread_by_text
-from forgetless.models.weights import (
-    is_linear,
-    require_readable,
-)
+from forgetless.models.weights import is_linear, require_readable
 
 
 def target_layers(

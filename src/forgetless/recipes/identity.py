@@ -120,11 +120,7 @@ def input_keys(recipe: Recipe, *more: str) -> dict[str, dict[str, Any]]:
     kept = {**common, "source": texts[0][0] if len(texts) == 1 else texts}
     if any(source == SELF for source, _ in recipe.calibration.sources):
         kept["samples"] = recipe.calibration.samples
-    found = {
-        "second_moment": kept,
-        "task_moment": task,
-        "gradient": {**task, "gradient": True},
-    }
+    found = {"second_moment": kept, "task_moment": task, "gradient": {**task, "gradient": True}}
     return {need: found[need] for need in sorted(needs)}
 
 

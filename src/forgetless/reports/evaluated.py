@@ -9,13 +9,7 @@ from typing import Any
 import yaml
 
 from forgetless.core.errors import UserError
-from forgetless.core.files import (
-    folder_name,
-    read_json,
-    remove,
-    write_json,
-    write_text,
-)
+from forgetless.core.files import folder_name, read_json, remove, write_json, write_text
 from forgetless.scores.files import write_score
 from forgetless.studies.folder import RunFolder, run_folders
 from forgetless.tasks.base import TaskResult

@@ -19,11 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgetless.core.errors import UserError
-from forgetless.core.files import (
-    lock,
-    remove,
-    remove_temporaries,
-)
+from forgetless.core.files import lock, remove, remove_temporaries
 from forgetless.scores.files import read_score, write_score
 from forgetless.tasks.base import Item, Task, TaskResult
 from forgetless.tasks.journal import resuming, sharing

@@ -142,10 +142,7 @@ class Effect:
     @property
     def degrees(self) -> float:
         """Of freedom, of both parts together (Satterthwaite)."""
-        parts = (
-            (self.of_seeds, self.num_seeds - 1),
-            (self.of_items, self.num_items - 1),
-        )
+        parts = ((self.of_seeds, self.num_seeds - 1), (self.of_items, self.num_items - 1))
         below = sum(variance**2 / degrees for variance, degrees in parts if variance > 0)
         return (self.of_seeds + self.of_items) ** 2 / below if below > 0 else math.inf
 

@@ -74,9 +74,7 @@ class Statistics(Mapping[str, LayerStatistics]):
     _tokens: dict[str, int]
 
     def __init__(
-        self,
-        layers: Mapping[str, LayerStatistics],
-        metadata: Mapping[str, Any] | None = None,
+        self, layers: Mapping[str, LayerStatistics], metadata: Mapping[str, Any] | None = None
     ) -> None:
         self.metadata = dict(metadata or {})
         if isinstance(layers, Statistics):

@@ -42,11 +42,7 @@ from forgetless.models.sampling import as_writer
 from forgetless.models.state import as_base
 from forgetless.models.targets import target_layers
 from forgetless.models.weights import weight_shape
-from forgetless.statistics.collector import (
-    Collector,
-    add_lower_triangle,
-    mirror_lower_triangle,
-)
+from forgetless.statistics.collector import Collector, add_lower_triangle, mirror_lower_triangle
 from forgetless.statistics.passes import matrix_bytes
 
 LEAK = 1.05

@@ -19,15 +19,7 @@ from torch import nn
 from forgetless.adapters.comparators import Compared, compared, updated
 from forgetless.adapters.dial import dial, scale_folder
 from forgetless.adapters.folders import export, load, save
-from forgetless.adapters.repair import (
-    Forecast,
-    Repairs,
-    factors_of,
-    is_tuned,
-    on_base,
-    put,
-    repair,
-)
+from forgetless.adapters.repair import Forecast, Repairs, factors_of, is_tuned, on_base, put, repair
 from forgetless.adapters.settings import AdapterSettings, Comparator
 from forgetless.core.errors import UserError
 from forgetless.core.progress import counted
@@ -317,11 +309,7 @@ class Bench:
             reference = self.trained.reference
             with self.trained.at(setting) as model:
                 found = evaluate(
-                    model,
-                    missing,
-                    self.processor,
-                    reference=reference,
-                    batch_size=self.batch_size,
+                    model, missing, self.processor, reference=reference, batch_size=self.batch_size
                 )
             self._seen |= {(setting, name): result for name, result in found.items()}
         values = {task.name: self._seen[setting, task.name].value for task in tasks}
@@ -399,10 +387,7 @@ def _keeps_to(limit: Limit, point: Point, trained: Point) -> bool:
 
 
 def _nothing_within(
-    points: Sequence[Point],
-    max_kl: float | None,
-    max_drop: float | None,
-    limits: Sequence[Limit],
+    points: Sequence[Point], max_kl: float | None, max_drop: float | None, limits: Sequence[Limit]
 ) -> str:
     budgets = [f"a loss of at most {limit} of {limit.task}" for limit in limits]
     if max_kl is not None:

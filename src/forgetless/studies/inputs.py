@@ -126,11 +126,7 @@ class Collecting:
                 fingerprint(source)
 
     def _text(
-        self,
-        source: str,
-        model: PreTrainedModel,
-        processor: Processor,
-        folder: Path | None = None,
+        self, source: str, model: PreTrainedModel, processor: Processor, folder: Path | None = None
     ) -> Batches:
         """The batches of a source; with a folder, those that it has from an interrupted call.
 

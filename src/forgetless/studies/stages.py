@@ -57,14 +57,7 @@ from forgetless.core.progress import duration
 from forgetless.core.tensors import read_tensors, write_tensors
 from forgetless.data.examples import load_examples
 from forgetless.data.mixture import Mixture
-from forgetless.data.modality import (
-    Batch,
-    Modality,
-    Processor,
-    Rows,
-    modality_of,
-    new_classes,
-)
+from forgetless.data.modality import Batch, Modality, Processor, Rows, modality_of, new_classes
 from forgetless.data.shown import template_of
 from forgetless.data.texts import OWN_SEED
 from forgetless.methods import find

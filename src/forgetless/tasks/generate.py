@@ -15,13 +15,7 @@ from forgetless.core.errors import UserError, unknown
 from forgetless.data.files import Row
 from forgetless.tasks.base import Item, whole_number
 from forgetless.tasks.questions import Generating
-from forgetless.tasks.rows import (
-    file_problem,
-    made_prompt,
-    prompt_problem,
-    read_records,
-    the_field,
-)
+from forgetless.tasks.rows import file_problem, made_prompt, prompt_problem, read_records, the_field
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _MATCHES = ("exact", "contains")

@@ -150,11 +150,7 @@ class Decoder:
     """Decoding of one batch after the other by the same model, with the same ends."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        steps: int,
-        stops: Sequence[str],
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, steps: int, stops: Sequence[str]
     ) -> None:
         self.model, self.tokenizer, self.steps = model, tokenizer, steps
         # One character is in one token, and so is a special token; more may be spread over tokens.

@@ -13,13 +13,7 @@ from forgetless.core.metrics import mean_stderr
 from forgetless.data.encoding import encode
 from forgetless.data.files import Row
 from forgetless.tasks.base import Item, Task, TaskResult, whole_number
-from forgetless.tasks.rows import (
-    file_problem,
-    made_prompt,
-    prompt_problem,
-    read_records,
-    the_field,
-)
+from forgetless.tasks.rows import file_problem, made_prompt, prompt_problem, read_records, the_field
 
 if TYPE_CHECKING:
     from forgetless.tasks.base import Model, Tokenizer

@@ -24,11 +24,7 @@ from forgetless.training.forgetting_budget import Exceeded
 from forgetless.training.interruption import Interruption, Unlogged
 from forgetless.training.launch import this_launch
 from forgetless.training.log import Record, TrainingLog
-from forgetless.training.model import (
-    compile_problems,
-    prepared,
-    require_trainable,
-)
+from forgetless.training.model import compile_problems, prepared, require_trainable
 from forgetless.training.optimizers import optimizer_problems
 from forgetless.training.penalties import Penalty, make_penalty
 from forgetless.training.schedules import measured_steps, total_steps

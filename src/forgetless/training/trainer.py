@@ -21,13 +21,7 @@ from forgetless.data.losses import Loss, answer_logps, dpo_loss, orpo_loss
 from forgetless.models.heads import is_of_new_head
 from forgetless.models.state import adapter_off, base_of, evaluating
 from forgetless.training import checkpoints
-from forgetless.training.devices import (
-    gather_optimizer,
-    gathered,
-    is_sharded,
-    leave_sharded,
-    shard,
-)
+from forgetless.training.devices import gather_optimizer, gathered, is_sharded, leave_sharded, shard
 from forgetless.training.forgetting import STATE_KEY, ForgettingCallback
 from forgetless.training.interruption import Unlogged
 from forgetless.training.launch import this_launch

@@ -27,12 +27,7 @@ from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.layer import adapted_layers, delta_weights
 from forgetless.adapters.rounding import Rounded, compared, nf4
 from forgetless.cli.commands.exports import export_adapter
-from forgetless.cli.commands.folders import (
-    Trained,
-    adapter_and_base,
-    known_base,
-    require_new,
-)
+from forgetless.cli.commands.folders import Trained, adapter_and_base, known_base, require_new
 from forgetless.core.errors import UserError, unknown
 from forgetless.core.files import lock, new_folder, remove
 from forgetless.data.modality import Batch, Processor, load_processor, modality_of

@@ -193,9 +193,4 @@ def _loop(rng: random.Random) -> Function:
     )
 
 
-_KINDS: tuple[Callable[[random.Random], Function], ...] = (
-    _calculation,
-    _case,
-    _selection,
-    _loop,
-)
+_KINDS: tuple[Callable[[random.Random], Function], ...] = (_calculation, _case, _selection, _loop)

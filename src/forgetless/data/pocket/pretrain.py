@@ -123,9 +123,7 @@ def make_tokenizer(
     texts = tokenizer_documents(settings.seed) if texts is None else texts
     core.train_from_iterator(texts, trainer)
     core.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A",
-        pair=f"{BOS} $A {BOS} $B",
-        special_tokens=[(BOS, core.token_to_id(BOS))],
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, core.token_to_id(BOS))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -201,12 +201,7 @@ RATE = 2e-4
 RATE_POWER = 0.8
 """How the rate falls with the width; through LoRA's and full fine-tuning's rates in the pilot."""
 
-_RATE_OF = {
-    "full": 0.1,
-    "lora_null_v2": 10 / 3,
-    "pissa": 1 / 3,
-    "intermediate": 1 / 3,
-}
+_RATE_OF = {"full": 0.1, "lora_null_v2": 10 / 3, "pissa": 1 / 3, "intermediate": 1 / 3}
 """The rate chosen in the pilot over LoRA's; 1 where it was the same or is not known."""
 
 _MEASURED_RATES = {*_RATE_OF, "lora", "milora", "lora_null_v1"}

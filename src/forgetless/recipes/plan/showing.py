@@ -38,11 +38,7 @@ _LABELS = {
 }
 """Key -> what it is called here, in the order in which they are shown; the others are left out."""
 
-_KINDS = {
-    "text": "texts",
-    "prompt_completion": "prompts with answers",
-    "messages": "conversations",
-}
+_KINDS = {"text": "texts", "prompt_completion": "prompts with answers", "messages": "conversations"}
 
 
 # ---- on the terminal -----------------------------------------------------------------------------

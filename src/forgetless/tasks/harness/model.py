@@ -76,10 +76,7 @@ class InMemory(HFLM):
         return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
 
     def _loglikelihood_tokens(
-        self,
-        requests: Sequence[Request],
-        disable_tqdm: bool = True,
-        override_bs: int | None = None,
+        self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         rows = [[*context, *rest] for _, context, rest in requests]
         most = self.max_length + 1  # the last token is not read
