@@ -10,8 +10,6 @@ is one line::
         check_method(METHOD)
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping

@@ -16,8 +16,6 @@ factor is frozen, the anchor cancels and PEFT's own LoRA layer of rank r does th
     B frozen (dB = 0)  W' = W + scaling * B0 dA       lora_B = B0 frozen, lora_A = dA
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """`attach`: a method's start on every target layer, checked before anything is changed."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -4,8 +4,6 @@ Each layer's trained update delta_W is replaced, as a whole, by what a formula o
 `forgetless.core.comparators` makes of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

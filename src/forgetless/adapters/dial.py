@@ -5,8 +5,6 @@ LoRA, anchored or not, is turned by its scaling; an adapter of another kind, suc
 mixing the layer's output with the base's, which for these is the same: W' x = W x + delta_W x.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager

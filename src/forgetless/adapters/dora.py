@@ -10,8 +10,6 @@ Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353; PEFT reads the exporte
 own DoRA layer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Earlier adapters under a new one: beside it and frozen, or added to the base in memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

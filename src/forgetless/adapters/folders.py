@@ -1,7 +1,5 @@
 """`export`, `save` and `load`: an adapter as a folder of safetensors and JSON."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,8 +4,6 @@ Adapters that people share often name another base than they were trained on, or
 they were trained; measured all the same, they give a number that means nothing.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Container, Iterator, Mapping

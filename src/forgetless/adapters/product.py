@@ -7,8 +7,6 @@ What is left beside a plain LoRA of the same rank is the second low-rank product
 multiply-adds for every token, rank and input or output.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

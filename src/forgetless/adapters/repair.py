@@ -5,8 +5,6 @@ the scaling and the names stay, so that the result is the plain LoRA that it was
 the same inputs are solved for together, one group of them in memory at a time.
 """
 
-from __future__ import annotations
-
 import copy
 import shutil
 import tempfile

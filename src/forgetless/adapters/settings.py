@@ -1,7 +1,5 @@
 """What a recipe says of the adapter and of its export."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from hashlib import sha256

@@ -5,8 +5,6 @@ PEFT reads lora_A and lora_B as if they were all of an adapter. Where its method
 or refused with the way to do it.
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The verbs about one adapter: the statistics it may need, its start, and its export."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated

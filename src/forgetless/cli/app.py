@@ -1,7 +1,5 @@
 """The verbs in the order in which help shows them, and what holds for all of them."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """The demonstrations: ways to teach a pocket model arithmetic or letters, and what each forgets."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The verb that looks at the machine: versions, devices, optional parts."""
 
-from __future__ import annotations
-
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, metadata, requires, version

@@ -1,7 +1,5 @@
 """The options that several verbs have."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import typer

@@ -1,7 +1,5 @@
 """The process of one command: how it starts, and how it ends, with an exit code and in words."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex

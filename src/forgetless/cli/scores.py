@@ -1,7 +1,5 @@
 """The verbs that measure: eval, and compare with its limits."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

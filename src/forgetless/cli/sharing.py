@@ -1,7 +1,5 @@
 """The verbs for what is done: merge, chat, push, clean."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import asdict
 from pathlib import Path

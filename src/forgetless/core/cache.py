@@ -8,8 +8,6 @@
 computes from its second moment alone is computed once for the three.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator

@@ -6,8 +6,6 @@ product (`dare`, `ties`) gives a matrix, which is no LoRA of the rank that it wa
 float64. All raise ValueError for shapes that do not fit and settings outside of what is told.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

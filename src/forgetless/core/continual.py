@@ -1,7 +1,5 @@
 """Learning tasks one after the other, as numbers: ACC, BWT, forgetting and FWT. No torch."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a user did wrong, in words that say what to do next."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

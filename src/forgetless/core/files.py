@@ -9,8 +9,6 @@ the last one wins, whole. A reader who opens several files of a folder one by on
 replaced may get some of each.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import glob

@@ -1,7 +1,5 @@
 """Hashes of what files hold: SHA-256 for identity, XXH3 to see whether one was damaged."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache

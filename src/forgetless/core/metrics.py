@@ -4,8 +4,6 @@ Throughout, a *score* is the value of a task for one model, `base` is the same t
 untouched base model, and an *item* is one question, prompt or document of a task.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise

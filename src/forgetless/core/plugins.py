@@ -1,7 +1,5 @@
 """What others add to a table of ours: by an entry point, or named as ``module:name``."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import os

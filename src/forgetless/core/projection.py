@@ -22,8 +22,6 @@ minimises ‖(delta_W' - delta_W) T^½‖² + strength ‖delta_W' (C - share E)
 + strength · share ‖(delta_W' - scaling B A₀) E^½‖².
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

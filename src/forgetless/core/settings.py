@@ -1,7 +1,5 @@
 """Settings that a user writes: checked, frozen, and every mistake told in words."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -12,8 +12,6 @@ the cache holds float32 vectors of float32 weights, and the ratios here then com
 instead of 1e-8.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Tensors in a safetensors file, with a checksum of all of it in the header's metadata."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from functools import lru_cache

@@ -4,8 +4,6 @@ Reading rows of a `datasets.Dataset` one by one costs a small model several perc
 slices of one tensor cost nothing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import warnings

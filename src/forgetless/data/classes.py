@@ -1,7 +1,5 @@
 """What processors of classifiers have in common: the numbers of classes, under one head or two."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

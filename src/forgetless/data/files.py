@@ -1,7 +1,5 @@
 """Rows of a file, each with its place."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """What the keys of a row mean: the forms that `forgetless.data` lists."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Examples in two parts: one to learn from, and one held out, on which a choice is measured."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The loss that a training is about, and whether a model computes it by itself."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Replay: training data made of several sources with exact shares."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from typing import Any

@@ -6,8 +6,6 @@ is `forgetless.data.language.MODALITY`. Another one costs a line in that table, 
 file and a line for each kind of task that measures its models.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ and refuses the others). The first token of a sequence has no label, since the s
 must not predict it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple

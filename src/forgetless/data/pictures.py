@@ -1,7 +1,5 @@
 """Images of files and of the pocket world: opened, checked, and made small for a page. No torch."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

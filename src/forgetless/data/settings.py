@@ -1,7 +1,5 @@
 """What a recipe says of the training data and of the text to keep."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self

@@ -4,8 +4,6 @@ transformers puts every new token's keys and values at the end of the old ones b
 them, and texts whose prompts were read apart cannot be written together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

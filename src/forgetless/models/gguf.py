@@ -1,7 +1,5 @@
 """A base in one GGUF file, unpacked into the folder of a model that everything else reads."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -13,8 +13,6 @@ architecture's classifier has beside the encoder, a layer before the last one to
 whole.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Mapping, Sequence

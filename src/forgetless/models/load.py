@@ -1,7 +1,5 @@
 """Base models: find, load, and name the layers that an adapter may sit on."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Bases in fewer bits: what bitsandbytes packs of a model, how, and how many bytes that takes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """A base as it writes texts: in bfloat16 where its processor multiplies such numbers faster."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager

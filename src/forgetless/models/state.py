@@ -1,7 +1,5 @@
 """Models as they are used for a while: below their adapters, without them, drawing, recomputing."""
 
-from __future__ import annotations
-
 import random
 import warnings
 from collections.abc import Iterator

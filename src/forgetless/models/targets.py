@@ -1,7 +1,5 @@
 """The layers of a model that an adapter may sit on."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

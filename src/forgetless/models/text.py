@@ -4,8 +4,6 @@ A base may be composite: its config then has a section for the text model, and t
 that no text passes through stand beside it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager

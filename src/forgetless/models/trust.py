@@ -1,7 +1,5 @@
 """Which bases may run the Python code that lies beside their weights. No torch."""
 
-from __future__ import annotations
-
 _trusted: set[str] = set()
 
 

@@ -5,8 +5,6 @@ itself is never changed. What cannot be read as a whole matrix (a shard, a weigh
 device, another quantiser's packing) is named with the way out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """What the values of a recipe refer to, looked at before any weight is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What decides a run: hashes of contents and settings, and the run's id made of them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence, Set

@@ -1,7 +1,5 @@
 """What a recipe measures: its tasks and probes, with what they take from its data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

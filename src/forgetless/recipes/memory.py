@@ -8,8 +8,6 @@ Only tensors are counted. A process holds more: the interpreter with its librari
 allocator keeps of memory that was freed.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass

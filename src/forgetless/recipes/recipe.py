@@ -4,8 +4,6 @@ A recipe is written in YAML, read into the models below (an unknown key or a bad
 that names what is allowed) and never changes afterwards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self

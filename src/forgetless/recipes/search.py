@@ -11,8 +11,6 @@ trials: 40
 replicate: [1, 2]                             # further seeds of what is on the front
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -17,8 +17,6 @@ split: {data: images, measure: {kind: image_accuracy, path: images-test}, tasks:
 orders: [1993, 1994]
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The classes of one data set as tasks of a sequence, some at a time, in the order of a seed."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -8,8 +8,6 @@ arms:                                         # one run each, times the axes
 - {name: gentle, adapter.method: lora, training.weight_decay: 0.3}
 """
 
-from __future__ import annotations
-
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping

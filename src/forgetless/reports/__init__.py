@@ -1,7 +1,5 @@
 """The report of a study: one page, two tables and a few figures, made from its files alone."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What a study tells of its repairs, dial, comparators and spectra, arm by arm at its best rate."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean

@@ -1,7 +1,5 @@
 """Runs grouped into arms: one arm is one recipe, whatever its seed and learning rate."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

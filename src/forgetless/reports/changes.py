@@ -1,7 +1,5 @@
 """Every arm against its base, task by task and item by item; the papers' averages."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Learning and forgetting along one training: scores at several steps, and at matched learning."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The report of an evaluation: the same page, for a base and what was made from it elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any

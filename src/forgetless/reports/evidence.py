@@ -1,7 +1,5 @@
 """What a study folder holds, read as it lies there: runs, score rows, training logs, answers."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The charts of the page as PNG and SVG, for papers and for browsers without scripts."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Everything that a report tells of a study, computed once from its files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Numbers as people read them, the same on the page, in a terminal and in figures."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

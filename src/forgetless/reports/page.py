@@ -1,7 +1,5 @@
 """The page: one HTML file that holds its style, its scripts and its data, and asks for nothing."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

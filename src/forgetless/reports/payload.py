@@ -1,7 +1,5 @@
 """What the page's scripts draw and list, as plain JSON values; scores come with their words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any

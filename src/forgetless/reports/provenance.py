@@ -1,7 +1,5 @@
 """How a study was made and how to make it again: settings, versions, machines, commands, files."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The page of a search: its front, how that grew, what decides it, and a slice a setting."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The page of sequences: every matrix as a heat map with numbers, the metrics, what was lost."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Who kept most, who learned most, who is on the front: as `seeds.rank` tells them apart."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The report in a terminal: the answer, one table, and some facts lost and kept."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType

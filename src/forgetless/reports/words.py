@@ -1,7 +1,5 @@
 """The answer in words, computed from the numbers; arms are named between backticks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache

@@ -4,8 +4,6 @@ A number that was not measured is never averaged: an average of which a part is 
 names that part.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What changed between two scorings: differences, intervals and flips, item by item. No torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace

@@ -4,8 +4,6 @@
 a comparison needs too: fingerprints, settings and every item with its answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

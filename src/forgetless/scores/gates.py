@@ -1,7 +1,5 @@
 """Limits on forgetting for CI: which tasks fell further than they may, as text and as JUnit XML."""
 
-from __future__ import annotations
-
 import math
 import re
 import xml.etree.ElementTree as ET

@@ -5,8 +5,6 @@ finished matrix and one for the sums of the pass under way. progress.json says w
 replaced last, so that it is true at any moment.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Collecting statistics: which layers, in how many passes, and what to warn of."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext

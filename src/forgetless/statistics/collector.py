@@ -1,7 +1,5 @@
 """Sums over the inputs of layers, taken by hooks while the model runs."""
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

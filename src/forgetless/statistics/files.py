@@ -1,7 +1,5 @@
 """Matrices in one safetensors file, whose header says what they are and holds the rest as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

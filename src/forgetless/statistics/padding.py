@@ -1,7 +1,5 @@
 """Which rows of a layer's input are tokens, and batches whose padding is on the right."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any

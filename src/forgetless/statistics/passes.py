@@ -1,7 +1,5 @@
 """How much memory the matrices may take at a time, and which layers then go together."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 

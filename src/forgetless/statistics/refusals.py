@@ -1,7 +1,5 @@
 """Models and batches that are already divided between processes, which statistics cannot take."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

@@ -5,8 +5,6 @@ each, the model's distance from its base is measured on held-out text to keep, a
 held-out text of the new task; `choose` takes one of them by a budget, or at the knee of the curve.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The model card of a run's adapter: how it was trained, what it learned and what it forgot."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from contextlib import suppress

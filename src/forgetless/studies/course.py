@@ -1,7 +1,5 @@
 """A sequence step by step: what its runs logged, joined along the sequence."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Before a training: how much of the new task's activations lies where those to keep lie."""
 
-from __future__ import annotations
-
 from forgetless.core.errors import UserError
 from forgetless.core.progress import counted
 from forgetless.core.spectra import shared_energy

@@ -1,7 +1,5 @@
 """Memory that ran out: how much was asked for, and which settings need less; knows no torch."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

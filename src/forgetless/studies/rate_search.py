@@ -1,7 +1,5 @@
 """A recipe's learning rate, found by short trainings before the run: `forgetless run --find-lr`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

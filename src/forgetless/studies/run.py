@@ -1,7 +1,5 @@
 """One run: a recipe taken through its stages, and what is written down about it."""
 
-from __future__ import annotations
-
 import os
 import platform
 import time

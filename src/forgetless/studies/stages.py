@@ -16,8 +16,6 @@ beside the trained weights) and spectra. Every stage reads what it needs from th
 that was killed and continued computes the same numbers as one that was not.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -5,8 +5,6 @@ or `TextTask`, which are tasks with most of it done) and calls it `TASK`; the fi
 kind's. Importing this package loads no torch; a task does when it is evaluated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib import import_module

@@ -4,8 +4,6 @@ The answers to choose from stand after the same question. Such rows are a tree, 
 is read once: it sees its own row before it, at the place that it has there, and no other row.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Questions over any file: generate an answer, and compare it with the accepted ones."""
 
-from __future__ import annotations
-
 import re
 import string
 import unicodedata

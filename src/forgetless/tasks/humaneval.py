@@ -1,7 +1,5 @@
 """HumanEval: finish a function from its head and its documentation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from forgetless.tasks.code import DownloadedCodeTask, Program, defined_names

@@ -1,7 +1,5 @@
 """Images recognised under the base's own head, or under the new one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Running a model without changing it: what it accepts, padding, batches by length."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby

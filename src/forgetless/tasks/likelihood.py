@@ -1,7 +1,5 @@
 """Token losses of texts, in bounded memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

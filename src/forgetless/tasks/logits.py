@@ -4,8 +4,6 @@ All logits of a batch, (rows, tokens, vocabulary), are often its largest tensor,
 at.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """MBPP: write a function from a sentence and three tests."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from forgetless.core.errors import UserError

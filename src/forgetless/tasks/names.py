@@ -1,7 +1,5 @@
 """What a task may be called: a kind, a task of lm-eval, a suite of tasks, or a YAML file."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The second skill to learn: small Python functions, scored by running their tests."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The first skill to learn: arithmetic word problems, scored by their final answer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

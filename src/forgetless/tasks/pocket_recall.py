@@ -1,7 +1,5 @@
 """Which facts a model still knows: recall in a phrasing that it was never trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

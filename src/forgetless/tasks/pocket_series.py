@@ -1,7 +1,5 @@
 """The third skill to learn: series of numbers, scored sum by sum."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The rows of a user's own file as questions: fields, prompts and answers. No torch."""
 
-from __future__ import annotations
-
 import re
 import string
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What a recipe says of the tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ folder that looks like one. Here a checkpoint counts only once it is *sealed*: w
 disk, a last file with the size and checksum of every other one appears by an atomic rename.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -11,8 +11,6 @@ first: the files are those of one process. That works on any device, while accel
 alone, and it never moves an anchor, which accelerate's loading does not expect.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

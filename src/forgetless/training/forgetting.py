@@ -1,7 +1,5 @@
 """`ForgettingCallback`: learning and forgetting while any `transformers.Trainer` trains."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -1,7 +1,5 @@
 """A budget of forgetting: what a training is allowed to forget, and what exceeded it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ Source: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", arXiv
 algorithm 2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ log.jsonl has a line for every few steps, and one for every probe; neither kind 
 the same step.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

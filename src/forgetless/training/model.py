@@ -1,7 +1,5 @@
 """The model of a training: whether it can be trained, and what is changed on it meanwhile."""
 
-from __future__ import annotations
-
 import sysconfig
 import warnings
 from collections.abc import Iterator

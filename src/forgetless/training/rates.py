@@ -13,8 +13,6 @@ First and last are those of the same batches for all; the first s is the lowest 
 hardly moved by then.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence

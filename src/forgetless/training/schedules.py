@@ -5,8 +5,6 @@ does not depend on where the training ends until the cool-down begins, so that w
 way are those of a shorter training before its cool-down.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

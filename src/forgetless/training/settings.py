@@ -1,7 +1,5 @@
 """What a recipe says of the training and of what is measured meanwhile."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator

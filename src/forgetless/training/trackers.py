@@ -4,8 +4,6 @@ transformers' own integrations do the reporting. Here they learn that a run bear
 in a project that bears the name of the folder above, and that a resumed run goes on.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys

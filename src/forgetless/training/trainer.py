@@ -1,7 +1,5 @@
 """transformers' `Trainer` as this package uses it: exact, on the devices of the launch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial

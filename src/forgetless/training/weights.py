@@ -1,7 +1,5 @@
 """The weights that a training moves: found, remembered in memory or in a file, and put back."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

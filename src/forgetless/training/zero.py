@@ -7,8 +7,6 @@ gives it to the others. DeepSpeed does this; loss, precision, schedule and check
 the optimiser's state are put together before they are written, and nothing of DeepSpeed's is read.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """A trained adapter used in part, repaired, and looked into."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """A trained adapter as a plain LoRA that other programs load."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Scores of a base, and beside them those of what was trained on it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial

@@ -1,7 +1,5 @@
 """An adapter before its first step, and the statistics that its start may need."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ ships them, in digits.npz); everything else is drawn here. A picture is decided 
 split and its number, so that any part of the world can be drawn again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache

@@ -5,8 +5,6 @@
 A ViT that knows the twenty classes of the digits and the shapes, with a head for these alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

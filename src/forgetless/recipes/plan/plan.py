@@ -1,7 +1,5 @@
 """From a base, its data and wishes to a recipe, its reasons and its costs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """A plan on the terminal and as a recipe: what is advised and why, and what it will cost."""
 
-from __future__ import annotations
-
 import textwrap
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How fast this machine multiplies matrices, which no training can beat."""
 
-from __future__ import annotations
-
 import time
 
 import torch

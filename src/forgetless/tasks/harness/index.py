@@ -3,8 +3,6 @@
 Neither torch nor lm_eval is imported: names can be checked before anything heavy is loaded.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Mapping

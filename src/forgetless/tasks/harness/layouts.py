@@ -4,8 +4,6 @@ A data set is published with other fields than the harness's data sets on the hu
 says how its rows become the harness's. Rows that have the harness's own fields stay as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

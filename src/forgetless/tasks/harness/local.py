@@ -4,8 +4,6 @@ The harness's own task file is included and only its data are replaced, so the p
 version are its own. No torch, and lm_eval is not imported.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The harness's view of a model in memory, whose finished batches are kept. Imports lm_eval."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence

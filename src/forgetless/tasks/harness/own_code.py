@@ -1,7 +1,5 @@
 """What in a task file of lm-eval's form would run code. Neither torch nor lm_eval is imported."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from functools import lru_cache

@@ -5,8 +5,6 @@ trained weights are those of A and B. Where B starts at zero (plain LoRA), the F
 A is zero at the start: there EWC holds B alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial

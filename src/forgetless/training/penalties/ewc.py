@@ -4,8 +4,6 @@ Source: Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural n
 arXiv:1612.00796. The Fisher information is the empirical one.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ Source: Li and Hoiem 2016, "Learning without Forgetting", arXiv:1606.09282, whic
 model on the new task's inputs; here they are texts to keep.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass

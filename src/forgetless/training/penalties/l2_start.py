@@ -4,8 +4,6 @@ Source: Li et al. 2018, "Explicit Inductive Bias for Transfer Learning with Conv
 arXiv:1802.01483.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

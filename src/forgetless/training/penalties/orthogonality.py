@@ -6,8 +6,6 @@ inputs A0 + dA and dA: half of the overlap of A0 stays, and the pull moves the m
 itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """What every penalty is, and the texts that some of them read."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
