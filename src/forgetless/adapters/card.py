@@ -162,16 +162,8 @@ def write_export_card(
 ) -> None:
     """Write the card of an adapter of which nothing but the export is known.
 
-    Args:
-        folder: of the exported adapter.
-        base: name of the base; empty where it is not known.
-        start: how the adapter started, see `adapters.layer.Start`.
-        error: relative error of the export.
-        tied: see `Card`.
-        head: of the base.
-        new_classes: of the new head.
-        own_classes: how many the base's own head has.
-        packing: what the base's weights are packed in.
+    `base` is empty where it is not known, `start` as `adapters.layer.Start`, and `own_classes` how
+    many the base's own head has.
     """
     known, versions = start or {}, {"python": platform.python_version()}
     for package in ("forgetless", "torch", "transformers", "peft"):

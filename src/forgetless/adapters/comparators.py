@@ -66,13 +66,8 @@ def compared(
 ) -> Compared:
     """What a comparator makes of the update of every layer.
 
-    Args:
-        wanted: which, and its settings.
-        adapter: a PeftModel, or a model tuned in whole; of that the layers with statistics count.
-        base: the untouched model; for a PeftModel, that itself.
-        keep: activations on the text to keep.
-        task: those on the new task's text.
-        adapter_name: of the adapter in a PeftModel.
+    The adapter is a PeftModel, which is its own `base`, or a model tuned in whole, of which the
+    layers with statistics count.
 
     Raises:
         UserError: layers without statistics, or a further adapter that is not for this base or

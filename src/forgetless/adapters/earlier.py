@@ -20,11 +20,9 @@ def on_earlier(
 ) -> tuple[Any, PlainLora]:
     """What a new adapter is put on, and the plain LoRA that the earlier ones are.
 
-    Args:
-        base: the untouched model; its weights are changed in memory where it is merged.
-        folder: of the earlier adapter, which a stack or a merge has written as one.
-        between: ``stack`` leaves it beside the base, frozen and without dropout; ``merge`` adds it
-            to the weights, and switching the new adapter off then gives their sum.
+    ``stack`` leaves the earlier adapter, which a stack or a merge has written as one, beside the
+    base, frozen and without dropout; ``merge`` adds it to the weights in memory, and switching the
+    new adapter off then gives their sum.
 
     Raises:
         UserError: weights that nothing can be added to, such as quantised ones.

@@ -61,10 +61,6 @@ class AdapterCheck:
 def check_adapter(folder: str | Path, base: nn.Module) -> AdapterCheck:
     """Look at an adapter's folder beside the base that it is to be used on; nothing is changed.
 
-    Args:
-        folder: written by PEFT, by a Trainer or by this package.
-        base: the model, or a PeftModel on it.
-
     Raises:
         UserError: the folder is no adapter, or its files cannot be read.
     """

@@ -470,13 +470,8 @@ def repair_folder(
 ) -> tuple[Repairs, float]:
     """Repair the folder of a plain LoRA into a new one, without a weight of the base.
 
-    Args:
-        source: of PEFT, or written by `export`.
-        out: a new or empty folder.
-        base: the model; on the meta device will do, for only its names and shapes are asked.
-        keep: as in `repair`.
-        task: likewise.
-        strength: likewise.
+    The base may be on the meta device, for only its names and shapes are asked. The rest is as in
+    `repair`.
 
     Returns:
         What was solved, and the strength that was taken.

@@ -92,10 +92,8 @@ def calibration_of(
 def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
     """Tasks: ``pocket_recall,perplexity:notes.txt,commonsense,mine.yaml``.
 
-    Args:
-        names: of kinds, tasks and suites, or YAML files, with commas between; a colon stands
-            between a kind and its file.
-        options: settings for those of the tasks that have them, such as ``limit``; None for none.
+    These are kinds, tasks and suites, or YAML files; a colon stands between a kind and its file. Of
+    the options those that are not None go to the tasks that have them.
     """
     from forgetless.core.files import folder_name
     from forgetless.data.sources import Source

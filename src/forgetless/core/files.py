@@ -240,11 +240,8 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any, *, checked: bool = False) -> None:
     """Write JSON, whole or not at all; a number that is not finite becomes null.
 
-    Args:
-        path: the file.
-        content: plain values.
-        checked: whether an object gets a checksum, so that `read_json` finds damage that is JSON
-            still.
+    Where it is `checked`, an object gets a checksum, so that `read_json` finds damage that is JSON
+    still.
     """
     content = with_checksum(_finite(content)) if checked else _finite(content)
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
@@ -288,9 +285,7 @@ def _finite(value: Any) -> Any:
 def read_json(path: Path, *, damaged_as_missing: bool = False) -> dict[str, Any]:
     """The object in a JSON file without its checksum; empty when there is no such file.
 
-    Args:
-        path: the file.
-        damaged_as_missing: whether a damaged file is as good as none, which the log then says.
+    A damaged file can be as good as none, which the log then says.
 
     Raises:
         UserError: it is damaged; the message names it and says what to do.

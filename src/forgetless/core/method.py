@@ -143,11 +143,7 @@ class Method:
     ) -> None:
         """Raise the error that `decompose` would, from the shape of W alone.
 
-        Args:
-            rank: the rank asked for.
-            shape: the shape of W, (out, in).
-            options: the options asked for; their values are tried on a 2 x 2 weight.
-            layer: the name of the layer, for the message.
+        The values of options are tried on a 2 x 2 weight; `layer` is for the message.
 
         Raises:
             ValueError: rank outside 1..min(out, in), an unknown option, or a bad value of one.

@@ -19,11 +19,8 @@ def offered(
 ) -> dict[str, Any]:
     """What other packages offer by their entry points; with a warning for each left out.
 
-    Args:
-        group: of the entry points, such as ``forgetless.methods``.
-        what: one of them is, for messages.
-        ours: names that are taken.
-        fault_of: what is wrong with an object of a name; empty for nothing.
+    `group` is such as ``forgetless.methods``, `what` one of them is called in messages, `ours` are
+    names that are taken, and `fault_of` says what is wrong with an object; empty for nothing.
     """
     found: dict[str, Any] = {}
     for point in entry_points(group=group):
@@ -56,11 +53,7 @@ def named(name: str, what: str, fault_of: Callable[[Any], str]) -> Any:
 
     A recipe may be somebody else's, and so may the files beside it: a module of the working
     directory is imported only where PYTHONPATH names that directory, or where it is loaded already.
-
-    Args:
-        name: ``module:name``.
-        what: it has to be, for messages.
-        fault_of: what is wrong with the object; empty for nothing.
+    Messages say `what` it has to be; `fault_of` says what is wrong with it, empty for nothing.
 
     Raises:
         UserError: there is none, its module fails or lies where code is not run unasked, or it is

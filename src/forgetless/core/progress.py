@@ -160,11 +160,7 @@ class Bar:
 def counted(items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterator[T]:
     """The items one by one, each of which is done when the next is asked for.
 
-    Args:
-        items: to work on.
-        what: the work.
-        unit: what an item is called, for the rate.
-        total: how many they are; None for their own length, if they have one.
+    `total` is for items that have no length; `what` and `unit` are shown.
     """
     with Bar(what, total or length_hint(items) or None, unit) as shown:
         for item in items:

@@ -37,9 +37,8 @@ def write_tensors(
 def read_tensors(file: str | Path, *, finite: bool = False) -> dict[str, Tensor]:
     """Name -> tensor.
 
-    Args:
-        file: of safetensors.
-        finite: whether a value that is infinite or no number is a fault.
+    Of a file of safetensors; where it is to be `finite`, a value that is infinite or NaN is a
+    fault.
 
     Raises:
         FileNotFoundError: there is no such file.

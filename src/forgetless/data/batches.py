@@ -188,12 +188,7 @@ class Padding:
 
 
 def positions(lengths: Sequence[Sequence[int]], width: int) -> Tensor:
-    """Position ids (rows, width) that begin at 0 with every sequence, and with the padding.
-
-    Args:
-        lengths: of the sequences of each row.
-        width: tokens of the longest row.
-    """
+    """Position ids (rows, width) that begin at 0 with every sequence, and with the padding."""
     rows = []
     for parts in lengths:
         padding = width - sum(parts)

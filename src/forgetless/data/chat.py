@@ -95,11 +95,8 @@ class Chat:
         """Tokens and labels of every conversation, mostly one row each.
 
         Where a template rewrites earlier turns as a conversation goes on (it drops old thoughts),
-        every turn of the assistant is a row of its own, with the history as it was then.
-
-        Args:
-            conversations: turns, each with one of the assistant to learn.
-            places: where each stands in its source, for messages.
+        every turn of the assistant is a row of its own, with the history as it was then. Each of
+        the conversations has a turn of the assistant to learn; `places` are for messages.
 
         Raises:
             UserError: the template refuses conversations, or leaves the assistant's text out.
@@ -131,10 +128,7 @@ class Chat:
     def render(self, messages: Sequence[Message], place: str = "", opening: bool = False) -> str:
         """The text of a conversation.
 
-        Args:
-            messages: the turns.
-            place: where it stands in its source, for messages.
-            opening: end it where the assistant would go on.
+        An `opening` ends where the assistant would go on.
 
         Raises:
             UserError: the template refuses it.

@@ -82,11 +82,6 @@ class ClassReader(ABC):
     def reading(self, labels: Iterable[Any], source: str, head: HeadName | None = None) -> Self:
         """The reader for some labels: under the head that has them all, or both if neither has.
 
-        Args:
-            labels: of some examples.
-            source: of them, for messages.
-            head: where it is given.
-
         Raises:
             UserError: a class that no head has, or two heads that have them all.
         """

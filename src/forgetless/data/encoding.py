@@ -50,12 +50,8 @@ def continuation(
 
     Tokenizers in the manner of SentencePiece put a blank in front of every text; here there is
     none, so that all ids together say what all texts together say. Where no way of tokenising does
-    that, as with a tokenizer that drops characters, the text is tokenised alone.
-
-    Args:
-        tokenizer: the places of the tokens are known of fast ones only.
-        before: ids of what comes before.
-        text: what follows.
+    that, as with a tokenizer that drops characters, the text is tokenised alone. The places are
+    known of fast tokenizers only.
     """
 
     def said(ids: list[int]) -> str:

@@ -41,10 +41,8 @@ def raw_rows(
 ) -> Iterator[tuple[str, Any]]:
     """The rows of a file, a folder, a data set of the hub or of the pocket world, with places.
 
-    Args:
-        name: where they are.
-        columns: what a row calls a column -> what it is called there; of others, nothing is read.
-        limit: stop after so many rows.
+    `columns` says what is called differently there, by what a row calls it; of other columns
+    nothing is read.
     """
     path = Path(name)
     if name.startswith(POCKET):
@@ -158,10 +156,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 def _require_whole_characters(row: Any, text: str, place: str) -> None:
     """Refuse half a character, which JSON can write (half an emoji) and no tokenizer can read.
 
-    Args:
-        row: what was read.
-        text: from which it was read; without an escape in it there is nothing to look for.
-        place: of the row, for the message.
+    Without an escape in the text from which the row was read there is nothing to look for.
     """
 
     def look(value: Any, key: str) -> None:

@@ -34,14 +34,8 @@ def hold_out(
 
     Of examples with a class it is one in five of each class, and the classes come in turn. Raw
     texts without are cut into pieces at white space first, into ten at the least, so that a single
-    document has two parts too.
-
-    Args:
-        source: what `forgetless.data.texts.read_examples` reads: a file, or one of the pocket
-            world's; not "self".
-        folder: where the two files go.
-        limit: of the first so many examples only.
-        kinds: of examples that are read.
+    document has two parts too. The source is what `forgetless.data.texts.read_examples` reads, not
+    "self"; `folder` takes the two files.
 
     Raises:
         FileNotFoundError: there is no such file.

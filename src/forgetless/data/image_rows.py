@@ -237,9 +237,7 @@ def class_names(schema: Any) -> dict[str, list[str]]:
 def arrow_rows(batches: Iterable[Any], schema: Any) -> Iterator[tuple[str, Any]]:
     """The image and the class of each row; the bytes of an image are read when they are needed.
 
-    Args:
-        batches: record batches or tables.
-        schema: of them all, with columns for which `columns_of` is not None.
+    The schema has columns for which `columns_of` is not None.
     """
     image, label = columns_of(schema.names) or ("", "")
     names, number = class_names(schema).get(label), 0

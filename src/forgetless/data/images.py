@@ -57,9 +57,6 @@ class ImageReader(ClassReader):
     def pixels(self, image: str) -> Tensor:
         """The pixel values of an image, (channels, height, width), float32.
 
-        Args:
-            image: a file, or an image of the pocket world.
-
         Raises:
             UserError: a file that is no image or a damaged one, or more than 8 bits a colour.
         """

@@ -44,12 +44,9 @@ def own_loss(model: nn.Module, *, several: bool = False, divides: bool = False) 
 
     Some architectures compare a token with its own logits and so learn to copy (BART and its kin as
     decoders), others take the number of tokens to divide by and pass over it. What they add of
-    their own, such as a router's balance, stays where the rest is right.
-
-    Args:
-        model: with weights; the own loss of one that writes no text is right.
-        several: whether a step may have several batches, over which the mean is taken.
-        divides: whether the model is asked to divide by the tokens of the whole step.
+    their own, such as a router's balance, stays where the rest is right. A step may have `several`
+    batches, over which the mean is taken; a model that is asked to divide by the tokens of the
+    whole step `divides`.
 
     Raises:
         UserError: the model sees the tokens that it is to predict.

@@ -132,9 +132,7 @@ def new_classes(modality: Modality, path: str) -> list[str]:
 def load_processor(base: str, *, weights: bool = True) -> Processor:
     """What reads data for a base: of a language model its tokenizer.
 
-    Args:
-        base: see `forgetless.models.load.resolve_base`.
-        weights: whether a folder without any is refused.
+    A folder without any is refused unless `weights` is off.
 
     Raises:
         UserError: a base that cannot be loaded, or one without a processor.

@@ -34,9 +34,6 @@ _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 def open_image(image: str) -> Image.Image:
     """An image whose header was read; of one of the pocket world or of an array, all of it.
 
-    Args:
-        image: a file, an image of the pocket world, or a `Picture` of a row.
-
     Raises:
         UserError: no image, an animated one, more than 8 bits a colour, or too many pixels.
     """
@@ -97,10 +94,8 @@ def _said(problem: Exception) -> str:
 def converted(image: str, mode: str, *, near: int | None = None) -> Image.Image:
     """An image as one of a mode, decoded.
 
-    Args:
-        image: as of `open_image`.
-        mode: "RGB" or "L".
-        near: pixels of a side for which a coarser one is enough, where that is decoded faster.
+    The mode is "RGB" or "L". Where one is decoded faster, a coarser image with sides of at least
+    `near` pixels is enough.
 
     Raises:
         UserError: as `open_image`, or a damaged image.

@@ -93,12 +93,7 @@ def _share(value: str, text: str) -> float:
 
 
 def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[str, Any]]:
-    """The raw rows of a source, one after the other, each with its place such as ``"line 7"``.
-
-    Args:
-        path: see `Source`.
-        limit: stop after so many rows.
-    """
+    """The raw rows of a source, one after the other, each with its place such as ``"line 7"``."""
     require_counts(limit=limit)
     source = Source.of(path)
     if not source.classes and source.share is None:

@@ -303,19 +303,11 @@ def self_text(
 
     Each begins with the beginning-of-text token or, where the model has none, with a random token
     of its vocabulary that is not special, and ends with the end-of-text token or at `max_length`,
-    or where the model has no more positions.
-    Of a PeftModel the base speaks, adapters off; see `as_writer` for its precision. The global
-    random state is left as it was.
-
-    Args:
-        model: a causal language model.
-        tokenizer: the model's.
-        samples: how many.
-        max_length: tokens of the longest.
-        seed: with its number it decides a sequence, up to the rounding of logits, which depends on
-            how many are written together.
-        start: the number of the first of them, so that more can be written later.
-        before: is called before each forward of sequences that are written together.
+    or where the model has no more positions. Of a PeftModel the base speaks, adapters off; see
+    `as_writer` for its precision. The global random state is left as it was. With its number, from
+    `start` on so that more can be written later, the seed decides a sequence, up to the rounding of
+    logits, which depends on how many are written together. `before` is called before each forward
+    of those.
 
     Returns:
         `samples` lists of token ids, the same for the same arguments.
@@ -458,9 +450,8 @@ class _Writer:
 def _drawn(logits: Tensor, level: Tensor) -> Tensor:
     """The token at which the cumulated probabilities first exceed a level, one a row, (rows, 1).
 
-    Args:
-        logits: (rows, tokens), which are overwritten.
-        level: of each row in [0, 1), (rows, 1), float64.
+    Each row of logits, (rows, tokens), has a level in [0, 1), (rows, 1), float64. The logits are
+    overwritten.
     """
     import torch
 

@@ -81,10 +81,7 @@ def preference_tokens(
     """Rows of two sequences that do not see each other: a prompt with the chosen answer, and with
     the rejected one.
 
-    Args:
-        examples: of kind ``preference``.
-        tokenizer: of the model that will be trained.
-        max_length: tokens of the longest of the two; what is longer loses its end.
+    What is longer than `max_length` tokens loses its end.
 
     Returns:
         As `tokenize`; of each pair the answers are learned. A pair of which one answer has nothing

@@ -141,12 +141,8 @@ def own_logits(model: Any, logits: Tensor) -> Tensor:
 def add_head(model: Any, classes: Sequence[str]) -> Any:
     """Give a classifier, in place, a new head for these classes; its own stays as it is.
 
-    The new weights are small random numbers that are always the same, its biases zeros.
-
-    Args:
-        model: a transformers classifier, which may be on the meta device. One that has these very
-            classes already is left as it is.
-        classes: their names, in the order of the logits.
+    The new weights are small random numbers that are always the same, its biases zeros. A model,
+    which may be on the meta device, that has these very classes already is left as it is.
 
     Raises:
         UserError: no classes or some twice, another new head, or a model without one last linear
@@ -180,10 +176,6 @@ def learn_among(model: Any, classes: Sequence[str]) -> Any:
 
     Rows of its other classes have the loss over the whole of it, as all rows have without this. It
     is for this model in memory: nothing of it is saved.
-
-    Args:
-        model: a classifier with a new head, which is given back.
-        classes: of the new head.
     """
     own, new = head_classes(model.config)
     if not isinstance(model, _WithHeads):  # without an own head the loss was transformers' own
@@ -274,10 +266,8 @@ def divided_state(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The parts of the own head, and the tensors with the new head alone: what `joined` joined.
 
-    Args:
-        state: tensors by name, with one last layer for both heads; others stay as they are.
-        name: of the heads in the model.
-        new: how many classes the new head has.
+    The heads are called `name` in the model, and the new one has `new` classes; tensors of other
+    names stay as they are.
     """
     own, found = {}, dict(state)
     for key in state:

@@ -396,11 +396,8 @@ def meta_model(
 ) -> PreTrainedModel:
     """The base's architecture on the meta device: every shape, not one weight.
 
-    Args:
-        base: see `resolve_base`.
-        weights: whether a folder without any is refused.
-        bare: whether an encoder without a head is taken, with a new head of two classes.
-        attn_implementation: as of `load_model`.
+    A folder without any is refused unless `weights` is off; where `bare`, an encoder without a head
+    gets a new one of two classes.
 
     Raises:
         UserError: as `load_model`.

@@ -26,11 +26,8 @@ def part_of(base: nn.Module, name: str) -> str | None:
 
     The modules between the block and the layer tell, by their names and classes; for the MLP also
     the layer's own name, since some models have its layers directly in the block. The mixers of
-    state-space models, routers of experts and what lies outside of the blocks are in neither.
-
-    Args:
-        base: a model without adapters.
-        name: of one of its layers. The first number in it is that of the block.
+    state-space models, routers of experts and what lies outside of the blocks are in neither. The
+    first number in the name is that of the block.
     """
     *path, own = name.split(".")
     block = next((i for i, word in enumerate(path) if word.isdigit()), len(path))

@@ -93,10 +93,7 @@ def packed_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
 def bytes_as_loaded(model: Any, quantise: Format | None = None) -> int:
     """Bytes of a model's parameters and buffers, its packed layers as they are packed.
 
-    Args:
-        model: before anything is packed, in the number format that the rest is loaded in; on the
-            meta device or not.
-        quantise: None where nothing is packed.
+    The model is as it is before anything is packed, in the number format of the rest.
     """
     sizes = {w: w.numel() * w.element_size() for w in (*model.parameters(), *model.buffers())}
     if quantise is not None:

@@ -66,10 +66,6 @@ def unread_by_text(base: Any, names: Collection[str]) -> list[str]:
     """Of a base that writes or classifies text the modules that only pictures or sounds pass.
 
     They lie outside of its text model, or are cross-attention to what is not there.
-
-    Args:
-        base: a model without adapters.
-        names: of its modules.
     """
     if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
         return []

@@ -500,12 +500,8 @@ def load_recipe(
     """The recipe of a YAML file or a mapping, with all that is wrong with it told together.
 
     A user sees the misspelt key and the missing file in one go: what is left of a recipe without
-    the values that are not even well-formed is checked too.
-
-    Args:
-        given: a `Recipe`, the mapping that one is written as, or the path of a YAML file.
-        overrides: dotted keys with their values.
-        checker: that of other recipes which share files with this one.
+    the values that are not even well-formed is checked too. `overrides` are dotted keys with their
+    values, `checker` is that of other recipes which share files with this one.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -49,9 +49,7 @@ def base_hash(base: str, new_classes: Sequence[str] = ()) -> str:
 def weights_hash(folder: str | Path, more: Set[str] = frozenset()) -> str:
     """SHA-256 of the files in a model's or an adapter's folder that decide what it computes.
 
-    Args:
-        folder: of a model or an adapter.
-        more: further endings of files that count.
+    Files with `more` endings count too.
     """
     folder, endings = Path(folder), MODEL_FILES | more
     return files_hash((f for f in folder.iterdir() if f.suffix in endings), folder)

@@ -20,12 +20,8 @@ def tasked(recipe: Recipe, own_text: OwnText | None = None) -> TaskSettings:
     """The tasks; where a share of the data is held out and none reads it, one more does.
 
     A path that is 'validation' stands for the held-out share. The task more takes the base's own
-    loss, or accuracy, on it.
-
-    Args:
-        recipe: whose tasks.
-        own_text: gives the file of what the base writes itself, for the settings of a task whose
-            path is 'self'; None leaves those to the task.
+    loss, or accuracy, on it. `own_text` gives the file of what the base writes itself, for a task
+    whose path is 'self'; None leaves that to the task.
 
     Raises:
         UserError: a share is held out, and the base is none.

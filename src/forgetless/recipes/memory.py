@@ -102,10 +102,7 @@ class RunMemory:
 def around_step(model: Any, recipe: Recipe, step: StepMemory) -> RunMemory:
     """The memory of a run whose training step is known; measuring and penalties are left out.
 
-    Args:
-        model: the base on the meta device, in the number format that the recipe loads it in.
-        recipe: the run.
-        step: its training step, from `step_memory`.
+    The base is on the meta device, in the number format that the recipe loads it in.
     """
     method, adapter, needs = find(recipe.adapter.method), recipe.adapter, statistics_needs(recipe)
     if method.factors is None:

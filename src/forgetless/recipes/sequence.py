@@ -226,11 +226,8 @@ class SequenceRecipe(Definition):
     ) -> dict[str, Any]:
         """What the recipe of a run changes, without the run before it.
 
-        Args:
-            learned: names of tasks, the last of which the run learns after the others, or jointly
-                with all of them in as many steps as they take one after the other.
-            changes: of the arm.
-            seed: of the run.
+        The run learns the last of the tasks after the others, or jointly with all of them in as
+        many steps as they take one after the other.
         """
         *earlier, task = (t for name in learned for t in self.all_tasks if t["name"] == name)
         bound = _bound(changes)

@@ -42,10 +42,8 @@ def named_orders(
 ) -> dict[str, Classes]:
     """Orders by their names.
 
-    Args:
-        given: lists of names, by name or not, or seeds of `shuffled`; none for that of `names`.
-        names: all of them.
-        called: names a list without a name, by its place from 1 and itself.
+    These are lists, by name or not, or seeds of `shuffled`; none for that of `names`. `called`
+    names a list without a name, by its place from 1 and itself.
     """
     if isinstance(given, Mapping):
         return {name: tuple(map(str, order)) for name, order in given.items()}

@@ -37,9 +37,7 @@ STYLE = {
 def draw(content: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Write a figure of each chart, of its first tasks and the arms' best rates.
 
-    Args:
-        content: what the page draws, see `payload`.
-        folder: is replaced.
+    The content is that of `payload`; a folder that is there is replaced.
 
     Returns:
         The SVG of each figure by name, ready to stand inside a page.

@@ -25,11 +25,8 @@ def page(
 ) -> str:
     """The whole page.
 
-    Args:
-        found: what it tells.
-        content: what its scripts draw and list, see `payload`.
-        figures: drawings in SVG by name, for browsers without scripts; may be empty.
-        notes: what could not be made or read, and why.
+    The content is that of `payload`, the figures are SVG for browsers without scripts, and the
+    notes say what could not be made or read.
     """
     evidence, arms = found.evidence, found.arms
     runs, seeds = evidence.runs, provenance.seeds_of(evidence.runs)
@@ -76,12 +73,7 @@ def page(
 
 
 def inlined(scripts: Sequence[str], content: Mapping[str, Any]) -> dict[str, str]:
-    """The style, the scripts and their data as parts of a page, which asks for nothing.
-
-    Args:
-        scripts: names of files.
-        content: plain JSON values.
-    """
+    """The style, the scripts and their data as parts of a page, which asks for nothing."""
     script = "\n".join(_source(f"{name}.js") for name in scripts)
     data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":  # no text that it holds can end its element

@@ -156,12 +156,7 @@ def _part(found: Mapping[str, Any], id: str, says: str) -> dict[str, Any]:
 def standings(
     pairs: Sequence[Mapping[str, Any]], metric: str
 ) -> Iterator[tuple[str, str, str, str]]:
-    """For each arm those that it is better than, level with and worse than, in words.
-
-    Args:
-        pairs: of `forgetless.studies.sequence.pairs`.
-        metric: by which of theirs.
-    """
+    """For each arm those that it is better than, level with and worse than, in words."""
     mirrored = {"better": "worse", "worse": "better", "level": "level"}
     told: dict[str, dict[str, list[str]]] = {}
     for pair in pairs:

@@ -54,9 +54,7 @@ class ScoreCache:
     def paths(self, task: Task, *model: str) -> tuple[Path, Path]:
         """The files of a score and of its items, whether they exist or not.
 
-        Args:
-            task: whose fingerprint says what was asked.
-            model: what decides the model's answers: content hashes and the number format.
+        The model is what decides its answers: content hashes and the number format.
         """
         score = self.folder / f"{task.name}-{digest(*model, task.fingerprint)}.json"
         return score, score.with_suffix(".jsonl")
@@ -75,14 +73,8 @@ class ScoreCache:
         """The score and items of a model on a task, measured now if nobody has.
 
         An evaluation that was interrupted goes on with the batch that it had reached. Of several
-        processes that want the same score one measures, and the others wait for it.
-
-        Args:
-            task: to score on.
-            model: as for `paths`.
-            measure: evaluates the task.
-            processes: those that measure together, all of which ask for the score; None for this
-                one alone.
+        processes that want the same score one measures, and the others wait for it. The model is as
+        for `paths`.
         """
         score, items = self.paths(task, *model)
         partial = score.with_suffix(".partial.jsonl")

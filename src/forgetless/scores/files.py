@@ -42,11 +42,6 @@ def read_score(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What `write_score` wrote, the lines of the items last; both empty where there is no score.
 
-    Args:
-        score: the file of the score.
-        items: that of its items.
-        damaged_as_missing: as of `read_json`.
-
     Raises:
         UserError: either is damaged, or they are not the items of this score.
     """

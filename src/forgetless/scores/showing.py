@@ -39,10 +39,8 @@ def as_text(comparison: Comparison, items: int = ITEMS, width: int | None = None
 def render(comparison: Comparison, items: int = ITEMS, width: int = 80) -> RenderableType:
     """The table, a sentence a task, the papers' averages, and the first lost and gained items.
 
-    Args:
-        comparison: what `forgetless.compare` gives.
-        items: how many of a task's lost, and of its gained, items to show.
-        width: columns of the terminal; more columns of the table fit in a wide one.
+    Of a task so many lost and as many gained items are shown; more columns of the table fit in a
+    wide terminal.
     """
     parts: list[RenderableType] = [_table(comparison, wide=width >= _WIDE), Text()]
     for row in comparison:

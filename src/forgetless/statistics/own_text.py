@@ -71,13 +71,6 @@ def settled_text(
 ) -> list[list[int]]:
     """As many sequences as the statistics of these layers need, see above.
 
-    Args:
-        model: a causal language model.
-        tokenizer: the model's.
-        target_modules: as in `forgetless.collect`.
-        settings: `max_length` and `skip_first` of the texts.
-        seed: of what is drawn.
-
     Returns:
         The first so many sequences of `self_text`, from `FIRST` to `MOST`.
 

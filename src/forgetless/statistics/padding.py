@@ -59,12 +59,9 @@ def prepare(
 ) -> tuple[dict[str, Any], TokenRows]:
     """The forward's arguments on the model's device, padding on the right, and the masks.
 
-    Args:
-        batch: keyword arguments of the forward; others are dropped.
-        base: the model.
-        targets: layers whose inputs matter; the output head is left out if it is none of them.
-        skip_first: tokens at the beginning of every sequence that do not count.
-        for_loss: whether the labels are kept and the whole output is computed.
+    Other arguments than the forward's are dropped, the output head is left out if it is no target,
+    and `skip_first` tokens of every sequence do not count. `for_loss` keeps the labels and has the
+    whole output computed.
     """
     if not isinstance(batch, Mapping) or not any(isinstance(v, Tensor) for v in batch.values()):
         raise TypeError(

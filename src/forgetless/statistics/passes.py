@@ -16,9 +16,7 @@ _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12} | {
 def parse_budget(budget: int | str, shapes: Mapping[str, tuple[int, int]]) -> int:
     """The budget in bytes, at least the largest of the matrices.
 
-    Args:
-        budget: bytes, or text such as "2GiB".
-        shapes: layer -> shape of its float64 matrix.
+    `shapes` are those of each layer's float64 matrix; the budget may be text such as "2GiB".
 
     Raises:
         UserError: no such unit, or too little for the largest matrix.
@@ -39,9 +37,7 @@ def parse_budget(budget: int | str, shapes: Mapping[str, tuple[int, int]]) -> in
 def parse_bytes(text: str, name: str = "memory_budget") -> int:
     """The bytes that a text such as "2GiB" means.
 
-    Args:
-        text: a number and, if need be, a unit.
-        name: of the setting, for messages.
+    The number alone will do; `name` is the setting's, for messages.
 
     Raises:
         UserError: no such unit, or no number.
@@ -62,10 +58,7 @@ def passes(
 ) -> list[list[str]]:
     """Layer names of each pass, in the given order; the layers of a group share one matrix.
 
-    Args:
-        groups: layers that share a matrix, in the order in which the model calls them.
-        shapes: layer -> shape of its matrix.
-        budget: bytes; None for one pass.
+    Groups come in the order in which the model calls them; without a budget there is one pass.
     """
     planned: list[list[str]] = []
     free = 0

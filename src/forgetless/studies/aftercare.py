@@ -189,11 +189,8 @@ class Adjustable:
     ) -> None:
         """Write what it is at a setting: a plain LoRA, or the model that was tuned in whole.
 
-        Args:
-            setting: without a comparator, which may be no LoRA.
-            folder: a new one.
-            processor: of the base, which a model has beside it.
-            rank: of the LoRA to make of a tuned model; None for the model itself.
+        The setting is without a comparator, which may be no LoRA. Of a tuned model a LoRA of `rank`
+        is made; None is for the model itself. The processor is what a model has beside it.
         """
         if self.reference is not None and rank is None:
             with self.at(setting) as model:
@@ -275,12 +272,7 @@ class Bench:
         self._seen: dict[tuple[Setting, str], TaskResult] = {}
 
     def measure(self, setting: Setting, tasks: Sequence[Task] = ()) -> Point:
-        """One point; the base and the adapter as trained are measured with the first.
-
-        Args:
-            setting: where.
-            tasks: to score the model on as well.
-        """
+        """One point; the base and the adapter as trained are measured with the first."""
         held = list(self._held.values())
         before, ideal, here = (self._values(each, held) for each in (BASE, TRAINED, setting))
         foreseen = self.trained.forecast(setting)

@@ -32,11 +32,8 @@ def write_run_card(
 ) -> None:
     """Write the card of a run's adapter, with whatever of it is measured by now.
 
-    Args:
-        run: the run's folder.
-        folder: of the exported adapter; None for the run's own, and nothing where there is none.
-        error: relative error of the export; None for that of the run's own.
-        repaired: the setting at which the adapter in the folder was repaired.
+    The folder is an exported adapter's with its own error and repair; None for the run's own, and
+    nothing where there is none.
     """
     folder = run.adapter if folder is None else Path(folder)
     config = read_json(folder / CONFIG_FILE)

@@ -19,11 +19,7 @@ def course(
 ) -> dict[str, Any] | None:
     """What became of the losses and scores of a sequence, by steps counted over all of its tasks.
 
-    Args:
-        folder: of the runs.
-        columns: what measures each column of R.
-        chain: the sequence's tasks and runs.
-        R: its scores, with row and column 0 for the base; None where not measured.
+    A column of R is measured by what `columns` names; `chain` are the sequence's tasks and runs.
 
     Returns:
         "ends": the step at which each task was learned; "loss": [step, the task's own training

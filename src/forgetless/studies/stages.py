@@ -875,11 +875,7 @@ def attached(
 ) -> PeftModel:
     """The model with the adapter of a recipe on it.
 
-    Args:
-        settings: the adapter.
-        model: the base.
-        inputs: the arguments of `attach` that hold what the method needs.
-        seed: of random starts.
+    `inputs` are the arguments of `attach` that hold what the method needs.
     """
     given = settings.model_dump(exclude={"method", "options", "head"})
     return attach(model, settings.method, seed=seed, **given, **inputs, **settings.options)

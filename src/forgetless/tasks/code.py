@@ -240,11 +240,7 @@ class DownloadedCodeTask(CodeTask):
     ) -> list[tuple[str, Row]]:
         """The rows of the data, each with its place.
 
-        Args:
-            file: name of its file in `data_dir`, without ".jsonl".
-            hub: name of the data set on the hub.
-            splits: of the data set there.
-            configuration: likewise.
+        They are in a file of `data_dir`, whose name here is without ".jsonl", or on the hub.
 
         Raises:
             UserError: the folder has no such file, or the hub cannot be reached.
@@ -268,10 +264,7 @@ class DownloadedCodeTask(CodeTask):
 def pass_curve(correct: Sequence[int], samples: int, ks: Sequence[int]) -> dict[str, float]:
     """Mean pass@k over problems, and its standard error, for each k.
 
-    Args:
-        correct: right samples of each problem.
-        samples: of each problem.
-        ks: 1..samples.
+    `correct` are the right ones of each problem's samples; ks are in 1..samples.
     """
     curve: dict[str, float] = {}
     for k in ks:

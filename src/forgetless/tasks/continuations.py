@@ -126,13 +126,8 @@ def _trees(rows: Sequence[Ids], places: Sequence[int], width: int) -> list[_Tree
     """Rows in trees: those that begin alike are in one where that saves more than it costs.
 
     A token that two rows share is one pass through the layers less; a token of another row, which
-    is masked, costs about 1 / width of one.
-
-    Args:
-        rows: token ids.
-        places: of the rows that are meant.
-        width: hidden size of the model; 0 for trees that do not fork, of rows each of which begins
-            with the whole of the one before.
+    is masked, costs about 1 / width of one. With a width of 0 trees do not fork, and have rows each
+    of which begins with the whole of the one before.
     """
     trees: list[_Tree] = []
     before: Ids = ()

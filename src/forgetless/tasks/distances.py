@@ -128,13 +128,8 @@ def _compare(base: Tensor, tuned: Tensor, following: Tensor, has_next: Tensor) -
 
     with a and b the logits less their largest. Terms are float32 and sums float64: logarithms of
     probabilities in float32 would be wrong in the sixth digit, all of one token's in the same way,
-    while the errors of these terms are in the seventh and cancel.
-
-    Args:
-        base: logits (tokens, vocabulary).
-        tuned: likewise.
-        following: the next token of the text.
-        has_next: whether there is one.
+    while the errors of these terms are in the seventh and cancel. The logits of both are (tokens,
+    vocabulary).
     """
     a = _Softmax(base)
     b = a if tuned is base else _Softmax(tuned)

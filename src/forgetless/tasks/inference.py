@@ -114,10 +114,7 @@ def by_length(rows: Sequence[Ids], batch_size: int, *, alike: bool = False) -> I
 def by_tokens(sizes: Sequence[int], tokens: int, rows: int | None = None) -> Iterator[list[int]]:
     """Positions in batches of similar size, largest first (so memory shows at once).
 
-    Args:
-        sizes: tokens of each.
-        tokens: that a batch may have, padding included; at least one row is in it all the same.
-        rows: that it may have; None for any number.
+    A batch has at most so many tokens, padding included, and rows; one row is in it all the same.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     start = 0

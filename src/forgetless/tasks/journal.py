@@ -95,11 +95,9 @@ def sharing(processes: Processes | None) -> Iterator[None]:
 def resuming(path: Path, key: str) -> Iterator[None]:
     """Keep what is measured inside this block in a file, and take over what it has already.
 
-    Args:
-        path: the file; it stays, also when the block raises. Delete it when the result is kept.
-            Of processes that share the work the first one writes it.
-        key: what decides the numbers, the model's content above all. A file with another key is
-            started anew.
+    The key is what decides the numbers, the model's content above all: a file with another key is
+    started anew. The file stays, also when the block raises; delete it when the result is kept. Of
+    processes that share the work the first one writes it.
     """
     processes = _processes.get()
     if processes is None:

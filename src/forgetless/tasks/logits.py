@@ -46,10 +46,8 @@ def tokens_at_once(model: nn.Module) -> int:
 def read(model: nn.Module, batch: Mapping[str, Tensor], *, apart: bool | None = None) -> Reader:
     """What gives the logits of some tokens of a batch, which the model reads once.
 
-    Args:
-        model: a causal language model.
-        batch: its inputs, (rows, tokens).
-        apart: whether its head is asked for these tokens alone; None where it can be.
+    Of inputs (rows, tokens). The head is asked for these tokens alone where `apart`; None where it
+    can be.
     """
     apart = has_a_head(model) if apart is None else apart
     return _read_in_parts(model, batch) if apart else _read_whole(model, batch)

@@ -112,12 +112,8 @@ class Neighbours(ClassTask):
 def votes(asked: Tensor, known: Tensor, classes: Tensor, k: int, *, own: bool) -> Tensor:
     """The class that the k nearest of `known` vote for, (asked,), some rows at a time.
 
-    Args:
-        asked: unit vectors (asked, features).
-        known: unit vectors (known, features).
-        classes: of the known ones, numbers from 0.
-        k: how many vote, at most all.
-        own: whether both are the same examples, of which none votes for itself.
+    Vectors are of unit length, (rows, features). Where both are each other's `own`, the same
+    examples, none votes for itself.
     """
     import torch
 

@@ -40,9 +40,8 @@ class Sampling:
     def chooser(self, places: Sequence[int], steps: int) -> Callable[[Tensor, Tensor, int], Tensor]:
         """A function of logits (rows, tokens), row numbers and step that draws a token a row.
 
-        Args:
-            places: of the rows of a batch among all texts.
-            steps: most tokens that will be drawn for a row.
+        The rows have these places among all texts, and `steps` is the most that will be drawn for
+        one.
         """
         import torch
 

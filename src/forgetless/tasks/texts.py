@@ -100,11 +100,7 @@ def items_of(
 ) -> list[Item]:
     """Every item with the mean of a quantity over its tokens, weighted by their number.
 
-    Args:
-        pieces: of all texts.
-        what: the quantity.
-        rows: token ids of each text.
-        tokenizer: shows the beginning of a text.
+    `what` is the quantity; the tokenizer shows the beginning of a text.
     """
     alone = len({piece.text for piece in pieces}) == 1
     items = []
@@ -140,11 +136,7 @@ def per_token(
 ) -> dict[str, float]:
     """The mean of a quantity per token and, as `<name>_stderr`, its standard error over items.
 
-    Args:
-        name: of the mean.
-        pieces: of all texts.
-        total: the sum of the quantity over the pieces of an item.
-        count: the sum that says over how many tokens.
+    `total` sums the quantity over the pieces of an item, and `count` over how many tokens.
 
     Returns:
         Nothing where an item's mean is not finite; items without tokens do not count.

@@ -53,9 +53,7 @@ def callback_state(checkpoint: Path, key: str) -> Any:
 def seal(checkpoint: Path, origin: Mapping[str, Any]) -> None:
     """Declare that everything is written.
 
-    Args:
-        checkpoint: the folder.
-        origin: what the training is made of, for `require_origin`.
+    The origin is what the training is made of, for `require_origin`.
     """
     files = checksums(checkpoint, lambda file: file.name != SEAL)
     for name in files:

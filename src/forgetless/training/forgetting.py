@@ -342,10 +342,6 @@ class ForgettingCallback(TrainerCallback):
 def from_settings(settings: ProbeSettings, said: Mapping[str, Any]) -> ForgettingCallback | None:
     """The callback that a recipe asks for; None where it asks for none.
 
-    Args:
-        settings: of the probes.
-        said: how prompts are put to the base, see `ForgettingCallback`.
-
     Raises:
         UserError: as `ForgettingCallback`.
     """

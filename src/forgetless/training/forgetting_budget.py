@@ -82,9 +82,7 @@ class ForgettingBudget:
     ) -> tuple[str, float, str, float] | None:
         """The first limit that is exceeded: (limit, allowed, probe, value); None inside the budget.
 
-        Args:
-            results: of the forgetting probes by name.
-            base: the base's score on those that are no distance to it.
+        `base` has the base's scores on those that are no distance to it.
         """
         for name, result in results.items():
             if result.metric == "kl" and self.max_kl is not None and result.value > self.max_kl:

@@ -66,13 +66,7 @@ class Launch:
     def obstacles(
         self, settings: TrainingSettings, *, penalties: bool, probes: bool
     ) -> Iterator[str]:
-        """What of a training does not go with this launch, each with the way out.
-
-        Args:
-            settings: of the training.
-            penalties: whether the loss has any.
-            probes: whether the training is measured on its way.
-        """
+        """What of a training does not go with this launch, each with the way out."""
         if settings.batch_size % self.processes:
             yield (
                 f"training.batch_size: {settings.batch_size} rows, which are those of all "

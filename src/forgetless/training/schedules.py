@@ -61,10 +61,6 @@ def rate_factor(settings: TrainingSettings, steps: int) -> Callable[[int], float
 
     which reaches 0 one step after the last, but for a schedule that is flat or falls slowly and has
     no cool-down. A training of a single step has no warm-up, which would be a rate of 0.
-
-    Args:
-        settings: of the training.
-        steps: of the training.
     """
     warmup = math.ceil(settings.warmup_ratio * steps) if steps > 1 else 0
     cooldown = math.ceil(settings.cooldown_ratio * steps)

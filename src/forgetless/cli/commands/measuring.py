@@ -99,16 +99,10 @@ def measure(
 ) -> Measurement:
     """Score a base on tasks, and an adapter, a run or a fully trained model beside it.
 
-    Args:
-        base: see `forgetless.models.resolve_base`.
-        specs: tasks.
-        adapter: folder of an adapter, a run or a trained model.
-        dtype: number format of the weights.
-        batch_size: texts at once; None lets each task choose.
-        cache: folder of scores that were measured before, by the content of model and task; None
-            for `forgetless.scores.cache.default_folder`. No model is loaded where all are there,
-            and an evaluation that was interrupted goes on where it was.
-        listen: told, in words, what is measured next.
+    Scores that were measured before are in `cache`, by the content of model and task (None for
+    `forgetless.scores.cache.default_folder`): where all are there no model is loaded, and an
+    evaluation that was interrupted goes on where it was. `listen` is told, in words, what comes
+    next.
     """
     tasks = make_tasks(specs)
     if not tasks:

@@ -58,10 +58,7 @@ class Settings:
 def pretrain(out: Path, settings: Settings, *, recall_every: int = 500) -> dict[str, Any]:
     """Train a base model and save it, its tokenizer and its log to `out`.
 
-    Args:
-        out: folder to write to; made if missing, files in it are overwritten.
-        settings: sizes, steps and seed.
-        recall_every: steps between two measurements of a sample of the facts.
+    A sample of the facts is asked every `recall_every` steps.
 
     Returns:
         The final scores: held-out and seen recall a relation, word problems solved.
@@ -100,11 +97,8 @@ def make_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that never joins two digits.
 
-    It starts every text with `<bos>` and pads on the left.
-
-    Args:
-        settings: the size of the vocabulary, the context and the seed.
-        texts: what it is trained on; None for the pocket corpus.
+    It starts every text with `<bos>` and pads on the left. It is trained on `texts`, or on the
+    pocket corpus.
     """
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(

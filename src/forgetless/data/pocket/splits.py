@@ -15,11 +15,8 @@ def different(
 ) -> list[Made]:
     """`count` things of a split whose texts differ, in the order in which they were made.
 
-    Args:
-        count: 0 or more.
-        split: no text is in both, whatever made it.
-        make: the next thing, given how many there are already.
-        text: of a thing; a fifth of all texts are of the test split.
+    No text is in both splits, whatever made it; a fifth of all are of the test split. `make` is
+    given how many there are already.
 
     Raises:
         ValueError: an unknown split, or a negative count.

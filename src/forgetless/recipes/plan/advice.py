@@ -494,10 +494,7 @@ def _number_formats(base: Base, method: str, quantise: Format | None) -> list[Ad
 def batch_advice(rows: int, epochs: float, examples: float = 1.0) -> Advice:
     """Sequences of an optimiser step: about a hundred steps or more, 8 to 128 examples a step.
 
-    Args:
-        rows: of an epoch.
-        epochs: how often each is seen.
-        examples: of a row; several where they are packed.
+    A row holds several `examples` where they are packed.
     """
     wanted = max(1.0, rows * epochs / 100)
     least = 2 ** max(0, round(math.log2(8 / examples)))

@@ -131,10 +131,7 @@ class Plan:
 def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
     """The advised recipe for a base and its training data. No weight is loaded.
 
-    Args:
-        base: see `forgetless.models.resolve_base`; a folder needs no weights for this.
-        data: see `forgetless.data.load_examples`.
-        wishes: what the user wants.
+    A folder needs no weights for this.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -172,9 +169,8 @@ def plan(base: str, data: str, wishes: Wishes | None = None) -> Plan:
 def plan_recipe(recipe: Recipe, memory: int | None = None) -> Plan:
     """What a recipe will cost as it stands, without advice. No weight is loaded.
 
-    Args:
-        recipe: of one run on a causal language model, whose folder needs no weights for this.
-        memory: bytes that the run may take; None for as many as it needs.
+    The recipe is one of a run on a causal language model, whose folder needs no weights; `memory`
+    are the bytes that the run may take.
 
     Raises:
         FileNotFoundError: there is no such file.

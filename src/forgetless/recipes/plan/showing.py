@@ -128,12 +128,7 @@ WIDTH = 96
 
 
 def recipe_text(plan: Plan, command: str) -> str:
-    """The recipe as YAML with the reasons beside the settings; what is left out has its default.
-
-    Args:
-        plan: whose recipe is written.
-        command: that made it.
-    """
+    """The recipe as YAML with the reasons beside the settings; what is left out has its default."""
     least = Recipe(base="x", data={"train": "x"}, training={"epochs": 1.0})  # type: ignore[arg-type]
     defaults = least.model_dump()
     defaults["training"]["epochs"] = None

@@ -104,12 +104,7 @@ def write(task: str, data_dir: str | Path, folder: Path) -> None:
     """Write the YAML files by which the harness runs a standard task from local files.
 
     ``folder`` can be given to lm-eval's own command line as ``--include_path``: the tasks in it
-    have the harness's names.
-
-    Args:
-        task: a key of `STANDARD`; a group gets a file for each of its tasks.
-        data_dir: where the data are.
-        folder: an existing folder to write to.
+    have the harness's names. A group gets a file for each of its tasks.
 
     Raises:
         UserError: as `find_files`; rows of an unknown form; a group's task without rows.

@@ -47,12 +47,8 @@ def result(
     """The result of a task of the harness.
 
     Items are kept where the metric is their mean; a perplexity over all documents has none.
-
-    Args:
-        loaded: the task.
-        numbers: lm-eval's, of the task or group: "acc,none", "acc_stderr,none" and the like.
-        samples: lm-eval's, of each task.
-        settings: with which it was asked.
+    `numbers` are lm-eval's, "acc,none", "acc_stderr,none" and the like; `samples` are those of each
+    task.
 
     Raises:
         UserError: neither lm-eval nor the items give a score.

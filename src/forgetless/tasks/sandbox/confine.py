@@ -179,11 +179,8 @@ class Confinement:
     def lock(self, box: str | None, seconds: float, memory_bytes: int, parent: int) -> None:
         """Put this process, which must be a fork of its own, into all layers; no way back.
 
-        Args:
-            box: the folder that it may change, from `make_box`; None for none.
-            seconds: of computing, at most twice and a little more.
-            memory_bytes: address space.
-            parent: the process that this one ends with.
+        It may change the box alone, from `make_box`, compute twice `seconds` and a little more, and
+        ends with its parent.
 
         Raises:
             OSError: a layer that is there could not be used.

@@ -41,12 +41,7 @@ _FROM: dict[str, Callable[[Any], Any]] = {
 
 
 def encode(value: Any, handle: Callable[[Any], Handle]) -> bytes:
-    """A value as bytes; of a class derived from a plain one, what it has of that.
-
-    Args:
-        value: any.
-        handle: to what is not plain.
-    """
+    """A value as bytes; of a class derived from a plain one, what it has of that."""
 
     def form(value: Any) -> Any:
         for kind in type(value).__mro__:
@@ -66,10 +61,6 @@ def encode(value: Any, handle: Callable[[Any], Handle]) -> bytes:
 
 def decode(data: bytes, resolve: Callable[[Handle], Any]) -> Any:
     """The value in some bytes.
-
-    Args:
-        data: of anybody.
-        resolve: what a handle stands for.
 
     Raises:
         Exception: of many kinds, where the bytes are no value.

@@ -134,12 +134,8 @@ class Supervisor:
     ) -> dict[str, object]:
         """Run a program and its test; whether it passed, and a line that says what happened.
 
-        Args:
-            tests: the pipe that the test comes from.
-            program: source text.
-            seconds: it may take.
-            memory_bytes: address space.
-            guarded: False leaves it to the kernel alone, to test that layer.
+        The test comes from the pipe `tests`. Not `guarded` leaves all to the kernel, to test that
+        layer.
 
         Raises:
             OSError: a layer is missing, or the test's process ended before it had its test.

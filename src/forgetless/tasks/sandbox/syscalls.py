@@ -118,8 +118,7 @@ Instruction = tuple[int, int, int, int]
 def program(*, private_root: bool) -> bytes:
     """The filter as an array of `struct sock_filter`.
 
-    Args:
-        private_root: whether there is one; without it, fewer calls are allowed.
+    Without a private root, fewer calls are allowed.
     """
     code: list[Instruction] = [
         (_LOAD, 0, 0, _ARCHITECTURE),

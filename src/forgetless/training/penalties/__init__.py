@@ -48,9 +48,7 @@ PENALTIES: Mapping[str, type[Penalty]] = MappingProxyType(
 def make_penalty(spec: Mapping[str, Any] | Penalty) -> Penalty:
     """The penalty that a recipe names: ``{kind: kl, weight: 0.1, source: old.txt}``.
 
-    Args:
-        spec: its kind, which may be ``module:name``, and its settings; or a penalty, which is given
-            back.
+    The kind may be ``module:name``; a penalty itself is given back.
 
     Raises:
         UserError: an unknown kind or setting, or a weight that is not positive.
