@@ -1,7 +1,5 @@
 """The verbs that help to choose: plan, data, methods, tasks."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import asdict
 from pathlib import Path
