@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from forgetless.adapters.folders import export, load, save
-from forgetless.cli.commands.exports import export_adapter
 from forgetless.cli.commands.measuring import measure
+from forgetless.cli.commands.sharing import export_adapter
 from forgetless.core.errors import UserError
 from forgetless.models.load import load_model
 from forgetless.training.loop import train

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from forgetless.reports import report
-from forgetless.reports.arms import chosen_rates, gather
+from forgetless.reports.arms import gather, gather_rows
 from forgetless.reports.durations import (
     Course,
     Matched,
@@ -66,6 +66,11 @@ def rows_of(
 def path(*points: tuple[float, float]) -> dict[int, dict[str, float | None]]:
     """(learned, kept) at steps 0, 10, 20 ..."""
     return {10 * i: {"new": learned, "old": kept} for i, (learned, kept) in enumerate(points)}
+
+
+def chosen_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The learning rate at which each arm of a results.csv stands."""
+    return {arm.label: arm.best.learning_rate for arm in gather_rows(rows)}
 
 
 def found(rows: Sequence[Mapping[str, Any]]) -> Course:

@@ -33,8 +33,8 @@ from transformers import (
 )
 
 import forgetless as fl
-from forgetless.cli.commands.exports import export_adapter
 from forgetless.cli.commands.measuring import measure
+from forgetless.cli.commands.sharing import export_adapter
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json, read_jsonl
 from forgetless.core.settings import with_overrides

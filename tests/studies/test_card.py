@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 import forgetless as fl
 from forgetless.adapters.card import Card, _base_name
-from forgetless.cli.commands.exports import export_adapter
+from forgetless.cli.commands.sharing import export_adapter
 from forgetless.core.files import read_json, write_json
 from forgetless.models.load import load_model
 from forgetless.recipes.recipe import Recipe

@@ -17,8 +17,7 @@ from forgetless.data.examples import load_examples
 from forgetless.data.modality import load_processor
 from forgetless.models.heads import add_head
 from forgetless.models.load import load_model
-from forgetless.scores.classes import by_class
-from forgetless.scores.comparison import compare
+from forgetless.scores.comparison import by_class, compare
 from forgetless.scores.showing import sentence
 from forgetless.tasks import make_task, neighbours
 from forgetless.tasks.evaluation import Scores

@@ -150,7 +150,7 @@ def export(
     base: Annotated[str | None, typer.Option(help="The base, where it is not recorded.")] = None,
 ) -> None:
     """Write a trained adapter as a plain PEFT LoRA for the untouched base."""
-    from forgetless.cli.commands.exports import export_adapter as write
+    from forgetless.cli.commands.sharing import export_adapter as write
 
     hush()
     written = write(source, out, rank_of(rank), base)

@@ -73,8 +73,8 @@ def first_line(problem: BaseException) -> str:
     return plain or type(problem).__name__
 
 
-def first_few(problems: Sequence[str], shown: int = 3) -> str:
-    """The first problems in one line, repeated ones once, and how many more there are."""
+def first_few(problems: Sequence[str]) -> str:
+    """The first three problems in one line, repeated ones once, and how many more there are."""
     distinct = list(dict.fromkeys(problems))
-    more = f"; and {len(distinct) - shown} more" if len(distinct) > shown else ""
-    return "; ".join(distinct[:shown]) + more
+    more = f"; and {len(distinct) - 3} more" if len(distinct) > 3 else ""
+    return "; ".join(distinct[:3]) + more

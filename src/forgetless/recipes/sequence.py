@@ -33,9 +33,6 @@ from forgetless.recipes.recipe import EarlierSettings, Recipe
 from forgetless.recipes.split import Split, name_of, named_orders
 from forgetless.recipes.study import Definition, Gathered, labels
 
-CLASS_ORDER_SEED = 1993
-"""The seed of the class orders of iCaRL (Rebuffi et al. 2017) and of most work after it."""
-
 _OF_A_TASK = ("name", "data", "measure")
 _OF_A_SEQUENCE = ("between", "earlier", "apart")
 """Keys of a definition that an arm may set too, and that are a run's own."""

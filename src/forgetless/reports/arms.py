@@ -131,20 +131,6 @@ def gather_rows(rows: Sequence[Row]) -> list[Arm]:
     return arms
 
 
-def chosen_rates(rows: Sequence[Row]) -> dict[str, float | None]:
-    """The learning rate at which each arm stands, for a second study that has only these.
-
-    It needs other seeds, since the scores that chose a rate flatter it.
-
-    Args:
-        rows: of `folder.results`, or of a results.csv read by `evidence.read_csv`.
-
-    Returns:
-        Rate by arm, in the order of the rows; without arms that have no finished run.
-    """
-    return {arm.label: arm.best.learning_rate for arm in gather_rows(rows)}
-
-
 def _setting(rate: float | None, runs: Sequence[RunFiles], tasks: Sequence[TaskInfo]) -> Setting:
     seeds = [run.settings.get("seed") for run in runs]
     keys = [(seed, seeds[:i].count(seed)) for i, seed in enumerate(seeds)]

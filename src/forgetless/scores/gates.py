@@ -222,13 +222,13 @@ def to_json(judgements: Sequence[Judgement]) -> dict[str, Any]:
     }
 
 
-def junit(judgements: Sequence[Judgement], name: str = "forgetless compare") -> str:
+def junit(judgements: Sequence[Judgement]) -> str:
     """The judgements as JUnit XML: one test case a task, skipped where it has no limit.
 
     A failure's message is the reason; its text lists the first items that were lost.
     """
     counts = {
-        "name": name,
+        "name": "forgetless compare",
         "tests": str(len(judgements)),
         "failures": str(sum(judgement.failed for judgement in judgements)),
         "errors": "0",

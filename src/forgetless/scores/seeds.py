@@ -439,12 +439,12 @@ def _p_values(
     return found
 
 
-def improved(samples: Sequence[Sample], base: Sample, level: float = 0.95) -> list[bool]:
+def improved(samples: Sequence[Sample], base: Sample) -> list[bool]:
     """Which arms are better than the base beyond chance, with Holm's correction over the arms."""
     changes = [from_base(sample, base) for sample in samples]
     p_values = holm(change.p_value for change in changes)
     return [
-        p <= 1 - level and (change.value > 0) == base.higher_is_better
+        p <= 0.05 and (change.value > 0) == base.higher_is_better
         for change, p in zip(changes, p_values, strict=True)
     ]
 

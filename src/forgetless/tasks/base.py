@@ -111,7 +111,6 @@ class TaskResult:
         *,
         metric: str,
         higher_is_better: bool = True,
-        seconds: float = 0.0,
         extra: Mapping[str, float] | None = None,
     ) -> Self:
         """The mean of `items` as the score of `task`.
@@ -135,7 +134,6 @@ class TaskResult:
             n=mean.n,
             higher_is_better=higher_is_better,
             fingerprint=task.fingerprint,
-            seconds=seconds,
             items=tuple(items),
             extra=extra or {},
             settings=settings_of(task),

@@ -74,10 +74,9 @@ class Verdict:
     why: str
 
 
-def grid(centre: float, count: int = 6) -> list[float]:
-    """So many rates, evenly spread on a logarithmic scale over the two decades around a centre."""
-    exponents = [2 * i / (count - 1) - 1 for i in range(count)]
-    return [float(f"{centre * 10**exponent:.2g}") for exponent in exponents]
+def grid(centre: float) -> list[float]:
+    """Six rates, evenly spread on a logarithmic scale over the two decades around a centre."""
+    return [float(f"{centre * 10 ** (2 * i / 5 - 1):.2g}") for i in range(6)]
 
 
 def some_steps(whole: int) -> int:

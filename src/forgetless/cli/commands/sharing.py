@@ -1,4 +1,4 @@
-"""An adapter that is done: merged into its base, asked beside it, uploaded; and what is left."""
+"""An adapter that is done: exported, merged into its base, asked beside it, uploaded; the rest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from forgetless.adapters.folders import (
     START_FILE,
+    ExportReport,
     declare_untied,
+    export,
     learned_classes,
     load,
     untie_adapted,
@@ -26,7 +28,6 @@ from forgetless.adapters.folders import (
 from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.layer import adapted_layers, delta_weights
 from forgetless.adapters.rounding import Rounded, compared, nf4
-from forgetless.cli.commands.exports import export_adapter
 from forgetless.cli.commands.folders import Trained, adapter_and_base, known_base, require_new
 from forgetless.core.errors import UserError, unknown
 from forgetless.core.files import lock, new_folder, remove
@@ -35,6 +36,7 @@ from forgetless.models.load import device_of, load_model, load_tuned, resolve_ba
 from forgetless.models.quantised import unavailable
 from forgetless.models.state import adapter_off
 from forgetless.models.weights import linear_weight
+from forgetless.studies.card import write_run_card
 from forgetless.studies.folder import RunFolder
 from forgetless.tasks.asking import as_asked
 from forgetless.tasks.generation import generate
@@ -45,6 +47,20 @@ UPLOADED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "
 
 KL_OF_ANOTHER_BASE = 0.05
 """Nats per token beyond which a base other than that of the training is warned of."""
+
+
+def export_adapter(
+    source: str | Path, out: str | Path, rank: Any = "exact", base: str | None = None
+) -> ExportReport:
+    """Write a run's or a folder's adapter as a plain PEFT LoRA for the untouched base."""
+    (trained, base), out = adapter_and_base(source, base), Path(out)
+    require_new(out)
+    model = load(load_model(base, new_classes=learned_classes(trained.folder)), trained.folder)
+    with new_folder(out) as folder:
+        report = export(model, folder, rank)
+        if (run := RunFolder(Path(source))).recipe.exists():
+            write_run_card(run, folder, report.relative_error)
+    return replace(report, folder=out)
 
 
 @dataclass(frozen=True)
