@@ -48,12 +48,10 @@ class Card:
         base: as the user named it: "pocket", a hub id or a folder.
         config: the exported adapter's `adapter_config.json`.
         method: how the adapter started, a name of METHODS; None where that is not known.
-        options: of the method.
         error: relative error of the export, 0 where it is exact; None where that is not known.
         tied: an adapted layer, and the module that has the same weight; None where there is none.
         settings: further rows of the table of settings.
         scores: the paragraphs on what was learned and forgotten; none where nothing was measured.
-        versions: of the packages it was made with.
         head: of the base, where it is none that PEFT has a name for.
         new_classes: of the new head of a classifier.
         own_classes: how many the base's own head has, 0 where it has none.

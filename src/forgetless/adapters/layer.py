@@ -67,8 +67,6 @@ class Start:
         method: a name of METHODS, or that of a `Method` of one's own.
         trains: the factors that are trained, ("A", "B"), ("A",) or ("B",).
         anchored: whether the frozen start is needed beside the trained matrices.
-        seed: what random starts were drawn with.
-        options: the method's own options, as given.
     """
 
     method: str

@@ -68,7 +68,6 @@ class LayerSpectra:
     """What the update of one layer is.
 
     Attributes:
-        layer: its name in the base.
         module: its last part, such as "q_proj".
         part: "attention", "mlp", or None where neither is meant.
         block: number of its block; None outside of the blocks.

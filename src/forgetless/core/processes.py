@@ -25,7 +25,6 @@ class Processes:
 
     Attributes:
         index: which one this is, from 0. The first one writes files and speaks for all.
-        count: how many there are.
     """
 
     index: int = 0

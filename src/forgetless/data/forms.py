@@ -26,8 +26,6 @@ class Form:
     """Keys that make a row an example, and how.
 
     Attributes:
-        kind: of the examples.
-        keys: that a row needs.
         convert: makes the example of a row and its place.
         lists: whether their values must be lists, which tells it from another form of its keys.
         reads: further keys that a row may have.

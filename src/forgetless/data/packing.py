@@ -19,7 +19,6 @@ class TokenRow(NamedTuple):
     """Tokens of one or several sequences.
 
     Attributes:
-        input_ids: the tokens.
         labels: as long; the token where it is learned, IGNORED elsewhere.
         lengths: of its sequences, in order; their sum is the length of the row.
     """

@@ -31,7 +31,6 @@ class Shown:
     """One example.
 
     Attributes:
-        where: its place in the file.
         tokens: how many it has, of all its rows.
         learned: how many of them are learned.
         rows: what the model sees at once; several where a chat template rewrites earlier turns, and

@@ -50,10 +50,8 @@ class Chain:
 
     Attributes:
         arm: what it was done with.
-        order: name of the order.
         seed: of every run.
         tasks: names, in the order in which they are learned.
-        runs: their run ids.
         bound: "joint" of one run that learns all tasks at once, "separate" of runs that each learn
             one from the base; None of a sequence.
     """

@@ -24,13 +24,8 @@ class Used:
     """One arm at one setting of its repair and dial, over its seeds.
 
     Attributes:
-        arm: its label.
-        setting: the label of the setting.
-        strength: of the repair.
-        scale: of the dial.
         taken: in how many of its runs it was taken.
         values: means over the seeds of `kl`, `drift` and `given_up`, where they were measured.
-        scores: by the name of the task.
         comparator: what it is, where it is one; it has no strength and no scale.
         lost_at_rank: for reduced intruders, mean over the seeds, see `aftercare.json`.
     """

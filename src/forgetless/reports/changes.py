@@ -35,7 +35,6 @@ class FlippedItem:
     """One question that changed sides.
 
     Attributes:
-        id: of the question.
         answer: what the arm says now, in the first of its seeds in which the item changed.
         seeds: in how many of the arm's seeds it changed.
     """
@@ -50,11 +49,9 @@ class ArmChange:
     """One arm on one task, at its best setting, against the base.
 
     Attributes:
-        label: of the arm.
         rows: the comparison of each of its seeds.
         effect: the mean difference over seeds and items.
         chance: p-value that nothing changed, by Holm's method for all tasks of the arm.
-        base: the base's score.
         score: after training; the mean over seeds.
     """
 

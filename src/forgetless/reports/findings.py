@@ -17,14 +17,9 @@ class Findings:
     """What the page and the terminal show.
 
     Attributes:
-        evidence: what the study folder holds.
-        arms: its arms.
-        place: who stands where.
         course: the scores over the steps, where runs were scored on the way.
         matched: what the arms keep at equal learning, where that can be told.
-        changes: what every arm changed, task by task.
         pictures: of what was lost and gained, where that are images.
-        words: the answer.
     """
 
     evidence: Evidence

@@ -29,10 +29,7 @@ class PaperAverage:
     """One average of a paper, for the base model and for another.
 
     Attributes:
-        name: the paper's.
-        tasks: the tasks that enter.
         base: of the base model; nan when a task is missing.
-        score: of the other.
         interval: of the difference, for plain means; nan ends for the others and when a task is
             missing.
         missing: tasks that were not measured.

@@ -32,8 +32,6 @@ class Change:
 
     Attributes:
         id: the same for both.
-        prompt: what they were given.
-        expected: the right answer.
         before: the base's answer.
         after: the other's.
         flip: "lost" (right before, wrong now), "gained", "kept" (right both times) or "wrong".
@@ -58,8 +56,6 @@ class ClassChange:
     """One class under the base model and under another.
 
     Attributes:
-        name: of the class.
-        n: items of it.
         before: how many the base got right.
         after: how many the other does.
         taken_for: the other model's wrong answers with their counts, the most frequent first.
@@ -100,19 +96,12 @@ class TaskChange:
     """One task under the base model and under another.
 
     Attributes:
-        task: its name.
-        metric: what the scores are.
-        higher_is_better: their direction.
-        n: number of items.
-        base: score of the base model.
-        score: score of the other.
         interval: of the difference.
         paired: whether the interval comes from the same items under both models (see
             `metrics.paired_difference`) or, without items, from the two standard errors as if they
             were independent (wider).
         chance: p-value that nothing changed, of the test that goes with the interval; corrected
             by Holm's method for the other tasks of the comparison.
-        verdict: see `verdict`.
         p_value: of McNemar's exact test that nothing changed; None unless items are right or wrong.
         detectable: the smallest true change that so many items show with a power of 80 % (see
             `metrics.detectable_change`); nan where it is unknown.

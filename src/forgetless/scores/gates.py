@@ -72,9 +72,7 @@ class Judgement:
     """What a limit says of a task.
 
     Attributes:
-        task: its name.
         row: what changed; None for a task that only one of the two was scored on.
-        limit: the limit that holds for it; None where none does.
         failed: whether it lost more than the limit allows.
         reason: in words, whatever the outcome.
     """

@@ -50,12 +50,10 @@ class Sample:
     Attributes:
         scores: by seed.
         items: (seeds, items), in the order of `scores` and `ids`; None where they were not kept.
-        ids: of the items.
         weights: (items,), each above 0; None for equal ones.
         stderr: of a score over the items, by seed; empty where it is not known.
         num_items: of the task; None where it is not known.
         is_share: whether scores lie in 0..1 and higher is better, as of accuracies.
-        higher_is_better: their direction.
     """
 
     scores: Mapping[Any, float]
@@ -121,10 +119,8 @@ class Effect:
     """A mean over seeds and items, such as that of a difference, and its variance.
 
     Attributes:
-        value: the mean.
         of_seeds: the part of its variance from the choice of seeds; 0 for one seed.
         of_items: the part from the choice of items; nan where neither part is known.
-        num_seeds: seeds that entered.
         num_items: items that entered; infinite where these were not kept.
     """
 
@@ -163,7 +159,6 @@ class Estimate:
     Attributes:
         value: the score of one run, or the mean over seeds.
         low: the lower end; equal to `value` when no error is known.
-        high: the upper end.
         seeds: how many runs were averaged.
         num_items: items of the task; None when the task has none.
     """

@@ -35,7 +35,6 @@ class Stack:
     """The elements of a model's only outermost ModuleList that holds target layers.
 
     Attributes:
-        blocks: in their order.
         block_of: target layer -> index of its block; layers outside of the list are missing.
     """
 
@@ -97,7 +96,6 @@ class Relay:
     """Keeps and hands on the states between the legs of a stack.
 
     Attributes:
-        stack: the blocks.
         works: whether going on from kept states gave the same as a whole forward so far.
     """
 

@@ -85,7 +85,6 @@ class Point:
     """What a setting leaves of the drift and gives up of the skill, on held-out text.
 
     Attributes:
-        setting: the strength and the scale.
         kl: KL(base || model) on held-out text to keep, in nats per token; None without such text.
         loss: mean loss on held-out text of the new task; None without.
         drift: the share of the trained adapter's KL that is left; where no KL was measured, of
@@ -415,11 +414,9 @@ class Reading:
 
     Attributes:
         base: the model. Of a PeftModel the base is measured, adapters off.
-        processor: the base's.
         target_modules: the layers; a list of whole names, or what `target_layers` takes.
         calibration: how much of each text; its source is not looked at.
         data: how the new task's text becomes tokens; its path is not looked at.
-        seed: of what is drawn.
         trained: the model whose activations on the new task's text count; None for the base's.
             A repair by those of the trained model keeps more of the skill and of the knowledge
             (docs/results/aftercare.md); by the base's, the text is told of before any training.

@@ -49,10 +49,8 @@ class Collecting:
     """Everything that decides what is collected, but for the model.
 
     Attributes:
-        adapter: which layers, and for which method.
         calibration: the text to keep, and how much of every text.
         data: the training data; None where there is none.
-        seed: of what is drawn.
     """
 
     adapter: AdapterSettings

@@ -34,9 +34,6 @@ class RateSearch:
 
     Attributes:
         recipe: the one that was given, at the highest stable rate.
-        steps: of each trial.
-        trials: by ascending rate.
-        verdicts: one for each trial.
         file: JSON with all of it.
     """
 

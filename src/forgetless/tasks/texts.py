@@ -72,7 +72,6 @@ class Piece(NamedTuple):
     """What was added up over the tokens of one piece of a text.
 
     Attributes:
-        text: position of the text.
         start: position of the piece's first token in the text.
         sums: of each quantity by its name, in nats; "tokens" says of how many tokens, 1 or more.
     """

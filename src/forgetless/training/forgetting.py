@@ -49,7 +49,6 @@ class Probe:
     Attributes:
         step: optimiser steps done; 0 is before the first.
         values: by name, "learning/loss" or "forgetting/kl".
-        seconds: what it took.
     """
 
     step: int

@@ -32,11 +32,9 @@ class LogLine:
     """How the training stood after a step.
 
     Attributes:
-        step: optimiser steps done.
         loss: mean over the steps since the line before; what was minimised, penalties included.
         penalty: the part of it that penalties are, each times its weight, so that the task's own
             loss is the difference; None for a training without any, and left out of the file.
-        learning_rate: the rate of this step.
         grad_norm: of this step, before clipping.
         tokens: tokens that were read so far, padding not counted.
         seconds: of training so far, interruptions not counted.
@@ -62,7 +60,6 @@ class TrainingLog:
         checkpoint: that has a copy of the file as it was then, whose checksum was compared.
 
     Attributes:
-        lines: how the training stood.
         probes: the steps of which the file has probes.
         is_kept: whether new lines are written to the file, which one process alone may do.
 

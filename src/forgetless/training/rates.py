@@ -45,7 +45,6 @@ class Trial:
     """A short training at one rate.
 
     Attributes:
-        learning_rate: the rate.
         losses: of every step; they end early where one was no number.
         forgetting: by name, what the trial did to what is to be kept; empty if nobody looked.
     """
@@ -60,11 +59,9 @@ class Verdict:
     """What a trial says of its rate.
 
     Attributes:
-        learning_rate: the rate.
         final_loss: mean of the last steps; None where the loss was no number.
         rise: the most that the smoothed loss rose over its running minimum; None likewise.
         stable: see the module.
-        why: in words.
     """
 
     learning_rate: float

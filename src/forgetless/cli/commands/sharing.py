@@ -180,7 +180,6 @@ class Pair:
     Attributes:
         model: with the adapter on, or tuned in whole.
         base: of a model tuned in whole; None for the model with its adapter off.
-        tokenizer: of both.
     """
 
     model: Any
@@ -272,7 +271,6 @@ class Part:
 
     Attributes:
         name: such as "spectra".
-        study: the study's folder.
         size: in bytes.
     """
 

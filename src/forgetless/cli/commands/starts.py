@@ -60,7 +60,6 @@ class Start:
     """An adapter before its first step, written into a folder.
 
     Attributes:
-        folder: where it lies.
         obstacle: why a trainer that knows only PEFT cannot continue it as the method means; None
             where it can.
     """

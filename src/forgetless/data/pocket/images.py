@@ -99,7 +99,6 @@ class Pictures:
 
     Attributes:
         pixels: (n, 16, 16, 3), red, green and blue in 0..255.
-        labels: the class of each.
     """
 
     pixels: NDArray[np.uint8]

@@ -42,7 +42,6 @@ class Base:
     """A base by its config.
 
     Attributes:
-        name: as the user gave it.
         model: its shapes, on the meta device, in the number format of the stored weights.
     """
 
@@ -95,9 +94,6 @@ class Rows:
 
     Attributes:
         kind: ``text``, ``prompt_completion`` or ``messages``.
-        examples: how many there are.
-        max_length: the advised one.
-        pack: whether packing is advised.
         padding: share of padding in batches of 8 without packing.
         lengths: tokens of each row, packed where that is advised.
         several: whether a row holds several sequences.
@@ -226,9 +222,6 @@ class Advice:
 
     Attributes:
         key: of the recipe, such as ``training.epochs``.
-        value: the advised one.
-        reason: why, in words.
-        source: of the reason.
     """
 
     key: str

@@ -75,14 +75,8 @@ class Plan:
     """What is advised, and what it will cost.
 
     Attributes:
-        recipe: ready to run.
         advice: every advised setting with its reason.
-        parameters: of the base.
-        examples: of the training data.
-        kind: of the training data.
         memory: at the peak of each stage.
-        disk: what is written.
-        steps: optimiser steps.
         seconds: the least that the training takes on this machine, by the operations of its matrix
             products; measuring is not counted.
         tokens: that are trained on, padding not counted.

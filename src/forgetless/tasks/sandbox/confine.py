@@ -148,7 +148,6 @@ class Confinement:
     """What each program is put into, decided once.
 
     Attributes:
-        readable: files and folders that it may read.
         private_root: whether this process has one.
         nobody: whether to take the identity of nobody.
         landlock: its version, 0 for none.

@@ -121,7 +121,6 @@ class Supervisor:
         confinement: what they and their tests are put into.
         processes: handle of the folder /proc, which a private root does not show.
         parent: handle of the user's process, with which this one ends.
-        pid: of this process.
     """
 
     confinement: confine.Confinement
@@ -216,13 +215,8 @@ class _Watch:
     """One program and its test while they run.
 
     Attributes:
-        supervisor: of both.
-        runner: the process of the program.
-        tester: the process of the test.
         seconds: they may take together.
         disk: the program's folder where it lies on a disk, so that nothing else limits it.
-        out: the program's standard output.
-        err: its standard error.
         report: where its process says that it begins, or what it was stopped for.
         verdict: where the test's process says how it went. Nothing else can make it pass.
     """
