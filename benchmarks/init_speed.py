@@ -181,7 +181,7 @@ def peft(setting: Setting, rank: int, init: str) -> None:
 def one_slice(setting: Setting, rank: int) -> None:
     """A slice of q_proj's spectrum, through the cache in the folder."""
     W = setting.weights["q_proj"]
-    with cached_spectra(setting.folder):
+    with cached_spectra(setting.folder, whole=True):
         svd_slice(W, min(W.shape) // 4, rank)
 
 

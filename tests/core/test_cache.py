@@ -49,20 +49,28 @@ def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
 @pytest.mark.parametrize("weight", [W, W.mT.contiguous(), W.double(), W.bfloat16()])
 @pytest.mark.parametrize(("method", "options"), SLICES)
 def test_a_cached_slice_is_the_fresh_one(
-    weight: Tensor, method: str, options: dict[str, Any]
+    tmp_path: Path, weight: Tensor, method: str, options: dict[str, Any]
 ) -> None:
+    """Bit for bit, so that a run starts alike alone and in a study."""
     fresh = decompose(weight, 3, method, 2.0, **options)
-    with cached_spectra():
-        cached = decompose(weight, 3, method, 2.0, **options)
-    torch.testing.assert_close(cached.A, fresh.A)
-    torch.testing.assert_close(cached.B, fresh.B)
+    with cached_spectra(tmp_path):
+        first = decompose(weight, 3, method, 2.0, **options)
+    with cached_spectra(tmp_path):
+        again = decompose(weight, 3, method, 2.0, **options)
+    with cached_spectra(whole=True):
+        of_all = decompose(weight, 3, method, 2.0, **options)
+    for cached in (first, again):
+        assert torch.equal(cached.A, fresh.A)
+        assert torch.equal(cached.B, fresh.B)
+    torch.testing.assert_close(of_all.A, fresh.A)
+    torch.testing.assert_close(of_all.B, fresh.B)
 
 
 def test_a_weight_is_decomposed_once_for_all_methods_ranks_and_positions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls = counted(monkeypatch, "_all_rows")
-    with cached_spectra():
+    calls = counted(monkeypatch, "oriented_svd")
+    with cached_spectra(whole=True):
         for rank in (1, 2, 8):
             for method, options in SLICES:
                 decompose(W.clone(), rank, method, **options)
@@ -72,7 +80,7 @@ def test_a_weight_is_decomposed_once_for_all_methods_ranks_and_positions(
 
 
 def test_a_folder_serves_other_times_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls = counted(monkeypatch, "_all_rows")
+    calls = counted(monkeypatch, "gram_spectrum")
     with cached_spectra(tmp_path / "spectra"):
         first = decompose(W, 3, "milora")
     with cached_spectra(tmp_path / "spectra"):
@@ -95,13 +103,28 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = counted(monkeypatch, "_all_rows")
-    size = linalg._all_rows(W.double()).nbytes
-    calls.clear()
-    with cached_spectra(memory_bytes=size):
+    calls = counted(monkeypatch, "gram_spectrum")
+    with cached_spectra(most_bytes=(24 + 16 + 1) * 8):
         for weight in (W, W, W + 1, W + 1, W):
             decompose(weight, 1, "pissa")
     assert len(calls) == 3
+
+
+def test_a_folder_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was not asked for longest goes first, though it was written last."""
+    calls = counted(monkeypatch, "gram_spectrum")
+    with cached_spectra(tmp_path):
+        decompose(W, 1, "pissa")
+        (file,) = tmp_path.iterdir()
+    with cached_spectra(tmp_path, 2.5 * file.stat().st_size):
+        for weight in (W + 1, W, W + 2):
+            decompose(weight, 1, "pissa")
+        assert len(list(tmp_path.iterdir())) == 2
+        calls.clear()
+        decompose(W, 1, "pissa")
+        assert not calls
+        decompose(W + 1, 1, "pissa")
+        assert calls
 
 
 def test_the_innermost_cache_counts_and_ends_with_its_block(
@@ -110,9 +133,8 @@ def test_the_innermost_cache_counts_and_ends_with_its_block(
     with cached_spectra(), cached_spectra(tmp_path):
         decompose(W, 1, "pissa")
     assert len(list(tmp_path.iterdir())) == 1
-    calls = counted(monkeypatch, "_all_rows")
-    decompose(W, 1, "pissa")
-    assert not calls
+    decompose(W + 1, 1, "pissa")
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_keys_follow_the_content() -> None:
@@ -135,10 +157,10 @@ def test_both_sides_from_a_gram_matrix_are_an_svd(
     S = torch.linspace(1, lowest, 30, dtype=torch.float64)
     S[20:] = lowest
     M = torch.mm(U * S, V.mT)
-    rows = linalg._all_rows(M)
-    torch.testing.assert_close(rows.S, S, atol=1e-14, rtol=1e-6)
-    torch.testing.assert_close((rows.left.mT * rows.S) @ rows.right, M, atol=1e-12, rtol=0)
-    for side in (rows.left, rows.right):
+    triples = linalg.complete_spectrum(M).components(slice(None))
+    torch.testing.assert_close(triples.S, S, atol=1e-14, rtol=1e-6)
+    torch.testing.assert_close((triples.U * triples.S) @ triples.Vh, M, atol=1e-12, rtol=0)
+    for side in (triples.U.mT, triples.Vh):
         eye = torch.eye(30, dtype=torch.float64)
         torch.testing.assert_close(side @ side.mT, eye, atol=1e-7, rtol=0)
 
@@ -238,11 +260,18 @@ def test_sharing_changes_no_number() -> None:
 
 @pytest.mark.parametrize(("runs", "shared"), [(1, False), (3, True)])
 def test_the_runs_of_a_study_share_the_spectra(tmp_path: Path, runs: int, shared: bool) -> None:
-    """A run on its own keeps none: nobody would use it."""
+    """A run on its own keeps none: nobody would use it. They take a tenth of the model at most."""
     entries = [{"run_id": f"pissa-{number}"} for number in range(runs)]
     write_json(tmp_path / "runs.json", {"runs": entries})
     unused: Any = None
     stages = Stages(RunFolder(tmp_path / "pissa-0"), unused, unused)
-    with stages._spectra():
-        decompose(W, 2, "pissa")
-    assert (tmp_path / "shared" / "spectra").exists() == shared
+    model = nn.Linear(700, 10)
+    with stages._spectra(model):
+        for rank in (1, 1, 2, 3):
+            decompose(W, rank, "pissa")
+    folder = tmp_path / "shared" / "spectra"
+    assert folder.exists() == shared
+    if shared:
+        sizes = [file.stat().st_size for file in folder.iterdir()]
+        assert len(sizes) == 2
+        assert sum(sizes) <= 7010 * 4 / 10

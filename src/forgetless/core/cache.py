@@ -1,6 +1,6 @@
 """Nothing is decomposed twice: spectra by a weight's content, and work on a shared input.
 
-    with cached_spectra("spectra"):          # or cached_spectra() to keep them in memory alone
+    with cached_spectra(whole=True):         # or cached_spectra("spectra"), for other processes too
         for position in (0, 0.25, 0.5, 1):   # each weight is decomposed at the first
             decompose(W, 16, "intermediate", position=position)
 
@@ -9,11 +9,13 @@ computes from its second moment alone is computed once for the three.
 """
 
 import logging
+import math
+import os
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,89 +30,80 @@ from forgetless.core.files import new_file
 from forgetless.core.tensors import require_intact, write_tensors
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """All singular triples of a weight as rows, so that a slice of them lies in one piece.
+class SpectrumCache:
+    """What was asked of spectra, by the content of their weights: in a folder, or in memory.
 
     Attributes:
-        left: left singular vectors, (m, out), with m = min(out, in).
-        S: singular values, descending, (m,), float64.
-        right: right singular vectors, (m, in).
+        folder: one safetensors file for every slice of a weight; None keeps in memory.
+        most_bytes: beyond it, what was not asked for longest goes first.
+        whole: whether all of a weight's triples are kept as soon as some are asked for,
+            (out + in) · min(out, in) float64 numbers; otherwise each slice, rank · (out + in).
     """
 
-    left: Tensor
-    S: Tensor
-    right: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three."""
-        return sum(part.nbytes for part in (self.left, self.S, self.right))
-
-
-class SpectrumCache:
-    """Spectra by the content of their weights: in a folder, or else the newest in memory.
-
-    A folder holds one safetensors file a weight, about (out + in) · min(out, in) float32 numbers,
-    which is two to three times a bfloat16 weight of a language model.
-    """
-
-    def __init__(self, folder: str | Path | None = None, memory_bytes: int = 2**31) -> None:
+    def __init__(
+        self, folder: str | Path | None = None, most_bytes: float = math.inf, whole: bool = False
+    ) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.memory_bytes = memory_bytes
-        self._held: OrderedDict[str, Rows] = OrderedDict()
+        self.most_bytes = most_bytes
+        self.whole = whole
+        self._held: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
-    def rows(self, W: Tensor, make: Callable[[Tensor], Rows]) -> Rows:
-        """The triples of W, (out, in) in float64, on the CPU, from the cache or from ``make(W)``.
-
-        Where float32 holds W exactly, the vectors are rounded to it before they are kept and
-        returned, so that the first call returns what every later one does.
-        """
-        key = content_key(W)
+    def kept(self, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``make()`` returns, on the CPU, or returned for the same key before."""
         found = self._find(key)
         if found is None:
-            made, single = make(W), W.float()
-            precision = single.dtype if torch.equal(single.to(W), W) else W.dtype
-            found = Rows(
-                left=made.left.to("cpu", precision).contiguous(),
-                S=made.S.to("cpu"),
-                right=made.right.to("cpu", precision).contiguous(),
-            )
+            found = {name: tensor.cpu().contiguous() for name, tensor in make().items()}
             self._keep(key, found)
         return found
 
-    def _file(self, key: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{key}.safetensors"
-
-    def _find(self, key: str) -> Rows | None:
-        file = self._file(key)
-        if file is None:
+    def _find(self, key: str) -> dict[str, Tensor] | None:
+        if self.folder is None:
             if key in self._held:
                 self._held.move_to_end(key)
             return self._held.get(key)
+        file = self.folder / f"{key}.safetensors"
         try:
-            rows = Rows(**load_file(file))  # mapped: a slice takes memory for its own part alone
+            found = load_file(file)  # mapped: a slice takes memory for its own part alone
             require_intact(file)
-            return rows
+            os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
+            return found
         except FileNotFoundError:
             return None
         except (UserError, SafetensorError) as damage:
             _log.warning("%s is decomposed again: %s", file, damage)
             return None
 
-    def _keep(self, key: str, rows: Rows) -> None:
-        file = self._file(key)
-        if file is None:
-            self._held[key] = rows
-            while sum(held.nbytes for held in self._held.values()) > self.memory_bytes:
-                self._held.popitem(last=False)
+    def _keep(self, key: str, found: dict[str, Tensor]) -> None:
+        if self.folder is None:
+            self._held[key] = found
+            sizes = {k: sum(t.nbytes for t in held.values()) for k, held in self._held.items()}
+            for old in _beyond(sizes, self.most_bytes):
+                del self._held[old]
             return
-        with new_file(file) as unfinished:
-            write_tensors({"left": rows.left, "S": rows.S, "right": rows.right}, unfinished)
+        with new_file(self.folder / f"{key}.safetensors") as unfinished:
+            write_tensors(found, unfinished)
+        files = []
+        for file in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # another process was quicker
+                status = file.stat()
+                files.append((status.st_atime_ns, file, status.st_size))
+        for file in _beyond({file: size for _, file, size in sorted(files)}, self.most_bytes):
+            file.unlink(missing_ok=True)
+
+
+def _beyond(sizes: Mapping[K, int], most: float) -> list[K]:
+    """The first of these without which the others fit."""
+    excess, first = sum(sizes.values()) - most, []
+    for key, size in sizes.items():
+        if excess > 0:
+            first.append(key)
+            excess -= size
+    return first
 
 
 def content_key(M: Tensor) -> str:
@@ -126,21 +119,26 @@ _spectra: ContextVar[SpectrumCache | None] = ContextVar("spectra", default=None)
 
 @contextmanager
 def cached_spectra(
-    folder: str | Path | None = None, memory_bytes: int = 2**31
+    folder: str | Path | None = None, most_bytes: float | None = None, *, whole: bool = False
 ) -> Iterator[SpectrumCache]:
-    """Within it, a weight is decomposed once, whatever slices, ranks and methods ask for.
-
-    The first decomposition is of the whole weight, which takes longer than one end of it would.
+    """Within it, what a slice takes of a weight is computed once; the numbers are the same.
 
     Args:
-        folder: where to keep the spectra, for other processes and times too; it is made if need
-            be, files appear whole or not at all, and a damaged one is made again.
-        memory_bytes: how much to hold without a folder; what was not asked for longest goes first.
+        folder: where to keep it, for other processes and times too; it is made if need be, files
+            appear whole or not at all, and a damaged one is made again.
+        most_bytes: how much to keep; what was not asked for longest goes first. Without a folder
+            2 GiB by default, with one everything.
+        whole: decompose a weight once for all slices, ranks and methods, and keep all of it. It
+            takes longer than one end of the spectrum would, and up to four times the space of a
+            float32 weight; the triples are those of the whole SVD, equal to those of a single slice
+            up to rounding.
 
     Yields:
         The cache.
     """
-    cache = SpectrumCache(folder, memory_bytes)
+    if most_bytes is None:
+        most_bytes = 2**31 if folder is None else math.inf
+    cache = SpectrumCache(folder, most_bytes, whole)
     token = _spectra.set(cache)
     try:
         yield cache

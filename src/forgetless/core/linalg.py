@@ -17,14 +17,16 @@ which one comes back depends on the LAPACK in use; products over the whole group
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from forgetless.core import krylov as subspace
-from forgetless.core.cache import Rows, active_cache, once
+from forgetless.core.cache import SpectrumCache, active_cache, content_key, once
 
 
 class Triples(NamedTuple):
@@ -123,30 +125,70 @@ class GramSpectrum:
 
 @dataclass(frozen=True, eq=False)
 class CompleteSpectrum:
-    """A spectrum of which both sides are known: a slice is a copy of some rows.
+    """A spectrum of which both sides are known.
 
     Attributes:
-        rows: all triples.
-        device: where slices go.
+        triples: all of them.
     """
 
-    rows: Rows
-    device: torch.device
+    triples: Triples
 
     @property
     def S(self) -> Tensor:
         """All singular values."""
-        return self.rows.S.to(self.device)
+        return self.triples.S
 
     def components(self, picked: slice | Tensor) -> Triples:
         """The singular triples at these positions; orthonormal among all, in a null space too."""
-        if isinstance(picked, Tensor):
-            picked = picked.cpu()
-        left, S, right = (
-            part[picked].to(self.device, torch.float64)
-            for part in (self.rows.left, self.rows.S, self.rows.right)
-        )
-        return Triples(left.mT, S, right)
+        U, S, Vh = self.triples
+        return Triples(U[:, picked], S[picked], Vh[picked])
+
+
+@dataclass(frozen=True, eq=False)
+class CachedSpectrum:
+    """A spectrum of which the cache keeps what it is asked for.
+
+    Attributes:
+        W: (out, in), float64.
+        decomposed: what decomposes it where the cache has no answer.
+        cache: where answers are kept.
+    """
+
+    W: Tensor
+    decomposed: Callable[[Tensor], GramSpectrum | CompleteSpectrum]
+    cache: SpectrumCache
+
+    @cached_property
+    def _made(self) -> GramSpectrum | CompleteSpectrum:
+        return self.decomposed(self.W)
+
+    @cached_property
+    def _key(self) -> str:
+        return f"{content_key(self.W)}-{self.decomposed.__name__.strip('_')}"
+
+    def _kept(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        kept = self.cache.kept(f"{self._key}-{what}", make)
+        return {name: tensor.to(self.W.device) for name, tensor in kept.items()}
+
+    @property
+    def S(self) -> Tensor:
+        """All singular values."""
+        return self._kept("values", lambda: {"S": self._made.S})["S"]
+
+    def components(self, picked: slice | Tensor) -> Triples:
+        """The singular triples at these positions of the descending order."""
+        if isinstance(picked, slice):
+            start, stop, _ = picked.indices(min(self.W.shape))
+            what = f"{start}-{stop}"
+        else:
+            what = content_key(picked)
+
+        def rows() -> dict[str, Tensor]:
+            U, S, Vh = self._made.components(picked)
+            return {"left": U.mT, "S": S, "right": Vh}
+
+        kept = self._kept(what, rows)
+        return Triples(kept["left"].mT, kept["S"], kept["right"])
 
 
 def projected_slice(W: Tensor, basis: Tensor) -> Triples:
@@ -159,12 +201,17 @@ def projected_slice(W: Tensor, basis: Tensor) -> Triples:
 
 
 def spectrum(W: Tensor) -> Spectrum:
-    """The spectrum of W: from the cache where one is open, else by its smaller Gram matrix.
+    """The spectrum of W, by its smaller Gram matrix; what is asked of it is kept in an open cache.
 
     Raises:
         ValueError: W is no matrix, or holds NaN or infinity.
     """
-    return gram_spectrum(W) if active_cache() is None else complete_spectrum(W)
+    cache = active_cache()
+    if cache is None:
+        return gram_spectrum(W)
+    if cache.whole:
+        return complete_spectrum(W)
+    return CachedSpectrum(_finite(W).double(), gram_spectrum, cache)
 
 
 def gram_spectrum(W: Tensor) -> GramSpectrum:
@@ -179,22 +226,23 @@ def gram_spectrum(W: Tensor) -> GramSpectrum:
     return GramSpectrum(W=W, S=energy.clamp(min=0).sqrt().flip(0), vectors=vectors.flip(1))
 
 
-def complete_spectrum(W: Tensor) -> CompleteSpectrum:
-    """Both sides of the SVD of W, kept in the cache where one is open.
+def complete_spectrum(W: Tensor) -> Spectrum:
+    """Both sides of the SVD of W; what is asked of it is kept in an open cache.
 
     Raises:
         ValueError: W is no matrix, or holds NaN or infinity.
     """
-    W = _finite(W).double()
-    cache = active_cache()
-    return CompleteSpectrum(_all_rows(W) if cache is None else cache.rows(W, _all_rows), W.device)
+    W, cache = _finite(W).double(), active_cache()
+    if cache is None:
+        return _complete(W)
+    kept = CachedSpectrum(W, _complete, cache)
+    return CompleteSpectrum(kept.components(slice(None))) if cache.whole else kept
 
 
-def _all_rows(W: Tensor) -> Rows:
+def _complete(W: Tensor) -> CompleteSpectrum:
     """All triples of W, from its Gram matrix where that is quicker than an SVD."""
     if min(W.shape) < subspace.SMALLEST_SIZE:
-        U, S, Vh = oriented_svd(W)
-        return Rows(U.mT, S, Vh)
+        return CompleteSpectrum(oriented_svd(W))
     tall = W if W.shape[0] >= W.shape[1] else W.mT
     short = gram_spectrum(tall).vectors
     long = tall @ short
@@ -210,8 +258,7 @@ def _all_rows(W: Tensor) -> Rows:
     else:
         long = long / S
     U, V = (long, short) if tall is W else (short, long)
-    U, S, Vh = _orient(U, S, V.mT)
-    return Rows(U.mT, S, Vh)
+    return CompleteSpectrum(_orient(U, S, V.mT))
 
 
 def svd_slice(W: Tensor, start: int, rank: int) -> Triples:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from forgetless.core.cache import once
 from forgetless.core.linalg import (
-    CompleteSpectrum,
+    Spectrum,
     Triples,
     complete_spectrum,
     eigen_slice,
@@ -344,7 +344,7 @@ def _core(factors: Factors) -> Tensor:
     return core
 
 
-def _spectrum(W: Tensor) -> CompleteSpectrum:
+def _spectrum(W: Tensor) -> Spectrum:
     """The SVD of W; within `shared_inputs` the same tensor is decomposed once."""
     return once(W, "spectrum", lambda: complete_spectrum(W))
 

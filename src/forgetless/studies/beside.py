@@ -218,7 +218,7 @@ class Beside:
         trained = self.stages._trained_model(self.run)
         base = self.stages._load_base() if self.stages.full else trained
         keep, task = self._texts(base)
-        with self.stages._spectra():
+        with self.stages._spectra(base):
             found = spectra(
                 trained,
                 base if self.stages.full else None,

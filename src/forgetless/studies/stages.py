@@ -401,7 +401,7 @@ class Stages(Material):
         }
         probe = self.modality.probe(model)
         before = _logits(model, probe)
-        with self._spectra():
+        with self._spectra(model):
             model = attached(self.recipe.adapter, model, inputs, self._seed_of_start)
         self._held = None  # it is no longer the base
         same = torch.equal(_logits(use_together(model).eval(), probe), before)
@@ -432,10 +432,15 @@ class Stages(Material):
         self.folder.update(start={"equals_base": False, "after": before.path.name})
         return f"what {before.path.name} trained"
 
-    def _spectra(self) -> AbstractContextManager[object]:
-        """Where the runs of a study, if there are several, share the spectra of the weights."""
-        several = len(planned(self.folder.path.parent)) > 1
-        return cached_spectra(self.shared / "spectra") if several else nullcontext()
+    def _spectra(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Where the runs of a study, if there are several, share slices of the weights' spectra.
+
+        They take at most a tenth of the model's bytes.
+        """
+        if len(planned(self.folder.path.parent)) < 2:
+            return nullcontext()
+        most = sum(p.nbytes for p in model.parameters()) / 10
+        return cached_spectra(self.shared / "spectra", most)
 
     def require_fitting_data(self) -> None:
         """Say at once what of the data the base cannot be trained on; measuring may take hours."""
