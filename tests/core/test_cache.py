@@ -210,10 +210,10 @@ def test_attach_decomposes_a_shared_input_once(
 
 
 def noted(function: Any, sizes: list[int]) -> Any:
-    """The same function; the sizes of the matrices that it gets are noted, but for small ones."""
+    """The same function; the sizes of the matrices that it gets are noted, from a layer's on."""
 
     def called(M: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes.extend([len(M)] if len(M) > 2 else [])
+        sizes.extend([len(M)] if len(M) >= 8 else [])
         return function(M, *args, **kwargs)
 
     return called
@@ -243,7 +243,7 @@ def test_an_option_costs_no_more_decompositions(name: str, monkeypatch: pytest.M
             **options,
         )
         counts.append(len(tried))
-    assert counts[1] <= counts[0] + (4 if "niter" in method.options else 0)
+    assert counts[1] <= counts[0]
 
 
 def test_sharing_changes_no_number() -> None:
@@ -265,7 +265,7 @@ def test_the_runs_of_a_study_share_the_spectra(tmp_path: Path, runs: int, shared
     write_json(tmp_path / "runs.json", {"runs": entries})
     unused: Any = None
     stages = Stages(RunFolder(tmp_path / "pissa-0"), unused, unused)
-    model = nn.Linear(700, 10)
+    model = nn.Linear(600, 10)
     with stages._spectra(model):
         for rank in (1, 1, 2, 3):
             decompose(W, rank, "pissa")
@@ -274,4 +274,4 @@ def test_the_runs_of_a_study_share_the_spectra(tmp_path: Path, runs: int, shared
     if shared:
         sizes = [file.stat().st_size for file in folder.iterdir()]
         assert len(sizes) == 2
-        assert sum(sizes) <= 7010 * 4 / 10
+        assert sum(sizes) <= 6010 * 4 / 10

@@ -200,6 +200,13 @@ class TestIntervals:
         moved = bootstrap_interval([2 * x + 1 for x in values], seed=seed, resamples=100)
         assert tuple(moved) == pytest.approx([2 * end + 1 for end in interval])
 
+    def test_draws_of_one_item_alone_have_no_error_at_any_mean(self) -> None:
+        """Their spread around a mean that was rounded is not 0."""
+        for values in ([-1, -8, 0, -5, -8], [0.1, 0.7, 0.3, 0.2, 0.7]):
+            for seed in range(20):
+                drawn = bootstrap_interval(values, seed=seed, resamples=100)
+                assert all(math.isinf(end) or abs(end) < 1e3 for end in drawn)
+
     def test_a_constant_difference_is_certain(self) -> None:
         base = np.random.default_rng(0).normal(size=50)
         low, high = paired_interval(base, base + 0.25)

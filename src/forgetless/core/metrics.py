@@ -615,6 +615,7 @@ def _studentised(x: _Floats, w: _Floats, resamples: int, rng: np.random.Generato
         total = weights.sum(1)
         mean = (weights * items).sum(1) / total
         spread = np.square(weights * (items - mean[:, None])).sum(1) * n / (n - 1)
+        spread[(items == items[:, :1]).all(1)] = 0  # where rounding would leave 1e-32
         with np.errstate(divide="ignore", invalid="ignore"):
             t = mean * total / np.sqrt(spread)
         found.append(np.nan_to_num(t, nan=0.0, posinf=np.inf, neginf=-np.inf))
