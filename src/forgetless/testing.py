@@ -26,6 +26,8 @@ from forgetless.tasks import Task, TaskResult, make_task
 from forgetless.tasks.base import Item
 from forgetless.training.penalties import make_penalty
 
+__all__ = ["check_method", "check_penalty", "check_task"]
+
 _SHAPES = ((6, 5), (5, 6), (4, 4), (1, 6), (6, 1), (1, 1))
 _SCALINGS = (1.0, 0.25, 2.0)
 
