@@ -187,6 +187,10 @@ def test_mistakes_are_told_before_anything_is_run(
     definition["space"]["adapter.rank"] = [1, 99]
     with pytest.raises(RecipeError, match="rank must be in"):
         search(definition, tmp_path)
+    definition["space"]["adapter.rank"] = [1, 2]
+    definition["recipe"]["training"]["batch_size"] = 3
+    with pytest.raises(RecipeError, match="cannot be shared equally by 2"):
+        search(definition, tmp_path, processes=2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,6 +21,7 @@ from pydantic import Field, field_validator, model_validator
 
 from forgetless.core.errors import RecipeError, UserError, unknown
 from forgetless.core.settings import Count, Name, Section, validated
+from forgetless.recipes.checking import Checker
 from forgetless.recipes.recipe import Recipe
 from forgetless.recipes.study import Definition, Gathered, labels
 from forgetless.tasks import make_tasks
@@ -249,16 +250,19 @@ class SearchRecipe(Definition):
             raise RecipeError(self.name, problems)
         return found
 
-    def check(self) -> dict[str, str]:
+    def check(self, checker: Checker | None = None) -> dict[str, str]:
         """Look at everything; gives the tasks of both objectives, see `tasks`.
 
         The recipe is checked with every choice and both ends of every range, one after the other.
+
+        Args:
+            checker: as of `Gathered`.
 
         Raises:
             RecipeError: all that is wrong, before anything is run.
         """
         arms = self.all_arms()
-        gathered = Gathered(self.name)
+        gathered = Gathered(self.name, checker)
         for arm in arms.values():
             usual = {**arm.fixed, **{d.key: d.ends()[0] for d in arm.dimensions}}
             settings = [usual] + [{**usual, d.key: v} for d in arm.dimensions for v in d.ends()[1:]]

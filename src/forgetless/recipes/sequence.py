@@ -29,6 +29,7 @@ from pydantic import Field, field_validator, model_validator
 from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
 from forgetless.data.modality import modality_of, new_classes
+from forgetless.recipes.checking import Checker
 from forgetless.recipes.recipe import EarlierSettings, Recipe
 from forgetless.recipes.split import Split, name_of, named_orders
 from forgetless.recipes.study import Definition, Gathered, labels
@@ -163,16 +164,19 @@ class SequenceRecipe(Definition):
         orders = [order for order in self.all_orders().values() if {*learned} <= {*order}]
         return [task for task in self.all_tasks if any(task["name"] in o for o in orders)]
 
-    def chains(self) -> tuple[list[Chain], dict[str, Recipe]]:
+    def chains(self, checker: Checker | None = None) -> tuple[list[Chain], dict[str, Recipe]]:
         """Every sequence, and the recipes of their runs by run id, each after the one before it.
 
         Sequences that begin alike share the runs of their beginning. What is learned jointly or
         separately has no order, so that of several with the same tasks the first stands for all.
 
+        Args:
+            checker: as of `Gathered`.
+
         Raises:
             RecipeError: the problems of all runs, each said once.
         """
-        gathered, found = Gathered(self.name), []
+        gathered, found = Gathered(self.name, checker), []
         for arm, changes in self.arm_changes():
             bound = _bound(changes)
             for order, names in self._orders(bound).items():

@@ -32,10 +32,11 @@ class Gathered:
 
     Args:
         source: what they are of, for messages.
+        checker: for the processes that do a run; None for those of this launch.
     """
 
-    def __init__(self, source: str) -> None:
-        self._source, self._checker, self._count = source, Checker(), 0
+    def __init__(self, source: str, checker: Checker | None) -> None:
+        self._source, self._checker, self._count = source, checker or Checker(), 0
         self._found: dict[str, Recipe] = {}
         self._problems: dict[str, list[str]] = {}  # each with the arms that have it
 
@@ -147,13 +148,16 @@ class StudyRecipe(Definition):
         if "base" in content and "recipe" not in content:
             raise UserError(f"{path} is a recipe, not a study; run it with 'forgetless run'")
 
-    def recipes(self) -> dict[str, Recipe]:
+    def recipes(self, checker: Checker | None = None) -> dict[str, Recipe]:
         """The runs by run id; combinations that come to the same weights are one run.
+
+        Args:
+            checker: as of `Gathered`.
 
         Raises:
             RecipeError: the problems of all combinations, each said once.
         """
-        gathered = Gathered(self.name)
+        gathered = Gathered(self.name, checker)
         for arm, overrides in self.combinations():
             gathered.add(arm, self.recipe, {**overrides, "name": arm})
         return gathered.recipes()

@@ -39,7 +39,7 @@ from forgetless.studies.sequence import mean_over
 from forgetless.studies.share import Share
 from forgetless.studies.stages import Listener
 from forgetless.studies.study import Study
-from forgetless.studies.trials import REASON, Beat, Direction, open_trials, origin, pending, work
+from forgetless.studies.trials import REASON, Beat, Direction, open_trials, pending, work
 from forgetless.studies.workers import Workers, execute_run
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def search(
     given = {"trials": trials, "hours": hours}
     changed = {key: value for key, value in given.items() if value is not None}
     definition = SearchRecipe.parse({**definition.model_dump(), **changed})
-    definition.check()
+    definition.check(team.checker())
     folder = Path(out) / definition.name
     doing = _Doing(definition, folder, team, listen or (lambda event: None))
     doing.ask_first()
@@ -125,7 +125,7 @@ def search(
         content = definition.model_dump()
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_text(folder / "search.yaml", text)
-    until = doing.end()
+    until = None if definition.hours is None else time.time() + 3600 * definition.hours
     team.work(take_part, folder, sys.maxsize, doing.listen, until=until)
     doing.write()
     return Search(folder)
@@ -168,16 +168,11 @@ class _Doing:
         )
         self.trials.sampler = _sampler(definition)
 
-    def end(self) -> float | None:
-        """When this command begins no further trial, in seconds as `time.time` has it."""
-        hours = self.definition.hours
-        return None if hours is None else time.time() + 3600 * hours
-
     def ask_first(self) -> None:
         """Ask for the first settings, once."""
         with lock(self.folder / ".trials.lock"):
             for values in self.definition.asked():
-                self.trials.enqueue_trial(values, skip_if_exists=True)
+                self.trials.enqueue_trial(values, {"first": True}, skip_if_exists=True)
 
     def work(self, until: float | None) -> None:
         """Do trials to the end of the budget, and the further seeds of what is on the front."""
@@ -336,11 +331,10 @@ def _of(trial: FrozenTrial) -> tuple[int, int]:
 
 
 def _finished(trials: Trials) -> list[FrozenTrial]:
-    """The trials that have values, each once though it may have been asked for again."""
+    """The trials that have values."""
     from optuna.trial import TrialState
 
-    found = trials.get_trials(states=[TrialState.COMPLETE])
-    return list({origin(trial): trial for trial in reversed(found)}.values())[::-1]
+    return trials.get_trials(states=[TrialState.COMPLETE])
 
 
 def _front(points: Listed[Point]) -> list[int]:

@@ -116,7 +116,7 @@ def sequence(
         read = SequenceRecipe.parse if isinstance(definition, Mapping) else SequenceRecipe.load
         definition = read(definition)  # type: ignore[arg-type]
     folder = Path(out) / definition.name
-    chains, recipes = definition.chains()
+    chains, recipes = definition.chains(team.checker())
     index = {
         "sequences": [asdict(chain) for chain in chains],
         "measured_by": {t["name"]: _first_name(measures(t)) for t in definition.all_tasks},

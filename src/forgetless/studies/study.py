@@ -7,7 +7,6 @@ run keeps two processes from doing the same one, whichever definition they have 
 
 from __future__ import annotations
 
-import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -38,7 +37,6 @@ from forgetless.studies.share import Share
 from forgetless.studies.stages import Event, Listener
 from forgetless.studies.trials import (
     DEATHS,
-    FEW,
     MOST_RETRIES,
     Beat,
     open_trials,
@@ -49,10 +47,6 @@ from forgetless.studies.workers import Workers, execute_run
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
-
-_log = logging.getLogger(__name__)
-
-_VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ def study(
         definition = read(definition)  # type: ignore[arg-type]
     folder = Path(out) / definition.name
     content = {"study.yaml": definition.model_dump()}
-    do_runs(folder, definition.recipes(), content, team, listen=listen)
+    do_runs(folder, definition.recipes(team.checker()), content, team, listen=listen)
     return Study(folder)
 
 
@@ -154,7 +148,6 @@ def do_runs(
         listen: as of `study`.
     """
     listen = listen or (lambda event: None)
-    team.require_fitting(recipes.values())
     share = Share(team.share, folder.name) if team.share else None
     _lay_out(folder, recipes, definition, index or {}, share, listen)
     runs = [RunFolder(folder / run_id) for run_id in recipes]
@@ -231,8 +224,6 @@ def take_part(
         listen: likewise.
         runs: of the definition; None for those that the folder says it has.
     """
-    from optuna.trial import TrialState, create_trial
-
     runs = planned(folder) if runs is None else runs
     beat, name = Beat(), _name(folder, runs, share, in_database=bool(storage))
     store = Share(share, folder.name) if share else None
@@ -245,17 +236,13 @@ def take_part(
         found = run.read()
         return (store.record(run) or found) if store and not _is_over(found) else found
 
-    def is_over(run: RunFolder, found: Mapping[str, Any] | None = None) -> bool:
-        if run not in over and _is_over(record(run) if found is None else found):
-            over.add(run)
-        return run in over
-
     def can_begin(run: RunFolder) -> bool:
         found = record(run)
-        if is_over(run, found):
+        if _is_over(found):
+            over.add(run)
             return False
-        after = found.get("after")
-        return after is None or is_over(RunFolder(folder / after))
+        before = RunFolder(folder / (found.get("after") or ""))
+        return before.path == folder or before in over or _is_over(record(before))
 
     def ask() -> bool:
         """Ask for runs that can be begun and that nobody has asked for; whether any is asked for.
@@ -266,26 +253,32 @@ def take_part(
             if not is_first:  # what somebody else is asking for can be begun meanwhile
                 time.sleep(0.02)
                 return True
-            known = pending(trials)
-            if sum(trial.state == TrialState.WAITING for trial in known) >= FEW:
-                return True
-            asked = {trial.user_attrs.get(_RUN) for trial in known}
+            asked = {trial.user_attrs.get(_RUN) for trial in pending(trials)}
             left = (run for run in runs if run.path.name not in asked and run not in over)
             free = filter(can_begin, left)
             # Those that somebody does, for another definition or by itself, come last.
             chosen = sorted(islice(free, _AHEAD), key=lambda run: is_locked(run.lock))
             for run in chosen:
-                asked_for = create_trial(state=TrialState.WAITING, user_attrs={_RUN: run.path.name})
-                trials.add_trial(asked_for)
+                trials.enqueue_trial({}, user_attrs={_RUN: run.path.name})
         return bool(chosen)
 
-    def do(trial: Trial) -> float:
-        """Do the run of a trial, or find it done; the seconds that it took."""
+    def do(trial: Trial) -> list[float]:
+        """Do the run of a trial, or find it over; the seconds that it took."""
         began, run = time.perf_counter(), RunFolder(folder / trial.user_attrs[_RUN])
         deaths = trial.user_attrs.get(DEATHS, 0)
+        # Whoever seemed dead and is not, or has the run from another definition, is waited for.
         with lock(run.lock), store.during(run, listen) if store else nullcontext(listen) as told:
-            _do(run, deaths, threads, processes, told)
-        return time.perf_counter() - began
+            known = run.read()
+            if not _is_over(known):
+                try:
+                    if deaths >= MOST_RETRIES and not known.get("requested"):
+                        died = f"its process died {deaths} times; perhaps it ran out of memory"
+                        raise UserError(died)
+                    execute_run(run, threads=threads, processes=processes, listen=told)
+                except Exception as error:
+                    _note_failure(run, error, told)
+                    raise
+        return [time.perf_counter() - began]
 
     work(trials, do, folder, beat, ask=ask)
 
@@ -308,24 +301,12 @@ def _name(folder: Path, runs: Sequence[RunFolder], share: str | None, *, in_data
     return f"{folder.name} {digest(' '.join(ids))[:8]}"
 
 
-def _do(run: RunFolder, deaths: int, threads: int | None, processes: int, listen: Listener) -> None:
-    """Take a run through its stages unless it is over; what goes wrong is in its run.json.
-
-    For the holder of its lock, who has waited for whoever seemed dead and is not, or has the run
-    from another definition.
-    """
-    if _is_over(run.read()):
-        return
-    try:
-        if deaths >= MOST_RETRIES and not run.read().get("requested"):
-            raise UserError(f"its process died {deaths} times; perhaps it ran out of memory")
-        execute_run(run, threads=threads, processes=processes, listen=listen)
-    except Exception as error:
-        if not _is_over(run.read()):
-            reason = f"{type(error).__name__}: {error}"
-            run.update(status="failed", reason=reason, requested=False)
-            listen(Event(run.path.name, run.read().get("name") or "", "failed", reason))
-        raise
+def _note_failure(run: RunFolder, error: Exception, listen: Listener) -> None:
+    """Write what went wrong into run.json, unless that was done where it went wrong."""
+    if not _is_over(run.read()):
+        reason = f"{type(error).__name__}: {error}"
+        run.update(status="failed", reason=reason, requested=False)
+        listen(Event(run.path.name, run.read().get("name") or "", "failed", reason))
 
 
 def _is_over(record: Mapping[str, Any]) -> bool:

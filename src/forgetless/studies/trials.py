@@ -3,8 +3,8 @@
 Of studies, sequences and searches alike. Which trials there are, who does one and what came of it
 lies in a storage of Optuna: a journal file, or a database by its URL. Drawing settings, taking
 turns and heartbeats are Optuna's. What is added: who does a trial holds a lock file meanwhile,
-since a journal has no heartbeats; a trial whose worker died is asked for again at whatever moment
-that was; and a budget is met to the trial, by however many workers.
+since a journal has no heartbeats; a trial whose worker died waits to be begun again, as itself; and
+a budget is met to the trial, by however many workers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import random
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from filelock import FileLock
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from optuna import Study as Trials
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial
+    from sqlalchemy import URL
 
+T = TypeVar("T")
 Direction = Literal["minimize", "maximize"]
 
 JOURNAL = "trials.journal"
@@ -44,11 +47,9 @@ DEATHS = "deaths"
 """The attribute of a trial that says how often a process died or was stopped in doing it."""
 
 _DEFINITION = "definition"
-FEW = 4
-"""Trials that wait to be begun; with less, further ones are asked for."""
-
-_ATTEMPTS = 8
+_OPENING_SECONDS = 5
 _PATIENCE_SECONDS = 600
+"""How long a database that fails is asked again: at first, and once it has answered."""
 
 
 @dataclass(frozen=True)
@@ -65,68 +66,6 @@ class Beat:
     interval: int = 20
     grace: int = 120
     poll: float = 1.0
-
-
-def open_storage(url: str | None, journal: Path, beat: Beat) -> BaseStorage:
-    """The storage at a database's URL, or the journal file.
-
-    Raises:
-        UserError: what is missing, or what is wrong with the URL.
-    """
-    import optuna  # takes a second, which commands without trials need not wait
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # a run that fails is told of by itself
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    if not url:
-        # Optuna's own lock is that of a killed process for half a minute; this one is free at once.
-        turns = FileLock(journal.with_name(f".{journal.name}.lock"))
-        return JournalStorage(JournalFileBackend(str(journal), turns))  # type: ignore[arg-type]
-    if "://" not in url:
-        raise UserError(
-            f"a storage is a URL such as sqlite:///search.db or postgresql://user@host/database, "
-            f"got {url!r}; without one a journal file lies beside the runs"
-        )
-    from sqlalchemy.exc import ArgumentError
-
-    from forgetless.studies.database import Database
-
-    if url.startswith(("postgresql://", "postgres://")):  # the driver that the extra has
-        url = f"postgresql+psycopg://{url.partition('://')[2]}"
-    try:
-        return Database(url, beat.interval, beat.grace, _repeat)
-    except (ImportError, ArgumentError) as problem:
-        raise UserError(
-            f"the storage {_shown(url)} cannot be used: {problem}; PostgreSQL needs psycopg: "
-            "pip install 'forgetless[search]'"
-        ) from None
-
-
-def _repeat(trials: Trials, trial: FrozenTrial) -> None:
-    """Ask for a trial again, with the same settings; that of a worker which died."""
-    from optuna.storages import RetryHeartbeatStaleTrialCallback
-
-    trial.user_attrs = {**trial.user_attrs, DEATHS: 1 + trial.user_attrs.get(DEATHS, 0)}
-    RetryHeartbeatStaleTrialCallback(max_retry=MOST_RETRIES)(trials, trial)
-
-
-def _shown(url: str) -> str:
-    """A URL without its password."""
-    from sqlalchemy import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    with suppress(ArgumentError):
-        return make_url(url).render_as_string(hide_password=True)
-    return f"{url.partition('://')[0]}://..."
-
-
-def _storage_errors() -> tuple[type[Exception], ...]:
-    """What goes wrong with a storage and not with what asks for it."""
-    from optuna.exceptions import DuplicatedStudyError, StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return SQLAlchemyError, StorageInternalError, DuplicatedStudyError
 
 
 def open_trials(
@@ -150,35 +89,78 @@ def open_trials(
     Raises:
         UserError: the storage cannot be used, or these trials were begun with another definition.
     """
-    from optuna import create_study
+    import optuna  # takes a second, which commands without trials need not wait
 
-    directions = list(values.values())
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # whoever does trials tells of them
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with")
+    address = _parsed(url) if url else None
+
+    def opened() -> list[Trials]:
+        storage = _storage(address, folder / JOURNAL, beat)
+        directions = list(values.values())
+        found = [
+            optuna.create_study(
+                storage=storage, study_name=name, directions=directions, load_if_exists=True
+            )
+            for name in names
+        ]
+        for trials in found:
+            _define(trials, values, definition)
+        return found
+
     # Processes that create the tables of one database at once fail on each other. On one disk they
     # take turns; of several machines some fail, and at a further attempt the tables are there.
     with lock(folder / ".trials.lock"):
-        for attempt in range(_ATTEMPTS):
-            try:
-                storage = open_storage(url, folder / JOURNAL, beat)
-                found = [
-                    create_study(
-                        storage=storage,
-                        study_name=name,
-                        directions=directions,
-                        load_if_exists=True,
-                    )
-                    for name in names
-                ]
-                for trials in found:
-                    _define(trials, values, definition)
-                return found
-            except UserError:
-                raise
-            except _storage_errors() as problem:
-                if attempt == _ATTEMPTS - 1:
-                    reason = str(problem).strip().partition("\n")[0]
-                    raise UserError(f"the storage {_shown(url or JOURNAL)}: {reason}") from None
-                time.sleep(random.uniform(0.2, 1.0))
-    raise AssertionError("the last attempt raises")
+        try:
+            return patiently(opened, _OPENING_SECONDS, 0.5)
+        except _storage_errors() as problem:
+            reason = str(problem).strip().partition("\n")[0]
+            where = repr(address or JOURNAL)  # without a password
+            raise UserError(f"the storage {where} cannot be used: {reason}") from None
+
+
+def _parsed(url: str) -> URL:
+    """The address of a database, with the driver of PostgreSQL that the extra has."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        address = make_url(url)
+        if address.drivername in ("postgresql", "postgres"):
+            address = address.set(drivername="postgresql+psycopg")
+        address.get_dialect().import_dbapi()
+    except (ArgumentError, ImportError, ValueError) as problem:
+        raise UserError(
+            "a storage is a URL such as sqlite:///search.db or postgresql://user@host/database "
+            "(with psycopg: pip install 'forgetless[search]'), and without one a journal file "
+            f"lies beside the runs: {problem}"
+        ) from None
+    return address
+
+
+def _storage(address: URL | None, journal: Path, beat: Beat) -> BaseStorage:
+    """The database at an address, or the journal file."""
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    class Database(RDBStorage):
+        """One whose heartbeats outlast a restart of the server."""
+
+        def record_heartbeat(self, trial_id: int) -> None:
+            with suppress(*_storage_errors()):  # the next one will be recorded
+                super().record_heartbeat(trial_id)
+
+    if address is None:
+        # Optuna's own lock is that of a killed process for half a minute; this one is free at once.
+        turns = FileLock(journal.with_name(f".{journal.name}.lock"))
+        return JournalStorage(JournalFileBackend(str(journal), turns))  # type: ignore[arg-type]
+    return Database(
+        address.render_as_string(hide_password=False),
+        engine_kwargs={"pool_pre_ping": True},  # the server may have been restarted
+        heartbeat_interval=beat.interval,
+        grace_period=beat.grace,
+    )
 
 
 def _define(trials: Trials, values: Mapping[str, Direction], definition: Mapping[str, Any]) -> None:
@@ -197,7 +179,7 @@ def _define(trials: Trials, values: Mapping[str, Direction], definition: Mapping
 
 def work(
     trials: Trials,
-    objective: Callable[[Trial], float | tuple[float, ...]],
+    objective: Callable[[Trial], Sequence[float]],
     folder: Path,
     beat: Beat,
     *,
@@ -216,180 +198,139 @@ def work(
         folder: as of `open_trials`.
         beat: see `Beat`.
         budget: how many trials there are to be beside those that are asked for; None for any
-            number.
+            number. What is asked for has user attributes.
         until: begin none after this time, in seconds as `time.time` has it.
-        ask: called when fewer than `FEW` wait to be begun; asks for further ones, and gives whether
-            there are any.
+        ask: called when none wait to be begun; asks for further ones, and gives whether there are
+            any.
     """
-    from optuna import TrialPruned
+    from optuna.storages._heartbeat import get_heartbeat_thread
     from optuna.trial import TrialState
 
-    signs = ExitStack()
+    storage, known_to_beat = trials._storage, set[int]()
 
-    def one(trial: Trial) -> float | tuple[float, ...]:
-        # No sampler draws attributes, so what has some was asked for.
-        is_asked_for = bool(trial.user_attrs.keys() - {DEATHS})
-        if not (is_asked_for or budget is None) and _is_surplus(trials, trial.number, budget):
-            trials.stop()
-            raise TrialPruned  # several workers began the last one
-        sign = _sign(folder, trials, trial.number)
-        signs.push(lambda kind, *_: None if kind else sign.unlink(missing_ok=True))
-        signs.enter_context(lock(sign))
-        try:
-            return objective(trial)
-        except Exception as error:
-            if not _is_of_the_storage(error):
+    def do() -> None:
+        """Do one trial, unless others have begun all that there are."""
+        trial = trials.ask()
+        key, values, state = trial._trial_id, None, TrialState.FAIL
+        if budget is not None and _is_surplus(trials, trial, budget):
+            storage.set_trial_state_values(key, TrialState.PRUNED)
+            return
+        sign = _sign(folder, trials, trial)
+        with lock(sign), get_heartbeat_thread(key, storage):
+            try:
+                if (deaths := trial.user_attrs.get(DEATHS, 0)) > MOST_RETRIES:
+                    raise UserError(f"its process died {deaths} times")
+                values, state = objective(trial), TrialState.COMPLETE
+            except _storage_errors():  # as if it died: it is begun again
+                raise
+            except Exception as error:
                 trial.set_user_attr(REASON, f"{type(error).__name__}: {error}")
-            raise
+            # `tell` would refuse a trial that waits again, since we seemed dead.
+            storage.set_trial_state_values(key, state, values)
+        sign.unlink(missing_ok=True)
 
     def step() -> bool:
+        if until is not None:  # there is always something to begin, until it is late
+            _let_lost_ones_wait(trials, folder, beat, known_to_beat)
         every = trials.get_trials(deepcopy=False)
-        states = [trial.state for trial in every]
-        waiting, running = states.count(TrialState.WAITING), states.count(TrialState.RUNNING)
+        count = Counter(trial.state for trial in every)
         is_late = until is not None and time.time() > until
-        more = budget is None or (budget > 0 and len(_counted(every)) < budget)
-        asked = waiting < FEW and not (more or is_late) and ask()
-        if (more or waiting) and not is_late:
-            # Where many wait, each worker takes some of them before it looks at all again.
-            share = 1 if until else max(1, waiting // (2 * running + 2))
-            with signs:  # until the storage was told
-                trials.optimize(one, n_trials=share, catch=(Exception,))
-        elif not asked:
-            to_come = _ask_again(trials, folder, beat)
-            if not (running or to_come):
+        more = budget is None or len(every) - count[TrialState.PRUNED] < budget
+        if (more or count[TrialState.WAITING]) and not is_late:
+            do()
+        elif is_late or not ask():
+            if not count[TrialState.RUNNING]:
                 return False
+            _let_lost_ones_wait(trials, folder, beat, known_to_beat)
             time.sleep(beat.poll)
         return True
 
-    try:
-        while patiently(step, beat):
-            pass
-    except KeyboardInterrupt:
-        with suppress(Exception):  # what is not asked for now is found by others later
-            _ask_again(trials, folder, replace(beat, poll=0.0))
-        raise
+    while patiently(step, _PATIENCE_SECONDS, beat.poll):
+        pass
 
 
-def patiently(act: Callable[[], bool], beat: Beat) -> bool:
-    """What an act on the storage gives; a database that is restarted is waited for.
+def patiently(act: Callable[[], T], seconds: float, pause: float) -> T:
+    """What an act on the storage gives; one that fails is asked again for so many seconds.
 
-    What it was not told is done again, which costs little, since the folder of a finished run
-    reports at once.
+    What a storage was not told is done again, which costs little, since the folder of a finished
+    run reports at once.
     """
     failing_since = None
     while True:
         try:
             return act()
-        except Exception as problem:
+        except _storage_errors():
             failing_since = failing_since or time.time()  # what is done may take hours before
-            lasts = time.time() - failing_since
-            if not _is_of_the_storage(problem) or lasts > _PATIENCE_SECONDS:
+            if time.time() - failing_since > seconds:
                 raise
-        time.sleep(beat.poll)
+        time.sleep(random.uniform(pause / 2, pause))
 
 
-def _is_of_the_storage(problem: BaseException | None) -> bool:
-    """Whether the storage failed, or somebody else finished our trial while we seemed dead.
+def _storage_errors() -> tuple[type[Exception], ...]:
+    """What goes wrong with a storage and not with what asks for it.
 
-    Optuna's own handling of the first hides it behind a NameError.
+    Also where somebody else finished our trial while we seemed dead.
     """
-    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna import exceptions
+    from sqlalchemy.exc import SQLAlchemyError
 
-    while problem is not None:
-        if isinstance(problem, (*_storage_errors(), UpdateFinishedTrialError)):
-            return True
-        if isinstance(problem, ValueError) and str(problem).startswith("Cannot tell a "):
-            return True
-        problem = problem.__cause__ or problem.__context__
-    return False
-
-
-def origin(trial: FrozenTrial) -> int:
-    """The number of the trial that this one is, or repeats."""
-    from optuna.storages import RetryHeartbeatStaleTrialCallback
-
-    return next(iter(RetryHeartbeatStaleTrialCallback.retry_history(trial)), trial.number)
+    of_optuna = exceptions.StorageInternalError, exceptions.DuplicatedStudyError
+    return SQLAlchemyError, *of_optuna, exceptions.UpdateFinishedTrialError
 
 
 def pending(trials: Trials) -> list[FrozenTrial]:
-    """The trials that are not done yet, with those that will be asked for again."""
-    every = trials.get_trials(deepcopy=False)
-    return [trial for trial in every if not trial.state.is_finished()] + _lost(every)
-
-
-def _counted(every: Sequence[FrozenTrial]) -> list[int]:
-    """The numbers of the trials that a budget counts: no repeated ones, and none too many."""
+    """The trials that are not done yet."""
     from optuna.trial import TrialState
 
-    return [t.number for t in every if origin(t) == t.number and t.state != TrialState.PRUNED]
+    return trials.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
 
 
-def _is_surplus(trials: Trials, number: int, budget: int) -> bool:
-    """Whether as many trials as the budget has were begun before this one."""
-    if number < budget:  # known without a look at the others
-        return False
-    every = trials.get_trials(deepcopy=False)
-    own = next(trial for trial in every if trial.number == number)
-    if "fixed_params" in own.system_attrs:  # somebody asked for it
-        return False
-    return sum(counted < origin(own) for counted in _counted(every)) >= budget
-
-
-def _ask_again(trials: Trials, folder: Path, beat: Beat) -> bool:
-    """Ask for the trials of dead workers again; whether some that they failed are still to come."""
-    from optuna.storages import fail_stale_trials
+def _is_surplus(trials: Trials, trial: Trial, budget: int) -> bool:
+    """Whether nobody asked for a trial, and as many as the budget has were begun before it."""
     from optuna.trial import TrialState
 
-    fail_stale_trials(trials)  # those without heartbeats, in a database
-    every = trials.get_trials(deepcopy=False)
-    for trial in every:
-        if trial.state == TrialState.RUNNING and _is_dead(trials, trial, folder, beat):
-            with suppress(ValueError, RuntimeError):  # somebody else was first, or it has ended
-                trials.tell(trial.number, state=TrialState.FAIL)
-                _repeat(trials, trials.get_trials()[trial.number])
-    if not _lost(every):
+    if trial.user_attrs.keys() - {DEATHS} or trial.number < budget:  # known without a look
         return False
-    # Whoever failed them was stopped before it could ask for them again, or is just doing it.
-    with lock(folder / ".trials.lock"):
-        for trial in _lost(trials.get_trials()):
-            if _age(trial.datetime_complete) > 10 * beat.poll:
-                _repeat(trials, trial)
-    return True
+    earlier = [t for t in trials.get_trials(deepcopy=False) if t.number < trial.number]
+    return sum(t.state != TrialState.PRUNED for t in earlier) >= budget
 
 
-def _sign(folder: Path, trials: Trials, number: int) -> Path:
-    """The lock file that is held by who does a trial."""
-    return folder / "workers" / f"{folder_name(trials.study_name)}-{number}"
+def _let_lost_ones_wait(trials: Trials, folder: Path, beat: Beat, known_to_beat: set[int]) -> None:
+    """Let the trials of dead workers wait to be begun again, with the settings that they have.
 
-
-def _is_dead(trials: Trials, trial: FrozenTrial, folder: Path, beat: Beat) -> bool:
-    """Whether nobody is doing a trial that is said to be running, as far as this disk can tell."""
+    Args:
+        trials: of a storage.
+        folder: as of `open_trials`.
+        beat: see `Beat`.
+        known_to_beat: trials that have given a sign of life; those that may have died before their
+            first are added, and get one here.
+    """
     from optuna.storages import JournalStorage
-
-    sign = _sign(folder, trials, trial.number)
-    if sign.exists():
-        return not is_locked(sign)
-    is_elsewhere = not isinstance(trials._storage, JournalStorage)  # or its heartbeats are awaited
-    return not is_elsewhere and _age(trial.datetime_start) > 10 * beat.poll
-
-
-def _age(moment: datetime | None) -> float:
-    """Seconds since then; the clock of another machine may be ahead."""
-    return abs((datetime.now() - (moment or datetime.min)).total_seconds())
-
-
-def _lost(every: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Trials that failed with their worker, and that nobody has asked for again."""
-    from optuna.storages import RetryHeartbeatStaleTrialCallback
     from optuna.trial import TrialState
 
-    history = RetryHeartbeatStaleTrialCallback.retry_history
-    repeated = {number for trial in every for number in history(trial)}
-    return [
-        trial
-        for trial in every
-        if trial.state == TrialState.FAIL
-        and REASON not in trial.user_attrs
-        and trial.number not in repeated
-        and len(history(trial)) < MOST_RETRIES
-    ]
+    storage: Any = trials._storage
+    in_database = not isinstance(storage, JournalStorage)
+    with lock(folder / ".trials.lock"):
+        silent = storage._get_stale_trial_ids(trials._study_id) if in_database else ()
+        for trial in trials.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            key, sign = trial._trial_id, _sign(folder, trials, trial)
+            if sign.exists():
+                is_lost = not is_locked(sign)
+            else:  # of another machine, or its worker has just begun it
+                begun = trial.datetime_start or datetime.min
+                age = abs((datetime.now() - begun).total_seconds())  # clocks may be ahead
+                is_lost = age > 10 * beat.poll and (key in silent or not in_database)
+            if is_lost:
+                deaths = trial.user_attrs.get(DEATHS, 0)
+                storage.set_trial_user_attr(key, DEATHS, deaths + 1)
+                storage.set_trial_state_values(key, TrialState.WAITING)
+                sign.unlink(missing_ok=True)
+            elif in_database and key not in known_to_beat:
+                storage.record_heartbeat(key)
+                known_to_beat.add(key)
+
+
+def _sign(folder: Path, trials: Trials, trial: Trial | FrozenTrial) -> Path:
+    """The lock file that is held by who does a trial; another one after each death."""
+    deaths = trial.user_attrs.get(DEATHS, 0)
+    return folder / "workers" / f"{folder_name(trials.study_name)}-{trial.number}-{deaths}"

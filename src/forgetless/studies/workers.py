@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from forgetless.core.errors import RecipeError, UserError
+from forgetless.core.errors import UserError
 from forgetless.recipes.checking import Checker
-from forgetless.recipes.recipe import Recipe
 from forgetless.studies.folder import RunFolder
 from forgetless.studies.run import execute
 from forgetless.studies.stages import Event, Listener
@@ -65,34 +64,20 @@ class Workers:
         several = self.processes > 1
         return Checker(Launch(self.processes, strategy="DDP") if several else None)
 
-    def require_fitting(self, recipes: Iterable[Recipe]) -> None:
-        """Raise what of some checked recipes the processes of a run cannot do together.
-
-        Raises:
-            RecipeError: the first recipe's problems.
-        """
-        if self.processes == 1:
-            return
-        checker = self.checker()
-        for recipe in recipes:
-            if problems := checker.check(recipe):
-                raise RecipeError(recipe.name or "recipe", problems)
-
     def work(
         self, take_part: Callable[..., None], folder: Path, most: int, listen: Listener, **more: Any
     ) -> None:
         """Let all take part until there is nothing left to do.
 
         Args:
-            take_part: what one does with the folder, given ``storage``, ``threads``, ``processes``
-                where they are several, ``listen`` and what more there is.
+            take_part: what one does with the folder, given ``storage``, ``threads``, ``processes``,
+                ``share``, ``listen`` and what more there is.
             folder: of the study or the search.
             most: workers for which there is something to do.
             listen: called with the events of all.
             more: likewise, where it is not None.
         """
-        several = {"processes": self.processes} if self.processes > 1 else {}
-        more = {"threads": self.threads, "share": self.share, **several, **more}
+        more = {"threads": self.threads, "share": self.share, "processes": self.processes, **more}
         if self.on == "ray":
             from forgetless.studies.on_ray import work_on_ray  # Ray is optional
 
