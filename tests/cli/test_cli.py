@@ -144,11 +144,11 @@ MISTAKES: list[tuple[str, str]] = [
     # the command itself
     ("rnu recipe.yaml", "No such command 'rnu'"),
     ("run", "Missing argument 'RECIPE'"),
-    ("run {here}/recipe.yaml --stps 3", "No such option: --stps"),
+    ("run {here}/recipe.yaml --stps 3", "No such option"),
     ("study {here}/study.yaml --workers two", "Invalid value for '--workers'"),
     ("study {here}/study.yaml --workers 0", "Invalid value for '--workers'"),
     ("eval {base}", "Missing option '--tasks' (see 'forgetless eval --help')"),
-    ("--nonsense", "No such option: --nonsense (see 'forgetless --help')"),
+    ("--nonsense", "(see 'forgetless --help')"),
     # the recipe's file
     ("run {here}/absent.yaml", "no such file: {here}/absent.yaml"),
     ("run {here}/nothing", "is a folder; give the YAML file itself"),

@@ -116,13 +116,10 @@ def checkpoint_activations(model: Any, on: bool = True) -> None:
         UserError: the architecture cannot recompute.
     """
     require_checkpointing(model)
-    # The name before transformers 5.20 was gradient_checkpointing_enable.
-    new = hasattr(model, "activation_checkpointing_enable")
-    switch = "activation_checkpointing" if new else "gradient_checkpointing"
     if on:
-        getattr(model, switch + "_enable")({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     else:
-        getattr(model, switch + "_disable")()
+        model.activation_checkpointing_disable()
         model.disable_input_require_grads()
 
 
