@@ -19,6 +19,9 @@ import torch
 
 from forgetless.core import progress
 
+# Tests name its types, so that it is imported before it is a plugin.
+pytest.register_assert_rewrite("tests.postgres")
+
 # Two threads on two busy cores are several times slower than one.
 torch.set_num_threads(1)
 # Importing and training make few cycles, and looking for them takes a tenth of the time.

@@ -78,14 +78,13 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def start(address: str) -> None:
     """Start a server, which ends when nobody is connected any more."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    server = subprocess.Popen(
+    nothing = subprocess.DEVNULL
+    subprocess.run(
         [sys.executable, "-P", str(SERVER), address],  # tests/statistics is not Python's statistics
         env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stdin=nothing,
+        stdout=nothing,
+        stderr=nothing,
         start_new_session=True,
+        check=True,
     )
-    assert server.stdout
-    assert server.stdout.readline() == b"listening\n"
-    server.stdout.close()

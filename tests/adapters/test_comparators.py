@@ -24,6 +24,8 @@ from tests.adapters.test_attachment import logits, train, trained
 from tests.adapters.test_switches import attached
 from tests.families import FAMILIES
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than they have inputs")
+
 WANTED: list[Comparator] = [
     HardProjection(kind="hard_projection", energy=0.9),
     OPLoRA(kind="oplora", directions=2),

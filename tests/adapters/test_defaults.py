@@ -20,6 +20,8 @@ from forgetless.statistics.gradients import collect_gradients
 from tests.adapters.test_attachment import ATTACHABLE, gradients, statistics
 from tests.families import FAMILIES, language_batch
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than they have inputs")
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "pissa": {"niter": 2},
     "eva": {"rho": 2.0, "whiten": True},

@@ -175,6 +175,7 @@ def test_what_an_export_would_lose_is_refused(kind: str, tiny_base: Path, tmp_pa
     assert torch.equal(logits(load(base_of(tiny_base), tmp_path / "saved")), expected)
 
 
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")  # PEFT's
 def test_an_adapter_for_a_base_that_peft_changes_is_refused(
     tiny_base: Path, tmp_path: Path
 ) -> None:

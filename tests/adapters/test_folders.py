@@ -417,6 +417,7 @@ def test_embeddings_of_another_size_say_what_to_do(tmp_path: Path) -> None:
         ({"target_modules": ["embed_tokens"]}, "embed_tokens' is"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # PEFT's
 def test_an_adapter_of_added_tokens_says_what_to_do(
     settings: dict[str, Any], named: str, tmp_path: Path
 ) -> None:

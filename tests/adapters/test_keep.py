@@ -42,6 +42,7 @@ def test_it_is_read_where_the_method_needs_it_alone(tiny_base: Path) -> None:
         attach(load_model(str(tiny_base)), "lora_null_v1", 2, keep="my old.txt")
 
 
+@pytest.mark.filterwarnings("ignore:.*fewer tokens than they have inputs")
 def test_what_cannot_be(tiny_base: Path, tiny_files: Path) -> None:
     model = load_model(str(tiny_base))
     stats = collect(model, [{"input_ids": torch.arange(4, 40)[None]}])

@@ -107,6 +107,7 @@ def test_folders_say_the_same_as_the_model_and_leave_the_base_alone(tmp_path: Pa
             assert layer.output_change == pytest.approx(expected[name].output_change, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("error:Adapter .* was active which is now deleted")
 def test_a_folder_beside_another_adapter_comes_off_again(tmp_path: Path) -> None:
     from_peft().save_pretrained(tmp_path / "theirs")
     model = from_peft()

@@ -35,6 +35,8 @@ from forgetless.tasks.perplexity import Perplexity
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* answers .* are empty and .* were cut off")
+
 BOS, EOS = "<|begin|>", "<|end|>"
 CORPUS = [
     "Tom said: yes. Once upon a time there was a red and blue house, and a dog",

@@ -95,7 +95,7 @@ def test_pixels_are_those_of_the_bases_own_processor(base: str, folder: Path) ->
     file = folder / "dots" / "00.png"
     pixels = reader.pixels(str(file))
     small = Image.open(file).resize((8, 8), Image.Resampling.BILINEAR)
-    expected = torch.from_numpy(np.asarray(small)).permute(2, 0, 1) / 127.5 - 1
+    expected = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 127.5 - 1
     assert torch.allclose(pixels, expected.float(), atol=1e-5)
 
 

@@ -16,6 +16,8 @@ from forgetless.statistics.collection import collect
 from forgetless.statistics.collector import mirror_lower_triangle
 from forgetless.statistics.own_text import LEAK, settled_text
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than they have inputs")
+
 ASKED = CalibrationSettings(max_length=16)
 LAYERS = ["down_proj", "o_proj"]
 SEED = 0

@@ -265,6 +265,7 @@ def test_a_worker_that_seemed_dead_and_is_not_reports(url: str | None, tmp_path:
     assert [trial.values for trial in trials.get_trials()] == [[1.0, 2.0]]
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed to be used")
 def test_a_worker_that_dies_before_it_says_who_it_is_loses_nothing(
     url: str | None, tmp_path: Path
 ) -> None:

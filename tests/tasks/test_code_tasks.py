@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from forgetless.core.errors import UserError
+from forgetless.core.files import read_jsonl
 from forgetless.core.metrics import pass_at_k
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.tasks import CodeResult, make_task, make_tasks, run_code
@@ -138,7 +139,7 @@ def test_mbpp_has_three_examples_and_the_test_split(
 
 
 def test_the_prompts_are_those_of_lm_eval(shared_data: Path) -> None:
-    rows = [json.loads(line) for line in (shared_data / "mbpp" / "mbpp.jsonl").open()]
+    rows = read_jsonl(shared_data / "mbpp" / "mbpp.jsonl")
     text = _of_lm_eval("mbpp", "doc_to_text")
     template = jinja2.Template(text, keep_trailing_newline=True)
     shots = [row for row in rows if row["task_id"] in (2, 3, 4)]

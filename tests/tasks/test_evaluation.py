@@ -17,6 +17,8 @@ from forgetless.core.errors import UserError
 from forgetless.tasks import Item, Spec, Task, TaskResult
 from tests.families import FAMILIES
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* answers .* are empty and .* were cut off")
+
 
 @dataclass(frozen=True)
 class Fixed(Task):

@@ -28,6 +28,7 @@ from torch import nn
 
 import forgetless as fl
 from forgetless.core.errors import UserError
+from forgetless.core.files import read_jsonl
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.tasks import Item, TaskResult, continuations, journal, make_task, make_tasks
 from forgetless.tasks.harness import index, local
@@ -166,10 +167,7 @@ def theirs(out: Path) -> tuple[dict[str, Any], dict[str, Rows]]:
     """What the command line wrote: its results, and its samples by task."""
     (file,) = out.parent.rglob(f"{out.stem}_*.json")
     samples = {
-        task: [
-            json.loads(line) for line in next(out.parent.rglob(f"samples_{task}_*.jsonl")).open()
-        ]
-        for task in COMPARED
+        task: read_jsonl(next(out.parent.rglob(f"samples_{task}_*.jsonl"))) for task in COMPARED
     }
     return json.loads(file.read_text()), samples
 

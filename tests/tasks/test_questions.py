@@ -24,6 +24,8 @@ from tests.tiny import tokenizer as tiny_tokenizer
 
 pytest_plugins = ["tests.tiny_fixtures"]
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* answers .* are empty and .* were cut off")
+
 Rows = list[dict[str, Any]]
 
 

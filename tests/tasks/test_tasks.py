@@ -31,6 +31,8 @@ from forgetless.tasks.pocket_problems import PocketProblems
 from forgetless.tasks.pocket_recall import PocketRecall
 from tests.families import FAMILIES, VOCAB
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* answers .* are empty and .* were cut off")
+
 CHARACTERS = "\n" + "".join(chr(i) for i in range(32, 127))[: VOCAB - 4]
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 PROMPTS = ["A", "What is it?", "12 + 3 =", "to be or not", "x", "a b c d e f g h i j k l"]

@@ -36,7 +36,7 @@ from forgetless.adapters.folders import (
 from forgetless.adapters.foreign import AdapterCheck, require_usable
 from forgetless.adapters.layer import PREFIX, StartConfig, adapted_layers
 from forgetless.adapters.plain import lora_config
-from forgetless.adapters.tuner import add_adapter
+from forgetless.adapters.tuner import add_adapter, take_off
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.method import Factors
 from forgetless.core.progress import counted
@@ -431,10 +431,7 @@ def _plain_folder(
         return folder
     loaded = load(base, folder, adapter_name="native")
     export(loaded, place, adapter_name="native")
-    if isinstance(base, PeftModel):
-        loaded.delete_adapter("native")
-    else:
-        loaded.unload()
+    take_off(loaded, "native", base)
     return place
 
 

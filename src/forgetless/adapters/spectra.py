@@ -25,6 +25,7 @@ from forgetless.adapters.dora import dora_update, is_dora
 from forgetless.adapters.folders import CONFIG_FILE, load
 from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.layer import adapted_layers
+from forgetless.adapters.tuner import take_off
 from forgetless.core import spectra as of
 from forgetless.core.cache import shared_inputs
 from forgetless.core.errors import UserError, first_few
@@ -338,10 +339,7 @@ def updates_of(
     try:
         yield base_of(loaded), _of_layers(loaded, name)
     finally:
-        if isinstance(model, PeftModel):
-            loaded.delete_adapter(name)
-        else:
-            loaded.unload()
+        take_off(loaded, name, model)
 
 
 def _of_layers(model: PeftModel, adapter_name: str) -> dict[str, Callable[[], LayerUpdate]]:

@@ -197,7 +197,7 @@ def add_adapter(model: nn.Module, config: StartConfig, adapter_name: str) -> Pef
             model.set_adapter(adapter_name)
         else:
             with warnings.catch_warnings():
-                # PEFT asks for it by the name before transformers 5.20.
+                # PEFT asks for it by the name before transformers 5.23.
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
                 model = get_peft_model(model, config, adapter_name=adapter_name)
     made: Any = model
@@ -215,6 +215,8 @@ def take_off(model: Any, adapter_name: str, before: object) -> None:
     """Undo `add_adapter`, which made this model of the one before."""
     same: bool = model is before
     if same:
-        model.delete_adapter(adapter_name)
+        with warnings.catch_warnings():  # the caller put it there, and knows
+            warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+            model.delete_adapter(adapter_name)
     else:
         model.base_model.unload()

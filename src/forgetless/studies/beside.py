@@ -18,7 +18,6 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -87,7 +86,6 @@ class Beside:
 
     def aftercare(self) -> str | None:
         """Measure the settings that are not measured yet; how many scores that were, in words."""
-        repairs, turned = settings_of(self.recipe)
         known, key = read_json(self.run.aftercare, damaged_as_missing=True), self._key()
         if known.get("key") != key:
             for label in known.get("points", ()):
@@ -96,7 +94,15 @@ class Beside:
             self.stages._missing("final", self.run.point(n)) for n in known["scored"]
         ):
             return None
-        adjustable, bench = self._bench
+        # With the name of what a killed process leaves, which the next one removes.
+        name = temporary_name(self.run.path / "held").name
+        with TemporaryDirectory(prefix=f"{name}-", dir=self.run.path) as place:
+            return self._measured(key, Path(place))
+
+    def _measured(self, key: str, place: Path) -> str:
+        """How much was measured now, with the parts of the task's text in this folder."""
+        repairs, turned = settings_of(self.recipe)
+        adjustable, bench = self._bench(repairs, place)
         others = [Setting(comparator=label) for label in adjustable.comparators]
         held = bench.curve([BASE, TRAINED, *repairs, *turned, *others])
         taken = self._taken([p for p in held if p.setting in {TRAINED, *repairs}], repairs)
@@ -159,14 +165,12 @@ class Beside:
             values |= {"words": wanted.words, "lost_at_rank": told.lost_at_rank}
         return {**values, "kept_by_moments": foreseen.kept, "missed_by_moments": foreseen.missed}
 
-    @cached_property
-    def _bench(self) -> tuple[Adjustable, Bench]:
+    def _bench(self, repairs: Sequence[Setting], place: Path) -> tuple[Adjustable, Bench]:
         """The trained weights, and what measures them on held-out text."""
-        repairs, _ = settings_of(self.recipe)
         trained, base = self.stages._trained_model(self.run), None
         if self.stages.full:
             base = self.stages._load_base()
-        keep, task = self._texts(base if base is not None else trained, trained)
+        keep, task = self._texts(base if base is not None else trained, (trained, place))
         adjustable = Adjustable(
             trained,
             base if base is not None else trained,
@@ -178,15 +182,18 @@ class Beside:
         said, held = self.recipe.data.said, self._held_out or task.held
         return adjustable, Bench(adjustable, self.stages.processor, keep.held, held, said=said)
 
-    def _texts(self, model: Any, trained: Any = None) -> tuple[Read, Read]:
-        """The text to keep and the new task's, as the trained model reads it where one is given."""
+    def _texts(self, model: Any, tuned: tuple[Any, Path] | None = None) -> tuple[Read, Read]:
+        """The text to keep and the new task's.
+
+        That one is as the trained model reads it, where one is given with a folder for its parts.
+        """
         reading, wanted = self._reading(model), self.recipe.repair
         keep = self._read(self.recipe.text_to_keep, "keep", reading.keep)
         if wanted is not None and wanted.task is None:
             return keep, Read(None, None)
-        if trained is not None:
-            own = replace(reading, trained=trained)
-            return keep, own.task(self._task_text(), Path(self._place.name))
+        if tuned is not None:
+            trained, place = tuned
+            return keep, replace(reading, trained=trained).task(self._task_text(), place)
         return keep, self._read(self._task_text(), "task", reading.task)
 
     @property
@@ -197,13 +204,6 @@ class Beside:
         """
         wanted = self.recipe.repair
         return self.recipe.data.held_out if wanted is None or wanted.task == DATA else None
-
-    @cached_property
-    def _place(self) -> TemporaryDirectory[str]:
-        """Where the parts of the task's text lie while the trained weights are measured."""
-        # With the name of what a killed process leaves, which the next one removes.
-        name = temporary_name(self.run.path / "held").name
-        return TemporaryDirectory(prefix=f"{name}-", dir=self.run.path)
 
     def _task_text(self) -> str:
         wanted = self.recipe.repair.task if self.recipe.repair is not None else DATA

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,8 @@ class Program:
 
 def defined_names(source: str) -> tuple[str, ...]:
     """The functions and classes that a source text defines; none where it is not Python."""
-    with suppress(SyntaxError, ValueError):
+    with suppress(SyntaxError, ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what others wrote, such as "\\w" that is not raw
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         return tuple(part.name for part in ast.parse(source).body if isinstance(part, kinds))
     return ()

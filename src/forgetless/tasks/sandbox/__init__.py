@@ -164,6 +164,12 @@ class _Supervisor:
         answer: dict[str, Any] | None = None if message is None else json.loads(message)
         return answer
 
+    def close(self) -> None:
+        """Close this process's ends of the pipes."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
     def end(self) -> None:
         """Kill the process; its program goes with it."""
         self.process.kill()
@@ -180,8 +186,9 @@ def _borrow() -> _Supervisor:
             supervisor = _idle.pop()
         except IndexError:
             return _Supervisor()
-        if supervisor.owner == os.getpid() and supervisor.process.poll() is None:
+        if supervisor.process.poll() is None and supervisor.owner == os.getpid():
             return supervisor
+        supervisor.close()
 
 
 @atexit.register
