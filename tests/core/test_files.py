@@ -282,6 +282,31 @@ def test_what_two_writers_keep_is_taken_over_whole(tmp_path: Path, exchanges: bo
         assert len(list((made / "images").iterdir())) == 20
 
 
+def test_a_folder_that_is_emptied_while_it_is_listed_is_listed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No link fails: what was missing in the list bears its name in the folder that came after."""
+    made, listed = tmp_path / "made", os.listdir
+    made.mkdir()
+    for name in "abcd":
+        (made / name).write_text(name)
+
+    def emptied(folder: Path) -> list[str]:
+        names = sorted(listed(folder))
+        if folder == made and emptying:
+            emptying.pop()
+            with new_folder(made, lambda name: True):
+                pass
+            return names[:2]
+        return names
+
+    emptying = [True]
+    monkeypatch.setattr(os, "listdir", emptied)
+    with new_folder(made, lambda name: True) as folder:
+        (folder / "e").write_text("e")
+    assert sorted(listed(made)) == ["a", "b", "c", "d", "e"]
+
+
 def test_a_reader_beside_two_writing_processes_always_finds_something_whole(
     tmp_path: Path,
 ) -> None:

@@ -22,7 +22,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -141,23 +141,47 @@ def flush(path: Path) -> None:
 
 
 def _take_over(old: Path, new: Path, keep: Callable[[str], bool]) -> bool:
-    """Link what is kept of an old folder into the new one; False if it was replaced meanwhile."""
+    """Link what is kept of an old folder into the new one; False if it was replaced meanwhile.
+
+    Who replaced it may be emptying it while it is listed here, so that no link fails and names are
+    missing all the same: it must still bear its name at the end.
+    """
+    with ExitStack() as until_compared:
+        try:
+            before = until_compared.enter_context(_held_open(old))
+            names = [name for name in sorted(os.listdir(old)) if keep(name)]
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        taken = [new / name for name in names if not (new / name).exists()]
+        fault = None
+        try:
+            for target in taken:
+                _link(old / target.name, target)
+        except (FileNotFoundError, shutil.Error) as problem:
+            fault = problem
+        same = False
+        with suppress(FileNotFoundError):
+            same = os.path.samestat(before, old.stat())
+        if same and fault is not None:
+            raise fault
+        if same:
+            return True
+    for target in taken:
+        remove(target)
+    return False
+
+
+@contextmanager
+def _held_open(folder: Path) -> Iterator[os.stat_result]:
+    """Which folder it is; none made meanwhile gets its number. Windows opens no folders."""
+    if os.name == "nt":
+        yield folder.stat()
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        before = old.stat()
-        names = [name for name in sorted(os.listdir(old)) if keep(name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    taken = [new / name for name in names if not (new / name).exists()]
-    try:
-        for target in taken:
-            _link(old / target.name, target)
-    except (FileNotFoundError, shutil.Error):
-        if old.exists() and os.path.samestat(before, old.stat()):
-            raise
-        for target in taken:
-            remove(target)
-        return False
-    return True
+        yield os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _link(old: Path, new: Path) -> None:
