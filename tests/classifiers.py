@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ from forgetless.statistics.gradients import collect_gradients
 from forgetless.studies.run import run
 
 
+@cache
+def _needs(base: str, keep: str, train: Path, classes: Sequence[str]) -> dict[str, Any]:
+    """What starts are made from: statistics of the text to keep, and gradients of the task."""
+    model = load_model(base, new_classes=classes)
+    reader, modality = load_processor(base), modality_of(model)
+    if classes:
+        reader = reader.with_new(classes)
+    stats = fl.collect(model, modality.batches(keep, model, reader, samples=12, batch_size=4))
+    rows = modality.rows(load_examples(train), reader, max_length=64)
+    labelled = [rows.join([rows[index] for index in range(4)])]
+    return {
+        "stats": stats, "task_stats": stats, "gradients": collect_gradients(model, labelled)
+    }  # fmt: skip
+
+
 def check_start(
     method: str, base: Path, keep: Path, train: Path, classes: Sequence[str] = ()
 ) -> None:
@@ -28,21 +44,11 @@ def check_start(
     With `classes` it has a new head for them.
     """
     model = load_model(str(base), new_classes=classes)
-    reader, modality = load_processor(str(base)), modality_of(model)
-    if classes:
-        reader = reader.with_new(classes)
-    probe = modality.probe(model)
+    probe = modality_of(model).probe(model)
     with torch.no_grad():
         before = model(**probe).logits
-    batches = modality.batches(str(keep), model, reader, samples=12, batch_size=4)
-    stats = fl.collect(model, batches)
-    rows = modality.rows(load_examples(train), reader, max_length=64)
-    labelled = [rows.join([rows[index] for index in range(4)])]
-    needs: dict[str, Any] = {
-        "task_stats": stats,
-        "gradients": collect_gradients(model, labelled),
-    }
-    adapted = attach(model, method, rank=2, alpha=2, stats=stats, **needs)
+    needs = _needs(str(base), str(keep), train, tuple(classes))
+    adapted = attach(model, method, rank=2, alpha=2, **needs)
     with torch.no_grad():
         assert torch.equal(adapted(**probe).logits, before)
         adapted.train()

@@ -30,6 +30,12 @@ gc.set_threshold(50_000, 10, 10)
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_finish() -> None:
+    """All that was imported is no garbage, which each `Trainer` looks for."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
     """Real data sets, a pretrained model and reference outputs, kept outside the repository."""

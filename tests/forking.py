@@ -22,7 +22,9 @@ from typing import Any
 LIBRARIES = (
     *("torch", "transformers", "transformers.trainer", "transformers.models.auto.modeling_auto"),
     *("transformers.models.llama.modeling_llama", "peft", "accelerate", "datasets", "typer"),
-    *("optuna.storages", "optuna.samplers", "scipy.stats", "pydantic", "rich.progress"),
+    *("optuna.storages", "optuna.samplers", "scipy.stats", "pydantic.main", "rich.progress"),
+    *("optuna.storages._rdb.storage", "optuna.storages._rdb.models", "alembic.command"),
+    *("sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql.psycopg"),
 )
 
 PATH = [*sys.path]
@@ -39,6 +41,7 @@ def serve(address: str) -> dict[str, Any]:
     gc.set_threshold(50_000, 10, 10)  # as in tests/conftest.py
     for name in LIBRARIES:
         importlib.import_module(name)
+    importlib.import_module("sqlalchemy.orm").configure_mappers()
     gc.collect()
     gc.freeze()
     os.fsync = lambda fd: None  # as in tests/conftest.py

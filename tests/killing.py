@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,21 @@ PRELOAD = [
 FORKSERVER.set_forkserver_preload(PRELOAD)
 
 
-def killed_until_done(work: Callable[..., object], *arguments: Any, most: int = 6) -> int:
+def draws() -> random.Random:
+    """For random moments: others each day, or those of the seed FORGETLESS_KILL_SEED."""
+    seed = os.environ.get("FORGETLESS_KILL_SEED") or str(date.today().toordinal())
+    print(f"again: FORGETLESS_KILL_SEED={seed}")  # pytest shows it where a test fails
+    return random.Random(seed)
+
+
+def killed_until_done(work: Callable[..., object], *arguments: Any, most: int = 3) -> int:
     """Do some work in a process that is killed at random moments, until it ends; how often."""
-    draw = random.Random(os.environ.get("FORGETLESS_KILL_SEED", "0"))
+    draw = draws()
     for kills in range(most + 1):
         process = FORKSERVER.Process(target=work, args=arguments)
         process.start()
-        process.join(draw.uniform(0.3, 4.0) if kills < most else None)
+        # At first too soon to have ended, so that there is one kill at least.
+        process.join(draw.uniform(0.3, 1.0 + kills) if kills < most else None)
         if not process.is_alive():
             assert process.exitcode == 0
             return kills

@@ -1,9 +1,14 @@
-"""Imported by a process that is forked for tests; see `tests.tiny_fixtures`."""
+"""Imported last by a process that is forked for tests; see `tests.tiny_fixtures`."""
 
 from __future__ import annotations
 
 import gc
 import os
 
-gc.set_threshold(50_000, 10, 10)  # as in tests/conftest.py
-os.fsync = lambda fd: None
+from sqlalchemy.orm import configure_mappers
+
+configure_mappers()  # half a second for each that uses a database
+os.fsync = lambda fd: None  # as in tests/conftest.py
+gc.set_threshold(50_000, 10, 10)  # likewise
+gc.collect()
+gc.freeze()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 from collections.abc import Iterator
 from functools import cache
@@ -15,7 +14,7 @@ import pytest
 from tests.killing import FORKSERVER, PRELOAD
 from tests.tiny import recipe_of, save_base, save_files
 
-FORKSERVER.set_forkserver_preload(["tests.quick_fork", *PRELOAD])
+FORKSERVER.set_forkserver_preload([*PRELOAD, "tests.quick_fork"])
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -24,14 +23,6 @@ def _cards_from_one_template() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jinja2.Template", cache(jinja2.Template))
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_garbage_collection() -> Iterator[None]:
-    """`Trainer` collects garbage at its start, which walks over all that was ever imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -317,7 +317,7 @@ def test_a_reader_beside_two_writing_processes_always_finds_something_whole(
     if not files._exchange(tmp_path / "x", tmp_path / "y"):
         pytest.skip("this file system cannot exchange two names")
     context = multiprocessing.get_context("forkserver")
-    writers = [context.Process(target=_replace, args=(made, str(i), 100)) for i in range(2)]
+    writers = [context.Process(target=_replace, args=(made, str(i), 30)) for i in range(2)]
     for writer in writers:
         writer.start()
     looks = 0

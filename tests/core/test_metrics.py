@@ -349,19 +349,19 @@ RIGHT_OR_WRONG = [
 
 
 class TestCoverage:
-    """How often 95 % intervals hold the true difference, over 2 000 simulated pairs of scorings."""
+    """How often 95 % intervals hold the true difference, over 1 000 simulated pairs of scorings."""
 
     @pytest.mark.parametrize(("n", "lost", "gained"), RIGHT_OR_WRONG)
     def test_right_or_wrong_items(self, n: int, lost: float, gained: float) -> None:
         rng = np.random.default_rng(0)
-        counts = rng.multinomial(n, [lost, gained, 1 - lost - gained], size=2000)
+        counts = rng.multinomial(n, [lost, gained, 1 - lost - gained], size=1000)
         kinds, times = np.unique(counts[:, :2], axis=0, return_counts=True)
         covered = sum(
             int(many)
             for (gone, new), many in zip(kinds.tolist(), times, strict=True)
             if gained - lost in paired_proportions_interval(gone, new, n)
         )
-        assert 0.93 <= covered / 2000 <= 0.97
+        assert 0.93 <= covered / 1000 <= 0.97
 
     @pytest.mark.parametrize("n", [5, 10, 20, 50, 100])
     def test_right_or_wrong_items_of_any_rates(self, n: int) -> None:
@@ -369,10 +369,10 @@ class TestCoverage:
         # differ from pair to pair; few items are judged with care: never below 93 %.
         rng = np.random.default_rng(0)
         covered = 0
-        for lost, gained, _ in rng.dirichlet([1, 1, 2], size=2000):
+        for lost, gained, _ in rng.dirichlet([1, 1, 2], size=1000):
             gone, new, _ = rng.multinomial(n, [lost, gained, 1 - lost - gained])
             covered += gained - lost in paired_proportions_interval(int(gone), int(new), n)
-        assert 0.93 <= covered / 2000 <= (0.97 if n >= 10 else 1)
+        assert 0.93 <= covered / 1000 <= (0.97 if n >= 10 else 1)
 
     @pytest.mark.parametrize(
         ("kind", "n"),
@@ -381,23 +381,23 @@ class TestCoverage:
     def test_losses(self, kind: str, n: int) -> None:
         rng = np.random.default_rng(1)
         covered = 0
-        for seed in range(2000):
+        for seed in range(1000):
             base = rng.normal(3.0, 1.0, size=n)
             tokens = rng.integers(20, 200, size=n) if kind == "tokens" else None
             change = rng.gamma(0.5, 0.4, n) if kind == "skewed" else rng.normal(0.2, 0.5, size=n)
             interval = paired_interval(base, base + change, tokens, resamples=400, seed=seed)
             covered += 0.2 in interval
-        assert 0.93 <= covered / 2000 <= 0.97
+        assert 0.93 <= covered / 1000 <= 0.97
 
     @pytest.mark.parametrize("n", [60, 200])
     def test_shares_of_samples_that_mostly_stay(self, n: int) -> None:
         rng = np.random.default_rng(2)
         covered = 0
-        for _ in range(2000):
+        for _ in range(1000):
             change = rng.choice([-1, -0.5, 0, 0.5], n, p=[0.1, 0.15, 0.7, 0.05])
             base = np.where(change < 0, 1.0, 0.5)
             covered += -0.15 in paired_interval(base, base + change, shares=True)
-        assert 0.93 <= covered / 2000 <= 0.97
+        assert 0.93 <= covered / 1000 <= 0.97
 
 
 class TestDetectableChange:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import shutil
 import sys
@@ -24,9 +23,7 @@ TRAINERS = ["trainer", "trl_sft", "trl_dpo", "trl_grpo", "torch_loop"]
 @pytest.fixture(autouse=True)
 def _found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    gc.freeze()  # trainers collect garbage, which walks over all that was ever imported
     yield
-    gc.unfreeze()
     for name in (*TRAINERS, "peft_only", "sequence_loop"):
         sys.modules.pop(name, None)
 

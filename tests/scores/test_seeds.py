@@ -438,7 +438,7 @@ class TestStudiesWithoutAnyDifference:
         ("setting", "studies"),
         [
             # One seed says nothing of others: the arms answer alike but for chance.
-            ({"arms": 2, "seeds": 1, "items": 60, "between_seeds": 0.0}, 2000),
+            ({"arms": 2, "seeds": 1, "items": 60, "between_seeds": 0.0}, 1000),
             ({"arms": 6, "seeds": 1, "items": 150, "between_seeds": 0.0}, 150),
             ({"arms": 2, "seeds": 2, "items": 100}, 400),
             ({"arms": 2, "seeds": 3, "items": 100, "between_seeds": 0.5}, 600),

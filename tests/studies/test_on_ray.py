@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
 from forgetless.studies import study as studies
 from forgetless.studies.folder import RunFolder
-from forgetless.studies.stages import Event
+from forgetless.studies.stages import Event, Listener
 from forgetless.studies.study import Study, study
 from tests import postgres
 from tests.killing import results
 from tests.tiny import recipe_of
 
-pytest_plugins = ["tests.tiny_fixtures", "tests.postgres"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.quick_python", "tests.postgres"]
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,40 @@ def whole(
     tiny_base: Path, tiny_files: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Study]:
     """A study and its undisturbed run."""
-    # Events come twice a second, and a training is to be stopped before its end.
-    changes = {"training.steps": 400, "training.checkpoint_every": 10}
+    changes = {"training.steps": 40, "training.checkpoint_every": 5}
     recipe = recipe_of(tiny_base, tiny_files, **changes)
     definition = {"name": "s", "recipe": recipe, "axes": {"seed": [0, 1]}}
     return definition, study(definition, tmp_path_factory.mktemp("whole"))
 
 
+def in_no_hurry(first: int, hurry: Path) -> Callable[..., None]:
+    """Takes part, with a second after each step from the `first` on, until there is a file.
+
+    Events come twice a second, and a training is to be stopped before its end.
+    """
+
+    def take_part(folder: Path, *, listen: Listener, **how: Any) -> None:
+        from time import sleep
+
+        from forgetless.studies import study as studies
+
+        def wait(event: Event) -> None:
+            listen(event)
+            for _ in range(20 if event.step >= first else 0):
+                if hurry.exists():
+                    return
+                sleep(0.05)
+
+        studies.take_part(folder, listen=wait, **how)
+
+    return take_part
+
+
 def test_the_runs_of_a_node_that_is_lost_are_resumed_on_another(
-    cluster: Any, whole: tuple[dict[str, Any], Study], tmp_path: Path
+    cluster: Any,
+    whole: tuple[dict[str, Any], Study],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lost: dict[str, int] = {}
     events: list[Event] = []
@@ -70,13 +95,15 @@ def test_the_runs_of_a_node_that_is_lost_are_resumed_on_another(
                 node_of(read_json(holder)["process"], cluster), allow_graceful=False
             )
             lost[event.run_id] = event.step
+            (tmp_path / "hurry").touch()
 
     definition, undisturbed = whole
+    monkeypatch.setattr(studies, "take_part", in_no_hurry(20, tmp_path / "hurry"))
     done = study(definition, tmp_path, **on(cluster), listen=lose_a_node)
     assert results(done.folder) == results(undisturbed.folder)
     ((run_id, step),) = lost.items()
     resumed = {run.run_id: run.record["training"].get("resumed_from") for run in done.runs}
-    assert (resumed.pop(run_id) or 0) >= step - 10
+    assert (resumed.pop(run_id) or 0) >= step - 5
     assert set(resumed.values()) == {None}
     assert {event.run_id for event in events if event.stage == "done"} == {run_id, *resumed}
 
@@ -88,6 +115,8 @@ def test_a_cluster_without_a_shared_disk_resumes_from_a_store(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    take_part = in_no_hurry(20, tmp_path / "hurry")
+
     def on_its_own_disk(folder: Path, runs: list[RunFolder], **how: Any) -> None:
         import ray
 
@@ -96,7 +125,7 @@ def test_a_cluster_without_a_shared_disk_resumes_from_a_store(
 
         pytest.MonkeyPatch().setattr(studies, "Beat", lambda: Beat(interval=1, grace=3, poll=0.1))
         own = folder.parent / ray.get_runtime_context().get_node_id() / folder.name
-        studies.take_part(own, runs=[RunFolder(own / run.path.name) for run in runs], **how)
+        take_part(own, runs=[RunFolder(own / run.path.name) for run in runs], **how)
 
     cluster.add_node(num_cpus=1)
     lost: dict[str, int] = {}
@@ -107,6 +136,7 @@ def test_a_cluster_without_a_shared_disk_resumes_from_a_store(
             process = read_json(holders[0])["process"]
             cluster.remove_node(node_of(process, cluster), allow_graceful=False)
             lost[event.run_id] = event.step
+            (tmp_path / "hurry").touch()
 
     definition, undisturbed = whole
     monkeypatch.setattr(studies, "take_part", on_its_own_disk)
@@ -118,7 +148,7 @@ def test_a_cluster_without_a_shared_disk_resumes_from_a_store(
     assert results(done.folder) == results(undisturbed.folder)
     ((run_id, step),) = lost.items()
     resumed = {run.run_id: run.record["training"].get("resumed_from") for run in done.runs}
-    assert (resumed.pop(run_id) or 0) >= step - 20
+    assert (resumed.pop(run_id) or 0) >= step - 10
     assert set(resumed.values()) == {None}
 
 
@@ -137,13 +167,17 @@ def node_of(process: int, cluster: Any) -> Any:
 
 
 def test_runs_that_ctrl_c_stops_are_resumed(
-    cluster: Any, whole: tuple[dict[str, Any], Study], tmp_path: Path
+    cluster: Any,
+    whole: tuple[dict[str, Any], Study],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stop(event: Event) -> None:
         if event.step:
             raise KeyboardInterrupt
 
     definition, undisturbed = whole
+    monkeypatch.setattr(studies, "take_part", in_no_hurry(1, tmp_path / "hurry"))
     with pytest.raises(KeyboardInterrupt):
         study(definition, tmp_path, workers=1, **on(cluster), listen=stop)
     kept = {
@@ -151,6 +185,7 @@ def test_runs_that_ctrl_c_stops_are_resumed(
         for path in (tmp_path / "s").glob("*/checkpoints/checkpoint-*")
     }
     assert Study(tmp_path / "s").failed, "it was stopped before its end"
+    monkeypatch.undo()
     done = study(definition, tmp_path)
     assert results(done.folder) == results(undisturbed.folder)
     for run in done.runs:
@@ -159,8 +194,17 @@ def test_runs_that_ctrl_c_stops_are_resumed(
 
 
 def test_what_is_wrong_on_the_nodes_is_said(
-    cluster: Any, whole: tuple[dict[str, Any], Study], tmp_path: Path
+    cluster: Any,
+    whole: tuple[dict[str, Any], Study],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def open_alone(folder: Path, *, storage: str, **how: Any) -> None:
+        from forgetless.studies.trials import Beat, open_storage  # takes seconds less than all
+
+        open_storage(storage, folder / "journal", Beat())
+
+    monkeypatch.setattr(studies, "take_part", open_alone)
     with pytest.raises(UserError, match=r"every worker on Ray failed.*a storage is a URL such as"):
         study(whole[0], tmp_path, storage="nothing", workers=1, **on(cluster))
     with pytest.raises(
@@ -170,8 +214,21 @@ def test_what_is_wrong_on_the_nodes_is_said(
 
 
 def test_a_node_with_room_for_it_does_a_run_by_two_processes(
-    cluster: Any, tiny_recipe: dict[str, Any], tmp_path: Path
+    cluster: Any,
+    tiny_recipe: dict[str, Any],
+    tmp_path: Path,
+    python: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def with_quick_processes(*where: Any, **how: Any) -> None:
+        import sys
+
+        from forgetless.studies import study as studies
+
+        sys.executable = python
+        studies.take_part(*where, **how)
+
+    monkeypatch.setattr(studies, "take_part", with_quick_processes)
     node = cluster.add_node(num_cpus=2)
     (run,) = study({"name": "s", "recipe": tiny_recipe}, tmp_path, processes=2, **on(cluster)).runs
     cluster.remove_node(node)

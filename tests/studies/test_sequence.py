@@ -313,7 +313,7 @@ def test_a_sequence_killed_at_random_moments_ends_with_the_same_matrix(
     definition = definition_of(tiny_base, tiny_files)
     definition |= {"orders": [["two", "three"]], "name": arms.folder.name}
     definition["arms"] = [{"name": "repaired-stack", **STACKED["repaired-stack"]}]
-    assert killed_until_done(_do, definition, tmp_path, most=5) > 0
+    assert killed_until_done(_do, definition, tmp_path) > 0
     (found,) = read_json(tmp_path / arms.folder.name / "report" / "sequence.json")["sequences"]
     (expected,) = (each for each in arms.matrices["sequences"] if each["arm"] == "repaired-stack")
     assert found == expected

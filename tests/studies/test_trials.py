@@ -19,7 +19,7 @@ from forgetless.studies.trials import MOST_RETRIES, REASON, Beat, Direction, ope
 from tests import postgres
 from tests.killing import FORKSERVER
 
-pytest_plugins = ["tests.postgres"]
+pytest_plugins = ["tests.tiny_fixtures", "tests.postgres"]
 
 BEAT = Beat(interval=1, grace=3, poll=0.1)
 VALUES: dict[str, Direction] = {"learned": "maximize", "forgotten": "minimize"}
@@ -85,10 +85,10 @@ def require_each_once(url: str | None, folder: Path, shared: Path, budget: int) 
 def test_workers_that_start_at_once_meet_the_budget_to_the_trial(
     url: str | None, tmp_path: Path
 ) -> None:
-    workers = [begin(url, tmp_path, 9, 0.02, tmp_path) for _ in range(8)]
+    workers = [begin(url, tmp_path, 9, 0.02, tmp_path) for _ in range(5)]
     for worker in workers:
         worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * 8
+    assert [worker.exitcode for worker in workers] == [0] * 5
     require_each_once(url, tmp_path, tmp_path, 9)
 
 
@@ -96,10 +96,10 @@ def test_machines_that_share_nothing_but_an_empty_database_start_at_once(
     server: postgres.Server, tmp_path: Path
 ) -> None:
     url = server.new_database()
-    workers = [begin(url, tmp_path / str(i), 9, 0.02, tmp_path) for i in range(8)]
+    workers = [begin(url, tmp_path / str(i), 9, 0.02, tmp_path) for i in range(5)]
     for worker in workers:
         worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * 8
+    assert [worker.exitcode for worker in workers] == [0] * 5
     require_each_once(url, tmp_path, tmp_path, 9)
 
 

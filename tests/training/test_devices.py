@@ -89,7 +89,6 @@ def two_processes(strategy: Strategy, work: Callable[..., None], *arguments: Any
     gc.freeze()  # or the first collection in each copies all that there is
     for process in team:
         process.start()
-    gc.unfreeze()
     for process in team:
         process.join(timeout=600)
         process.kill()

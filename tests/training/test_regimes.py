@@ -8,9 +8,8 @@ bit for bit, on one thread.
 from __future__ import annotations
 
 import copy
-import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -219,12 +218,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(
-    tiny_base: Path, tiny_files: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[World]:
-    gc.freeze()  # Trainer collects garbage, which walks over all that was ever imported
-    yield World(tiny_base, tiny_files, tmp_path_factory.mktemp("world"))
-    gc.unfreeze()
+def world(tiny_base: Path, tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tiny_base, tiny_files, tmp_path_factory.mktemp("world"))
 
 
 def log(folder: Path) -> list[dict[str, float]]:
