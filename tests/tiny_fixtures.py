@@ -25,6 +25,14 @@ def _cards_from_one_template() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _configs_without_words() -> Iterator[None]:
+    """Transformers puts each config that it reads into words, for a log that is not written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.PreTrainedConfig.__repr__", object.__repr__)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny base model with its tokenizer."""

@@ -21,13 +21,13 @@ from forgetless.tasks import make_task
 torch.set_num_threads(1)
 whole = fl.evaluate
 fl.evaluate = lambda model, tasks, *more: whole(
-    model, [make_task({"kind": kind, "limit": 250}) for kind in tasks], *more
+    model, [make_task({"kind": kind, "limit": 150}) for kind in tasks], *more
 )
 """
 
 
 def test_the_python_example_runs_as_printed(tmp_path: Path, python: str) -> None:
-    """All of it, but for the number of questions, of which a few hundred tell what is kept."""
+    """All of it, but for the number of questions, of which some tell what is kept."""
     done = subprocess.run(
         [python, "-c", BEFORE + PYTHON[0]],
         cwd=tmp_path,

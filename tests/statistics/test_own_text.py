@@ -63,11 +63,20 @@ def test_four_times_the_text_would_leak_hardly_less(
 
 
 def test_the_text_is_the_beginning_of_what_the_base_says(
-    model: PreTrainedModel, texts: list[list[int]], more: list[list[int]]
+    model: PreTrainedModel,
+    texts: list[list[int]],
+    more: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert texts == settled_text(model, load_tokenizer("pocket"), LAYERS, ASKED, SEED)
-    same = sum(a == b for a, b in zip(texts, more, strict=False))
-    assert same >= 0.95 * len(texts)
+    monkeypatch.setattr(own_text, "LEAK", 1.3)  # after a round or two
+    few, again = (
+        settled_text(model, load_tokenizer("pocket"), LAYERS, ASKED, SEED) for _ in range(2)
+    )
+    assert few == again
+    assert len(few) < len(texts)
+    for said in (few, texts):
+        same = sum(a == b for a, b in zip(said, more, strict=False))
+        assert same >= 0.95 * len(said)
 
 
 def test_what_is_summed_while_the_base_writes_is_what_it_reads_of_the_whole(

@@ -34,12 +34,14 @@ def cluster() -> Iterator[Any]:
     pytest.importorskip("ray", reason="needs Ray: pip install 'forgetless[ray]'")
     from ray.cluster_utils import Cluster
 
-    found = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
-    )
-    for _ in range(2):
-        found.add_node(num_cpus=1)
-    yield found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # 15 waits for all other tests
+        found = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
+        for _ in range(2):
+            found.add_node(num_cpus=1)
+        yield found
     for node in found.list_all_nodes():
         found.remove_node(node, allow_graceful=False)
 

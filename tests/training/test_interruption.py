@@ -208,11 +208,11 @@ def test_a_stopped_study_lets_its_workers_finish_their_steps(
     python: str,
 ) -> None:
     monkeypatch.setattr(sys, "executable", python)  # of the workers
-    changes = {"training.steps": 200, "training.checkpoint_every": 5000, "tasks": {}}
+    changes = {"training.steps": 120, "training.checkpoint_every": 5000, "tasks": {}}
     definition = {"name": "s", "recipe": recipe_of(tiny_base, tiny_files, **changes)}
 
     def stop(event: Event) -> None:
-        if event.step == 3:
+        if event.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
@@ -222,5 +222,5 @@ def test_a_stopped_study_lets_its_workers_finish_their_steps(
     assert "stopped" not in said  # that is for the command to say, and once
 
     (again,), (undisturbed,) = (study(definition, tmp_path / out).runs for out in ("cut", "whole"))
-    assert 3 <= again.record["training"]["resumed_from"] < 200
+    assert 1 <= again.record["training"]["resumed_from"] < 120
     assert lines(again.folder) == lines(undisturbed.folder)
