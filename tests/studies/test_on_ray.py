@@ -196,17 +196,8 @@ def test_runs_that_ctrl_c_stops_are_resumed(
 
 
 def test_what_is_wrong_on_the_nodes_is_said(
-    cluster: Any,
-    whole: tuple[dict[str, Any], Study],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Any, whole: tuple[dict[str, Any], Study], tmp_path: Path
 ) -> None:
-    def open_alone(folder: Path, *, storage: str, **how: Any) -> None:
-        from forgetless.studies.trials import Beat, open_storage  # takes seconds less than all
-
-        open_storage(storage, folder / "journal", Beat())
-
-    monkeypatch.setattr(studies, "take_part", open_alone)
     with pytest.raises(UserError, match=r"every worker on Ray failed.*a storage is a URL such as"):
         study(whole[0], tmp_path, storage="nothing", workers=1, **on(cluster))
     with pytest.raises(
