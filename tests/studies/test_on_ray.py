@@ -46,14 +46,17 @@ def cluster() -> Iterator[Any]:
         found.remove_node(node, allow_graceful=False)
 
 
+def definition_of(base: Path, files: Path, steps: int, checkpoint_every: int) -> dict[str, Any]:
+    changes = {"training.steps": steps, "training.checkpoint_every": checkpoint_every}
+    return {"name": "s", "recipe": recipe_of(base, files, **changes), "axes": {"seed": [0, 1]}}
+
+
 @pytest.fixture(scope="module")
 def whole(
     tiny_base: Path, tiny_files: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Study]:
     """A study and its undisturbed run."""
-    changes = {"training.steps": 40, "training.checkpoint_every": 5}
-    recipe = recipe_of(tiny_base, tiny_files, **changes)
-    definition = {"name": "s", "recipe": recipe, "axes": {"seed": [0, 1]}}
+    definition = definition_of(tiny_base, tiny_files, 40, 5)
     return definition, study(definition, tmp_path_factory.mktemp("whole"))
 
 
@@ -169,17 +172,14 @@ def node_of(process: int, cluster: Any) -> Any:
 
 
 def test_runs_that_ctrl_c_stops_are_resumed(
-    cluster: Any,
-    whole: tuple[dict[str, Any], Study],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Any, tiny_base: Path, tiny_files: Path, tmp_path: Path
 ) -> None:
     def stop(event: Event) -> None:
         if event.step:
             raise KeyboardInterrupt
 
-    definition, undisturbed = whole
-    monkeypatch.setattr(studies, "take_part", in_no_hurry(1, tmp_path / "hurry"))
+    # Events come twice a second, and a training is to be stopped before its end.
+    definition = definition_of(tiny_base, tiny_files, 400, 10)
     with pytest.raises(KeyboardInterrupt):
         study(definition, tmp_path, workers=1, **on(cluster), listen=stop)
     kept = {
@@ -187,9 +187,8 @@ def test_runs_that_ctrl_c_stops_are_resumed(
         for path in (tmp_path / "s").glob("*/checkpoints/checkpoint-*")
     }
     assert Study(tmp_path / "s").failed, "it was stopped before its end"
-    monkeypatch.undo()
     done = study(definition, tmp_path)
-    assert results(done.folder) == results(undisturbed.folder)
+    assert results(done.folder) == results(study(definition, tmp_path / "whole").folder)
     for run in done.runs:
         step = run.record["training"].get("resumed_from") or 0
         assert step >= kept.get(run.run_id, 0)
