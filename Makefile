@@ -97,7 +97,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 # What others import, and what asks for a folder or a GPU.
-NO_BENCH := command_lines parts probed shapes timing on_gpu aftercare aftercare_smollm2 forecast measuring minilm repair_choices real_bases sequence_texts shared_measuring slices tables
+NO_BENCH := command_lines end_to_end parts probed shapes timing on_gpu aftercare aftercare_smollm2 forecast measuring minilm repair_choices real_bases sequence_texts shared_measuring slices tables
 bench: $(READY)
 	@for file in $(filter-out $(NO_BENCH:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
 

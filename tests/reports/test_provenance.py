@@ -6,19 +6,21 @@ import html
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from forgetless.core.files import folder_name, write_json, write_text
 from forgetless.core.settings import parse_assignments
 from forgetless.recipes.recipe import Recipe
-from forgetless.reports import report
+from forgetless.reports import evidence, report
 from forgetless.reports.evidence import read
 from forgetless.reports.provenance import commands
-from forgetless.studies.folder import RunFolder, run_folders
+from forgetless.studies.folder import RunFolder, results, run_folders
 
 PLAIN = {
     "name": "mine",
@@ -108,3 +110,35 @@ def write_plan(folder: Path, study: Mapping[str, Any], runs: list[str]) -> None:
     """The files by which a folder is a study's."""
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     (folder / "runs.json").write_text(json.dumps({"runs": [{"run_id": name} for name in runs]}))
+
+
+def test_a_row_and_a_run_are_looked_at_as_often_in_a_large_study_as_in_a_small_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: Counter[str] = Counter()
+
+    class Row(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            looks[key] += 1
+            return super().__getitem__(key)
+
+    def is_same(one: RunFolder, other: object) -> bool:
+        looks["folders"] += 1
+        return isinstance(other, RunFolder) and one.path == other.path
+
+    monkeypatch.setattr(evidence, "results", lambda folder: [Row(row) for row in results(folder)])
+    monkeypatch.setattr(RunFolder, "__eq__", is_same)
+    per_run = []
+    for number in (3, 12):
+        folder = tmp_path / f"{number}"
+        single_runs(folder, [{"seed": seed} for seed in range(number)])
+        tasks = {"pocket_problems": "learning", "pocket_recall": "forgetting"}
+        for run in run_folders(folder):
+            write_json(run.record, {"status": "done", "tasks": tasks})
+        runs = [{"run_id": f"run-{seed}"} for seed in range(number)]
+        write_json(folder / "runs.json", {"runs": runs})
+        write_text(folder / "study.yaml", "name: mine\n")
+        looks.clear()
+        assert commands(read(folder)) == ["forgetless study study.yaml"]
+        per_run.append({what: looks[what] / number for what in ("run_id", "folders")})
+    assert per_run[0] == per_run[1]

@@ -179,21 +179,25 @@ def read(study_folder: str | Path) -> Evidence:
         raise FileNotFoundError(
             f"{str(folder)!r} holds no run; start one with 'forgetless run' or 'forgetless study'"
         )
-    runs = [run for each in folders if (run := _read_run(each, rows))]
+    by_run: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["task"]:
+            by_run.setdefault(row["run_id"], {})[row["task"]] = row
+    found = (_read_run(each, by_run.get(each.path.name, {})) for each in folders)
+    runs = [run for run in found if run]
     study_file = folder / "study.yaml"
     text = study_file.read_text("utf-8") if study_file.is_file() else ""
     return Evidence(folder, folder.resolve().name, rows, runs, tasks_of(rows), text, curve(folder))
 
 
-def _read_run(folder: RunFolder, rows: Sequence[Row]) -> RunFiles | None:
+def _read_run(folder: RunFolder, rows: Mapping[str, Row]) -> RunFiles | None:
     """None where its recipe is damaged, which the rows' warning says, or was deleted just now."""
     record = folder.read()
     try:
         recipe = folder.settings(record)
     except (UserError, FileNotFoundError):
         return None
-    own = {row["task"]: row for row in rows if row["run_id"] == folder.path.name and row["task"]}
-    return RunFiles(folder, recipe, record, own)
+    return RunFiles(folder, recipe, record, rows)
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:

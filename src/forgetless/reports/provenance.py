@@ -59,7 +59,7 @@ def definitions(evidence: Evidence) -> list[tuple[str, str]]:
 
 def _single(evidence: Evidence) -> list[RunFiles]:
     """The runs that no study made, in the order of the folder."""
-    of_study = planned(evidence.folder) if evidence.study_text else []
+    of_study = set(planned(evidence.folder)) if evidence.study_text else set()
     return [run for run in evidence.runs if run.folder not in of_study]
 
 
