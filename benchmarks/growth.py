@@ -116,7 +116,8 @@ def statistics_of(size: Mapping[str, int]) -> Statistics:
 def statistics(size: Mapping[str, int]) -> Iterator[Work]:
     model = model_of(size)
     ids = torch.randint(3, 256, (size["tokens"] // LENGTH, LENGTH))
-    batches = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids.split(2)]
+    pairs = [ids[first : first + 2] for first in range(0, len(ids), 2)]
+    batches = [{"input_ids": pair, "attention_mask": torch.ones_like(pair)} for pair in pairs]
     while True:
         yield partial(collect, model, batches)
 
@@ -199,7 +200,7 @@ def of_model(make: Callable[[Mapping[str, int]], Iterator[Work]], name: str, fix
 
 def all_series() -> dict[tuple[str, str], tuple[Sequence[int], Callable[[int], Iterator[Work]]]]:
     """(Cost, size) -> the sizes, and what gives the work at one of them, prepared each time."""
-    makers = {
+    makers: dict[str, Callable[[Mapping[str, int]], Iterator[Work]]] = {
         "start of lora_null_v1": partial(start, "lora_null_v1"),
         "start of pissa": partial(start, "pissa"),
         "statistics": statistics,
