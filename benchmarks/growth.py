@@ -9,8 +9,8 @@ error; `at the end` that between the two largest sizes, where what does not grow
 
 The models are Llama blocks with random weights (step.py), the second moments those of
 init_speed.py; a step is of an anchored start. The runs of a study do nothing, so that its journal
-is left. Reports are of made-up studies and sequences, as the tests have them: 20 arms and rates
-with more and more seeds, then arms of one run each.
+is left. Reports are of made-up studies and sequences, as the tests have them: five methods at two
+rates with more and more seeds, then arms of one run each.
 """
 
 from __future__ import annotations
