@@ -36,7 +36,7 @@ from forgetless.core.metrics import (
     paired_difference,
     paired_proportions_interval,
 )
-from forgetless.reports import report, summary, write_evaluation
+from forgetless.reports import figures, report, summary, write_evaluation
 from forgetless.reports.arms import gather
 from forgetless.reports.changes import MAX_LISTED, find_changes
 from forgetless.reports.durations import course
@@ -1054,3 +1054,26 @@ def test_a_report_can_be_made_while_runs_are_being_written(
             break
     thread.join()
     assert "·  3 arms" in page
+
+
+def test_a_name_is_placed_by_as_many_calls_among_many_points_as_among_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from matplotlib.transforms import Bbox
+
+    calls: list[object] = []
+    real = Bbox.intersection
+
+    def counted(*boxes: Bbox) -> Any:
+        calls.append(boxes)
+        return real(*boxes)
+
+    monkeypatch.setattr(Bbox, "intersection", staticmethod(counted))
+    per_name = []
+    for number in (3, 12):
+        figure, [axes] = figures._figure(7.6, 4.2)
+        names = [(i / number, i % 3 / 3, f"arm {i}") for i in range(number)]
+        calls.clear()
+        figures._place_names(figure, axes, names, [])
+        per_name.append(len(calls) / number)
+    assert per_name[0] == per_name[1]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from forgetless.core.files import new_folder
 from forgetless.core.metrics import pareto_front
 
@@ -200,9 +202,11 @@ def _place_names(
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
-    def overlap(one: Any, other: Any) -> float:
-        both = Bbox.intersection(one, other)
-        return float(both.width * both.height) if both else 0.0
+    def overlap(one: Any, others: Sequence[Any]) -> float:
+        """The area that it shares with each of the others, summed up."""
+        corners = np.array([other.extents for other in others])
+        sides = np.minimum(corners[:, 2:], one.max) - np.maximum(corners[:, :2], one.min)
+        return float(sides.clip(min=0).prod(axis=1).sum())
 
     renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
     points = axes.transData.transform([(x, y) for x, y, _ in names])
@@ -218,8 +222,8 @@ def _place_names(
                                   va="center", color=INK, fontsize=9.5, zorder=5,
                                   path_effects=[halo])  # fmt: skip
             box = label.get_window_extent(renderer)
-            outside = box.width * box.height - overlap(box, frame)
-            cost = sum(overlap(box, other) for other in taken) + 100 * outside + 8 * len(tries)
+            outside = box.width * box.height - overlap(box, [frame])
+            cost = overlap(box, taken) + 100 * outside + 8 * len(tries)
             tries.append((cost, label, box))
         best = min(tries, key=lambda candidate: candidate[0])
         for candidate in tries:
