@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forgetless.core.method import NEEDS, Decomposition
+from forgetless.core.method import NEEDS, Decomposition, Factors
 from forgetless.methods import METHODS, decompose
 
 ADAPTERS = sorted(name for name, method in METHODS.items() if method.factors is not None)
@@ -184,6 +186,29 @@ def test_low_precision_weights(name: str, dtype: torch.dtype) -> None:
     raised = start(name, given, 2)
     assert torch.equal(result.A, raised.A)
     assert torch.equal(result.B, raised.B)
+
+
+@pytest.mark.parametrize("name", [n for n in ADAPTERS if not METHODS[n].reads_weight])
+def test_a_weight_that_is_not_read_is_not_copied(name: str) -> None:
+    """The start is the same bit for bit as from the weight itself."""
+    method, given = METHODS[name], inputs((8, 7), 4)
+    sizes: list[int] = []
+    assert method.factors is not None
+
+    @wraps(method.factors)
+    def noting(W: Tensor, *arguments: Any, **more: Any) -> Factors:
+        assert method.factors is not None
+        sizes.append(W.untyped_storage().nbytes())
+        return method.factors(W, *arguments, **more)
+
+    needs: dict[str, Any] = {need: given[need] for need in method.needs}
+    unread, read = (
+        replace(method, factors=noting, reads_weight=reads).decompose(given["W"], 2, **needs)
+        for reads in (False, True)
+    )
+    assert sizes == [8, 8 * 7 * 8]
+    assert torch.equal(unread.A, read.A)
+    assert torch.equal(unread.B, read.B)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

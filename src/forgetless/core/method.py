@@ -98,6 +98,8 @@ class Method:
         share_ranks: ``(eigenvalues, ranks, rho) -> ranks`` of a method whose option ``rho`` moves
             ranks between layers, by the eigenvalues of its task moments; see
             `forgetless.methods.eva.redistribute_ranks`.
+        reads_weight: whether `factors` looks at the entries of W. Where it does not, it is given
+            zeros of W's shape that take no memory, in place of a float64 copy of every weight.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Method:
     trains: tuple[str, ...]
     factors: Callable[..., Factors] | None
     share_ranks: Callable[..., dict[str, int]] | None = None
+    reads_weight: bool = True
 
     @cached_property
     def _keywords(self) -> dict[str, Any]:
@@ -198,7 +201,9 @@ class Method:
             _check_matrix(name, value, tuple(W.shape) if name == "gradient" else (in_features,) * 2)
             inputs[name] = _as_input(value, W.device)
         W = _at_least_float32(W)
-        factors = self._call(W.double(), rank, scaling, inputs, seed, options)
+        unread = W.new_zeros((), dtype=torch.float64).expand_as(W)
+        exact = W.double() if self.reads_weight else unread
+        factors = self._call(exact, rank, scaling, inputs, seed, options)
         return Decomposition(
             W=W,
             A=factors.A.to(W).contiguous(),

@@ -106,4 +106,5 @@ METHOD = Method(
     trains=("A", "B"),
     factors=eva,
     share_ranks=redistribute_ranks,
+    reads_weight=False,
 )

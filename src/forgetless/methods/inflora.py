@@ -65,4 +65,5 @@ METHOD = Method(
     "Learning, arXiv:2404.00228",
     trains=("B",),
     factors=inflora,
+    reads_weight=False,
 )

@@ -40,4 +40,5 @@ METHOD = Method(
     paper="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
     trains=("A", "B"),
     factors=lora,
+    reads_weight=False,
 )

@@ -37,4 +37,5 @@ METHOD = Method(
     "Models, arXiv:2503.02659",
     trains=("A", "B"),
     factors=lora_null_zero,
+    reads_weight=False,
 )
