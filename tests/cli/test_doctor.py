@@ -32,7 +32,7 @@ def test_a_whole_installation_is_ready(capsys: pytest.CaptureFixture[str]) -> No
     ("versions", "said"),
     [
         ({"peft": None}, "peft is missing"),
-        ({"transformers": "4.40.0"}, "transformers is 4.40.0, wanted >=5.0"),
+        ({"transformers": "4.40.0"}, "transformers is 4.40.0, wanted >=5.23"),
     ],
 )
 def test_what_is_missing_or_old_is_named(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from forgetless.data.texts import self_text
 from forgetless.models.load import load_model, load_tokenizer
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.files import PHASES
-from forgetless.studies import stages
+from forgetless.studies import material, stages
 from forgetless.studies.folder import RunFolder, run_folders
 from forgetless.studies.out_of_memory import TAKES_LESS
 from forgetless.studies.run import Run, run
@@ -264,13 +265,13 @@ def test_training_alone_measures_nothing_and_is_completed_later(
 
 # ---- what a run does when it is stopped ----------------------------------------------------------
 
-STOPS: dict[str, tuple[str, int]] = {
-    "before the first base score": ("load_model", 1),
-    "while the start is written": ("save", 1),
-    "before training": ("train", 1),
-    "while the result is written": ("save", 2),
-    "while it is exported": ("export", 1),
-    "before the analysis": ("delta_weights", 1),
+STOPS: dict[str, tuple[ModuleType, str, int]] = {
+    "before the first base score": (material, "load_model", 1),
+    "while the start is written": (stages, "save", 1),
+    "before training": (stages, "train", 1),
+    "while the result is written": (stages, "save", 2),
+    "while it is exported": (stages, "export", 1),
+    "before the analysis": (stages, "delta_weights", 1),
 }
 
 
@@ -295,9 +296,9 @@ def stopping(function: Callable[..., Any], call: int) -> Callable[..., Any]:
 def test_a_stopped_run_goes_on_to_the_same_numbers(
     where: str, tiny_recipe: dict[str, Any], finished: dict[str, Run], tmp_path: Path
 ) -> None:
-    name, call = STOPS[where]
+    module, name, call = STOPS[where]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, name, stopping(getattr(stages, name), call))
+        patch.setattr(module, name, stopping(getattr(module, name), call))
         with pytest.raises(Stop):
             run(tiny_recipe, tmp_path, "all")
     (folder,) = run_folders(tmp_path / "all")

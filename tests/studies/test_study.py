@@ -406,9 +406,9 @@ def test_no_worker_outlives_a_killed_parent(
     until = time.monotonic() + 120
     while len(workers) < 2 and time.monotonic() < until:
         time.sleep(0.05)
-        called = ["worker", str(tmp_path / "killed")]
+        called = {"worker", str(tmp_path / "killed")}
         every = psutil.process_iter(["cmdline"])
-        workers = [each for each in every if (each.info["cmdline"] or [])[-2:] == called]
+        workers = [each for each in every if called <= {*(each.info["cmdline"] or [])}]
     parent.kill()
     parent.wait()
     gone, alive = psutil.wait_procs(workers, timeout=60)

@@ -299,7 +299,9 @@ def randomised_svd(W: Tensor, rank: int, niter: int, generator: torch.Generator)
     short = W if W.shape[0] <= W.shape[1] else W.mT
     single = short.float()  # the space is a guess anyway; what is made of it is exact
     width = min(rank + 4, len(short))
-    drawn = torch.randn(len(short), width, generator=generator, device="cpu").to(single)
+    drawn = torch.randn(
+        len(short), width, generator=generator, dtype=torch.float32, device="cpu"
+    ).to(single)
     basis = subspace.leading_basis(single, drawn, niter)
     U, S, Vh = projected_slice(W, torch.linalg.qr(basis.double()).Q)
     return Triples(U[:, :rank], S[:rank], Vh[:rank])

@@ -22,7 +22,12 @@ from forgetless.training.penalties.penalty import Penalty
 
 __all__ = ["PENALTIES", "Penalty", "identity_of", "make_penalty", "words_of"]
 
-_CLASSES = {"l2_start": "L2Start", "kl": "KLToBase", "ewc": "EWC", "orthogonality": "Orthogonality"}
+_CLASSES = {
+    "l2_start": "L2Start",
+    "kl": "KLToBase",
+    "ewc": "EWC",
+    "orthogonality": "Orthogonality",
+}
 
 
 def _fault(kind: str, found: Any) -> str:
