@@ -15,35 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from forgetless.tasks.harness import local
-from timing import report
-
-
-def timed(words: Sequence[str], threads: int) -> tuple[float, float]:
-    """Seconds of the clock and of the processor that a command takes.
-
-    Raises:
-        RuntimeError: it failed; the end of what it said.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryFile("w+") as said:
-        started = time.perf_counter()
-        process = subprocess.Popen(words, env=environment, stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        if status:
-            said.seek(0)
-            raise RuntimeError(said.read()[-2000:])
-    return seconds, usage.ru_utime + usage.ru_stime
+from timing import Used, report, used_by
 
 
 def theirs(task: str, size: str, options: argparse.Namespace, folder: Path) -> list[str]:
@@ -74,16 +53,16 @@ def compared(task: str, options: argparse.Namespace, folder: Path) -> dict[str, 
     (folder / "tasks").mkdir()
     local.write(task, options.data, folder / "tasks")
     sizes = options.batch_sizes.split(",")
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ["ours", *sizes]}
+    taken: dict[str, list[Used]] = {name: [] for name in ["ours", *sizes]}
     for repeat in range(options.repeats):
         for size in sizes:
-            seconds[size].append(timed(theirs(task, size, options, folder), options.threads))
+            taken[size].append(used_by(theirs(task, size, options, folder), options.threads))
         place = folder / str(repeat)  # where nothing is measured yet
         place.mkdir()
-        seconds["ours"].append(timed(ours(task, options, place), options.threads))
+        taken["ours"].append(used_by(ours(task, options, place), options.threads))
     (place / "theirs_.json").symlink_to(max(folder.glob("theirs_*.json"), key=os.path.getmtime))
-    clock = {name: median(taken for taken, _ in found) for name, found in seconds.items()}
-    cpu = {name: median(used for _, used in found) for name, found in seconds.items()}
+    clock = {name: median(each.clock for each in found) for name, found in taken.items()}
+    cpu = {name: median(each.processor for each in found) for name, found in taken.items()}
     best = min(sizes, key=lambda size: clock[size])
     return {
         "task": task,

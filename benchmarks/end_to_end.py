@@ -24,12 +24,9 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +34,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from forgetless.tasks.harness import local
-from timing import report
+from timing import Used, report, used_by
+
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 FIRST = 3
 """Steps that do not count, in which memory is got and code is loaded."""
@@ -97,41 +96,6 @@ else:
 """Starts the training of either side, and notes the processor's seconds after every step."""
 
 
-@dataclass(frozen=True)
-class Used:
-    """What a command took: seconds of the clock and of the processor, and its most bytes."""
-
-    clock: float = 0.0
-    processor: float = 0.0
-    peak: int = 0
-
-    def __add__(self, other: Used) -> Used:
-        """One command after the other."""
-        clock, processor = self.clock + other.clock, self.processor + other.processor
-        return Used(clock, processor, max(self.peak, other.peak))
-
-
-def used_by(words: Sequence[str], threads: int, **more: str) -> Used:
-    """Do a command.
-
-    Raises:
-        RuntimeError: it failed; the end of what it said.
-    """
-    fixed = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryFile("w+") as said:
-        started = time.perf_counter()
-        environment = {**os.environ, **fixed, "HF_HUB_OFFLINE": "1", **more}
-        process = subprocess.Popen(words, env=environment, stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        clock = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if status:
-            said.seek(0)
-            raise RuntimeError(said.read()[-4000:])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Used(clock, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
-
-
 def short_rows(options: argparse.Namespace) -> Iterator[dict[str, str]]:
     """As many rows of Dolly as are learned, of those that neither side would cut."""
     tokenizer = Tokenizer.from_file(str(Path(options.base) / "tokenizer.json"))
@@ -164,7 +128,9 @@ class Sides:
         """What a training took, and its median seconds of the processor a step."""
         times = self.folder / f"{side}.times"
         command = [sys.executable, str(self.noting), *words]
-        used = used_by(command, self.options.threads, **self.caches(side), STEP_TIMES=str(times))
+        used = used_by(
+            command, self.options.threads, **OFFLINE, **self.caches(side), STEP_TIMES=str(times)
+        )
         ends = [float(line) for line in times.read_text().split()]
         assert len(ends) == self.options.steps, f"{side} did {len(ends)} steps"
         return used, median(b - a for a, b in zip(ends[FIRST:], ends[FIRST + 1 :], strict=False))
@@ -196,7 +162,7 @@ class Sides:
         words = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", which]
         words += ["--tasks", options.tasks, "--include_path", str(self.folder / "tasks")]
         words += ["--limit", str(options.limit), "--batch_size", size, "--device", "cpu"]
-        used = used_by([*words, "--output_path", str(out)], options.threads)
+        used = used_by([*words, "--output_path", str(out)], options.threads, **OFFLINE)
         (file,) = out.rglob("results_*.json")
         found = json.loads(file.read_text())["results"]
         return used, {task: found[task]["acc_norm,none"] for task in options.tasks.split(",")}
@@ -217,6 +183,7 @@ class Sides:
         measuring = used_by(
             [sys.executable, "-m", "forgetless", *how],
             self.options.threads,
+            **OFFLINE,
             **self.caches(method),
         )
         (run,) = (out / method).glob("*/run.json")

@@ -1,4 +1,5 @@
-"""What the benchmarks share: sides that take turns in one process, medians, a table and a file.
+"""What the benchmarks share: sides that take turns in one process, what a whole command
+takes, medians, a table and a file.
 
     times = interleaved({"theirs": step_theirs, "ours": step_ours}, repeats=7)
     row = {"hidden": 1024, **medians(times), "ratio": ratio(times, "ours", "theirs")}
@@ -13,8 +14,11 @@ import json
 import os
 import platform
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +32,41 @@ PACKAGES = ("torch", "transformers", "peft", "forgetless")
 
 Times = Mapping[str, Sequence[float]]
 """Side -> its seconds, one a repeat."""
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a command took: seconds of the clock and of the processor, and its most bytes."""
+
+    clock: float = 0.0
+    processor: float = 0.0
+    peak: int = 0
+
+    def __add__(self, other: Used) -> Used:
+        """One command after the other."""
+        clock, processor = self.clock + other.clock, self.processor + other.processor
+        return Used(clock, processor, max(self.peak, other.peak))
+
+
+def used_by(words: Sequence[str], threads: int, **more: str) -> Used:
+    """Do a command, with `threads` for its arithmetic and more settings of its environment.
+
+    Raises:
+        RuntimeError: it failed; the end of what it said.
+    """
+    fixed = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryFile("w+") as said:
+        started = time.perf_counter()
+        environment = {**os.environ, **fixed, **more}
+        process = subprocess.Popen(words, env=environment, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        clock = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if status:
+            said.seek(0)
+            raise RuntimeError(said.read()[-4000:])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Used(clock, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
 
 
 def interleaved(
