@@ -87,6 +87,8 @@ class SpectrumCache:
             return
         with new_file(self.folder / f"{key}.safetensors") as unfinished:
             write_tensors(found, unfinished)
+        if self.most_bytes == math.inf:
+            return
         files = []
         for file in self.folder.glob("*.safetensors"):
             with suppress(FileNotFoundError):  # another process was quicker

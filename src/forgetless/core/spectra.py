@@ -7,9 +7,8 @@ far smaller (48 against 4 on one example), so reports must say which.
 An update comes as a matrix delta_W (out, in), already times its scaling, or as `Factors` with
 delta_W = B A (scaling in one of them). Of factors no (out, in) matrix is decomposed, and but for
 `intruder_dimensions` none is formed: the thin QR decompositions of B and of Aᵀ leave a matrix of
-rank x rank. What is asked of the weight W itself needs its whole SVD, which `cached_spectra` keeps;
-the cache holds float32 vectors of float32 weights, and the ratios here then come within 1e-6
-instead of 1e-8.
+rank x rank. What is asked of the weight W itself needs its whole SVD, of which `cached_spectra`
+keeps what was asked, in float64.
 """
 
 import torch
