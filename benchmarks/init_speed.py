@@ -150,6 +150,7 @@ def ours(setting: Setting, rank: int, method: str, **options: Any) -> None:
         alpha=rank,
         target_modules=list(INPUTS),
         stats=setting.statistics(),
+        task_stats=setting.statistics(),
         **options,
     )
     if method == "lora_null_v1":

@@ -90,9 +90,11 @@ def _shifted_cholesky(C: Tensor, size: float) -> tuple[Tensor, float] | None:
         return None
     for times in (4, 100, 2500):
         shift = times * _EPSILON * size
-        shifted = C.clone()
-        shifted.diagonal().add_(shift)
-        lower, failed = torch.linalg.cholesky_ex(shifted)
+        # Columns in memory, as the factorisation has them: it overwrites them and copies nothing.
+        lower = C.clone(memory_format=torch.contiguous_format).mT
+        lower.diagonal().add_(shift)
+        failed = torch.empty((), dtype=torch.int32, device=C.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
             return lower, shift
     return None

@@ -185,6 +185,7 @@ class Method:
         if not (math.isfinite(scaling) and scaling > 0):
             raise ValueError(f"scaling must be a positive number, got {scaling!r}")
         _check_matrix("W", W)
+        _check_finite("W", W)
         out_features, in_features = W.shape
         self.check(rank, (out_features, in_features), options)
         if task_moment is None and "second_moment" not in self.needs:
@@ -199,7 +200,7 @@ class Method:
                     f"forgetless.collect or 'forgetless stats' and pass {name}="
                 )
             _check_matrix(name, value, tuple(W.shape) if name == "gradient" else (in_features,) * 2)
-            inputs[name] = _as_input(value, W.device)
+            inputs[name] = _as_input(name, value, W.device)
         W = _at_least_float32(W)
         unread = W.new_zeros((), dtype=torch.float64).expand_as(W)
         exact = W.double() if self.reads_weight else unread
@@ -247,13 +248,18 @@ def _at_least_float32(M: Tensor) -> Tensor:
     return M.to(torch.float64 if M.dtype == torch.float64 else torch.float32)
 
 
-def _as_input(M: Tensor, device: torch.device) -> Tensor:
+def _as_input(name: str, M: Tensor, device: torch.device) -> Tensor:
     """What a method needs, where W is; the very same tensor for each layer that shares it."""
-    return once(M, ("input", device), lambda: _at_least_float32(M).to(device))
+
+    def checked() -> Tensor:
+        _check_finite(name, M)
+        return _at_least_float32(M).to(device)
+
+    return once(M, ("input", device), checked)
 
 
 def _check_matrix(name: str, value: object, shape: tuple[int, ...] | None = None) -> None:
-    """Raise unless `value` is a finite floating-point matrix of that shape."""
+    """Raise unless `value` is a floating-point matrix of that shape."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -262,5 +268,9 @@ def _check_matrix(name: str, value: object, shape: tuple[int, ...] | None = None
         raise ValueError(f"{name} must be a matrix, got shape {tuple(value.shape)}")
     if shape is not None and tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-    if not is_finite(value):
+
+
+def _check_finite(name: str, M: Tensor) -> None:
+    """Raise where an entry of `M` is NaN or infinite."""
+    if not is_finite(M):
         raise ValueError(f"{name} holds NaN or infinity; check the weights and the data behind it")
