@@ -437,6 +437,7 @@ def test_options_that_do_not_fit_the_kind_are_refused() -> None:
         repair("nowhere", base(), keep(), task())
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_what_is_trained_besides_is_kept_and_named(tmp_path: Path) -> None:
     model = from_peft(target_modules=["q_proj"], modules_to_save=["lm_head"])
     model.save_pretrained(tmp_path / "theirs")

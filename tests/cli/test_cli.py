@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,13 @@ class Outcome:
 
 @pytest.fixture
 def forgetless(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command line in this process."""
+    """Run the command line in this process, where warnings are part of what it says."""
 
     def call(*arguments: object) -> Outcome:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            with pytest.raises(SystemExit) as ended:
+                main([str(argument) for argument in arguments])
         said = capsys.readouterr()
         assert isinstance(ended.value.code, int)
         return Outcome(ended.value.code, said.out, said.err)

@@ -151,6 +151,7 @@ def test_merging_says_how_much_of_the_update_rounding_left(
     assert wide["difference"] < 1e-5 <= 1e-5 + found["difference"]
 
 
+@pytest.mark.filterwarnings("ignore:.* says that i")
 def test_merging_onto_another_base_says_how_far_apart_the_two_are(
     forgetless: Any,  # noqa: F811
     tiny_base: Path,

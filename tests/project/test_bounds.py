@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -40,6 +41,17 @@ def test_the_oldest_releases_are_the_lower_bounds() -> None:
         if bound.operator == ">=" and each.name not in ("torch", "forgetless")
     }
     assert lower == oldest
+
+
+def test_the_oldest_releases_ask_for_none_that_is_newer() -> None:
+    """Of those that are as old here; what the others ask for is not known without them."""
+    oldest = pinned("constraints-oldest.txt")
+    for name, release in oldest.items():
+        if Version(version(name)) == release:
+            for each in map(Requirement, requires(name) or ()):
+                pin = oldest.get(canonicalize_name(each.name))
+                if pin and (each.marker is None or each.marker.evaluate({"extra": ""})):
+                    assert pin in each.specifier, f"{name} {release} asks for {each}"
 
 
 def test_the_usual_releases_are_within_the_bounds() -> None:

@@ -32,6 +32,7 @@ def test_every_block_is_of_a_tested_kind() -> None:
     assert all(isinstance(yaml.safe_load(block), dict) for block in blocks("yaml"))
 
 
+@pytest.mark.filterwarnings("ignore:.*saw fewer tokens")
 def test_the_commands_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

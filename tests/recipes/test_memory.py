@@ -146,6 +146,7 @@ def of_a_run(method: str, **calibration: Any) -> RunMemory:
     return around_step(llama("wide", "meta"), recipe, step)
 
 
+@pytest.mark.filterwarnings("ignore:.*saw fewer tokens")
 def test_statistics_hold_their_matrices_or_what_the_budget_allows() -> None:
     tokens = torch.zeros((2, 32), dtype=torch.long)
     base: Any = llama("wide", "cpu")

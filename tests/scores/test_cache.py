@@ -23,6 +23,7 @@ from forgetless.tasks.journal import in_batches, resuming
 from tests.tiny import recipe_of, save_base
 
 pytest_plugins = ["tests.tiny_fixtures"]
+pytestmark = pytest.mark.filterwarnings("ignore:task .* were cut off")  # after three tokens
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def test_the_penalties_are_their_formulas(world: Path) -> None:
     kl, ewc = make_penalty({"kind": "kl", **settings}), make_penalty({"kind": "ewc", **settings})
     for penalty in (kl, ewc):
         penalty.prepare(model, reader, 0)
-        assert float(penalty(model, 0)) == pytest.approx(0, abs=1e-6)
+        assert penalty(model, 0).item() == pytest.approx(0, abs=1e-6)
     (batch,) = modality.batches(str(world / "keep"), model, reader, samples=4, batch_size=4)
     before = model(**batch).logits.detach().log_softmax(-1)
     squares: dict[str, Any] = {}

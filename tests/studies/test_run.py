@@ -145,6 +145,7 @@ def test_runs_of_a_study_share_base_scores_and_statistics(finished: dict[str, Ru
     assert len(statistics) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.* do not fit max_length", "ignore:task .* were cut off")
 def test_a_real_model_on_real_data_keeping_what_it_says_itself(
     shared_data: Path, tmp_path: Path
 ) -> None:
@@ -428,6 +429,7 @@ def same_rows(one: Run, other: Run) -> bool:
 # ---- what a run does when something is wrong -----------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.* do not fit max_length")
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

@@ -145,6 +145,7 @@ class Dice(Task):
 # ---- the numbers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:the A and B of an anchored adapter are loaded without")
 @pytest.mark.parametrize("kind", ["lora", "anchored", "full"])
 def test_the_kl_is_that_of_an_independent_computation(
     kind: str, base: Any, tiny_base: Path, tiny_files: Path, old: Path, tmp_path: Path
@@ -465,6 +466,7 @@ def test_a_model_is_freed_with_its_training(
         gc.enable()
 
 
+@pytest.mark.filterwarnings("ignore:task .* were cut off")
 @pytest.mark.parametrize("action", ["stop", "rollback"])
 def test_on_the_pocket_world_a_budget_keeps_what_was_known(action: Any, tmp_path: Path) -> None:
     base, words = load_model("pocket"), load_tokenizer("pocket")

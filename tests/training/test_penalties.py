@@ -172,7 +172,7 @@ def test_orthogonality_is_the_overlap_of_the_inputs(
             adapted_layers(earlier).values(), adapted_layers(adapted).values(), strict=True
         )
     )
-    assert penalty(adapted, 0).item() == pytest.approx(float(overlap), rel=1e-4)
+    assert penalty(adapted, 0).item() == pytest.approx(overlap.item(), rel=1e-4)
 
 
 def test_a_normalised_orthogonality_is_not_satisfied_by_shrinking(

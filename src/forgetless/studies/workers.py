@@ -149,10 +149,12 @@ def run_workers(
                 # It ends when its standard input does, so none outlives a parent that is killed.
                 worker = subprocess.Popen(command, env=environment, **pipes)
                 team.append(worker)
-            for line in worker.stdout or ():
-                with suppress(ValueError):  # anything else that a library prints
-                    listen(Event(**json.loads(line)))
-            if worker.wait() >= 0 or is_ending.is_set():
+            with worker:
+                for line in worker.stdout or ():
+                    with suppress(ValueError):  # anything else that a library prints
+                        listen(Event(**json.loads(line)))
+                worker.wait()  # with its standard input open, which is what it ends with
+            if worker.returncode >= 0 or is_ending.is_set():
                 return
             _log.warning("a worker was killed by signal %d; another takes over", -worker.returncode)
 
