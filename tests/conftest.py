@@ -24,6 +24,8 @@ pytest.register_assert_rewrite("tests.postgres")
 
 # Two threads on two busy cores are several times slower than one.
 torch.set_num_threads(1)
+# What it would warn of once a process is an error in each test, whatever ran before.
+torch.set_warn_always(True)
 # Importing and training make few cycles, and looking for them takes a tenth of the time.
 gc.set_threshold(50_000, 10, 10)
 
