@@ -166,7 +166,7 @@ def test_orthogonality_is_the_overlap_of_the_inputs(
         adapted, tokenizer, kind="orthogonality", weight=1, adapters=[str(tmp_path / "earlier")]
     )
     shaken(adapted)
-    overlap = sum(
+    overlap: Any = sum(
         (plain_factors(old, "default")[0] @ plain_factors(new, "default")[0].T).square().sum()
         for old, new in zip(
             adapted_layers(earlier).values(), adapted_layers(adapted).values(), strict=True
