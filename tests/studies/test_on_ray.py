@@ -190,7 +190,8 @@ def test_runs_that_ctrl_c_stops_are_resumed(
         path.parents[1].name: int(path.name.partition("-")[2])
         for path in (tmp_path / "s").glob("*/checkpoints/checkpoint-*")
     }
-    assert kept, "a run was stopped before its end"
+    assert Study(tmp_path / "s").failed, "it was stopped before its end"
+    assert kept, "and after a checkpoint"
     done = study(definition, tmp_path)
     assert results(done.folder) == results(undisturbed.folder)
     for run in done.runs:
