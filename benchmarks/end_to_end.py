@@ -2,11 +2,11 @@
 
     python benchmarks/end_to_end.py --base SMOLLM2 --data DIR [--methods lora,lora_null_v2]
         [--tasks arc_easy,piqa] [--limit 20] [--steps 20] [--batch 2] [--length 128] [--rank 16]
-        [--keep FILE] [--batch-sizes 8,32] [--threads 1] [--json]
+        [--keep FILE] [--batch-sizes 8,32] [--threads 1] [--repeats 1] [--json]
 
 Theirs are three commands: a script with TRL's SFTTrainer and PEFT's LoRA, and `lm_eval` on the base
-and on the adapter, with the better of the batch sizes. Ours are two, the recipe without its tasks
-and with them, so that the training stands alone; one command does the same with one start less.
+and on the adapter, with the better of the batch sizes. Ours is one, of a recipe with these tasks;
+before it the same recipe without them is run elsewhere, for the columns of the training alone.
 Rows, their number, rank, batches, length, rates, optimiser and precision (float32) are the same,
 and each row is learned once. Whole commands count, with the start of Python, as does each side's
 own measuring of the base.
@@ -26,7 +26,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -153,7 +153,8 @@ class Sides:
         bases = {size: self.lm_eval(size) for size in sizes}
         best = min(sizes, key=lambda size: bases[size][0].processor)
         (before, base), (after, final) = bases[best], self.lm_eval(best, out)
-        return row(f"TRL, lm-eval (batch {best})", training, step, before + after, base, final)
+        everything = training + before + after
+        return row(f"TRL, lm-eval (batch {best})", training, step, everything, base, final)
 
     def lm_eval(self, size: str, adapter: Path | None = None) -> tuple[Used, dict[str, float]]:
         """The base's scores, or the adapter's, by lm-eval's command."""
@@ -170,18 +171,18 @@ class Sides:
     # ---- forgetless
 
     def ours(self, method: str) -> dict[str, Any]:
-        """Train, and then measure by the recipe with its tasks, which trains no more."""
+        """Train alone; then train and measure, by one command that finds nothing of the first."""
         recipe, out = self.folder / f"{method}.json", self.folder / f"{method}.runs"
         content = self.recipe(method)
         recipe.write_text(json.dumps(content))
-        how = ["run", str(recipe), "--out", str(out), "--threads", str(self.options.threads)]
-        training, step = self.trained(method, ["forgetless", *how])
+        how = ["run", str(recipe), "--threads", str(self.options.threads), "--out"]
+        training, step = self.trained(f"{method}.alone", ["forgetless", *how, f"{out}.alone"])
         names = self.options.tasks.split(",")
         own = {"data_dir": str(self.options.data), "limit": self.options.limit}
         content["tasks"] = {"forgetting": [{"kind": name, **own} for name in names]}
         recipe.write_text(json.dumps(content))
-        measuring = used_by(
-            [sys.executable, "-m", "forgetless", *how],
+        everything = used_by(
+            [sys.executable, "-m", "forgetless", *how, str(out)],
             self.options.threads,
             **OFFLINE,
             **self.caches(method),
@@ -193,7 +194,7 @@ class Sides:
             return {name: json.loads(file.read_text())["value"] for name, file in files.items()}
 
         side = f"forgetless, {method}"
-        return row(side, training, step, measuring, scores("base"), scores("final"))
+        return row(side, training, step, everything, scores("base"), scores("final"))
 
     def recipe(self, method: str) -> dict[str, Any]:
         """The recipe without tasks; YAML is a superset of JSON."""
@@ -224,20 +225,17 @@ def row(
     side: str,
     training: Used,
     step: float,
-    measuring: Used,
+    everything: Used,
     base: dict[str, float],
     final: dict[str, float],
 ) -> dict[str, Any]:
     """One row of the table; the ratios come later."""
-    both = training + measuring
     return {
         "side": side,
         "training, clock s": training.clock,
         "processor s": training.processor,
-        "measuring, clock s": measuring.clock,
-        "measuring, processor s": measuring.processor,
-        "all, clock s": both.clock,
-        "all, processor s": both.processor,
+        "all, clock s": everything.clock,
+        "all, processor s": everything.processor,
         "step, ms": 1000 * step,
         "peak MB": training.peak / 1e6,
         "base": list(base.values()),
@@ -254,6 +252,23 @@ def over(found: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         "peak over theirs": "peak MB",
     }
     return found | {name: found[column] / theirs[column] for name, column in ratios.items()}
+
+
+def turn(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All sides once, one after the other, with nothing kept of an earlier turn."""
+    with tempfile.TemporaryDirectory() as name:
+        sides = Sides(Path(name), options)
+        theirs = sides.theirs()
+        ours = [sides.ours(method) for method in options.methods.split(",")]
+    return [over(found, theirs) for found in (theirs, *ours)]
+
+
+def median_row(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A side's row: of each number, a ratio too, the median of the turns; all else of the first."""
+    return {
+        name: median(row[name] for row in turns) if isinstance(value, float) else value
+        for name, value in turns[0].items()
+    }
 
 
 def main() -> None:
@@ -274,20 +289,17 @@ def main() -> None:
     parser.add_argument("--keep-samples", type=int, default=32)
     parser.add_argument("--batch-sizes", default="8,32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
     options.base, options.data = options.base.resolve(), options.data.resolve()
     options.keep = options.keep and options.keep.resolve()
-    with tempfile.TemporaryDirectory() as name:
-        sides = Sides(Path(name), options)
-        theirs = sides.theirs()
-        rows = [over(theirs, theirs)]
-        for method in options.methods.split(","):
-            rows.append(over(sides.ours(method), theirs))
+    turns = [turn(options) for _ in range(options.repeats)]
+    rows = [median_row(side) for side in zip(*turns, strict=True)]
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    names = "threads", "steps", "batch", "length", "rank", "tasks", "limit"
+    names = "threads", "repeats", "steps", "batch", "length", "rank", "tasks", "limit"
     settings = {name: getattr(options, name) for name in names} | {"load": os.getloadavg()[0]}
     report("end_to_end", "Training and measuring by whole commands", settings, rows)
 

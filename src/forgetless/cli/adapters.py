@@ -17,7 +17,7 @@ from forgetless.cli.options import (
     Seed,
     Targets,
 )
-from forgetless.cli.screen import hush
+from forgetless.cli.screen import begin
 from forgetless.cli.values import by_layer, calibration_of, options_of, rank_of, targets_of
 
 
@@ -55,7 +55,7 @@ def stats(
     from forgetless.core.files import lock, remove
     from forgetless.training.devices import join
 
-    hush()
+    begin()
     processes = join()
     place = Path(out)
     unfinished, turn = (place.with_name(f".{place.name}.{end}") for end in ("unfinished", "lock"))
@@ -132,7 +132,7 @@ def init(
     from forgetless.cli.commands.starts import init as write
     from forgetless.statistics.moments import Statistics
 
-    hush()
+    begin()
     source = Statistics.load(statistics) if statistics is not None else text
     start = write(base, settings, out, source=source, data=new_task, dtype=dtype, seed=seed)
     if start.obstacle is None:
@@ -152,7 +152,7 @@ def export(
     """Write a trained adapter as a plain PEFT LoRA for the untouched base."""
     from forgetless.cli.commands.sharing import export_adapter as write
 
-    hush()
+    begin()
     written = write(source, out, rank_of(rank), base)
     print(written)
     if written.exact:

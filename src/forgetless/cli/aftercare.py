@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forgetless.cli.options import AsJson, BatchSize, Dtype, Items, MaxLength, Samples, Seed
-from forgetless.cli.screen import hush
+from forgetless.cli.screen import begin
 from forgetless.cli.tables import print_adjusted, print_json, print_spectra
 from forgetless.cli.values import calibration_of, numbers_of, task_specs
 from forgetless.core.errors import UserError
@@ -151,7 +151,7 @@ def dial(
 def _adjust(asked: Asked, out: str | None, items: int, as_json: bool) -> None:
     from forgetless.cli.commands.aftercare import adjust, needs_no_weights, repair_from_statistics
 
-    hush()
+    begin()
     if out is not None and asked.strengths and needs_no_weights(asked):
         found = repair_from_statistics(asked, out)
     else:
@@ -189,7 +189,7 @@ def spectra(
 
     if out is not None and Path(out).suffix not in (".json", ".csv"):
         raise UserError(f"--out takes a .json or .csv file, got {out!r}")
-    hush()
+    begin()
     found = look_into(
         source,
         base,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from forgetless.cli.options import AsJson, Base, Set
-from forgetless.cli.screen import hush
+from forgetless.cli.screen import begin
 from forgetless.cli.tables import (
     console,
     print_forecast,
@@ -74,7 +74,7 @@ def plan(
         raise UserError(f"{out} is there already; give another name, or remove it")
     if forecast and keep is None:
         raise UserError("--forecast is about what is to be kept: give a text by --keep FILE")
-    hush()
+    begin()
     most = None if memory is None else parse_bytes(memory, "--memory")
     if is_recipe := Path(base).suffix in (".yaml", ".yml") and Path(base).is_file():
         if any((data, keep, test, method, rank, quantise, out)) or goal != "balance":
@@ -126,7 +126,7 @@ def new(
     recipe = Path(f"{name}.yaml" if out is None else out)
     if recipe.exists():
         raise UserError(f"{recipe} is there already; give another name by --out, or remove it")
-    hush()
+    begin()
     made = do(base, file, Wishes(keep=keep, test=test))
     write_text(recipe, recipe_text(made, context.obj))
     method, least = made.recipe.adapter.method, duration(made.seconds)
@@ -154,7 +154,7 @@ def data(
     from forgetless.data.settings import DataSettings
     from forgetless.data.shown import shown, template_of
 
-    hush()
+    begin()
     modality = modality_of(base)
     if modality.loss_task != "perplexity":
         raise UserError(f"base {base!r} is no language model; its data has no tokens to learn")

@@ -26,7 +26,7 @@ from forgetless.cli.options import (
     Threads,
     Workers,
 )
-from forgetless.cli.screen import hush, watch
+from forgetless.cli.screen import begin, watch
 from forgetless.cli.values import rates_of
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def worker(
     from forgetless.studies.workers import serve
     from forgetless.training.devices import join
 
-    hush()
+    begin()
     how: dict[str, Any] = {
         "storage": storage,
         "threads": threads,

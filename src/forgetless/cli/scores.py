@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from forgetless.cli.options import Base, Dtype, Items
-from forgetless.cli.screen import hush, tell_terminal
+from forgetless.cli.screen import begin, tell_terminal
 from forgetless.cli.tables import print_comparison, print_measurement
 from forgetless.cli.values import learned_among, task_specs
 from forgetless.core.errors import UserError
@@ -73,7 +73,7 @@ def eval_(
         raise UserError("--report shows an adapter against its base; give --adapter too")
     if learning and page is None:
         raise UserError("--learning is about the page of --report; give --report too")
-    hush()
+    begin()
     specs = task_specs(
         tasks,
         limit=limit,

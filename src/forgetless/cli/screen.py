@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import AbstractContextManager
@@ -11,7 +12,18 @@ if TYPE_CHECKING:
     from forgetless.studies.stages import Listener
 
 
-def hush() -> None:
+def begin() -> None:
+    """What comes between a verb's imports and its work.
+
+    What was imported is no garbage: to look through it takes half a second at each collection, of
+    which every `Trainer` asks for some.
+    """
+    _hush()
+    if not gc.get_freeze_count():
+        gc.freeze()
+
+
+def _hush() -> None:
     """Our own bars, and none of transformers or datasets, nor what is said of every model alike."""
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     if "datasets" in sys.modules:
@@ -31,7 +43,7 @@ def watch(*, several: bool = False) -> AbstractContextManager[Listener]:
     """A listener for runs that shows them on a terminal, as `forgetless.cli.watch.watch` does."""
     from forgetless.cli.watch import watch as shown
 
-    hush()
+    begin()
     return shown(several=several)
 
 

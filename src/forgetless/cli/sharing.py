@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from forgetless.cli.options import AsJson, Dtype, NewFolder
-from forgetless.cli.screen import hush
+from forgetless.cli.screen import begin
 from forgetless.cli.tables import print_json, print_table, print_text
 
 Source = Annotated[
@@ -27,7 +27,7 @@ def merge(
     """Write the base with the adapter added to its weights, as an ordinary model folder."""
     from forgetless.cli.commands.sharing import KL_OF_ANOTHER_BASE, merge_adapter
 
-    hush()
+    begin()
     merged = merge_adapter(source, out, base, dtype)
     if as_json:
         print_json(asdict(merged))
@@ -76,7 +76,7 @@ def chat(
     """Ask the base and the adapter the same, and show both greedy answers side by side."""
     from forgetless.cli.commands.sharing import Pair
 
-    hush()
+    begin()
     pair = Pair.load(source, base, dtype)
     asked = [prompt] if prompt is not None else map(str.strip, sys.stdin)
     if prompt is None and sys.stdin.isatty():
@@ -100,7 +100,7 @@ def push(
     """Upload an adapter as a plain PEFT LoRA with its card to the Hugging Face hub."""
     from forgetless.cli.commands.sharing import push_adapter
 
-    hush()
+    begin()
     print(push_adapter(source, repository, private=private, base=base))
 
 
