@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -327,7 +328,8 @@ def comparators_table(rows: Sequence[Row]) -> str:
     for (arm, _), settings in points(rows).items():
         for label, point in settings.items():
             if label == "trained" or point["scale"] is None:
-                skill = point[LEARNED] / settings["trained"][LEARNED]
+                learned = settings["trained"][LEARNED]
+                skill = point[LEARNED] / learned if learned else math.nan
                 found[arm][label].append((skill, point[KEPT]))
     labels = list(dict.fromkeys(label for by_label in found.values() for label in by_label))
     out = [["arm", *labels], ["---"] * (1 + len(labels))]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from forgetless.adapters.folders import save
+from forgetless.adapters.folders import load, save
 from forgetless.adapters.foreign import check_adapter, require_usable
 from forgetless.core.errors import UserError
 from forgetless.models.targets import target_layers
@@ -128,6 +128,13 @@ def test_stacked_experts_of_an_older_peft_are_refused(folder: Path) -> None:
         assert "save it with 0.19 or later" in said
     newer = with_config(folder, peft_version="0.21.2")
     assert check_adapter(newer, base()).problems == ()
+
+
+def test_a_model_of_replicated_layers_is_not_the_base(folder: Path) -> None:
+    changed = with_config(folder, layer_replication=[[0, 1], [0, 2]])
+    assert "its layer_replication makes" in problem(changed)
+    with pytest.raises(UserError, match="its layer_replication makes"):
+        load(base(), changed)
 
 
 def test_what_is_trained_besides_is_listed(tmp_path: Path) -> None:

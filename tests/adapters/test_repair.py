@@ -437,6 +437,19 @@ def test_options_that_do_not_fit_the_kind_are_refused() -> None:
         repair("nowhere", base(), keep(), task())
 
 
+@pytest.mark.parametrize("what", [{"bias": "lora_only"}, {"trainable_token_indices": [1, 2]}])
+@pytest.mark.filterwarnings("ignore:what is trained beside")
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
+def test_what_a_model_holds_once_is_repaired_alone(what: dict[str, Any], tmp_path: Path) -> None:
+    """PEFT puts no second adapter with biases or tokens of its own on a model."""
+    model = from_peft(target_modules=["q_proj"], **what)
+    model.save_pretrained(tmp_path)
+    wanted = by_formula(model, "llama", 0.3)
+    assert_updates(updates(repair(tmp_path, base(), keep(), task(), 0.3)), wanted)
+    with pytest.raises(UserError, match="on a fresh base"):
+        repair(model, model, keep(), task(), 0.3)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_what_is_trained_besides_is_kept_and_named(tmp_path: Path) -> None:
     model = from_peft(target_modules=["q_proj"], modules_to_save=["lm_head"])

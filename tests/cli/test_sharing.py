@@ -125,6 +125,21 @@ def test_a_merged_model_with_tied_embeddings_says_the_same_in_a_new_process(
     torch.testing.assert_close(load_file(file)["logits"], wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*lora_B.bias")  # PEFT takes it for a broken matrix
+def test_what_cannot_be_merged_is_refused_in_words(
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
+    save_adapter(load_model(str(tiny_base)), tmp_path / "adapter", lora_bias=True)
+    words = ["merge", tmp_path / "adapter", "--base", tiny_base, "--out", tmp_path / "merged"]
+    told = forgetless(*words)
+    assert told.code == 2
+    assert "cannot be merged" in told.err
+    assert "serve it beside the base" in told.err
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize(("size", "left"), [(1e-5, False), (1.0, True)])
 def test_merging_says_how_much_of_the_update_rounding_left(
     size: float,

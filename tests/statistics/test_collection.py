@@ -658,6 +658,16 @@ def test_tail_energy() -> None:
             layer.tail_energy(rank)
 
 
+def test_an_adapted_output_head_is_read_at_every_token() -> None:
+    model, batch = FAMILIES["llama"].model(), language_batch()
+    settings = LoraConfig(r=2, target_modules=["lm_head"], ensure_weight_tying=False)
+    plain = collect(model, [batch], target_modules=["lm_head"])
+    adapted = get_peft_model(model, settings)
+    found = collect(adapted, [batch], target_modules=["lm_head"])
+    assert torch.equal(found["lm_head"].second_moment, plain["lm_head"].second_moment)
+    assert found["lm_head"].tokens == int(batch["attention_mask"].sum())
+
+
 def test_statistics_are_a_mapping() -> None:
     statistics = collect(FAMILIES["gpt2"].model(), [language_batch()])
     assert "transformer.h.0.attn.c_attn" in statistics

@@ -51,6 +51,12 @@ START_FILE = "forgetless.json"
 HEADS_FILE = "config.json"
 """The base's config with the classes of both heads, beside an adapter that has a new one."""
 
+REPLICATES_LAYERS = (
+    "is for a model of more layers, which its layer_replication makes of the base, so that with "
+    "the adapter off it is another model"
+)
+"""What is said of such an adapter."""
+
 _CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """What PEFT's `init_lora_weights` begins with where it subtracts the start from the base."""
 
@@ -510,6 +516,8 @@ def _read_config(folder: Path) -> StartConfig:
     if values.get("start") is not None:
         with reading(said):
             values["start"] = asdict(Start.from_dict(values["start"]))
+    if values.get("layer_replication"):
+        raise UserError(f"{folder} {REPLICATES_LAYERS}")
     if str(values.get("init_lora_weights")).startswith(_CHANGES_THE_BASE):
         raise UserError(
             f"{folder} was saved with init_lora_weights={values['init_lora_weights']!r}: it is for "

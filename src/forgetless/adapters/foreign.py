@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forgetless.adapters.folders import CONFIG_FILE, WEIGHTS_FILE, stacked_experts
+from forgetless.adapters.folders import (
+    CONFIG_FILE,
+    REPLICATES_LAYERS,
+    WEIGHTS_FILE,
+    stacked_experts,
+)
 from forgetless.adapters.layer import PREFIX
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.files import read_json
@@ -162,6 +167,9 @@ def _problems(
     kind = config.get("peft_type")
     if kind is not None and "LORA" not in str(kind):
         yield f"it is of type {kind}, not a LoRA"
+    if config.get("layer_replication"):
+        yield f"it {REPLICATES_LAYERS}"
+        return
     version = _version(config)
     if config.get("target_parameters") and (version is None or version < OLD_EXPERTS):
         written = "a PEFT before 0.18" if version is None else f"PEFT {config['peft_version']}"

@@ -129,17 +129,21 @@ def _has_no_weights(module: nn.Module) -> bool:
     return any(weight.is_meta for weight in weights) and not is_offloaded(module)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The base's own module, where PEFT has put one around it."""
+    if isinstance(module, BaseTunerLayer):
+        return module.get_base_layer()
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module below the base once, under the name it has without adapters."""
     return _walk(base_of(model), "", set())
 
 
 # No closure: one that calls itself is a cycle, which would keep the model in memory after its end.
-def _walk(module: Any, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    elif isinstance(module, AuxiliaryTrainingWrapper):
-        module = module.original_module
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrapped(module)
     if module in seen:
         return
     seen.add(module)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, arange, nn
 
 from forgetless.core.errors import UserError
+from forgetless.models.state import unwrapped
 
 
 class TokenRows:
@@ -83,7 +84,8 @@ def prepare(
     if "use_cache" in accepted:
         given["use_cache"] = False
     head = getattr(base, "get_output_embeddings", lambda: None)()
-    if "logits_to_keep" in accepted and not for_loss and head not in targets:
+    is_read = head is not None and unwrapped(head) in targets
+    if "logits_to_keep" in accepted and not for_loss and not is_read:
         given["logits_to_keep"] = 1
     return given, rows
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.layer import adapted_layers, delta_weights
 from forgetless.adapters.rounding import Rounded, compared, nf4
 from forgetless.cli.commands.folders import Trained, adapter_and_base, known_base, require_new
-from forgetless.core.errors import UserError, unknown
+from forgetless.core.errors import UserError, first_line, unknown
 from forgetless.core.files import lock, new_folder, remove
 from forgetless.data.modality import Batch, Processor, load_processor, modality_of
 from forgetless.models.load import device_of, load_model, load_tuned, resolve_base
@@ -38,6 +38,7 @@ from forgetless.models.state import adapter_off
 from forgetless.models.weights import linear_weight
 from forgetless.studies.card import write_run_card
 from forgetless.studies.folder import RunFolder
+from forgetless.studies.out_of_memory import out_of_memory
 from forgetless.tasks.asking import as_asked
 from forgetless.tasks.generation import generate
 
@@ -105,14 +106,16 @@ def merge_adapter(
     adapted = load(model, trained.folder)
     wanted = _logits(adapted, probe)
     untie_adapted(adapted)
-    sums, four_bits = _merge_layers(adapted)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="All adapters are already merged")
-        merged: Any = adapted.merge_and_unload()
+    with _explaining_refusals(source):
+        sums, four_bits = _merge_layers(adapted)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
+            merged: Any = adapted.merge_and_unload()
     declare_untied(merged)
     in_memory = _logits(merged, probe)
     with new_folder(Path(out)) as folder:
-        merged.save_pretrained(folder)
+        with _explaining_refusals(source):
+            merged.save_pretrained(folder)
         load_processor(name).save_pretrained(folder)
         del model, adapted, merged
         found = _logits(load_model(str(folder), dtype=dtype), probe)
@@ -139,6 +142,20 @@ def merge_adapter(
         difference=float((found - wanted).abs().max()),
         kl=kl,
     )
+
+
+@contextmanager
+def _explaining_refusals(source: str | Path) -> Iterator[None]:
+    """What PEFT or transformers cannot merge or write, in their words."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if out_of_memory(problem):
+            raise
+        raise UserError(
+            f"{source} cannot be merged: {first_line(problem).rstrip('.')}; serve it beside the "
+            "base instead"
+        ) from problem
 
 
 Sums = dict[str, tuple[float, float, float]]
