@@ -131,9 +131,12 @@ def _has_no_weights(module: nn.Module) -> bool:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The base's own module, where PEFT has put one around it."""
+    own: nn.Module = module
     if isinstance(module, BaseTunerLayer):
-        return module.get_base_layer()
-    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+        own = module.get_base_layer()
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        own = module.original_module
+    return own
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
