@@ -248,9 +248,13 @@ def _ritz(space: Tensor, matrix: Map, rank: int, end: End) -> Pairs:
 
 
 def _orthonormal_to(basis: Tensor, block: Tensor) -> Tensor:
-    """Orthonormal columns that span what the block adds to an orthonormal basis."""
-    for _ in range(2):  # once leaves a rounding error as large as what the basis held of the block
-        block = orthonormal(block - basis @ (basis.mT @ block))
+    """Orthonormal columns that span what the block adds to an orthonormal basis.
+
+    The block is what a symmetric map makes of the basis's last one, so that but for rounding it has
+    parts in the last two alone. Once leaves a rounding error as large as what these held of it.
+    """
+    for held in (basis[:, -2 * block.shape[1] :], basis):
+        block = orthonormal(block - held @ (held.mT @ block))
     return block
 
 
