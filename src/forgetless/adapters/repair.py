@@ -406,7 +406,7 @@ def _require_room_beside(config: LoraConfig) -> None:
     """Refuse an adapter of which PEFT puts no second one on a model."""
     if config.bias != "none":
         what = f"bias={config.bias!r} replaces the base's own biases"
-    elif getattr(config, "trainable_token_indices", None):
+    elif config.trainable_token_indices:
         what = "trainable_token_indices replaces rows of the base's embeddings"
     else:
         return
