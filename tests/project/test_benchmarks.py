@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.filterwarnings("ignore:.*saw fewer tokens")
@@ -22,18 +19,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
     ids=lambda command: command.split()[0],
 )
 def test_a_benchmark_runs_through_and_writes_its_rows(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, *options = command.split()
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr("timing.RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", [name, *options])
-    try:
-        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
-    finally:
-        for module in sys.modules.keys() - before:  # `timing` is no name for the other tests
-            if Path(getattr(sys.modules[module], "__file__", None) or "/").parent == BENCHMARKS:
-                del sys.modules[module]
+    runpy.run_path(str(benchmarks / f"{name}.py"), run_name="__main__")
     found = json.loads((tmp_path / f"{name}.json").read_text())
     assert found["rows"]

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import pytest
 
 from forgetless.recipes.study import StudyRecipe
 
+pytestmark = pytest.mark.usefixtures("benchmarks")
+
 ROOT = Path(__file__).parents[2]
-MODULES = ("on_gpu", "parts", "shapes", "timing", "start", "step", "repair_speed")
 WRITES = """
 import json, os, subprocess, sys, time
 def write(**changes):
@@ -24,15 +24,6 @@ def write(**changes):
     with open("PART.json", "w") as file:
         json.dump(record | changes, file)
 """
-
-
-@pytest.fixture(autouse=True)
-def _found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The benchmark's modules by name, as when it is run."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield
-    for name in (*MODULES, "statistics_speed"):
-        sys.modules.pop(name, None)
 
 
 def ended(folder: Path, code: str, limit: float = 60) -> dict[str, Any]:
