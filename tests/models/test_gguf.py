@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetless.core.errors import UserError
 from forgetless.models import gguf
+from forgetless.models.hashes import base_hash
 from forgetless.models.load import load_model, load_tokenizer, meta_model, resolve_base
-from forgetless.recipes.identity import base_hash
 
 writer_of = pytest.importorskip("gguf", reason="gguf is not installed")
 

@@ -14,8 +14,8 @@ from torch import nn
 from forgetless.cli.commands import measuring
 from forgetless.cli.commands.measuring import Measurement, measure, write_scores
 from forgetless.cli.values import task_specs
+from forgetless.models.hashes import base_hash, weights_hash
 from forgetless.models.load import load_model, load_tokenizer
-from forgetless.recipes.identity import base_hash, weights_hash
 from forgetless.scores.cache import ScoreCache, default_folder
 from forgetless.studies.run import run
 from forgetless.tasks import TaskResult, make_task

@@ -2,57 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Sequence, Set
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from forgetless.adapters.settings import IDLE_SWITCHES, AdapterSettings
-from forgetless.core.hashing import content_hash, files_hash
 from forgetless.core.plugins import code_hash, is_named
 from forgetless.core.settings import without_idle
 from forgetless.data.examples import load_examples, source_hash
 from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF, fingerprint
 from forgetless.methods import find
-from forgetless.models.gguf import is_gguf
-from forgetless.models.load import resolve_base
-from forgetless.models.trust import is_trusted
+from forgetless.models.hashes import base_hash
 from forgetless.recipes.measuring import probed
 from forgetless.recipes.recipe import Recipe
 from forgetless.training.forgetting import from_settings
 from forgetless.training.penalties import identity_of
 from forgetless.training.settings import what_decides_a_training
-
-MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"})
-"""Endings of the files that decide what a model folder computes; its README does not."""
-
-
-def base_hash(base: str, new_classes: Sequence[str] = ()) -> str:
-    """What a base's name stands for: the content of a folder or file, or the commit on the hub.
-
-    With the classes of a new head, if it has one.
-    """
-    resolved = resolve_base(base)
-    if is_gguf(base):  # the config of its folder names the version of what unpacked it
-        found = content_hash(Path(base).expanduser())
-    elif Path(resolved).is_dir():
-        found = weights_hash(resolved, {".py"} if is_trusted(base) else set())
-    else:
-        from huggingface_hub import hf_hub_download
-
-        commit = Path(hf_hub_download(resolved, "config.json")).parent.name
-        found = hashlib.sha256(f"{resolved}@{commit}".encode()).hexdigest()
-    more = json.dumps([found, *new_classes])
-    return hashlib.sha256(more.encode()).hexdigest() if new_classes else found
-
-
-def weights_hash(folder: str | Path, more: Set[str] = frozenset()) -> str:
-    """SHA-256 of the files in a model's or an adapter's folder that decide what it computes.
-
-    Files with `more` endings count too.
-    """
-    folder, endings = Path(folder), MODEL_FILES | more
-    return files_hash((f for f in folder.iterdir() if f.suffix in endings), folder)
 
 
 def base_key(recipe: Recipe, new_classes: Sequence[str] = ()) -> dict[str, Any]:

@@ -40,7 +40,8 @@ from forgetless.core.settings import without_idle
 from forgetless.data.examples import source_hash
 from forgetless.data.settings import DATA
 from forgetless.data.texts import SELF, fingerprint
-from forgetless.recipes.identity import base_key, weights_hash
+from forgetless.models.hashes import weights_hash
+from forgetless.recipes.identity import base_key
 from forgetless.recipes.recipe import Recipe
 from forgetless.scores.cache import digest
 from forgetless.statistics.moments import Statistics, is_statistics

@@ -11,8 +11,8 @@ from forgetless.cli.commands.folders import Trained
 from forgetless.core.errors import UserError
 from forgetless.core.files import write_json
 from forgetless.data.modality import load_processor
+from forgetless.models.hashes import base_hash, weights_hash
 from forgetless.models.load import load_model
-from forgetless.recipes.identity import base_hash, weights_hash
 from forgetless.scores.cache import ScoreCache, default_folder
 from forgetless.scores.comparison import Comparison, compare
 from forgetless.scores.files import write_records
