@@ -437,17 +437,30 @@ def test_options_that_do_not_fit_the_kind_are_refused() -> None:
         repair("nowhere", base(), keep(), task())
 
 
-@pytest.mark.parametrize("what", [{"bias": "lora_only"}, {"trainable_token_indices": [1, 2]}])
 @pytest.mark.filterwarnings("ignore:what is trained beside")
 @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
-def test_what_a_model_holds_once_is_repaired_alone(what: dict[str, Any], tmp_path: Path) -> None:
-    """PEFT puts no second adapter with biases or tokens of its own on a model."""
-    model = from_peft(target_modules=["q_proj"], **what)
+def test_an_adapter_with_biases_is_repaired_alone(tmp_path: Path) -> None:
+    """PEFT puts no second one on a model."""
+    model = from_peft(target_modules=["q_proj"], bias="lora_only")
     model.save_pretrained(tmp_path)
     wanted = by_formula(model, "llama", 0.3)
     assert_updates(updates(repair(tmp_path, base(), keep(), task(), 0.3)), wanted)
     with pytest.raises(UserError, match="on a fresh base"):
         repair(model, model, keep(), task(), 0.3)
+    with pytest.raises(UserError, match="on a fresh base"):
+        load(model, tmp_path, adapter_name="second")
+
+
+@pytest.mark.filterwarnings("ignore:what is trained beside")
+def test_an_adapter_with_token_rows_is_repaired_alone_and_beside_itself(tmp_path: Path) -> None:
+    model = from_peft(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    model.save_pretrained(tmp_path)
+    wanted = by_formula(model, "llama", 0.3)
+    assert_updates(updates(repair(tmp_path, base(), keep(), task(), 0.3)), wanted)
+    beside = repair(model, model, keep(), task(), 0.3)
+    assert_updates(updates(beside, "repaired"), wanted)
+    again = repair(model, base(), keep(), task(), 0.3)
+    assert torch.equal(logits(beside, "llama"), logits(again, "llama"))
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")

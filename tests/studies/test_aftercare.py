@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from forgetless.adapters.attachment import attach
@@ -164,6 +165,15 @@ def test_a_point_is_what_the_tasks_say(tiny_base: Path, tiny_files: Path) -> Non
     assert trained.kl is not None
     assert point.drift == pytest.approx(point.kl / trained.kl)
     assert point.to_json()["strength"] == 0.3
+
+
+@pytest.mark.parametrize("more", [{"bias": "lora_only"}, {"trainable_token_indices": [1, 2]}])
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
+def test_what_cannot_be_turned_off_is_refused_at_once(more: dict[str, Any]) -> None:
+    base = load_model("pocket")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **more))
+    with pytest.raises(UserError, match="to repair it without measuring, give"):
+        Adjustable(model, base)
 
 
 def test_without_texts_the_moments_tell(tiny_base: Path) -> None:

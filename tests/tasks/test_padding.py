@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     BloomConfig,
@@ -19,6 +20,7 @@ from transformers import (
     RwkvConfig,
 )
 
+from forgetless.data.losses import own_loss
 from forgetless.tasks.generation import generate
 from forgetless.tasks.inference import pads_left
 from tests.composites import COMPOSITE, SPECIAL, TEXT, VOCAB, built
@@ -105,6 +107,22 @@ def test_prompts_that_are_read_in_parts_are_answered_together(
     assert after_first == sorted(after_first, reverse=True)
     if base == "gpt2":
         assert read[0] < len(prompts)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["rows", "low rank", "whole"],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_embeddings_may_be_adapted(settings: dict[str, Any]) -> None:
+    adapted = get_peft_model(FAMILIES["llama"].model(), LoraConfig(r=2, **settings))
+    assert pads_left(adapted)
+    assert own_loss(adapted, several=True, divides=True) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

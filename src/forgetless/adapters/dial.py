@@ -119,7 +119,7 @@ def scale_folder(folder: str | Path, scale: float) -> None:
 
 def _turn_adapters(model: nn.Module, scale: float, undo: ExitStack) -> None:
     """Scale every active LoRA adapter, and what was trained in whole beside it."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = _lora_layers(model)
     _check_turnable(model, layers, scale)
     if scale == 1:
         return
@@ -133,6 +133,19 @@ def _turn_adapters(model: nn.Module, scale: float, undo: ExitStack) -> None:
             for name in set(wrapper.active_adapters) & set(wrapper.modules_to_save):
                 trained = wrapper.modules_to_save[name].parameters()
                 _mix(zip(trained, wrapper.original_module.parameters(), strict=True), scale, undo)
+
+
+def require_turnable(model: nn.Module) -> None:
+    """Refuse a model whose adapters `dial` cannot turn to every scale.
+
+    Raises:
+        UserError: as `dial`.
+    """
+    _check_turnable(model, _lora_layers(model), 0)
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def _check_turnable(model: nn.Module, layers: list[LoraLayer], scale: float) -> None:
@@ -153,7 +166,9 @@ def _check_turnable(model: nn.Module, layers: list[LoraLayer], scale: float) -> 
             problems.append(f"adapter {name!r} replaces the base's own biases")
     if problems and scale != 1:
         raise UserError(
-            "only LoRA can be turned by a scale; this adapter has more: " + first_few(problems)
+            f"only LoRA can be turned by a scale; this adapter has more: {first_few(problems)}; "
+            "to repair it without measuring, give 'forgetless repair' the folder of 'forgetless "
+            "stats' as --keep and a number as --strength"
         )
 
 

@@ -42,7 +42,7 @@ from forgetless.models.heads import (
 )
 from forgetless.models.load import head_of
 from forgetless.models.quantised import packing_of
-from forgetless.models.state import base_modules, base_of
+from forgetless.models.state import base_modules, base_of, unwrapped
 from forgetless.models.weights import is_linear, weight_shape
 
 CONFIG_FILE = "adapter_config.json"
@@ -315,11 +315,17 @@ def load(
         adapter_name: PEFT's name for the adapter.
 
     Raises:
-        UserError: the folder is no LoRA adapter, or its tensors do not fit the base.
+        UserError: the folder is no LoRA adapter, its tensors do not fit the base, or it has biases
+            and another adapter is there.
     """
     check_addable(base, adapter_name)
     folder = Path(folder)
     config = _read_config(folder)
+    if config.bias != "none" and isinstance(base, PeftModel):
+        raise UserError(
+            f"{folder}: bias={config.bias!r} replaces the base's own biases, so that PEFT puts it "
+            "beside no other adapter; put it on a fresh base"
+        )
     state = read_tensors(folder / WEIGHTS_FILE, finite=True)
     with reading(f"the adapter in {folder}", "export or save it again"):
         _check_fits(folder, config, state, base)
@@ -574,7 +580,7 @@ def _check_fits(
     tokens = config.trainable_token_indices or []
     lists = tokens.values() if isinstance(tokens, dict) else [tokens]
     last = max((index for indices in lists for index in indices), default=-1)
-    rows = inner.get_input_embeddings().num_embeddings if last >= 0 else 0
+    rows = unwrapped(inner.get_input_embeddings()).num_embeddings if last >= 0 else 0
     if last >= rows:
         problems.append(f"it trains token {last}, and the embeddings have {rows} rows; {_RESIZE}")
     for key, A in state.items():

@@ -394,27 +394,10 @@ def on_base(
         folder = _plain_folder(adapter, model, adapter_name, Path(place))
         _look_at(folder, model)
         taken = isinstance(model, PeftModel) and adapter_name in model.peft_config
-        if taken:
-            _require_room_beside(_read_config(folder))
         name = "repaired" if taken else adapter_name
         loaded = load(model, folder, adapter_name=name)
     loaded.peft_config[name].start = None  # it is no start of a training any more
     return loaded, name
-
-
-def _require_room_beside(config: LoraConfig) -> None:
-    """Refuse an adapter of which PEFT puts no second one on a model."""
-    if config.bias != "none":
-        what = f"bias={config.bias!r} replaces the base's own biases"
-    elif config.trainable_token_indices:
-        what = "trainable_token_indices replaces rows of the base's embeddings"
-    else:
-        return
-    raise UserError(
-        f"{what}, so that a repaired adapter cannot stand beside this one to be compared; repair "
-        "its folder without a comparison, by forgetless.repair on a fresh base, or by 'forgetless "
-        "repair' with the folder of 'forgetless stats' as --keep and a number as --strength"
-    )
 
 
 def _look_at(folder: Path, base: nn.Module) -> AdapterCheck:

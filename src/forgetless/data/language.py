@@ -15,6 +15,7 @@ from forgetless.data.modality import Batch, Modality
 from forgetless.data.texts import batches, said, self_text
 from forgetless.data.tokens import preference_tokens, tokenize
 from forgetless.models.load import load_tokenizer
+from forgetless.models.state import unwrapped
 from forgetless.models.text import vocabulary_of
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _own_texts(
 def _probe(model: PreTrainedModel) -> Batch:
     """Random tokens, (4, 32), always the same for a vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    words = vocabulary_of(model) or model.get_input_embeddings().num_embeddings
+    words = vocabulary_of(model) or unwrapped(model.get_input_embeddings()).num_embeddings
     tokens = torch.randint(words, (4, 32), generator=generator)
     return {"input_ids": tokens.to(next(model.parameters()).device)}
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from forgetless.core.errors import UserError
 from forgetless.data.packing import IGNORED
-from forgetless.models.state import base_of, evaluating
+from forgetless.models.state import base_of, evaluating, unwrapped
 from forgetless.models.text import without_cache
 
 Loss = Callable[..., Tensor]
@@ -59,7 +59,7 @@ def own_loss(model: nn.Module, *, several: bool = False, divides: bool = False) 
     here = (weight.device for weight in base.parameters() if not weight.is_meta)
     device = next(here, torch.device("cpu"))  # of a model that is offloaded in whole
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5]], device=device)
-    ids %= base.get_input_embeddings().num_embeddings
+    ids %= unwrapped(base.get_input_embeddings()).num_embeddings
     labels = ids.clone()
     labels[0, :6] = labels[1, :3] = IGNORED
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

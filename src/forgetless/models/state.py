@@ -129,14 +129,11 @@ def _has_no_weights(module: nn.Module) -> bool:
     return any(weight.is_meta for weight in weights) and not is_offloaded(module)
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> Any:
     """The base's own module, where PEFT has put one around it."""
-    own: nn.Module = module
     if isinstance(module, BaseTunerLayer):
-        own = module.get_base_layer()
-    elif isinstance(module, AuxiliaryTrainingWrapper):
-        own = module.original_module
-    return own
+        return module.get_base_layer()
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 from forgetless.adapters.comparators import Compared, compared, updated
-from forgetless.adapters.dial import dial, scale_folder
+from forgetless.adapters.dial import dial, require_turnable, scale_folder
 from forgetless.adapters.folders import export, load, save
 from forgetless.adapters.repair import Forecast, Repairs, factors_of, is_tuned, on_base, put, repair
 from forgetless.adapters.settings import AdapterSettings, Comparator
@@ -154,6 +154,7 @@ class Adjustable:
             self.reference = base
             return
         self.model = adapter if isinstance(adapter, PeftModel) else load(base, str(adapter))
+        require_turnable(self.model)  # to nothing, by which the base is measured
         self.own, self.repaired = self.model.active_adapters[0], "repaired"
         if wanted and keep is not None:
             _, self.repaired = on_base(self.model, self.model, self.own)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError
-from forgetless.models.state import base_of, evaluating
+from forgetless.models.state import base_of, evaluating, unwrapped
 from forgetless.models.text import text_config, without_cache
 
 Ids = Sequence[int]
@@ -135,7 +135,7 @@ def pads_left(model: nn.Module) -> bool:
     device, plain = device_of(model), base_of(model)
     if not isinstance(plain, PreTrainedModel):
         return True
-    words = [i % plain.get_input_embeddings().num_embeddings for i in range(1, 9)]
+    words = [i % unwrapped(plain.get_input_embeddings()).num_embeddings for i in range(1, 9)]
 
     def last(ids: Ids, padding: int) -> Tensor:
         mask = torch.tensor([[0] * padding + [1] * (len(ids) - padding)], device=device)
