@@ -79,6 +79,19 @@ def test_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
     assert x.grad.shape == shape
 
 
+def test_a_model_may_write_into_the_value() -> None:
+    """Blocks of Falcon add the attention to what the MLP gives, and Gemma 3n scales a projection."""
+    tensors = drawn()
+    written = product(*tensors)
+    written += tensors[0]
+    written *= 2
+    torch.autograd.backward(written.sum())
+    reference = drawn()
+    torch.autograd.backward((2 * (formula(*reference) + reference[0])).sum())
+    for ours, theirs in zip(tensors, reference, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_it_compiles_without_a_graph_break(backend: str) -> None:
     compiled = torch.compile(product, backend=backend, fullgraph=True)

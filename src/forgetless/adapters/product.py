@@ -34,12 +34,13 @@ def anchored_product(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dA.dtype
     matrices = [M.to(dtype) for M in (x, dA, dB, A0, B0)]
-    added: Tensor = _AnchoredProduct.apply(result, *matrices, scaling)  # type: ignore[no-untyped-call]
-    return added
+    rows = result.reshape(-1, result.shape[-1])
+    added: Tensor = _AnchoredProduct.apply(rows, *matrices, scaling)  # type: ignore[no-untyped-call]
+    return added.view(result.shape)  # a view from inside of it could not be written into
 
 
 class _AnchoredProduct(torch.autograd.Function):
-    """The product and its gradient; all matrices come in one dtype."""
+    """The product and its gradient, of rows (tokens, out); all matrices come in one dtype."""
 
     @staticmethod
     def forward(
@@ -59,10 +60,9 @@ class _AnchoredProduct(torch.autograd.Function):
         ctx.save_for_backward(x, h[:, :rank], dA, dB, A0, B0)
         ctx.scaling = scaling
         up = torch.cat([dB, B0], dim=1).mT
-        base = result.reshape(-1, result.shape[-1])
-        if base.dtype == h.dtype:
-            return torch.addmm(base, h, up, alpha=scaling).view(result.shape)
-        return (h @ up).mul_(scaling).add_(base).view(result.shape)
+        if result.dtype == h.dtype:
+            return torch.addmm(result, h, up, alpha=scaling)
+        return (h @ up).mul_(scaling).add_(result)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -72,7 +72,7 @@ class _AnchoredProduct(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative needs to know where h comes from
             h = rows @ (A0 + dA).mT
         (g,) = gradients
-        g_rows = g.reshape(-1, g.shape[-1]).to(rows.dtype)
+        g_rows = g.to(rows.dtype)
         for_result, for_x, for_dA, for_dB = ctx.needs_input_grad[:4]
         grad_x = grad_dA = None
         if for_x or for_dA:
