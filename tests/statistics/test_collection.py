@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from forgetless.core.errors import UserError
 from forgetless.models.targets import target_layers
@@ -666,6 +666,21 @@ def test_an_adapted_output_head_is_read_at_every_token() -> None:
     found = collect(adapted, [batch], target_modules=["lm_head"])
     assert torch.equal(found["lm_head"].second_moment, plain["lm_head"].second_moment)
     assert found["lm_head"].tokens == int(batch["attention_mask"].sum())
+
+
+def test_a_layer_between_the_last_block_and_the_head_is_read_at_every_token() -> None:
+    torch.manual_seed(0)
+    kwargs = {"num_hidden_layers": 1, "num_attention_heads": 2, "is_decoder": True}
+    model = BertLMHeadModel(
+        BertConfig(vocab_size=100, hidden_size=16, intermediate_size=24, **kwargs)
+    ).eval()
+    rows = examples("llama")
+    found = collect(model, rows)["cls.predictions.transform.dense"]
+    moment, count = reference(model, rows)["cls.predictions.transform.dense"]
+    assert found.tokens == count
+    torch.testing.assert_close(found.second_moment, moment)
+    padded = collect(model, [language_batch(5)])["cls.predictions.transform.dense"]
+    torch.testing.assert_close(padded.second_moment, moment, atol=1e-6, rtol=1e-5)
 
 
 def test_statistics_are_a_mapping() -> None:

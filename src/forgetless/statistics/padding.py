@@ -60,9 +60,9 @@ def prepare(
 ) -> tuple[dict[str, Any], TokenRows]:
     """The forward's arguments on the model's device, padding on the right, and the masks.
 
-    Other arguments than the forward's are dropped, the output head is left out if it is no target,
-    and `skip_first` tokens of every sequence do not count. `for_loss` keeps the labels and has the
-    whole output computed.
+    Other arguments than the forward's are dropped, the output head is left out if no target lies
+    in it, and `skip_first` tokens of every sequence do not count. `for_loss` keeps the labels and
+    has the whole output computed.
     """
     if not isinstance(batch, Mapping) or not any(isinstance(v, Tensor) for v in batch.values()):
         raise TypeError(
@@ -83,11 +83,16 @@ def prepare(
     rows = _pad_right(given, is_pair, skip_first)
     if "use_cache" in accepted:
         given["use_cache"] = False
-    head = getattr(base, "get_output_embeddings", lambda: None)()
-    is_read = head is not None and unwrapped(head) in targets
-    if "logits_to_keep" in accepted and not for_loss and not is_read:
+    if "logits_to_keep" in accepted and not for_loss and not _reads_head(base, targets):
         given["logits_to_keep"] = 1
     return given, rows
+
+
+def _reads_head(base: nn.Module, targets: set[nn.Module]) -> bool:
+    """Whether a target is the output head, or lies between the last block and the head."""
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    inner = getattr(base, "base_model", base)
+    return (head is not None and unwrapped(head) in targets) or not targets <= {*inner.modules()}
 
 
 def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
