@@ -80,7 +80,7 @@ def test_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
 
 
 def test_a_model_may_write_into_the_value() -> None:
-    """Blocks of Falcon add the attention to what the MLP gives, and Gemma 3n scales a projection."""
+    """A block of Falcon adds to what its MLP gives, and Gemma 3n scales a projection."""
     tensors = drawn()
     written = product(*tensors)
     written += tensors[0]
