@@ -255,6 +255,8 @@ GOOD = '{"question": "q", "answer": "a"}\n'
         ('{"question": "q", "answer": 18}', "line 1: 'answer' must be text, got int 18"),
         ('{"question": "q", "answer": ["a"]}', "line 1: 'answer' must be text, got list"),
         (GOOD + '{"question": " ", "answer": "a"}', "line 2: 'question' is empty"),
+        (GOOD + '{"a": ' + "[" * 10**5, r"line 2: no valid JSON \(nested too deep\); every line"),
+        (GOOD + '{"a": ' + "9" * 5000 + "}", r"line 2: no valid JSON \(.*4300 digits\); every"),
         ('{"instruction": "i", "input": 3, "output": "o"}', "'input' must be text, got int 3"),
         ('{"messages": []}', "'messages' must be a list of turns"),
         ('{"messages": "hello"}', "'messages' must be a list of turns, got str 'hello'"),
@@ -396,11 +398,19 @@ def test_mistakes_in_other_files(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text('[\n{"text": "a"},\n')
     with pytest.raises(ValueError, match=r"line 2: no valid JSON .* column 15"):
         load_examples(tmp_path / "data.json")
+    (tmp_path / "data.json").write_text('{\n  "data": [\n    {"text": "a"}\n  ]\n}')
+    with pytest.raises(
+        ValueError, match=r"data\.json holds one object, with the key 'data'; a lis"
+    ):
+        load_examples(tmp_path / "data.json")
     (tmp_path / "data.csv").write_text("question,answer\nq,a\nq\n")
     with pytest.raises(ValueError, match="row 2: 'answer' must be text"):
         load_examples(tmp_path / "data.csv")
     (tmp_path / "data.csv").write_text("question,answer\nq,a,b\n")
     with pytest.raises(ValueError, match="row 1: has more cells than the header"):
+        load_examples(tmp_path / "data.csv")
+    (tmp_path / "data.csv").write_text("question,answer,answer\nq,a,b\n")
+    with pytest.raises(ValueError, match=r"data\.csv has two columns 'answer'; leave one of them"):
         load_examples(tmp_path / "data.csv")
     (tmp_path / "data.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match="no valid parquet"):
@@ -693,6 +703,8 @@ def test_what_other_tools_would_show_is_named(row: dict[str, Any], named: list[s
             "__i_id__": 1,
         },
         {"instruction": "a", "output": "b", "text": "### a b", "category": "qa", "urls": ["x"]},
+        # How pandas writes its index, and reads it again.
+        {"": 0, "Unnamed: 0": 0, "__index_level_0__": 0, "prompt": "a", "completion": "b"},
     ],
 )
 def test_nothing_is_said_of_what_changes_nothing(row: dict[str, Any]) -> None:

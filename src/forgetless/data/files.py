@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -141,6 +142,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """A list of objects, or one object a line as many files named .json hold."""
     text = "".join(_lines(path))
     if not text.lstrip().startswith("["):
+        _refuse_one_object(path, text)
         yield from _read_jsonl(path)
         return
     try:
@@ -151,6 +153,20 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}, {problem}") from None
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
+
+
+def _refuse_one_object(path: Path, text: str) -> None:
+    """Refuse one object over several lines, each of which is no JSON."""
+    try:
+        whole = json.loads(text) if text.strip().count("\n") else None
+    except (ValueError, RecursionError):
+        return
+    if isinstance(whole, dict):
+        keys = ", ".join(map(repr, whole))
+        raise UserError(
+            f"{path} holds one object, with the {'key' if len(whole) == 1 else 'keys'} {keys}; a "
+            "list of objects is read, or one object a line"
+        )
 
 
 def _require_whole_characters(row: Any, text: str, place: str) -> None:
@@ -181,9 +197,12 @@ def _json(text: str, first_line: int, wanted: str) -> Any:
         return json.loads(text.rstrip("\n"))
     except json.JSONDecodeError as error:
         line, what = first_line + error.lineno - 1, error.msg.rstrip(": ").removesuffix(" at")
-        raise UserError(
-            f"line {line}: no valid JSON ({what} at column {error.colno}); {wanted}"
-        ) from None
+        what = f"{what} at column {error.colno}"
+    except RecursionError:
+        line, what = first_line, "nested too deep"
+    except ValueError:
+        line, what = first_line, f"a number of more than {sys.get_int_max_str_digits()} digits"
+    raise UserError(f"line {line}: no valid JSON ({what}); {wanted}")
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -191,6 +210,9 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     rows = csv.DictReader(_lines(path, newline=""), restkey="")
     problems: list[str] = []
     try:
+        header = rows.fieldnames or []
+        if twice := [name for n, name in enumerate(header) if name and name in header[:n]]:
+            raise UserError(f"{path} has two columns {twice[0]!r}; leave one of them out")
         for number, row in enumerate(rows, start=1):
             if "" in row and isinstance(row[""], list):
                 problems.append(f"row {number}: has more cells than the header")

@@ -131,11 +131,12 @@ _ABOUT = re.compile(
     r"|generator|hash|id|idx|index|key|lang|language|level|licen[cs]e|line|meta|metadata|model"
     r"|name|number|origin|page|provenance|quality|rank|rating|revision|row|score|sha256|skill"
     r"|source|split|subject|subset|tag|task|text|timestamp|title|token|topic|turn|type|uid"
-    r"|updated|url|uuid|version|categories)s?_*",
+    r"|updated|url|uuid|version|categories)s?_*"
+    r"|(unnamed: [0-9]+|__index_level_[0-9]+__)?",
     re.IGNORECASE,
 )
 """Keys that say where a row comes from or what it is like, and that nobody shows or learns; a
-``text`` is the whole row as somebody rendered it."""
+``text`` is the whole row as somebody rendered it, and the last are the index that pandas writes."""
 
 
 def _is_empty(value: object) -> bool:
