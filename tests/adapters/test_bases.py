@@ -18,9 +18,15 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -266,6 +272,46 @@ def test_all_linear_says_which_expert_tensors_it_leaves_out(
     torch.testing.assert_close(logits(alone, "llama"), now, atol=1e-5, rtol=0)
     save(model, tmp_path / "native")
     assert torch.equal(logits(load(experts(), tmp_path / "native"), "llama"), now)
+
+
+def llama4() -> PreTrainedModel:
+    """A linear layer by its class chooses the experts, and gives two tensors."""
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        **MOE, head_dim=8, intermediate_size_mlp=48, num_local_experts=4, num_experts_per_tok=1
+    )
+    return Llama4ForCausalLM(config).eval()
+
+
+def phimoe() -> PreTrainedModel:
+    """Likewise, with three."""
+    torch.manual_seed(0)
+    return PhimoeForCausalLM(PhimoeConfig(**MOE, num_local_experts=4)).eval()
+
+
+@pytest.mark.parametrize("base", [llama4, phimoe])
+@pytest.mark.filterwarnings("ignore:.*'all-linear' does not adapt")
+def test_a_router_is_no_linear_layer(base: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    before = logits(base(), "llama")
+    model = attach(base(), "pissa", 4, 6)
+    assert not any("router" in name for name in adapted_layers(model))
+    assert torch.equal(logits(model, "llama"), before)
+    train(model, "llama", steps=2)
+    export(model, tmp_path)
+    alone = PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(
+        logits(alone, "llama"), logits(model.eval(), "llama"), atol=1e-5, rtol=0
+    )
+    with pytest.raises(UserError, match=r"'router'.* which is a \w+Router; only linear layers"):
+        find_targets(base(), ["q_proj", "router"])
+
+
+def test_linear_layers_of_a_class_of_their_own_are_adapted() -> None:
+    config = FalconConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = FalconForCausalLM(config).to(torch.bfloat16)
+    assert len(target_layers(model)) == 4
 
 
 def test_experts_that_are_asked_for_by_name_are_refused(

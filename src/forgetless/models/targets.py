@@ -28,11 +28,11 @@ def target_layers(
 
     PEFT's own matching decides: "all-linear" is every Linear and Conv1D but a language model's
     output head (a classifier's is taken, unless it has a new head beside it, see
-    `forgetless.models.heads`); without layers that only pictures or sounds pass through, and of a
-    state-space mixer its in_proj alone. A list holds whole names or their endings
-    ("q_proj"), of which each must have a layer; any other string is a regular expression for the
-    whole name. Of our own are "attention" and "mlp": of all linear layers those inside of the
-    attention, or of the feed-forward part, of every block.
+    `forgetless.models.heads`); without layers that only pictures or sounds pass through and routers
+    of experts, and of a state-space mixer its in_proj alone. A list holds whole names or their
+    endings ("q_proj"), of which each must have a layer; any other string is a regular expression
+    for the whole name. Of our own are "attention" and "mlp": of all linear layers those inside of
+    the attention, or of the feed-forward part, of every block.
 
     Args:
         model: a plain model or a PeftModel; both give the same names, those of the plain model.
@@ -93,13 +93,14 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
             f"target_modules {missing or wanted!r} match no layer; give all-linear, attention, "
             f"mlp, endings or a regular expression. {_what_there_is(linear)}"
         )
-    for name, module in found.items():
-        if name not in linear:
-            raise UserError(
-                f"target_modules {wanted!r} match {name!r}, which is a {type(module).__name__}; "
-                f"only linear layers can be adapted. {_what_there_is(linear)}"
-            )
     if not _is_all_linear(wanted):
+        for name, module in found.items():
+            if name not in linear:
+                raise UserError(
+                    f"target_modules {wanted!r} match {name!r}, which is a "
+                    f"{type(module).__name__}; only linear layers can be adapted. "
+                    f"{_what_there_is(linear)}"
+                )
         if bypassed := [name for name in found if _is_refused(config, base, name)]:
             raise UserError(
                 f"target_modules {wanted!r} match {bypassed[0]!r}, whose weight this state-space "
@@ -108,8 +109,8 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
             )
         given = shortest_endings(found, everything) if heads else given
         return Targets(found, given, [], [])
-    left_out = {*unread, *_read_past_adapters(modules)}
-    layers = {name: layer for name, layer in found.items() if name not in left_out}
+    kept = linear - {*unread, *_read_past_adapters(modules)}
+    layers = {name: layer for name, layer in found.items() if name in kept}
     if heads or len(layers) < len(found):
         given = shortest_endings(layers, [*everything, *experts])
     return Targets(layers, given, experts, [name for name in found if name in unread])

@@ -5,6 +5,7 @@ itself is never changed. What cannot be read as a whole matrix (a shard, a weigh
 device, another quantiser's packing) is named with the way out.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,8 +35,29 @@ _BEFORE_WRAPPING = (
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear layer that an adapter can sit on."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether the module is a linear layer that an adapter can sit on.
+
+    A router that gives the chosen experts beside its product is none, whatever its class.
+    """
+    return isinstance(module, nn.Linear | Conv1D) and _gives_product_alone(module)
+
+
+def _gives_product_alone(module: Any) -> bool:
+    """Whether (rows, in) give (rows, out), tried without numbers on a class of a model's own."""
+    kind: Any = type(module)
+    if kind in (nn.Linear, Conv1D) or not kind.__module__.startswith("transformers"):
+        return True
+    outputs, inputs = weight_shape(module)
+    twin = copy.copy(module)
+    twin._parameters = {
+        name: None if weight is None else nn.Parameter(torch.empty(weight.shape, device="meta"))
+        for name, weight in module._parameters.items()
+    }
+    try:
+        found = kind.forward(twin, torch.empty(1, inputs, device="meta"))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(found, Tensor) and found.shape == (1, outputs)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
