@@ -12,7 +12,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+)
 
 from forgetless.core.errors import UserError
 from forgetless.models.targets import target_layers
@@ -681,6 +687,32 @@ def test_a_layer_between_the_last_block_and_the_head_is_read_at_every_token() ->
     torch.testing.assert_close(found.second_moment, moment)
     padded = collect(model, [language_batch(5)])["cls.predictions.transform.dense"]
     torch.testing.assert_close(padded.second_moment, moment, atol=1e-6, rtol=1e-5)
+
+
+def test_inputs_with_one_head_between_row_and_token_are_matched_to_the_mask() -> None:
+    """Such as the compressed keys and values of DeepSeek's attention."""
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            vocab_size=100,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            first_k_dense_replace=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            q_lora_rank=4,
+            kv_lora_rank=4,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=4,
+            pad_token_id=0,
+        )
+    ).eval()
+    found = collect(model, [language_batch(5)])["model.layers.0.self_attn.kv_b_proj"]
+    moment, count = reference(model, examples("llama"))["model.layers.0.self_attn.kv_b_proj"]
+    assert found.tokens == count
+    torch.testing.assert_close(found.second_moment, moment, atol=1e-6, rtol=1e-5)
 
 
 def test_statistics_are_a_mapping() -> None:

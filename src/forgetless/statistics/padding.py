@@ -40,7 +40,7 @@ class TokenRows:
         if mask is None:
             return rows
         (batch, tokens), kept = mask
-        if tuple(x.shape[:-1]) in ((batch, tokens), (batch * tokens,)):
+        if tuple(x.shape[:-1]) in ((batch, tokens), (batch, 1, tokens), (batch * tokens,)):
             return rows[kept.to(rows.device)]
         if tuple(x.shape[:-1]) == (batch,):  # pooled: one row a sequence
             return rows
