@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
+    RobertaConfig,
     RwkvConfig,
     XLNetConfig,
 )
@@ -193,6 +194,19 @@ def test_context_length_and_vocabulary_by_any_name(
     model.config = config
     assert positions_of(model) == positions
     assert vocabulary_of(model) == VOCAB
+
+
+def test_places_up_to_that_of_the_padding_are_of_no_token() -> None:
+    """RoBERTa's table has two more rows than it reads tokens."""
+    kwargs: dict[str, Any] = {"max_position_embeddings": 12, "num_hidden_layers": 1}
+    config = RobertaConfig(
+        vocab_size=20, hidden_size=16, num_attention_heads=2, is_decoder=True, **kwargs
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    assert positions_of(model) == 10
+    model(torch.full((1, 10), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, 11), 5))
 
 
 def test_a_model_without_a_config_says_nothing() -> None:

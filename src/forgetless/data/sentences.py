@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -203,22 +203,13 @@ class SentenceRows(torch.utils.data.Dataset[Sample]):
         Raises:
             UserError: a sentence is too long, or the tokenizer belongs to another model.
         """
-        longest, positions = max(map(len, self.columns["input_ids"])), _positions(model)
+        longest, positions = max(map(len, self.columns["input_ids"])), positions_of(model)
         if positions is not None and longest > positions:
             raise UserError(
                 f"the longest example has {longest} tokens, but the model has {positions} "
                 f"positions; set max_length to {positions} or less"
             )
         require_known_tokens([[int(ids.max()) for ids in self.columns["input_ids"]]], model)
-
-
-def _positions(model: nn.Module) -> int | None:
-    """How many tokens the model has places for: in RoBERTa's table, those behind its padding."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            before = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - before
-    return positions_of(model)
 
 
 def _check(examples: Examples, reader: SentenceReader) -> None:
@@ -267,7 +258,7 @@ def _batches(
     found = _sentences(examples)
     drawn = random.Random(seed).sample(range(len(found)), min(samples, len(found)))
     drawn_ones = replace(found, records=[found.records[index] for index in drawn], places=())
-    length = min(max_length, _positions(model) or max_length)
+    length = min(max_length, positions_of(model) or max_length)
     reader = SentenceReader.of(reader, model.config).keeping(_labels(examples))
     rows = SentenceRows(drawn_ones, reader, length)
     rows.require_fitting(model)
@@ -278,7 +269,7 @@ def _batches(
 def _probe(model: PreTrainedModel) -> Batch:
     """Random tokens, (4, 32), always the same for a vocabulary; none of them is padding."""
     rows, tokens = PROBE
-    shape = rows, min(tokens, _positions(model) or tokens)
+    shape = rows, min(tokens, positions_of(model) or tokens)
     text = model.config.get_text_config()
     words, pad = text.vocab_size, text.pad_token_id
     ids = torch.randint(words, shape, generator=torch.Generator().manual_seed(0))

@@ -35,6 +35,11 @@ def text_config(model: Any) -> Any:
 
 def positions_of(model: Any) -> int | None:
     """Most tokens that the model can read at once, where its config says so."""
+    tables = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
+    for table in tables:
+        if (padding := getattr(table, "padding_idx", None)) is not None:
+            # RoBERTa and its kin count the places of tokens from behind that of the padding.
+            return int(table.num_embeddings) - int(padding) - 1
     config = text_config(model)
     found = (getattr(config, name, None) for name in _POSITIONS)
     # XLNet's -1 means that there is no limit.
