@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CONFIG_MAPPING, AutoModelForImageClassification, ViTImageProcessorPil
 
 from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
@@ -21,7 +22,7 @@ from forgetless.data.packing import IGNORED
 from forgetless.data.settings import AugmentSettings
 from forgetless.data.texts import fingerprint, read_examples
 from forgetless.models.load import head_of, load_model, meta_model
-from tests.images import CLASSES, save_classifier, save_images
+from tests.images import CLASSES, VIT_SIZES, save_classifier, save_images
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +219,14 @@ def test_the_probe_is_that_of_the_config(base: str) -> None:
     probe = MODALITY.probe(load_model(base))
     assert probe["pixel_values"].shape == (4, 3, 8, 8)
     assert torch.equal(probe["pixel_values"], MODALITY.probe(load_model(base))["pixel_values"])
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_the_probe_is_of_the_images_that_a_model_of_texts_and_images_reads(kind: str) -> None:
+    config = CONFIG_MAPPING[kind](vision_config=VIT_SIZES | {"num_channels": 1}, num_labels=2)
+    model = AutoModelForImageClassification.from_config(config)
+    assert model(**MODALITY.probe(model)).logits.shape == (4, 2)
+    assert ImageReader.of(ViTImageProcessorPil(), config).channels == 1
 
 
 @pytest.mark.parametrize("build", [load_model, meta_model])

@@ -51,7 +51,7 @@ class ImageReader(ClassReader):
     def of(cls, processor: BaseImageProcessor | ImageReader, config: Any) -> ImageReader:
         """The reader of a model by its config."""
         plain = processor.processor if isinstance(processor, cls) else processor
-        channels = getattr(config, "num_channels", 3)
+        channels = getattr(_of_pictures(config), "num_channels", 3)
         return cls(processor=plain, channels=channels, **own_and_new(config))
 
     def pixels(self, image: str) -> Tensor:
@@ -73,6 +73,11 @@ class ImageReader(ClassReader):
     def fingerprint(self) -> str:
         """SHA-256 of all that decides pixel values and class numbers."""
         return _sha256([self.processor.to_dict(), self.classes, self.channels])
+
+
+def _of_pictures(config: Any) -> Any:
+    """The part of a config that says which images are read; CLIP and its kin have one for texts."""
+    return getattr(config, "vision_config", config)
 
 
 def _sha256(content: object) -> str:
@@ -272,7 +277,7 @@ def _batches(
 
 def _probe(model: PreTrainedModel) -> Batch:
     """Random pixels, (4, channels, height, width), always the same for a size."""
-    config, weight = model.config, next(model.parameters())
+    config, weight = _of_pictures(model.config), next(model.parameters())
     size = getattr(config, "image_size", None) or USUAL_SIZE
     height, width = size if isinstance(size, list | tuple) else (size, size)
     shape = 4, getattr(config, "num_channels", 3), height, width
