@@ -14,11 +14,18 @@ from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.attachment import attach
 from forgetless.adapters.folders import export
+from forgetless.adapters.layer import adapted_layers
 from forgetless.core.errors import UserError
 from forgetless.models.load import load_model, load_tokenizer, meta_model, resolve_base
 from forgetless.models.parts import shortest_endings
@@ -26,6 +33,7 @@ from forgetless.models.state import as_base
 from forgetless.models.targets import find_targets, target_layers
 from forgetless.models.weights import linear_weight
 from tests.families import FAMILIES
+from tests.images import VIT_SIZES
 
 pytest_plugins = ["tests.quick_python"]
 
@@ -168,6 +176,23 @@ def test_modules_to_save_keep_their_plain_names() -> None:
     model = FAMILIES["vit"].model()
     config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"])
     assert list(target_layers(get_peft_model(model, config), ["classifier"])) == ["classifier"]
+
+
+def test_what_torchs_own_attention_reads_past_an_adapter_is_no_target() -> None:
+    """SigLIP's head has such an attention; an adapter of its out_proj is trained by nothing."""
+    config = SiglipConfig(vision_config=VIT_SIZES, num_labels=2)
+    model = AutoModelForImageClassification.from_config(config)
+    past = "vision_model.head.attention.out_proj"
+    for targets in ("all-linear", ["q_proj", "out_proj"], r".*\.(fc1|out_proj)"):
+        layers = target_layers(model, targets)
+        assert past not in layers
+        assert "vision_model.encoder.layers.0.self_attn.out_proj" in layers
+        adapted = attach(model, "lora", rank=1, target_modules=targets)
+        assert list(adapted_layers(adapted)) == list(layers)
+        model = adapted.unload()
+    with pytest.raises(UserError, match="match no layer"):
+        target_layers(model, ["head.attention.out_proj"])
+    assert list(target_layers(model, [past])) == [past]
 
 
 def test_a_list_holds_endings_or_whole_names() -> None:

@@ -31,8 +31,9 @@ def target_layers(
     `forgetless.models.heads`); without layers that only pictures or sounds pass through and routers
     of experts, and of a state-space mixer its in_proj alone. A list holds whole names or their
     endings ("q_proj"), of which each must have a layer; any other string is a regular expression
-    for the whole name. Of our own are "attention" and "mlp": of all linear layers those inside of
-    the attention, or of the feed-forward part, of every block.
+    for the whole name. The out_proj of torch's `MultiheadAttention`, whose weight is read past any
+    adapter, is taken by its whole name alone. Of our own are "attention" and "mlp": of all linear
+    layers those inside of the attention, or of the feed-forward part, of every block.
 
     Args:
         model: a plain model or a PeftModel; both give the same names, those of the plain model.
@@ -83,10 +84,12 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
     _refuse_experts(wanted, experts)
     config, given = _peft_targets(base, wanted)
     try:
-        found = {n: m for n, m in modules.items() if check_target_module_exists(config, n)}
+        matched = {n: m for n, m in modules.items() if check_target_module_exists(config, n)}
     except re.error as problem:
         raise UserError(f"target_modules {wanted!r} is no regular expression: {problem}") from None
-    linear = {name for name, module in modules.items() if is_linear(module)}
+    by_torch = set(_read_by_torch(modules)) - set([] if isinstance(wanted, str) else wanted)
+    found = {name: module for name, module in matched.items() if name not in by_torch}
+    linear = {n for n, module in modules.items() if is_linear(module) and n not in by_torch}
     missing = [] if isinstance(wanted, str) else _without_match(wanted, found)
     if missing or not found:
         raise UserError(
@@ -107,11 +110,12 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
                 "model reads past any adapter; name other layers, or use 'all-linear', which "
                 "leaves it out"
             )
-        given = shortest_endings(found, everything) if heads else given
+        fewer = heads or len(found) < len(matched)
+        given = shortest_endings(found, everything) if fewer else given
         return Targets(found, given, [], [])
     kept = linear - {*unread, *_read_past_adapters(modules)}
     layers = {name: layer for name, layer in found.items() if name in kept}
-    if heads or len(layers) < len(found):
+    if heads or len(layers) < len(matched):
         given = shortest_endings(layers, [*everything, *experts])
     return Targets(layers, given, experts, [name for name in found if name in unread])
 
@@ -210,6 +214,12 @@ def _read_past_adapters(modules: Mapping[str, nn.Module]) -> list[str]:
     return [
         f"{above}.{ending}" for above, _, ending in parts if above in mixers and ending != own[2]
     ]
+
+
+def _read_by_torch(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The layers whose weights torch's own attention reads, without calling them."""
+    attentions = [n for n, module in modules.items() if isinstance(module, nn.MultiheadAttention)]
+    return [f"{name}.out_proj" for name in attentions]
 
 
 def _is_refused(config: LoraConfig, base: nn.Module, name: str) -> bool:
