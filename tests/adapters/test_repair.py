@@ -409,6 +409,20 @@ def test_layers_without_statistics_are_named() -> None:
         repair(trained("gpt2", "lora"), base("gpt2"), keep("gpt2"), _other_sizes())
 
 
+@pytest.mark.filterwarnings("ignore:.*1 of its 14 layers change nothing")
+def test_a_layer_that_no_input_reached_stays_and_counts_nowhere() -> None:
+    """PEFT adapts such layers too; B stays zero, and there are no statistics of them."""
+    model = from_peft()
+    still, *others = factors_of(model)
+    adapted_layers(model)[still].lora_B["default"].weight.data.zero_()
+    known = Statistics({name: keep()[name] for name in others})
+    made = repair(model, base(), keep=known)
+    assert torch.equal(factors_of(made)[still].A, factors_of(model)[still].A)
+    assert not torch.equal(factors_of(made)[others[0]].A, factors_of(model)[others[0]].A)
+    forecasts = Repairs(factors_of(model), keep(), strengths=[0.1]).forecasts
+    assert set(forecasts[0.0]) == set(forecasts[0.1]) == set(others)
+
+
 def _other_sizes() -> Statistics:
     from forgetless.statistics.moments import LayerStatistics
 

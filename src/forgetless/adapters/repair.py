@@ -107,7 +107,8 @@ class Repairs:
         earlier: what the adapter did before; its factors and the others have the same scaling.
 
     Attributes:
-        forecasts: strength -> layer -> what the strength does to it.
+        forecasts: strength -> layer -> what the strength does to it; without layers whose update is
+            zero, such as one that no input reaches, which need no statistics.
 
     Raises:
         UserError: layers without statistics or with those of another model, or a strength out of
@@ -127,12 +128,13 @@ class Repairs:
         self._earlier = earlier
         wanted = sorted({checked_strength(strength) for strength in strengths} - {0.0})
         self._device = device
-        require_statistics(factors, keep, task)
+        moving = [name for name, layer in factors.items() if layer.A.any() and layer.B.any()]
+        require_statistics(moving, keep, task)
         self._A = {0.0: {name: layer.A.detach().clone() for name, layer in factors.items()}}
-        self.forecasts = {0.0: dict.fromkeys(factors, Forecast(1.0, 0.0))}
+        self.forecasts = {0.0: dict.fromkeys(moving, Forecast(1.0, 0.0))}
         for strength in wanted:
-            self._A[strength], self.forecasts[strength] = {}, {}
-        groups = list(_groups(factors, keep, task)) if wanted else []
+            self._A[strength], self.forecasts[strength] = dict(self._A[0.0]), {}
+        groups = list(_groups(moving, keep, task)) if wanted else []
         for group in counted(groups, "repairing", "inputs"):
             self._solve({name: factors[name] for name in group}, keep, task, wanted)
 
