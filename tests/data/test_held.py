@@ -95,6 +95,16 @@ def test_of_examples_with_a_class_one_in_five_of_each_is_held_out(tmp_path: Path
         assert sorted(contents(rest) + contents(held)) == sorted(contents(whole))
 
 
+def test_pairs_without_a_class_are_shared_out_and_read_again(tmp_path: Path) -> None:
+    """They are what the task `retrieval` has, and so a text to keep."""
+    file = tmp_path / "pairs.jsonl"
+    asked = [{"sentence1": f"a{i}", "sentence2": f"b{i}"} for i in range(11)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    parts = [rows(path) for path in hold_out(file, tmp_path, kinds={"sentence"})]
+    assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, asked))
+    assert len(read_examples(tmp_path / "held.jsonl")) == 2
+
+
 def test_images_of_the_pocket_world_and_of_rows_keep_every_pixel(tmp_path: Path) -> None:
     for source in ("pocket:digits:test", str(tmp_path / "grey.npz")):
         if source.endswith(".npz"):

@@ -72,7 +72,8 @@ def _rows(examples: Examples) -> Iterator[Record]:
         for record in examples:
             pair = {"sentence1": record["sentence"], "sentence2": record.get("pair")}
             sentence = pair if "pair" in record else {"sentence": record["sentence"]}
-            yield {**sentence, "label": record["label"]}
+            # A row without a label is read, and one whose label is nothing is not.
+            yield sentence if record["label"] is None else {**sentence, "label": record["label"]}
     elif any(label is not None for label in examples.labels):
         for record, label in zip(examples, examples.labels, strict=True):
             yield {**record, "label": label}
