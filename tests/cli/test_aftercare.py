@@ -117,7 +117,7 @@ def test_one_strength_by_saved_statistics_needs_no_weights(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the base's weights were loaded")
 
-    monkeypatch.setattr("forgetless.cli.commands.aftercare.load_model", refuse)
+    monkeypatch.setattr("forgetless.cli.commands.aftercare.load_base", refuse)
     for strength, name in (("0.5", "one"), ("auto", "auto")):
         done = forgetless(
             "repair", adapter, "--base", tiny_base, "--keep", tmp_path / "stats",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -33,12 +33,15 @@ from transformers import (
 )
 
 import forgetless as fl
+from forgetless.cli.commands.aftercare import Asked, adjust, look_into
 from forgetless.cli.commands.measuring import measure
-from forgetless.cli.commands.sharing import export_adapter
+from forgetless.cli.commands.sharing import export_adapter, merge_adapter
+from forgetless.cli.commands.starts import collect_statistics
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json, read_jsonl
 from forgetless.core.settings import with_overrides
 from forgetless.data.modality import load_processor, modality_of
+from forgetless.data.settings import CalibrationSettings
 from forgetless.methods import METHODS
 from forgetless.models.heads import add_head, heads_of, learn_among, new_modules
 from forgetless.models.load import load_model
@@ -207,7 +210,7 @@ def test_every_start_is_the_base_bit_for_bit(method: str, world: Path) -> None:
 
 FRESH = """
 import json, sys, torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 base, adapter, file = sys.argv[1:]
 names = AutoConfig.from_pretrained(adapter).id2label
@@ -255,6 +258,50 @@ def test_a_run_learns_and_a_fresh_process_agrees(world: Path, tmp_path: Path, py
 @pytest.mark.parametrize("method", ["pissa", "full"])
 def test_a_stopped_run_comes_to_the_same_weights(method: str, world: Path, tmp_path: Path) -> None:
     check_stopped(recipe_of(world, method, **{"training.checkpoint_every": 2}), tmp_path)
+
+
+def test_the_verbs_take_a_run_and_an_adapter_of_pefts(world: Path, tmp_path: Path) -> None:
+    """PEFT trains the head beside the adapter and does not name its classes."""
+    base, pairs = str(world / "base"), str(world / "pairs.jsonl")
+    done = run(recipe_of(world), tmp_path / "runs").folder
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    theirs = get_peft_model(plain, config).eval()
+    for name, weight in theirs.named_parameters():
+        weight.data += 0.1 * torch.randn(weight.shape) if "lora_B" in name else 0
+    theirs.save_pretrained(tmp_path / "peft")
+    text = CalibrationSettings(source=pairs, samples=7, max_length=32)
+    for trained in (str(done), str(tmp_path / "peft")):
+        asked = Asked(trained, base, pairs, strengths=(0.1,), calibration=text)
+        found = adjust(asked, tmp_path / f"repaired-{Path(trained).name}")
+        assert found.chosen is not None
+        assert found.chosen.kl is None
+        assert 0 < found.chosen.drift < 1
+        assert found.folder is not None
+        assert measure(base, [{"kind": "retrieval", "path": pairs}], adapter=found.folder).adapted
+        assert look_into(trained, base, None, calibration=text).rows
+        assert len(collect_statistics(base, text, adapter=trained)) > 0
+    export_adapter(tmp_path / "peft", tmp_path / "plain", base=base)
+    again = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=3), tmp_path / "plain"
+    )
+    assert torch.allclose(logits_of(again), logits_of(theirs), atol=1e-5)
+    merge_adapter(tmp_path / "peft", tmp_path / "merged", base=base)
+    merged = load_model(str(tmp_path / "merged"))
+    assert torch.allclose(logits_of(merged), logits_of(theirs), atol=1e-5)
+
+
+def test_an_adapter_of_an_encoder_alone_is_for_python(world: Path, tmp_path: Path) -> None:
+    base = str(world / "base")
+    config = LoraConfig(r=2, target_modules=["query"], task_type="FEATURE_EXTRACTION")
+    theirs = get_peft_model(AutoModel.from_pretrained(base), config)
+    for name, weight in theirs.named_parameters():
+        weight.data += 0.1 if "lora_B" in name else 0
+    theirs.save_pretrained(tmp_path / "peft")
+    with pytest.raises(UserError, match="holds no head of classes") as refused:
+        export_adapter(tmp_path / "peft", tmp_path / "plain", base=base)
+    assert f"forgetless.load(transformers.AutoModel.from_pretrained('{base}')" in str(refused.value)
+    fl.export(fl.load(AutoModel.from_pretrained(base), tmp_path / "peft"), tmp_path / "plain")
 
 
 def test_images_too(world: Path, tmp_path: Path) -> None:

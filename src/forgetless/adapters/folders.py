@@ -37,10 +37,11 @@ from forgetless.models.heads import (
     head_classes,
     heads_of,
     joined,
+    last_layer,
     name_classes,
     new_modules,
 )
-from forgetless.models.load import head_of
+from forgetless.models.load import config_of, head_of, is_bare, meta_model
 from forgetless.models.quantised import packing_of
 from forgetless.models.state import base_modules, base_of, unwrapped
 from forgetless.models.weights import is_linear, weight_shape
@@ -451,6 +452,29 @@ def learned_classes(folder: str | Path) -> list[str]:
     names = config.get("id2label", {})
     own = config.get("own_classes", len(names))
     return [names[str(number)] for number in range(own, len(names))]
+
+
+def classes_for(folder: str | Path, base: str) -> list[str]:
+    """The classes of the new head that a base needs for an adapter in a folder; none without one.
+
+    PEFT does not name the classes of a head that it trained on an encoder: they are numbers here.
+
+    Raises:
+        UserError: the base is an encoder without a head, and so is what was adapted.
+    """
+    folder = Path(folder)
+    known = learned_classes(folder)
+    if known or not is_bare(config_of(base)) or not (folder / WEIGHTS_FILE).is_file():
+        return known
+    head = f"{PREFIX}{last_layer(meta_model(base, bare=True))}.weight"
+    with reading(folder / WEIGHTS_FILE), safe_open(folder / WEIGHTS_FILE, "pt") as weights:
+        if head in weights.keys():  # noqa: SIM118 - it is no mapping
+            return [str(number) for number in range(weights.get_slice(head).get_shape()[0])]
+    raise UserError(
+        f"{folder} adapts an encoder and holds no head of classes, and base {base!r} has none "
+        "either; load both in Python, where any model will do: "
+        f"forgetless.load(transformers.AutoModel.from_pretrained({base!r}), {str(folder)!r})"
+    )
 
 
 def without_new_head(keys: Iterable[str], folder: str | Path) -> list[str]:

@@ -70,7 +70,7 @@ def new_modules(model: Any) -> list[str]:
     """
     if found := heads_of(model):
         return [f"{found[0]}.new"]
-    if not _is_without_own(base := _base_of(model)):
+    if not is_without_own(base := _base_of(model)):
         return []
     sizes = {n: sum(w.numel() for w in part.parameters()) for n, part in base.named_children()}
     encoder = max(sizes, key=lambda name: sizes[name])
@@ -87,7 +87,8 @@ def _base_of(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _is_without_own(base: Any) -> bool:
+def is_without_own(base: Any) -> bool:
+    """Whether a model, without adapters, is an encoder whose head is all new."""
     return getattr(getattr(base, "config", None), "own_classes", None) == 0
 
 
@@ -98,10 +99,10 @@ def features(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     the last may be as new, `mean_states`.
     """
     base = _base_of(model)
-    if "attention_mask" in batch and _is_without_own(base):
+    if "attention_mask" in batch and is_without_own(base):
         return mean_states(model, batch)
     found = heads_of(model)
-    layer = base.get_submodule(found[0] if found else _last_layer(base))
+    layer = base.get_submodule(found[0] if found else last_layer(base))
     hook = layer.register_forward_hook(lambda module, given, logits: given[0])
     try:
         read: Tensor = model(**batch).logits
@@ -131,7 +132,7 @@ def own_logits(model: Any, logits: Tensor) -> Tensor:
     Raises:
         UserError: it has none.
     """
-    if _is_without_own(_base_of(model)):
+    if is_without_own(_base_of(model)):
         raise UserError("the base is an encoder without a head of its own, which could be compared")
     own = getattr(model.config, "own_classes", None)
     return logits if own is None else logits[..., :own]
@@ -157,7 +158,7 @@ def add_head(model: Any, classes: Sequence[str]) -> Any:
                 f"the model has a new head already, for {new}, and these are {list(classes)}"
             )
         return model
-    name = _last_layer(model)
+    name = last_layer(model)
     own = model.get_submodule(name)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(len(classes), weight_shape(own)[1], generator=generator) * 0.02
@@ -233,7 +234,7 @@ def divided(model: Any) -> Any:
     """A model whose last layer was saved for both heads, in place with two; another as it is."""
     own = getattr(model.config, "own_classes", None)
     if own and heads_of(model) is None:
-        name = _last_layer(model)
+        name = last_layer(model)
         layer = model.get_submodule(name)
         bias = [None, None] if layer.bias is None else [layer.bias[:own], layer.bias[own:]]
         parts = [layer.weight[:own], layer.weight[own:]]
@@ -294,8 +295,12 @@ def _put(model: Any, name: str, own: nn.Module, new: nn.Module) -> None:
     model.__class__ = _with_heads(kind)
 
 
-def _last_layer(model: Any) -> str:
-    """The name of the linear layer that a classifier ends in, without adapters."""
+def last_layer(model: Any) -> str:
+    """The name of the linear layer that a classifier ends in, without adapters.
+
+    Raises:
+        UserError: there are several, or none.
+    """
     inner = f"{model.base_model_prefix}."
     wide = [
         name.removesuffix(".base_layer").removesuffix(".original_module")

@@ -200,11 +200,11 @@ def load_model(
         raise unknown("dtype", dtype, DTYPES)
     source = resolve_base(base)
     config, head = _load_config(base, source)
-    is_bare, is_packed = _is_bare(config), is_stored_packed(config)
-    if is_bare:
+    bare, is_packed = is_bare(config), is_stored_packed(config)
+    if bare:
         _require_head(base, config, new_classes)
         name_classes(config, [], new_classes)
-    more: dict[str, Any] = {"config": config} if is_bare else {}
+    more: dict[str, Any] = {"config": config} if bare else {}
     if attn_implementation is not None:
         more["attn_implementation"] = attn_implementation
     if quantise is not None:
@@ -234,7 +234,7 @@ def load_model(
             f"the weights of base {base!r} are incomplete: {len(missing)} missing, "
             f"{missing[0]!r} among them"
         )
-    model = (start_head if is_bare else divided)(model)
+    model = (start_head if bare else divided)(model)
     model = model.to(device_of(device)) if device_map is None else model
     hold_packing(model)
     return (add_head(model, new_classes) if new_classes else model).eval()
@@ -288,8 +288,8 @@ def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
     )
 
 
-def _is_bare(config: PretrainedConfig) -> bool:
-    """Whether `_load_config` found an encoder without a head."""
+def is_bare(config: PretrainedConfig) -> bool:
+    """Whether `config_of` found an encoder without a head."""
     return getattr(config, "own_classes", None) == 0 and config.num_labels == 0
 
 
@@ -404,7 +404,7 @@ def meta_model(
     """
     source = resolve_base(base, weights=weights)
     config, head = _load_config(base, source)
-    if _is_bare(config):
+    if is_bare(config):
         classes = ["", " "] if bare else []
         _require_head(base, config, classes)
         name_classes(config, [], classes)

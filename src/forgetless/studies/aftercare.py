@@ -25,8 +25,9 @@ from forgetless.data.held import HeldOut, hold_out, write_texts
 from forgetless.data.modality import Processor, modality_of
 from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.data.texts import SELF, said
-from forgetless.models.heads import heads_of
+from forgetless.models.heads import heads_of, is_without_own
 from forgetless.models.load import load_tuned
+from forgetless.models.state import base_of
 from forgetless.scores.gates import Limit
 from forgetless.statistics.moments import Statistics, is_statistics
 from forgetless.statistics.own_text import settled_text
@@ -244,7 +245,7 @@ class Bench:
     Args:
         trained: what is set.
         processor: of the base.
-        keep: held-out text to keep; None for no KL.
+        keep: held-out text to keep; None for no KL, as of a repair on an encoder without a head.
         task: held-out text of the new task; None for no loss.
         batch_size: texts at once; None lets each task choose.
         said: how prompts are put to the base, see `DataSettings.said`; None by the tasks' defaults.
@@ -264,6 +265,9 @@ class Bench:
         modality = modality_of(trained.model)
         kinds = {"kl": (modality.distance_task, keep), "loss": (modality.loss_task, task)}
         for name, (kind, text) in kinds.items():
+            by_moments = name == "kl" and trained.repairs is not None
+            if by_moments and is_without_own(base_of(trained.model)):
+                continue  # no head of the base's own says anything: the forecasts tell the drift
             if text is not None:
                 held = {"kind": kind, "name": name, "path": str(text), "limit": HELD_TEXTS}
                 if name == "loss" and heads_of(trained.model) is not None:

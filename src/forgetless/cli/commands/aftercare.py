@@ -11,12 +11,12 @@ from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.layer import adapted_layers
 from forgetless.adapters.repair import checked_strength, repair_folder
 from forgetless.adapters.spectra import Spectra, spectra
-from forgetless.cli.commands.folders import Trained, known_base, require_new
+from forgetless.cli.commands.folders import Trained, known_base, load_base, require_new
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder, read_json, write_json
 from forgetless.data.modality import load_processor
 from forgetless.data.settings import CalibrationSettings, DataSettings
-from forgetless.models.load import load_model, load_tuned, meta_model
+from forgetless.models.load import load_tuned, meta_model
 from forgetless.scores.gates import Limit, parse_limits
 from forgetless.statistics.moments import Statistics, is_statistics
 from forgetless.studies.aftercare import (
@@ -112,7 +112,7 @@ def adjust(asked: Asked, out: str | Path | None = None) -> Adjusted:
     unknown = [limit.task for limit in limits if limit.task not in (None, *(t.name for t in tasks))]
     if unknown:
         raise UserError(f"--max-drop names {unknown[0]!r}, which is none of --tasks")
-    model, processor = load_model(base, dtype=asked.dtype), load_processor(base)
+    model, processor = load_base(base, trained.folder, asked.dtype), load_processor(base)
     layers: Any = "all-linear"
     if trained.is_adapter:
         require_usable(trained.folder, model)
@@ -168,7 +168,9 @@ def repair_from_statistics(asked: Asked, out: str | Path) -> Adjusted:
     assert keep is not None
     strength: Any = asked.strengths[0] if len(asked.strengths) == 1 else "auto"
     with new_folder(Path(out)) as folder:
-        made, taken = repair_folder(trained.folder, folder, meta_model(base), keep, task, strength)
+        made, taken = repair_folder(
+            trained.folder, folder, meta_model(base, bare=True), keep, task, strength
+        )
         points = [
             Point(Setting(s), None, None, made.forecast(s).kept, made.forecast(s).missed)
             for s in made.strengths
@@ -207,7 +209,7 @@ def look_into(
     """The spectra of a trained adapter, a run or a tuned model."""
     asked = Asked(source, base, keep, calibration=calibration, dtype=dtype, seed=seed)
     trained, name = _found(asked)
-    model = load_model(name, dtype=dtype)
+    model = load_base(name, trained.folder, dtype)
     adapter: Any = load(model, trained.folder) if trained.is_adapter else str(trained.folder)
     stats = of_task = None
     if keep is not None:

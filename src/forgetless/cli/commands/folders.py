@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forgetless.adapters.folders import CONFIG_FILE
+from transformers import PreTrainedModel
+
+from forgetless.adapters.folders import CONFIG_FILE, classes_for
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
+from forgetless.models.load import load_model
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.folder import RunFolder
 
@@ -55,6 +58,14 @@ class Trained:
         raise UserError(
             f"{path} is neither a run nor an adapter: it has no recipe.yaml and no {CONFIG_FILE}"
         )
+
+
+def load_base(
+    name: str, trained: Path | None, dtype: str = "auto", **loading: Any
+) -> PreTrainedModel:
+    """The base, with the new head that was trained on it, if any, as it was at its start."""
+    classes = () if trained is None else classes_for(trained, name)
+    return load_model(name, dtype=dtype, new_classes=classes, **loading)
 
 
 def known_base(base: str | None, source: str | Path) -> str:

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from forgetless.adapters.folders import learned_classes, load
+from forgetless.adapters.folders import classes_for, load
 from forgetless.cli.commands.folders import Trained
 from forgetless.core.errors import UserError
 from forgetless.core.files import write_json
@@ -57,7 +57,7 @@ class _Models:
     @cached_property
     def new_classes(self) -> list[str]:
         """Of the new head that was trained, if any."""
-        return [] if self.trained is None else learned_classes(self.trained.folder)
+        return [] if self.trained is None else classes_for(self.trained.folder, self.base_name)
 
     @cached_property
     def adapted(self) -> Any:

@@ -21,14 +21,19 @@ from forgetless.adapters.folders import (
     ExportReport,
     declare_untied,
     export,
-    learned_classes,
     load,
     untie_adapted,
 )
 from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.layer import adapted_layers, delta_weights
 from forgetless.adapters.rounding import Rounded, compared, nf4
-from forgetless.cli.commands.folders import Trained, adapter_and_base, known_base, require_new
+from forgetless.cli.commands.folders import (
+    Trained,
+    adapter_and_base,
+    known_base,
+    load_base,
+    require_new,
+)
 from forgetless.core.errors import UserError, first_line, unknown
 from forgetless.core.files import lock, new_folder, remove
 from forgetless.data.modality import Batch, Processor, load_processor, modality_of
@@ -56,7 +61,7 @@ def export_adapter(
     """Write a run's or a folder's adapter as a plain PEFT LoRA for the untouched base."""
     (trained, base), out = adapter_and_base(source, base), Path(out)
     require_new(out)
-    model = load(load_model(base, new_classes=learned_classes(trained.folder)), trained.folder)
+    model = load(load_base(base, trained.folder), trained.folder)
     with new_folder(out) as folder:
         report = export(model, folder, rank)
         if (run := RunFolder(Path(source))).recipe.exists():
@@ -98,7 +103,7 @@ def merge_adapter(
     """
     require_new(Path(out))
     trained, name = adapter_and_base(source, base)
-    model = load_model(name, dtype=dtype, new_classes=learned_classes(trained.folder))
+    model = load_base(name, trained.folder, dtype)
     if getattr(model, "quantization_method", None) is not None:
         raise UserError(f"the weights of {name} are packed; merge into the base before packing")
     require_usable(trained.folder, model)
@@ -133,7 +138,7 @@ def merge_adapter(
     is_packed = trained.loading.get("quantise") and unavailable(device_of()) is None
     if trained.base is not None and (is_other or is_packed):
         how: Mapping[str, Any] = trained.loading if is_packed else {"dtype": dtype}
-        own = load(load_model(trained.base, **how), trained.folder)
+        own = load(load_base(trained.base, trained.folder, **how), trained.folder)
         kl = _kl(_logits(own, probe), found)
     return Merged(
         layers={layer: Rounded.over({layer: one}) for layer, one in sums.items()},

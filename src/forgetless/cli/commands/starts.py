@@ -9,7 +9,7 @@ from typing import Any
 from forgetless.adapters.folders import load, save
 from forgetless.adapters.foreign import require_usable
 from forgetless.adapters.settings import AdapterSettings
-from forgetless.cli.commands.folders import Trained, require_new
+from forgetless.cli.commands.folders import Trained, load_base, require_new
 from forgetless.core.errors import RecipeError, UserError
 from forgetless.core.files import new_folder
 from forgetless.core.method import Method
@@ -39,13 +39,15 @@ def collect_statistics(
     An interrupted call goes on from the folder ``unfinished``, where other settings have another
     place; the statistics may read from it until they are saved.
     """
-    target_layers(meta_model(base), target_modules)  # a name that matches nothing shows here
+    target_layers(
+        meta_model(base, bare=adapter is not None), target_modules
+    )  # a name that matches nothing shows here
     asked = AdapterSettings(target_modules=target_modules)
     collecting = Collecting(asked, settings, seed=seed)
     collecting.check_texts({"second_moment"})
-    model, processor = load_model(base, dtype=dtype), load_processor(base)
-    if adapter is not None:
-        folder = Trained.find(adapter).folder
+    folder = None if adapter is None else Trained.find(adapter).folder
+    model, processor = load_base(base, folder, dtype), load_processor(base)
+    if folder is not None:
         require_usable(folder, model)
         model = load(model, folder)
     place = hashlib.sha256(repr((base, dtype, collecting, adapter)).encode()).hexdigest()[:16]
