@@ -19,8 +19,8 @@ import torch
 
 from forgetless.core import progress
 
-# Tests name its types, so that it is imported before it is a plugin.
-pytest.register_assert_rewrite("tests.postgres")
+# Tests name their types, so that they are imported before they are plugins.
+pytest.register_assert_rewrite("tests.hub", "tests.postgres")
 
 # Two threads on two busy cores are several times slower than one.
 torch.set_num_threads(1)

@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from forgetless.core.files import read_json, write_text
 from forgetless.methods import known
+from forgetless.models.hub import HubName
 from forgetless.models.pocket import POCKETS
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as max_lora_rank."""
 
 _HUB_CACHE = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)")
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Card:
             ),
         }
         layers, error = self.config.get("target_modules"), ""
+        revision = self.config.get("revision")
         if self.error is not None:
             error = f"{self.error:.2g} of the update's norm was cut off"
         rows = {
@@ -116,6 +117,8 @@ class Card:
             mark=_MARK,
             metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
             base=base,
+            loading=f", revision={_quoted(revision)}" if revision else "",
+            revision=revision,
             task=task,
             rank=rank,
             known=known(self.method) if self.method else None,
@@ -202,7 +205,10 @@ def usage(folder: str | Path, base: str) -> list[str]:
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     code = "" if found is None else found[1]
-    for name, here in (("this-folder", str(folder)), (_base_name(base), base)):
+    named = {"this-folder": str(folder)}
+    if HubName.find(base) is None:
+        named[_base_name(base)] = base
+    for name, here in named.items():
         code = code.replace(_quoted(name), _quoted(here))
     return [line for line in code.splitlines() if line and not line.startswith("#")]
 
@@ -222,9 +228,8 @@ def _base_name(base: str) -> str:
         return shipped[0]
     if cached := _HUB_CACHE.search(base):
         return f"{cached['owner']}/{cached['name']}"
-    if _HUB_ID.fullmatch(base) and not Path(base).exists():
-        return base
-    return file_name(base)
+    hub = HubName.find(base)
+    return hub.repository if hub else file_name(base)
 
 
 def file_name(path: str) -> str:

@@ -41,6 +41,7 @@ from forgetless.models.heads import (
     name_classes,
     new_modules,
 )
+from forgetless.models.hub import HubName, folder_of
 from forgetless.models.load import config_of, head_of, is_bare, meta_model
 from forgetless.models.quantised import packing_of
 from forgetless.models.state import base_modules, base_of, unwrapped
@@ -240,6 +241,8 @@ def _write(
     for key, value in sorted(config.to_dict().items()):
         if key in _ALWAYS or value != usual.get(key):
             values[key] = sorted(value) if isinstance(value, set) else value
+    if (hub := HubName.find(config.base_model_name_or_path or "")) and hub.revision:
+        values |= {"base_model_name_or_path": hub.repository, "revision": hub.revision}
     write_json(folder / CONFIG_FILE, values)
     write_weights(state, folder)
 
@@ -257,7 +260,8 @@ _OTHERS = "settings_xxh3"
 def _checksum_of_others(folder: Path) -> str:
     """Of config and start, but for the name of the base, which people change as they move it."""
     config = read_json(folder / CONFIG_FILE)
-    config.pop("base_model_name_or_path", None)
+    for name in ("base_model_name_or_path", "revision"):
+        config.pop(name, None)
     return json_checksum({"config": config, "start": read_json(folder / START_FILE)})
 
 
@@ -311,7 +315,8 @@ def load(
 
     Args:
         base: the model that the adapter was made for, or a PeftModel on it.
-        folder: written by `save`, by `export`, by a Trainer's checkpoint or by PEFT.
+        folder: written by `save`, by `export`, by a Trainer's checkpoint or by PEFT; or the name of
+            a repository with one on the Hugging Face hub, see `forgetless.models.hub`.
         trainable: whether training goes on; what the method froze stays frozen.
         adapter_name: PEFT's name for the adapter.
 
@@ -320,7 +325,7 @@ def load(
             and another adapter is there.
     """
     check_addable(base, adapter_name)
-    folder = Path(folder)
+    folder = folder_of(folder)
     config = _read_config(folder)
     if config.bias != "none" and isinstance(base, PeftModel):
         raise UserError(
@@ -557,8 +562,15 @@ def _read_config(folder: Path) -> StartConfig:
     known = StartConfig.__dataclass_fields__
     if ignored := sorted(key for key in values.keys() - known.keys() if values[key]):
         warnings.warn(f"{folder}: this PEFT does not know {', '.join(ignored)}", stacklevel=3)
+    values["base_model_name_or_path"], values["revision"] = recorded_base(values), None
     with reading(folder / CONFIG_FILE):
         return StartConfig(**{key: value for key, value in values.items() if key in known})
+
+
+def recorded_base(config: Mapping[str, Any]) -> str | None:
+    """The base that an adapter's config names, as ``name@revision`` where it names that too."""
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return f"{name}@{revision}" if revision and HubName.find(str(name)) else name
 
 
 def _name_base(folder: Path, config: LoraConfig, base: nn.Module) -> None:
@@ -568,7 +580,7 @@ def _name_base(folder: Path, config: LoraConfig, base: nn.Module) -> None:
     if not given:
         return
     config.base_model_name_or_path = given
-    if wanted and _model_name(given) != _model_name(wanted):
+    if wanted and _is_another(given, wanted):
         warnings.warn(
             f"{folder} says that it is for the base {wanted}, and this is {given}; on another "
             "base than its own an adapter does something else",
@@ -576,12 +588,20 @@ def _name_base(folder: Path, config: LoraConfig, base: nn.Module) -> None:
         )
 
 
-def _model_name(path: str) -> str:
-    """The last part of a hub id or a path; the model's name in the hub's cache."""
+def _is_another(given: str, wanted: str) -> bool:
+    """Whether two names of bases, hub ids or paths, are of models or revisions that differ."""
+    (model, revision), (other, of_other) = _model_name(given), _model_name(wanted)
+    return model != other or (revision != of_other and "" not in (revision, of_other))
+
+
+def _model_name(path: str) -> tuple[str, str]:
+    """The last part of a hub id or a path, or the model's name in the hub's cache; its revision."""
     parts = Path(path).parts
     if "snapshots" in parts[:-1]:
-        return parts[parts.index("snapshots") - 1].split("--")[-1]
-    return parts[-1] if parts else ""
+        place = parts.index("snapshots")
+        return parts[place - 1].split("--")[-1], parts[place + 1]
+    name, _, revision = (parts[-1] if parts else "").partition("@")
+    return name, revision
 
 
 def stacked_experts(parameters: Iterable[str]) -> str:

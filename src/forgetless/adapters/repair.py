@@ -43,6 +43,7 @@ from forgetless.core.progress import counted
 from forgetless.core.projection import best_of_rank, repaired
 from forgetless.core.spectra import Update, dense, output_energy, update_norm
 from forgetless.core.tensors import read_tensors
+from forgetless.models.hub import folder_of
 from forgetless.models.load import load_model, load_tuned
 from forgetless.models.state import base_of
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
@@ -231,7 +232,7 @@ def repair(
     Args:
         adapter: the folder of a LoRA, whoever trained it, or a PeftModel; an anchored one is
             exported first, exactly, at twice its rank. Also a model that was tuned in whole, or
-            its folder.
+            its folder. A folder may be given by its name on the Hugging Face hub.
         base: the untouched model that gets the repaired adapter, or its name or folder. Where it
             is the model that a given PeftModel stands on, the repaired adapter comes beside the
             old one, as "repaired", and is the active one.
@@ -260,6 +261,7 @@ def repair(
         >>> healed = fl.repair(model, base, keep, task)  # doctest: +SKIP
         >>> fl.save(healed, "healed/", adapter_name="repaired")  # doctest: +SKIP
     """
+    adapter = adapter if isinstance(adapter, nn.Module) else folder_of(adapter)
     given = STRENGTHS if strength == "auto" else (checked_strength(strength),)
     if is_tuned(adapter):
         if strength == "auto":

@@ -31,6 +31,7 @@ from forgetless.core.cache import shared_inputs
 from forgetless.core.errors import UserError, first_few
 from forgetless.core.method import Factors
 from forgetless.core.progress import counted
+from forgetless.models.hub import folder_of
 from forgetless.models.load import load_model, load_tuned
 from forgetless.models.parts import block_of, part_of
 from forgetless.models.state import base_of
@@ -188,7 +189,7 @@ def spectra(
 
     Args:
         adapter: the folder of a LoRA, a PeftModel, or a model that was tuned in whole, or its
-            folder. It is left as it is.
+            folder, which may be given by its name on the Hugging Face hub. It is left as it is.
         base: the untouched model, or its name; None for the one that a PeftModel stands on.
         stats: activations on the text to keep, for what the update does to it.
         task_stats: those on the new task's text, for what the two share.
@@ -329,7 +330,7 @@ def updates_of(
     if isinstance(adapter, nn.Module):
         yield base_of(model), _differences(adapter, base_of(model))
         return
-    folder = Path(adapter)
+    folder = folder_of(adapter)
     if not (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
         yield base_of(model), _differences(load_tuned(folder, model), base_of(model))
         return

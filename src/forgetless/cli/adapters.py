@@ -144,7 +144,9 @@ def init(
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Its folder.")],
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Its folder, or its name on the hub.")
+    ],
     out: NewFolder,
     rank: Annotated[str, typer.Option(help="exact, requested or a number.")] = "exact",
     base: Annotated[str | None, typer.Option(help="The base, where it is not recorded.")] = None,

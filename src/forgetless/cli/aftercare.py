@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from forgetless.cli.commands.aftercare import Asked
 
 Source = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="An adapter, a run or a tuned model: its folder.")
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="An adapter, a run or a tuned model: its folder, or its name on the hub.",
+    ),
 ]
 OfBase = Annotated[
     str | None, typer.Option("--base", help="The base, where the folder does not name it.")

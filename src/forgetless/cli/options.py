@@ -45,7 +45,10 @@ Check = Annotated[
     bool, typer.Option("--check", help="Only say what is wrong, before any weight is loaded.")
 ]
 
-Base = Annotated[str, typer.Argument(metavar="BASE", help="'pocket', a model folder or a hub id.")]
+Base = Annotated[
+    str,
+    typer.Argument(metavar="BASE", help="'pocket', a model folder or a hub id (ID@REVISION too)."),
+]
 NewFolder = Annotated[str, typer.Option("--out", help="New folder to write to.")]
 Calibration = Annotated[
     str | None,

@@ -12,7 +12,11 @@ from forgetless.cli.screen import begin
 from forgetless.cli.tables import print_json, print_table, print_text
 
 Source = Annotated[
-    str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Its folder; of 'chat' a tuned model's too.")
+    str,
+    typer.Argument(
+        metavar="RUN_OR_ADAPTER",
+        help="Its folder, or its name on the hub; of 'chat' a tuned model's too.",
+    ),
 ]
 OfBase = Annotated[str | None, typer.Option("--base", help="The base, where it is not recorded.")]
 

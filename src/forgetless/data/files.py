@@ -295,7 +295,7 @@ def _rows_of(loaded: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
-    """The rows of ``hub:ID``, ``hub:ID:CONFIG`` or ``hub:ID:CONFIG:SPLIT``."""
+    """The rows of ``hub:ID``, ``hub:ID:CONFIG`` or ``hub:ID:CONFIG:SPLIT``; ID, or ID@REVISION."""
     repository, _, rest = name.removeprefix(HUB).partition(":")
     configuration, _, split = rest.partition(":")
     hint = f"write '{HUB}ID:CONFIG:SPLIT', or give a file"
@@ -308,9 +308,13 @@ def hub_data(repository: str, configuration: str | None, split: str, hint: str) 
     Raises:
         UserError: it cannot be had; ``hint`` says what to do.
     """
+    from forgetless.models.hub import go_offline_if_unreachable  # imports huggingface_hub: slow
+
     datasets = optional_package("datasets")
+    go_offline_if_unreachable()
+    name, _, revision = repository.partition("@")
     try:
-        return datasets.load_dataset(repository, configuration, split=split)
+        return datasets.load_dataset(name, configuration, split=split, revision=revision or None)
     except Exception as problem:
         # What there is to choose from stands in the second line.
         line = " ".join(str(problem).split("\n")[:2]).rstrip(".")

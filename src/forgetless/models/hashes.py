@@ -7,6 +7,7 @@ from pathlib import Path
 
 from forgetless.core.hashing import content_hash, files_hash
 from forgetless.models.gguf import is_gguf
+from forgetless.models.hub import HubName, commit_of
 from forgetless.models.load import resolve_base
 from forgetless.models.trust import is_trusted
 
@@ -22,13 +23,10 @@ def base_hash(base: str, new_classes: Sequence[str] = ()) -> str:
     resolved = resolve_base(base)
     if is_gguf(base):  # the config of its folder names the version of what unpacked it
         found = content_hash(Path(base).expanduser())
-    elif Path(resolved).is_dir():
-        found = weights_hash(resolved, {".py"} if is_trusted(base) else set())
+    elif hub := HubName.find(resolved):
+        found = hashlib.sha256(f"{hub.repository}@{commit_of(hub)}".encode()).hexdigest()
     else:
-        from huggingface_hub import hf_hub_download
-
-        commit = Path(hf_hub_download(resolved, "config.json")).parent.name
-        found = hashlib.sha256(f"{resolved}@{commit}".encode()).hexdigest()
+        found = weights_hash(resolved, {".py"} if is_trusted(base) else set())
     more = json.dumps([found, *new_classes])
     return hashlib.sha256(more.encode()).hexdigest() if new_classes else found
 

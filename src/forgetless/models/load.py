@@ -1,6 +1,5 @@
 """Base models: find, load, and name the layers that an adapter may sit on."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
 from forgetless.core.errors import UserError, first_line, unknown
 from forgetless.models.gguf import is_gguf, unpacked
 from forgetless.models.heads import add_head, divided, is_of_new_head, name_classes, start_head
+from forgetless.models.hub import HubName, commit_of
 from forgetless.models.pocket import POCKETS
 from forgetless.models.quantised import Format, quantisation, unavailable, unpacked_dtype
 from forgetless.models.state import base_of
@@ -97,21 +96,20 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def resolve_base(base: str, *, weights: bool = True) -> str:
-    """The folder or hub id that `base` stands for, without downloading anything.
+    """The folder or the name on the hub that `base` stands for; no file is downloaded.
 
     Args:
         base: "pocket" or "pocket-vision" for a shipped model, a folder with config.json and
             weights, a GGUF file, which is unpacked into a folder when it is asked for first, or the
-            id of a model on the Hugging Face hub.
+            name of a model on the Hugging Face hub, see `forgetless.models.hub`.
         weights: whether a folder must hold them; for shapes its config.json is enough.
 
     Raises:
-        UserError: a folder that is no model, a path that does not exist, a name that cannot be a
-            hub id, or, when offline, a hub id that is not in the local cache.
+        UserError: a folder that is no model, a path that does not exist, or a name of which there
+            is no model on the hub or, where that does not answer, in the local cache.
     """
     if base in POCKETS:
         return str(POCKETS[base]())
@@ -124,14 +122,23 @@ def resolve_base(base: str, *, weights: bool = True) -> str:
         if is_gguf(base):
             return str(unpacked(folder))
         raise UserError(f"base {base!r} is a file, not a model folder. {hint}")
-    if not _HUB_ID.fullmatch(base):
+    hub = HubName.find(base)
+    if hub is None:
         raise UserError(f"base {base!r} does not exist. {hint}")
-    if constants.HF_HUB_OFFLINE and not _is_cached(base):
-        raise UserError(
-            f"base {base!r} is no folder, and no model of that name is in the local Hugging Face "
-            f"cache (HF_HUB_OFFLINE is set, so nothing is downloaded). {hint}"
-        )
+    try:
+        commit_of(hub)
+    except UserError as problem:
+        raise UserError(f"base {problem}") from problem
     return base
+
+
+def _source(base: str, *, weights: bool = True) -> dict[str, Any]:
+    """The arguments by which transformers reads the files of a base."""
+    resolved = resolve_base(base, weights=weights)
+    found: dict[str, Any] = {"trust_remote_code": is_trusted(base)}
+    if hub := HubName.find(resolved):
+        resolved, found["revision"] = hub.repository, commit_of(hub)
+    return found | {"pretrained_model_name_or_path": resolved}
 
 
 def _check_model_folder(folder: Path, weights: bool) -> None:
@@ -164,10 +171,6 @@ def _some_names(folder: Path) -> str:
     return shown or "nothing"
 
 
-def _is_cached(hub_id: str) -> bool:
-    return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
-
-
 def load_model(
     base: str,
     *,
@@ -198,8 +201,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    source = resolve_base(base)
-    config, head = _load_config(base, source)
+    config, head = _load_config(base)
     bare, is_packed = is_bare(config), is_stored_packed(config)
     if bare:
         _require_head(base, config, new_classes)
@@ -220,10 +222,9 @@ def load_model(
         more["device_map"] = device_map
     try:
         model, loading = head.auto_class.from_pretrained(
-            source,
             dtype=dtype,
             output_loading_info=True,
-            trust_remote_code=is_trusted(base),
+            **_source(base),
             **more,
         )
     except Exception as problem:  # whatever a library raises for a bad file
@@ -237,6 +238,9 @@ def load_model(
     model = (start_head if bare else divided)(model)
     model = model.to(device_of(device)) if device_map is None else model
     hold_packing(model)
+    if (hub := HubName.find(base)) and hub.revision:
+        # transformers forgets the revision; the tokenizer may be loaded by this name.
+        model.name_or_path = model.config._name_or_path = base
     return (add_head(model, new_classes) if new_classes else model).eval()
 
 
@@ -253,13 +257,14 @@ def is_stored_packed(config: PretrainedConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def _load_config(base: str, source: str) -> tuple[PretrainedConfig, Head]:
+def _load_config(base: str, *, weights: bool = True) -> tuple[PretrainedConfig, Head]:
     """The config of a base and its head; one with none of `HEADS` is refused by name.
 
     Of an encoder alone it is the head that its architecture can have, still without a class.
     """
+    source = _source(base, weights=weights)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=is_trusted(base))
+        config = AutoConfig.from_pretrained(**source)
     except Exception as problem:  # whatever a library raises for a bad file
         if "trust_remote_code" in str(problem):
             raise _needs_trust(base) from None
@@ -307,7 +312,7 @@ def config_of(base: str, *, weights: bool = True) -> PretrainedConfig:
     Raises:
         UserError: as `load_model`.
     """
-    return _load_config(base, resolve_base(base, weights=weights))[0]
+    return _load_config(base, weights=weights)[0]
 
 
 def head_of(base: str | nn.Module) -> Head | None:
@@ -317,7 +322,7 @@ def head_of(base: str | nn.Module) -> Head | None:
         UserError: as `load_model`, for a name.
     """
     if isinstance(base, str):
-        return _load_config(base, resolve_base(base, weights=False))[1]
+        return _load_config(base, weights=False)[1]
     names = {parent.__name__ for parent in type(base_of(base)).__mro__}
     known = next((head for head in HEADS if head.names & names), None)
     return known or _head_of_own_code(getattr(base_of(base), "config", None))
@@ -379,9 +384,9 @@ def load_image_processor(base: str, *, weights: bool = True) -> BaseImageProcess
 
 def _load_beside(base: str, auto_class: Any, noun: str, weights: bool) -> Any:
     """What lies beside a base's weights, by transformers' class that loads it."""
-    source = resolve_base(base, weights=weights)
+    source = _source(base, weights=weights)
     try:
-        return auto_class.from_pretrained(source, trust_remote_code=is_trusted(base))
+        return auto_class.from_pretrained(**source)
     except Exception as problem:  # whatever a library raises for a bad file
         if "trust_remote_code" in str(problem):
             raise _needs_trust(base) from None
@@ -402,8 +407,7 @@ def meta_model(
     Raises:
         UserError: as `load_model`.
     """
-    source = resolve_base(base, weights=weights)
-    config, head = _load_config(base, source)
+    config, head = _load_config(base, weights=weights)
     if is_bare(config):
         classes = ["", " "] if bare else []
         _require_head(base, config, classes)

@@ -26,6 +26,7 @@ from forgetless.data.modality import Processor, modality_of
 from forgetless.data.settings import CalibrationSettings, DataSettings
 from forgetless.data.texts import SELF, said
 from forgetless.models.heads import heads_of, is_without_own
+from forgetless.models.hub import folder_of
 from forgetless.models.load import load_tuned
 from forgetless.models.state import base_of
 from forgetless.scores.gates import Limit
@@ -148,6 +149,7 @@ class Adjustable:
         wanted = [strength for strength in strengths if strength]
         self._moments = keep, task
         self.own = "default"
+        adapter = adapter if isinstance(adapter, nn.Module) else folder_of(adapter)
         if is_tuned(adapter):
             self.model: Any = (
                 adapter if isinstance(adapter, nn.Module) else load_tuned(adapter, base)

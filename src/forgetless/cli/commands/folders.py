@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from forgetless.adapters.folders import CONFIG_FILE, classes_for
+from forgetless.adapters.folders import CONFIG_FILE, classes_for, recorded_base
 from forgetless.core.errors import UserError
 from forgetless.core.files import read_json
+from forgetless.models.hub import folder_of
 from forgetless.models.load import load_model
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.folder import RunFolder
@@ -39,8 +40,11 @@ class Trained:
 
     @classmethod
     def find(cls, path: str | Path) -> Trained:
-        """What lies at ``path``: a run's folder, an adapter's or a model's."""
-        path = Path(path)
+        """What lies at ``path``: a run's folder, an adapter's or a model's.
+
+        It may be the name of an adapter or a model on the Hugging Face hub.
+        """
+        path = folder_of(path)
         if not path.is_dir():
             raise FileNotFoundError(f"no folder {path}; give a run or an adapter")
         run = RunFolder(path)
@@ -52,7 +56,7 @@ class Trained:
             raise UserError(f"the run {path} has no trained weights yet; finish it first")
         config = read_json(path / CONFIG_FILE)
         if config:
-            return cls(path, config.get("base_model_name_or_path"), True)
+            return cls(path, recorded_base(config), True)
         if (path / "config.json").exists():
             return cls(path, None, False)
         raise UserError(

@@ -32,6 +32,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.core.errors import UserError, unknown
+from forgetless.models.hub import go_offline_if_unreachable
 from forgetless.models.state import evaluating, generators_kept
 from forgetless.tasks.asking import is_templated
 from forgetless.tasks.base import TaskResult
@@ -210,6 +211,7 @@ _LENGTHS = frozenset({"max_gen_toks", "max_new_tokens", "max_tokens", "max_compl
 def _load(name: str, data_dir: str | Path | None) -> Any:
     """The harness's own task objects."""
     if data_dir is None:
+        go_offline_if_unreachable()  # or each of the task's files would be tried for half a minute
         folders = [] if name.endswith((".yaml", ".yml")) else sorted(_folders(name))
         return TaskManager(include_path=folders, include_defaults=False).load([name])
     # The files are gone after this: what would be read from them later is held in memory.
