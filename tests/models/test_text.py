@@ -55,7 +55,8 @@ def test_targets_are_the_layers_that_text_passes_through(name: str) -> None:
     found = find_targets(model)
     reached = called(model, linear)
     assert set(found.layers) == reached - {"lm_head", "output"}
-    assert set(found.unread) == linear - reached
+    by_torch = {"model.vision_tower.head.attention.out_proj"}  # no target of anybody's
+    assert set(found.unread) == linear - reached - by_torch
     assert found.skipped == []
     for part in ("attention", "mlp"):
         assert set(target_layers(model, part)) <= reached
