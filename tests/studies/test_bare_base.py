@@ -15,7 +15,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertModel,
     ConvNextConfig,
@@ -159,6 +161,65 @@ def test_all_beside_the_encoder_is_new_and_nothing_is_lost(family: str, tmp_path
     assert torch.allclose(logits_of(load_model(str(tmp_path / "merged"))), after, atol=1e-5)
 
 
+SCRIPTS: dict[str, tuple[str, Any, int]] = {
+    "bert": ("bert", AutoModelForSequenceClassification, 3),
+    "reward": ("llama", AutoModelForSequenceClassification, 1),
+    "tokens": ("roberta", AutoModelForTokenClassification, 5),
+    "answers": ("bert", AutoModelForQuestionAnswering, 2),
+    "vit": ("vit", AutoModelForImageClassification, 4),
+    "other classes": ("own vit", AutoModelForImageClassification, 4),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_head_that_transformers_drew_is_trained_and_exported_whole(
+    script: str, tmp_path: Path
+) -> None:
+    """A script's own line loads the model; each time the head is another."""
+    family, kind, labels = SCRIPTS[script]
+    is_own = family.startswith("own")
+    base = str(save_image_classifier(tmp_path / "base")) if is_own else save_bare(tmp_path, family)
+
+    def loaded(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return kind.from_pretrained(base, num_labels=labels, ignore_mismatched_sizes=True)
+
+    def said(model: Any) -> Tensor:
+        with torch.no_grad():
+            found = model.eval()(**modality_of(model).probe(model))
+            logits: Tensor = found["start_logits" if script == "answers" else "logits"]
+        return logits
+
+    model = loaded(1)
+    before = said(model)
+    adapted = fl.attach(model, "pissa", rank=2, alpha=2)
+    assert torch.equal(said(adapted), before)
+    head = [n for n, w in adapted.named_parameters() if w.requires_grad and ".lora_" not in n]
+    assert head
+    assert all(".modules_to_save." in name for name in head)
+    torch.manual_seed(2)
+    for weight in adapted.parameters():
+        weight.data += 0.05 * torch.randn(weight.shape) if weight.requires_grad else 0
+    fl.export(adapted, tmp_path / "adapter")
+    fl.save(adapted, tmp_path / "native")
+    theirs = PeftModel.from_pretrained(loaded(3), tmp_path / "adapter")
+    assert torch.allclose(said(theirs), said(adapted), atol=1e-5)
+    assert torch.equal(said(fl.load(loaded(4), tmp_path / "native")), said(adapted))
+    with adapter_off(adapted):
+        assert torch.equal(said(adapted), before)
+    adapted.save_pretrained(str(tmp_path / "checkpoint"))  # as a Trainer does
+    fl.export(fl.load(loaded(5), tmp_path / "checkpoint"), tmp_path / "again")
+    classes = read_json(tmp_path / "again" / "config.json")["id2label"]
+    assert classes == {str(n): f"LABEL_{n}" for n in range(labels)}
+
+
+def test_a_head_that_was_loaded_is_the_bases_own(tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(save_classifier(tmp_path))
+    adapted = fl.attach(model, "lora", rank=2)
+    assert adapted.peft_config["default"].modules_to_save is None
+    assert not hasattr(model.config, "own_classes")
+
+
 @pytest.mark.parametrize("family", ["dinov2", "roberta"])
 def test_the_head_of_a_base_of_16_bits_is_trained_in_32(family: str, tmp_path: Path) -> None:
     base = save_bare(tmp_path, family)
@@ -251,8 +312,7 @@ def test_a_run_learns_and_a_fresh_process_agrees(world: Path, tmp_path: Path, py
         assert again == (row["base_score"], row["score"])
     assert export_adapter(done.folder, tmp_path / "again").exact
     card = (adapter / "README.md").read_text()
-    assert "num_labels=" in card
-    assert "ignore_mismatched_sizes" not in card
+    assert "num_labels=len(names), ignore_mismatched_sizes=True)" in card
 
 
 @pytest.mark.parametrize("method", ["pissa", "full"])

@@ -27,7 +27,7 @@ from forgetless.core.method import Decomposition, Factors, Method
 from forgetless.core.progress import counted
 from forgetless.data.modality import modality_of
 from forgetless.methods import decompose, find
-from forgetless.models.heads import new_modules
+from forgetless.models.heads import find_new_head, new_modules
 from forgetless.models.state import as_base, base_of
 from forgetless.models.targets import Targets, find_targets
 from forgetless.models.weights import is_offloaded, linear_weight, unreadable, weight_shape
@@ -86,8 +86,9 @@ def attach(
 
     Args:
         model: any transformers model, or a PeftModel that gets one more adapter, which becomes
-            the active one. Its weights are never written. The new head of a classifier, see
-            `forgetless.models.heads.add_head`, is the adapter's and trained beside it.
+            the active one. Its weights are never written. The new head of a classifier, of
+            `forgetless.models.heads.add_head` or one that transformers drew because what the model
+            was loaded from has none, is the adapter's and trained beside it.
         method: how the adapter starts: a name of METHODS other than `full`, or a `Method`.
         rank: r, in 1..min(out, in) of every target layer.
         alpha: scaling = alpha / rank, or alpha / √rank with `use_rslora`.
@@ -125,6 +126,7 @@ def attach(
             "Train the model as it is, or choose another method."
         )
     check_addable(model, adapter_name)
+    find_new_head(model)
     targets = find_targets(model, target_modules)
     layers = targets.layers
     ranks = layer_ranks(layers, rank, alpha, rank_pattern, alpha_pattern, use_rslora)

@@ -1,5 +1,6 @@
 """`export`, `save` and `load`: an adapter as a folder of safetensors and JSON."""
 
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +35,7 @@ from forgetless.core.tensors import read_tensors, write_tensors
 from forgetless.models.heads import (
     add_head,
     divided_state,
+    find_new_head,
     head_classes,
     heads_of,
     joined,
@@ -236,7 +238,9 @@ def _write(
         write_json(folder / START_FILE, start, checked=True)
     if config.modules_to_save and new_modules(model):
         base: Any = base_of(model)
-        base.config.to_json_file(folder / HEADS_FILE)
+        # Two classes without names of their own are transformers' default, which it leaves out.
+        content = json.loads(base.config.to_json_string()) | {"id2label": base.config.id2label}
+        write_json(folder / HEADS_FILE, content)
     usual, values = LoraConfig().to_dict(), {}
     for key, value in sorted(config.to_dict().items()):
         if key in _ALWAYS or value != usual.get(key):
@@ -336,6 +340,7 @@ def load(
     with reading(f"the adapter in {folder}", "export or save it again"):
         _check_fits(folder, config, state, base)
         state = _with_its_head(folder, config, state, base)
+        find_new_head(base)
         _keep_whole_modules_apart(folder, config, state, base)
         _name_base(folder, config, base)
         config.inference_mode = not trainable

@@ -23,12 +23,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PretrainedConfig
 
 from forgetless.core.errors import UserError
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 
 _PEFTS = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 """What PEFT puts beside a layer."""
+
+_HEADED = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)")
+"""In the names of transformers' classes of a model with a head beside an encoder."""
 
 _IGNORED = -100
 """The label of what is not learned."""
@@ -75,6 +79,32 @@ def new_modules(model: Any) -> list[str]:
     sizes = {n: sum(w.numel() for w in part.parameters()) for n, part in base.named_children()}
     encoder = max(sizes, key=lambda name: sizes[name])
     return [name for name, size in sizes.items() if size and name != encoder]
+
+
+def find_new_head(model: Any) -> None:
+    """Say in a classifier's config that its head is new, where what it was loaded from has none.
+
+    transformers draws a head that the stored weights lack, or have of another number of classes, at
+    random: no adapter on it means anything anywhere else, and it is trained whole. A model whose
+    origin is not known, or is not on this machine, is left as it is.
+    """
+    base = _base_of(model)
+    config: Any = getattr(base, "config", None)
+    kinds = {kind.__name__ for kind in type(base).__mro__}
+    if hasattr(config, "own_classes") or not any(map(_HEADED.search, kinds)):
+        return
+    try:
+        stored, _ = PretrainedConfig.get_config_dict(
+            config._name_or_path,
+            revision=getattr(config, "_commit_hash", None),
+            local_files_only=True,
+        )
+    except OSError:
+        return
+    classes = len(stored.get("id2label") or range(stored.get("num_labels") or 2))
+    made_as = set(stored.get("architectures") or kinds)
+    if not made_as & kinds or classes != config.num_labels:
+        name_classes(config, [], head_classes(config)[0])
 
 
 def is_of_new_head(model: Any, weight: str) -> bool:
