@@ -36,6 +36,22 @@ def test_a_kind_comes_before_a_task_of_the_harness() -> None:
     ]
 
 
+def test_a_kind_and_its_file_are_one_name_wherever_a_task_is_named(tmp_path: Path) -> None:
+    named = {"kind": "perplexity", "path": "a/notes.txt", "name": "perplexity_notes"}
+    assert resolved("perplexity:a/notes.txt", KINDS) == [named]
+    assert resolved({"kind": "perplexity:a/notes.txt", "name": "old"}, KINDS) == [
+        {**named, "name": "old"}
+    ]
+    assert task_specs("perplexity:a/notes.txt") == [named]
+    for wrong in ("perplexty:a/notes.txt", "perplexty:notes"):
+        with pytest.raises(UserError, match="'perplexty"):
+            make_task(wrong)
+    (tmp_path / "notes.txt").write_text("some text\n")
+    (tmp_path / "other.txt").write_text("some more\n")
+    made = make_tasks([f"perplexity:{tmp_path}/{name}.txt" for name in ("notes", "other")])
+    assert [task.name for task in made] == ["perplexity_notes", "perplexity_other"]
+
+
 def test_suites_stand_for_the_papers_tasks() -> None:
     assert kinds_of("commonsense") == ["hellaswag", "arc_challenge", "winogrande"]
     assert kinds_of("world-knowledge") == ["triviaqa", "nq_open", "webqs"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -92,11 +91,9 @@ def calibration_of(
 def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
     """Tasks: ``pocket_recall,perplexity:notes.txt,commonsense,mine.yaml``.
 
-    These are kinds, tasks and suites, or YAML files; a colon stands between a kind and its file. Of
-    the options those that are not None go to the tasks that have them.
+    They are as a recipe names them, see `forgetless.tasks.names.resolved`. Of the options those
+    that are not None go to the tasks that have them.
     """
-    from forgetless.core.files import folder_name
-    from forgetless.data.sources import Source
     from forgetless.tasks import TASKS, kind_of
     from forgetless.tasks.names import resolved
 
@@ -105,14 +102,10 @@ def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
     specs: list[dict[str, Any]] = []
     parts = re.split(r",(?![^,:]*=)", names)  # of FILE#prompt=q,completion=a the commas stay
     for name in filter(None, (part.strip() for part in parts)):
-        kind, _, path = name.partition(":")
-        source = Source.of(path)
-        label = folder_name(f"{kind}_{Path(source.name).stem}{'_held' * source.held}")
-        spec = {"kind": kind, "path": path, "name": label} if path else {"kind": kind}
-        for settings in resolved(spec, known):
+        for settings in resolved(name, known):
             asked = kind_of(settings["kind"])
             if "path" in asked.required() and "path" not in settings:
-                raise UserError(f"task {kind!r} needs a 'path': write {kind}:FILE")
+                raise UserError(f"task {name!r} needs a 'path': write {name}:FILE")
             has = asked.defaults()
             specs.append(settings | {key: value for key, value in given.items() if key in has})
     return specs

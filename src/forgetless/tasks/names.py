@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError, unknown
-from forgetless.core.files import load_yaml
+from forgetless.core.files import folder_name, load_yaml
 from forgetless.core.plugins import is_named
 from forgetless.data.sources import Source
 from forgetless.tasks.harness.index import find, is_installed
@@ -33,9 +33,10 @@ def resolved(spec: str | Mapping[str, Any], kinds: Mapping[str, Collection[str]]
     """The tasks that a spec stands for, each as a mapping with a known kind and its settings.
 
     Args:
-        spec: the name of a kind, of a task of lm-eval or of a suite; a YAML file with a task of
-            one's own, or with one in lm-eval's form; or a mapping with such a name as its "kind"
-            (or "name") and settings, which a suite hands on to the tasks that have them.
+        spec: the name of a kind, with a colon before its file ("perplexity:notes.txt") where it
+            reads one, of a task of lm-eval or of a suite; a YAML file with a task of one's own, or
+            with one in lm-eval's form; or a mapping with such a name as its "kind" (or "name") and
+            settings, which a suite hands on to the tasks that have them.
         kinds: the settings of each kind by its name.
 
     Raises:
@@ -46,6 +47,13 @@ def resolved(spec: str | Mapping[str, Any], kinds: Mapping[str, Collection[str]]
     if kind is None:
         raise UserError(f"a task needs a 'kind', one of {', '.join(kinds)}; got {dict(settings)!r}")
     name = str(kind)
+    of, _, file = name.partition(":")
+    if file and of in kinds:
+        source = Source.of(file)
+        own = folder_name(f"{of}_{Path(source.name).stem}{'_held' * source.held}")
+        return [{"kind": of, "path": file, "name": own, **settings}]
+    if file and not file.isidentifier():
+        raise unknown("task", of, [*kinds, *SUITES])
     if name in kinds or is_named(name):
         return [{"kind": name, **settings}]
     if name.endswith(_FILES):
