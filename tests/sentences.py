@@ -11,6 +11,8 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     RobertaConfig,
@@ -22,6 +24,7 @@ from tests.tiny import tokenizer
 CLASSES = ("sport", "trade", "world")
 FAMILIES = {
     "bert": (BertConfig, BertForSequenceClassification),
+    "distilbert": (DistilBertConfig, DistilBertForSequenceClassification),
     "roberta": (RobertaConfig, RobertaForSequenceClassification),
     "llama": (LlamaConfig, LlamaForSequenceClassification),
 }

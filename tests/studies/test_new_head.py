@@ -106,7 +106,7 @@ def plain_peft(base: str, folder: Path) -> Any:
     return PeftModel.from_pretrained(model, folder)
 
 
-@pytest.mark.parametrize("family", ["vit", *IMAGE_MODELS, "bert", "roberta", "llama"])
+@pytest.mark.parametrize("family", ["vit", *IMAGE_MODELS, "bert", "distilbert", "roberta", "llama"])
 def test_the_own_head_stays_and_nothing_is_lost(family: str, tmp_path: Path) -> None:
     base = save_family(tmp_path / "base", family)
     before = logits_of(load_model(base))

@@ -127,7 +127,8 @@ def export(
         )
     state = plain.state
     if (heads := heads_of(model)) and plain.config.modules_to_save:
-        plain.config.modules_to_save, state = [heads[0]], joined(state, model)
+        plain.config.modules_to_save = [_told_apart(heads[0], base_of(model))]
+        state = joined(state, model)
     with _replaced(Path(folder)) as new:
         _write(new, plain.config, state, model)
         classes = head_classes(base_of(model).config) if new_modules(model) else ((), ())
@@ -148,6 +149,15 @@ def export(
         relative_error=plain.relative_error,
         layer_errors=plain.layer_errors,
     )
+
+
+def _told_apart(name: str, base: nn.Module) -> str:
+    """How PEFT's `modules_to_save` must call a module, since it takes all whose names end so.
+
+    DistilBERT has a ``pre_classifier`` beside its ``classifier``.
+    """
+    others = (other for other, _ in base.named_modules() if other != name)
+    return f"model.{name}" if any(other.endswith(name) for other in others) else name
 
 
 def _tied_targets(model: PeftModel, adapter_name: str) -> tuple[str, str] | None:
