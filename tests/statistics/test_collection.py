@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    DebertaV2Config,
+    DebertaV2Model,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
 )
@@ -713,6 +715,35 @@ def test_inputs_with_one_head_between_row_and_token_are_matched_to_the_mask() ->
     moment, count = reference(model, examples("llama"))["model.layers.0.self_attn.kv_b_proj"]
     assert found.tokens == count
     torch.testing.assert_close(found.second_moment, moment, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [None, 24 * 24 * 8], ids=["one pass", "passes"])
+@pytest.mark.parametrize("kinds", [["p2c", "c2p"], ["c2p"]], ids="-".join)
+def test_a_table_of_places_that_a_layer_reads_counts_once_a_sequence(
+    kinds: list[str], budget: int | None
+) -> None:
+    """Keys of DeBERTa read its relative places too, queries may, and values do not."""
+    torch.manual_seed(0)
+    model = DebertaV2Model(
+        DebertaV2Config(
+            vocab_size=100,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            relative_attention=True,
+            position_buckets=4,
+            pos_att_type=kinds,
+            share_att_key=True,
+        )
+    ).eval()
+    rows = examples("bert")
+    wanted = reference(model, [{k: v for k, v in row.items() if k != "labels"} for row in rows])
+    found = collect(model, [FAMILIES["bert"].batch(5)], memory_budget=budget)
+    assert set(found) == set(wanted)
+    for name, (moment, count) in wanted.items():
+        assert found[name].tokens == count, name
+        torch.testing.assert_close(found[name].second_moment, moment, atol=1e-6, rtol=1e-5)
 
 
 def test_statistics_are_a_mapping() -> None:

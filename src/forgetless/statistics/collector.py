@@ -42,8 +42,9 @@ class Collector:
     """Sums x x^T over the inputs of some layers, one forward after the other.
 
     The first forward goes all the way and teaches the order in which layers are called and which
-    of them get the very same tensor; of those, the one called first, the *leader*, is summed.
-    Later forwards stop after the last block that is needed.
+    of them get the very same tensors; of those, the one called first, the *leader*, is summed. If
+    some share but a part of their inputs, it is run again with a sum for each of these. Later
+    forwards stop after the last block that is needed.
     """
 
     base: nn.Module
@@ -56,6 +57,7 @@ class Collector:
         self.sums: dict[str, Tensor] = {}  # lower triangles, float64
         self._calls: Counter[str] = Counter()  # in the first forward; keys in call order
         self._seen: dict[int, _Seen] = {}
+        self._apart: set[str] = set()  # layers that got another tensor than their leader, too
         self._rows = TokenRows()
         self._learnt = False
         self._summing = True
@@ -114,7 +116,18 @@ class Collector:
                 self._forward(batch, number)
                 if not self._learnt:
                     self._learnt = True
+                    if self._tell_apart() and self._summing:
+                        self.drop()
+                        self._forward(batch, number)
                     hooks.callback(self._stop_after_last(names, whole_block=begin is not None))
+
+    def _tell_apart(self) -> bool:
+        """Give a sum of its own to each layer that shares but a part of its leader's inputs."""
+        calls = self._calls
+        fewer = {name for name, first in self.leader.items() if calls[name] != calls[first]}
+        self._apart |= fewer
+        self.leader.update({name: name for name in self._apart})
+        return bool(self._apart)
 
     def resume(self, sums: Mapping[str, Tensor], tokens: Mapping[str, int]) -> None:
         """Go on from these sums."""
@@ -192,6 +205,9 @@ class Collector:
         now = seen.layer if seen is not None and same else name
         leader = self.leader.setdefault(name, name if self._learnt else now)
         if leader not in (name, now):
+            if not self._learnt:
+                self._apart.add(name)
+                return leader
             raise RuntimeError(
                 f"layer {name!r} shared its input with {leader!r} in the first batch and does not "
                 "now; collect the two in separate calls, by target_modules"

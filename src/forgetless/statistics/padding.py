@@ -22,8 +22,8 @@ class TokenRows:
     def __init__(self, encoder: Tensor | None = None, decoder: Tensor | None = None) -> None:
         self._encoder, self._decoder = (
             None
-            if mask is None or bool(mask.all())
-            else (mask.shape, mask.flatten().nonzero().squeeze(1))
+            if mask is None
+            else (mask.shape, None if mask.all() else mask.flatten().nonzero().squeeze(1))
             for mask in (encoder, decoder)
         )
         self._in_decoder = False
@@ -40,9 +40,14 @@ class TokenRows:
         if mask is None:
             return rows
         (batch, tokens), kept = mask
-        if tuple(x.shape[:-1]) in ((batch, tokens), (batch, 1, tokens), (batch * tokens,)):
-            return rows[kept.to(rows.device)]
-        if tuple(x.shape[:-1]) == (batch,):  # pooled: one row a sequence
+        shape = tuple(x.shape[:-1])
+        if shape in ((batch, tokens), (batch, 1, tokens), (batch * tokens,)):
+            return rows if kept is None else rows[kept.to(rows.device)]
+        if shape == (batch,):  # pooled: one row a sequence
+            return rows
+        if shape[0] == 1 and len(rows) != batch * tokens:  # a table, of which each sequence reads
+            return rows.repeat(batch, 1)
+        if kept is None:
             return rows
         raise UserError(
             f"layer {name!r} gets inputs of shape {tuple(x.shape)}, which cannot be matched to the "
