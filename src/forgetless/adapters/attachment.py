@@ -261,7 +261,10 @@ def _check_layers(
             try:
                 shape = source.shape(name)
             except KeyError:
-                problems.append(f"there is no {need} of layer {name!r}; collect it on this model")
+                problems.append(
+                    f"there is no {need} of layer {name!r}; collect it on this model, or leave "
+                    "the layer out of target_modules where no input reaches it"
+                )
                 continue
             if shape != wanted:
                 problems.append(
