@@ -50,8 +50,8 @@ def resolved(spec: str | Mapping[str, Any], kinds: Mapping[str, Collection[str]]
     of, _, file = name.partition(":")
     if file and of in kinds:
         source = Source.of(file)
-        own = folder_name(f"{of}_{Path(source.name).stem}{'_held' * source.held}")
-        return [{"kind": of, "path": file, "name": own, **settings}]
+        called = folder_name(f"{of}_{Path(source.name).stem}{'_held' * source.held}")
+        return [{"kind": of, "path": file, "name": called, **settings}]
     if file and not file.isidentifier():
         raise unknown("task", of, [*kinds, *SUITES])
     if name in kinds or is_named(name):
