@@ -441,6 +441,8 @@ def test_peft_alone_refuses_an_anchored_folder(tmp_path: Path) -> None:
     save(attached(family, "pissa"), tmp_path)
     with pytest.raises(UserError, match=r"anchored adapter of forgetless: forgetless\.load\(base"):
         PeftModel.from_pretrained(FAMILIES[family].model(), tmp_path)
+    with pytest.raises(UserError, match=r"anchored adapter of forgetless: forgetless\.load\(base"):
+        FAMILIES[family].model().load_adapter(str(tmp_path))
 
 
 def test_a_lora_trained_elsewhere_is_loaded(tmp_path: Path) -> None:

@@ -129,6 +129,13 @@ class AnchoredLoraModel(LoraModel):
 class _OnlyHere(LoraConfig):
     """What PEFT finds for the type of anchored adapters, so that it says how to load one."""
 
+    def __init__(self, **_: Any) -> None:
+        """Refuse: so does transformers' `load_adapter`, which would leave the anchors out."""
+        raise UserError(
+            "this is an anchored adapter of forgetless: forgetless.load(base, folder) loads it, "
+            "and forgetless.export makes a plain LoRA of it"
+        )
+
     @classmethod
     def from_pretrained(cls, path: Any, *_: Any, **__: Any) -> NoReturn:
         """Refuse by name; PEFT's own answer is a KeyError."""
