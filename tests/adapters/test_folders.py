@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from forgetless.adapters import attachment, folders
 from forgetless.adapters.attachment import attach
@@ -453,6 +454,44 @@ def test_an_adapter_on_added_tokens_is_as_small_as_any_other(
     more, same = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("more", "usual"))
     assert {k: t.shape for k, t in more.items()} == {k: t.shape for k, t in same.items()}
     torch.testing.assert_close(logits(load(longer(), tmp_path / "more"), "qwen2"), wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # PEFT's
+def test_the_embeddings_of_a_base_that_was_given_tokens_come_with_it(
+    family: str, tmp_path: Path
+) -> None:
+    """Each time the new rows are drawn anew; the words and the head share them, or do not."""
+    FAMILIES[family].model().save_pretrained(tmp_path / "base")
+
+    def longer(seed: int) -> Any:
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        base.resize_token_embeddings(102, mean_resizing=False)
+        return base
+
+    def said(model: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model.eval()(torch.tensor([[5, 101, 7, 100]])).logits
+        return found
+
+    model = attach(longer(0), "pissa", rank=2, alpha=3, target_modules=["q_proj", "up_proj"])
+    with torch.no_grad():
+        for weight in trainable(model):
+            weight.add_(0.1)
+    wanted = said(model)
+    assert not torch.equal(said(longer(0)), said(longer(1)))
+    with pytest.warns(UserWarning, match=r"has 102 tokens, and 100 where .*embeddings\(102\)"):
+        export(model, tmp_path / "plain")
+    save(model, tmp_path / "native")
+    theirs = PeftModel.from_pretrained(longer(1), str(tmp_path / "plain"))
+    torch.testing.assert_close(said(theirs), wanted)
+    for folder in ("plain", "native"):
+        base = longer(2)
+        loaded = load(base, tmp_path / folder)
+        torch.testing.assert_close(said(loaded), wanted)
+        with loaded.disable_adapter():
+            assert torch.equal(said(loaded), said(longer(2)))
 
 
 def test_a_changed_part_of_the_base_is_refused_by_name(tmp_path: Path) -> None:

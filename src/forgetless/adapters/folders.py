@@ -14,8 +14,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from forgetless.adapters.anchored import Anchor
 from forgetless.adapters.card import CARD_FILE, is_ours, write_export_card
@@ -45,6 +47,7 @@ from forgetless.models.heads import (
 )
 from forgetless.models.hub import HubName, folder_of
 from forgetless.models.load import config_of, head_of, is_bare, meta_model
+from forgetless.models.origin import stored_config
 from forgetless.models.quantised import packing_of
 from forgetless.models.state import base_modules, base_of, unwrapped
 from forgetless.models.weights import is_linear, weight_shape
@@ -103,6 +106,9 @@ def export(
     the base's first, as PEFT's `modules_to_save`, and `config.json` their names: PEFT loads it on
     the base with that config and `ignore_mismatched_sizes=True`.
 
+    Where the base was given tokens after it was loaded, the file holds its embeddings, as PEFT's
+    own does, and is for a base that was given as many.
+
     Args:
         model: a PeftModel made by `attach` or `load`, or any PEFT LoRA.
         folder: where to; created.
@@ -125,7 +131,7 @@ def export(
             "base's embeddings before merging",
             stacklevel=2,
         )
-    state = plain.state
+    state = plain.state | _given_embeddings(model)
     if (heads := heads_of(model)) and plain.config.modules_to_save:
         plain.config.modules_to_save = [_told_apart(heads[0], base_of(model))]
         state = joined(state, model)
@@ -158,6 +164,34 @@ def _told_apart(name: str, base: nn.Module) -> str:
     """
     others = (other for other, _ in base.named_modules() if other != name)
     return f"model.{name}" if any(other.endswith(name) for other in others) else name
+
+
+def _given_embeddings(model: PeftModel) -> dict[str, Tensor]:
+    """The embeddings of a base that has other tokens than it was loaded with, by PEFT's names."""
+    base: Any = base_of(model)
+    stored = stored_config(base) if isinstance(base, PreTrainedModel) else None
+    if stored is None:
+        return {}
+    rows, known = (
+        getattr(config.get_text_config(), "vocab_size", None) for config in (base.config, stored)
+    )
+    if rows == known:  # or it reads no words
+        return {}
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    warnings.warn(
+        f"the base has {rows} tokens, and {known} where it was loaded from: the export holds its "
+        f"embeddings, and is for a base with base.resize_token_embeddings({rows})",
+        stacklevel=3,
+    )
+    wanted = {unwrapped(end).weight: end for end in reversed(ends) if end is not None}
+    held = {}
+    for name, module in base_modules(model):
+        weight = getattr(module, "weight", None)
+        if weight is not None and (end := wanted.pop(weight, None)) is not None:
+            inner = ".base_layer" if isinstance(end, LoraLayer) else ""
+            if not isinstance(end, ModulesToSaveWrapper):  # of which the file has all
+                held[f"{PREFIX}{name}{inner}.weight"] = weight.detach().clone().cpu()
+    return held
 
 
 def _tied_targets(model: PeftModel, adapter_name: str) -> tuple[str, str] | None:
@@ -308,11 +342,22 @@ def save(
     """
     config = lora_config(model, adapter_name)
     state = get_peft_model_state_dict(model, state_dict=weights, adapter_name=adapter_name)
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    state = _apart({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()})
     with _replaced(Path(folder)) as new:
         start = config.start if isinstance(config, StartConfig) else None
         _write(new, config, state, model, start)
     return Path(folder)
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, of which no two share memory, as safetensors wants them."""
+    found: dict[str, Tensor] = {}
+    places = set[int]()
+    for name, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in places else tensor
+        places.add(place)
+    return found
 
 
 def save_plain(plain: PlainLora, folder: str | Path, model: PeftModel) -> Path:

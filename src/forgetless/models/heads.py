@@ -23,9 +23,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PretrainedConfig
 
 from forgetless.core.errors import UserError
+from forgetless.models.origin import stored_config
 from forgetless.models.weights import is_linear, linear_weight, weight_shape
 
 _PEFTS = re.compile(r"\.(lora_\w+|modules_to_save)\.")
@@ -93,17 +93,11 @@ def find_new_head(model: Any) -> None:
     kinds = {kind.__name__ for kind in type(base).__mro__}
     if hasattr(config, "own_classes") or not any(map(_HEADED.search, kinds)):
         return
-    try:
-        stored, _ = PretrainedConfig.get_config_dict(
-            config._name_or_path,
-            revision=getattr(config, "_commit_hash", None),
-            local_files_only=True,
-        )
-    except OSError:
+    stored = stored_config(base)
+    if stored is None:
         return
-    classes = len(stored.get("id2label") or range(stored.get("num_labels") or 2))
-    made_as = set(stored.get("architectures") or kinds)
-    if not made_as & kinds or classes != config.num_labels:
+    made_as = set(stored.architectures or kinds)
+    if not made_as & kinds or stored.num_labels != config.num_labels:
         name_classes(config, [], head_classes(config)[0])
 
 
