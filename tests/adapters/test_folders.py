@@ -16,7 +16,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+)
 
 from forgetless.adapters import attachment, folders
 from forgetless.adapters.attachment import attach
@@ -492,6 +496,41 @@ def test_the_embeddings_of_a_base_that_was_given_tokens_come_with_it(
         torch.testing.assert_close(said(loaded), wanted)
         with loaded.disable_adapter():
             assert torch.equal(said(loaded), said(longer(2)))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # PEFT's
+def test_embeddings_that_the_base_uses_under_several_names_are_not_half_replaced(
+    tmp_path: Path,
+) -> None:
+    """T5's encoder and decoder have the module `shared`; PEFT would replace it where none looks."""
+    FAMILIES["t5"].model().save_pretrained(tmp_path / "base")
+
+    def longer(seed: int) -> Any:
+        torch.manual_seed(seed)
+        base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+        base.resize_token_embeddings(102, mean_resizing=False)
+        return base
+
+    save(attach(longer(0), "lora", rank=2), tmp_path / "native")
+    load(longer(0), tmp_path / "native")
+    with pytest.raises(UserError, match=r"other weights of shared than this base has"):
+        load(longer(1), tmp_path / "native")
+
+
+def test_a_head_of_other_classes_says_how_to_load_its_base(tmp_path: Path) -> None:
+    def other() -> Any:
+        return AutoModelForImageClassification.from_pretrained(
+            tmp_path / "base", num_labels=4, ignore_mismatched_sizes=True
+        )
+
+    FAMILIES["vit"].model().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
+    get_peft_model(other(), config).save_pretrained(tmp_path / "peft")
+    with pytest.raises(
+        UserError, match=r"\(4, 32\) in the adapter; where its head has other class"
+    ):
+        load(FAMILIES["vit"].model(), tmp_path / "peft")
+    assert load(other(), tmp_path / "peft").peft_config["default"].modules_to_save
 
 
 def test_a_changed_part_of_the_base_is_refused_by_name(tmp_path: Path) -> None:

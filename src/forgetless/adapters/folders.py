@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -439,7 +440,8 @@ def _keep_whole_modules_apart(
     while the adapter is on.
 
     Raises:
-        UserError: a part of a module only, such as its bias, or one that has another shape here.
+        UserError: a part of a module only, such as its bias, one that has another shape here, or
+            one that the base uses under several names.
     """
     modules, held = dict(base_modules(base)), dict[str, dict[str, str]]()
     for key in state:
@@ -447,7 +449,8 @@ def _keep_whole_modules_apart(
         name = name.removesuffix(".base_layer")
         if ".lora_" not in key and isinstance(getattr(modules.get(name), part, None), Tensor):
             held.setdefault(name, {})[part] = key
-    sizes, parts = [], []
+    sizes, parts, shared = [], [], []
+    several = _with_several_names(base)
     for name, keys in held.items():
         own = {key: getattr(modules[name], part) for part, key in keys.items()}
         for key, tensor in own.items():
@@ -464,19 +467,34 @@ def _keep_whole_modules_apart(
         else:
             for sharing, module in modules.items():  # the module itself, and a tied head
                 if any(getattr(module, part, None) is own[key] for part, key in keys.items()):
+                    shared += [sharing] if module in several else []
                     config.modules_to_save = sorted({*(config.modules_to_save or ()), sharing})
                     for part, key in keys.items():
                         state.setdefault(f"{PREFIX}{sharing}.{part}", state[key].clone())
     if sizes:
+        head = head_of(base)
+        hint = _RESIZE if head is None or head.modality == "language" else _RELABEL
         raise UserError(
             f"{folder} holds whole modules of other sizes than this base has: {first_few(sizes)}; "
-            f"{_RESIZE}"
+            f"{hint}"
+        )
+    if shared:
+        raise UserError(
+            f"{folder} holds other weights of {first_few(shared)} than this base has, which uses "
+            "that module under several names, and PEFT would keep it apart under one; give the "
+            "base the weights that the adapter was trained on"
         )
     if parts:
         raise UserError(
             f"{folder} holds {first_few(parts)}, which would change the base itself; train whole "
             "modules with PEFT's modules_to_save, which keeps them apart"
         )
+
+
+def _with_several_names(base: nn.Module) -> set[nn.Module]:
+    """The modules that a model uses at several places, as T5 does its embeddings."""
+    every = Counter(module for _, module in base_of(base).named_modules(remove_duplicate=False))
+    return {module for module, count in every.items() if count > 1}
 
 
 def _with_its_head(
@@ -673,6 +691,10 @@ def stacked_experts(parameters: Iterable[str]) -> str:
 
 
 _RESIZE = "where tokens were added, call base.resize_token_embeddings(...) before"
+_RELABEL = (
+    "where its head has other classes, load the base in Python with as many: from_pretrained(base, "
+    "num_labels=..., ignore_mismatched_sizes=True), and put the adapter on that by forgetless.load"
+)
 
 
 def _check_fits(
