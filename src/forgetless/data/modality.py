@@ -19,6 +19,7 @@ from forgetless.core.errors import UserError
 from forgetless.data.examples import ChatTemplate, Examples, load_examples
 from forgetless.data.forms import Kind
 from forgetless.models.load import HEADS, head_of
+from forgetless.models.text import positions_of
 
 Processor: TypeAlias = Any
 """What makes a model's inputs of raw data, and is saved beside a model: of texts a tokenizer."""
@@ -161,7 +162,8 @@ def training_batches(
         model: whose modality decides; it is not run.
         processor: the model's.
         samples: how many sequences, drawn at random from a larger file.
-        max_length: tokens of the longest sequence; raw text is cut into pieces of it.
+        max_length: tokens of the longest sequence, at most as many as the model reads; raw text is
+            cut into pieces of it.
             Of preferences the chosen answers are read.
         batch_size: sequences a batch; sequences of similar length go together.
         limit: read no more than the first rows of the file.
@@ -181,7 +183,8 @@ def training_batches(
     examples = load_examples(path, limit=limit, **how)
     if examples.kind == "preference":
         examples = examples.answers("chosen")
-    rows = modality_of(model).rows(examples, processor, max_length=max_length, pack=False)
+    length = min(max_length, positions_of(model) or max_length)
+    rows = modality_of(model).rows(examples, processor, max_length=length, pack=False)
     drawn = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))
     return [rows.join(part) for part in longest_first([rows[index] for index in drawn], batch_size)]
 

@@ -207,7 +207,7 @@ class SentenceRows(torch.utils.data.Dataset[Sample]):
         if positions is not None and longest > positions:
             raise UserError(
                 f"the longest example has {longest} tokens, but the model has {positions} "
-                f"positions; set max_length to {positions} or less"
+                f"positions; shorten it, or in a training set max_length to {positions} or less"
             )
         require_known_tokens([[int(ids.max()) for ids in self.columns["input_ids"]]], model)
 
