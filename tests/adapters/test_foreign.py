@@ -137,6 +137,12 @@ def test_a_model_of_replicated_layers_is_not_the_base(folder: Path) -> None:
         load(base(), changed)
 
 
+def test_a_layer_that_is_not_linear_is_told_as_what_it_is(tmp_path: Path) -> None:
+    from_peft("vit", target_modules=["projection"]).save_pretrained(tmp_path)
+    told = "not so: vit.embeddings.patch_embeddings.projection, a Conv2d and not linear"
+    assert told in problem(tmp_path, "vit")
+
+
 def test_what_is_trained_besides_is_listed(tmp_path: Path) -> None:
     from_peft(target_modules=["q_proj"], modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     assert require_usable(tmp_path, base()).besides == ("base_model.model.lm_head.weight",)

@@ -26,7 +26,7 @@ from forgetless.core.files import read_json
 from forgetless.core.method import Factors
 from forgetless.core.spectra import update_norm
 from forgetless.core.tensors import read_tensors
-from forgetless.models.state import base_of
+from forgetless.models.state import base_of, unwrapped
 from forgetless.models.weights import is_linear, linear_weight, unreadable, weight_shape
 
 OLD_EXPERTS = (0, 19)
@@ -141,6 +141,13 @@ class _Layers:
         finite = bool(factors.A.isfinite().all()) and bool(factors.B.isfinite().all())
         return update_norm(factors) if finite else float("nan")
 
+    def told(self, name: str) -> str:
+        """A layer's name, and what it is where no adapter of linear layers can be for it."""
+        module = self.modules[name]
+        if module is None or is_linear(inner := unwrapped(module)):
+            return name
+        return f"{name}, a {type(inner).__name__} and not linear"
+
     @torch.no_grad()
     def size(self, name: str) -> float:
         """‖W‖_F of the base's layer; 0 where its weight cannot be read."""
@@ -178,7 +185,7 @@ def _problems(
             "in another order; load it with that PEFT, and save it with 0.19 or later"
         )
         return
-    total, few = len(found.modules), first_few(found.unmatched)
+    total, few = len(found.modules), first_few([found.told(n) for n in found.unmatched])
     if not total:
         yield f"its {WEIGHTS_FILE} holds no LoRA of any layer"
     elif found.unmatched and config.get("target_parameters"):
