@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from forgetless import attach, collect
 from forgetless.adapters.settings import AdapterSettings
@@ -72,6 +72,27 @@ def test_the_peak_is_that_of_a_real_step(shapes: str, method: str) -> None:
     assert once.gradients + once.activations == pytest.approx(first, rel=0.04)
     again = really_alive(real, gradients=True)
     assert accumulating.activations == pytest.approx(again, rel=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_of_a_mixture_of_experts_too_the_peak_is_that_of_a_real_step(dtype: torch.dtype) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=500, **heads, **SHAPES["narrow"])
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config).to(dtype)
+    training = TrainingSettings(epochs=1.0, batch_size=2)
+    found = step_memory(
+        model,
+        AdapterSettings(method="lora", rank=8, target_modules="attention"),
+        training,
+        length=48,
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    real = get_peft_model(
+        MixtralForCausalLM(config).to(dtype), LoraConfig(r=8, target_modules=targets)
+    )
+    most = really_alive(real.train(), gradients=False)
+    assert found.gradients + found.activations == pytest.approx(most, rel=0.05)
 
 
 def test_a_view_of_a_weight_is_not_counted() -> None:

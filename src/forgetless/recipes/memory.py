@@ -341,6 +341,10 @@ def _fake(like: Tensor, trained: bool) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device="cpu").requires_grad_(trained)
 
 
+_GROUPED = torch.ops.aten._grouped_mm.default
+"""The products of a mixture of experts."""
+
+
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of every storage, from when it is made to when it is freed, and operations.
 
@@ -356,9 +360,14 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is _GROUPED:  # without content it is defined in bfloat16 alone
+            half = (tensor.bfloat16() for tensor in args[:2])
+            result = func(*half, *args[2:], **kwargs).to(args[0].dtype)
+        else:
+            result = func(*args, **kwargs)
         if (product := getattr(func, "_overloadpacket", None)) in flop_registry:
-            self.operations += flop_registry[product](*args, **(kwargs or {}), out_val=result)
+            self.operations += flop_registry[product](*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
