@@ -18,6 +18,7 @@ from forgetless.data.sources import read_rows
 from forgetless.models.hashes import base_hash
 from forgetless.models.hub import HubName, commit_of, snapshot
 from forgetless.models.load import load_model, load_tokenizer
+from forgetless.models.state import source_of
 from tests.cli.test_cli import forgetless  # noqa: F401
 from tests.hub import Hub, ask_again
 from tests.tiny import save_base
@@ -119,10 +120,14 @@ def test_an_adapter_of_a_revision_says_so_as_peft_reads_it(two: Hub, tmp_path: P
     assert (config["base_model_name_or_path"], config["revision"]) == ("acme/base", "v1")
     assert '"acme/base", revision="v1")' in (folder / "README.md").read_text()
     expected = logits(AutoPeftModelForCausalLM.from_pretrained(folder))
+    again = fl.save(fl.load(load_model("acme/base@v1"), folder), tmp_path / "saved")
+    assert json.loads((again / "adapter_config.json").read_text())["revision"] == "v1"
     assert torch.equal(logits(fl.load(load_model("acme/base@v1"), folder)), expected)
     assert Trained.find(folder).base == "acme/base@v1"
     with pytest.warns(UserWarning, match=r"for the base acme/base@v1, and this is acme/base@main"):
-        fl.load(load_model("acme/base@main"), folder)
+        other = fl.load(load_model("acme/base@main"), folder)
+    assert other.peft_config["default"].revision == "main"
+    assert source_of(other) == "acme/base@main"
 
 
 def test_an_adapter_is_given_by_its_name_wherever_a_folder_is(

@@ -28,7 +28,7 @@ from forgetless.core.progress import counted
 from forgetless.data.modality import modality_of
 from forgetless.methods import decompose, find
 from forgetless.models.heads import find_new_head, new_modules
-from forgetless.models.state import as_base, base_of
+from forgetless.models.state import as_base, base_of, source_of
 from forgetless.models.targets import Targets, find_targets
 from forgetless.models.weights import is_offloaded, linear_weight, unreadable, weight_shape
 from forgetless.statistics.collection import collect
@@ -184,7 +184,7 @@ def _statistics_of(
     keep: str | Path, model: nn.Module, target_modules: str | Sequence[str]
 ) -> Statistics:
     """The activations of the base on a text, or on what a source of texts holds."""
-    name, modality = getattr(base_of(model), "name_or_path", ""), modality_of(model)
+    name, modality = source_of(model), modality_of(model)
     if not name:
         raise UserError(
             f"keep= needs the base's {modality.processor_name}, and this model was loaded from "

@@ -50,7 +50,7 @@ from forgetless.models.hub import HubName, folder_of
 from forgetless.models.load import config_of, head_of, is_bare, meta_model
 from forgetless.models.origin import stored_config
 from forgetless.models.quantised import packing_of
-from forgetless.models.state import base_modules, base_of, unwrapped
+from forgetless.models.state import base_modules, base_of, source_of, unwrapped
 from forgetless.models.weights import is_linear, weight_shape
 
 CONFIG_FILE = "adapter_config.json"
@@ -290,8 +290,6 @@ def _write(
     for key, value in sorted(config.to_dict().items()):
         if key in _ALWAYS or value != usual.get(key):
             values[key] = sorted(value) if isinstance(value, set) else value
-    if (hub := HubName.find(config.base_model_name_or_path or "")) and hub.revision:
-        values |= {"base_model_name_or_path": hub.repository, "revision": hub.revision}
     write_json(folder / CONFIG_FILE, values)
     write_weights(state, folder)
 
@@ -640,7 +638,6 @@ def _read_config(folder: Path) -> StartConfig:
     known = StartConfig.__dataclass_fields__
     if ignored := sorted(key for key in values.keys() - known.keys() if values[key]):
         warnings.warn(f"{folder}: this PEFT does not know {', '.join(ignored)}", stacklevel=3)
-    values["base_model_name_or_path"], values["revision"] = recorded_base(values), None
     with reading(folder / CONFIG_FILE):
         return StartConfig(**{key: value for key, value in values.items() if key in known})
 
@@ -654,11 +651,14 @@ def recorded_base(config: Mapping[str, Any]) -> str | None:
 def _name_base(folder: Path, config: LoraConfig, base: nn.Module) -> None:
     """Name this base in the config, and say so where it was another; that may be a copy of it."""
     inner: Any = base_of(base)
-    given, wanted = getattr(inner, "name_or_path", ""), config.base_model_name_or_path
+    given, wanted = source_of(base), recorded_base(config.to_dict())
     if not given:
         return
-    config.base_model_name_or_path = given
-    if wanted and _is_another(given, wanted):
+    config.base_model_name_or_path = inner.name_or_path
+    another = wanted and _is_another(given, wanted)
+    if another or HubName.find(inner.name_or_path) is None:
+        config.revision = None
+    if another:
         warnings.warn(
             f"{folder} says that it is for the base {wanted}, and this is {given}; on another "
             "base than its own an adapter does something else",

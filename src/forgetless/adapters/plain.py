@@ -211,6 +211,7 @@ def _config(config: LoraConfig, rank: int) -> LoraConfig:
         fan_in_fan_out=config.fan_in_fan_out,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
         inference_mode=True,
     )
 

@@ -198,6 +198,7 @@ def add_adapter(model: nn.Module, config: StartConfig, adapter_name: str) -> Pef
     """PEFT's wrapping, without its random start leaving a trace in the global generator."""
     hold_packing(model)
     start, config = config.start, replace(config, start=None)
+    config.revision = getattr(base_of(model), "hub_revision", config.revision)
     with untouched(model), torch.random.fork_rng(devices=[]):
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config)

@@ -239,8 +239,7 @@ def load_model(
     model = model.to(device_of(device)) if device_map is None else model
     hold_packing(model)
     if (hub := HubName.find(base)) and hub.revision:
-        # transformers forgets the revision; the tokenizer may be loaded by this name.
-        model.name_or_path = model.config._name_or_path = base
+        model.hub_revision = hub.revision  # see `source_of`
     return (add_head(model, new_classes) if new_classes else model).eval()
 
 

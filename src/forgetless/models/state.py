@@ -35,6 +35,17 @@ def generators_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+def source_of(model: nn.Module) -> str:
+    """Where the base below a model was loaded from, a folder or a name on the hub; "" if unknown.
+
+    The name holds the revision that `load_model` was given, which transformers forgets.
+    """
+    base = base_of(model)
+    name = getattr(getattr(base, "config", None), "_name_or_path", "")
+    revision = getattr(base, "hub_revision", None)
+    return f"{name}@{revision}" if name and revision else name
+
+
 def base_of(model: nn.Module) -> nn.Module:
     """The model below PEFT's wrapper; a plain model is returned as it is."""
     if not isinstance(model, PeftModel):

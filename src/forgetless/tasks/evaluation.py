@@ -120,9 +120,9 @@ def _adapter_off(model: Any) -> AbstractContextManager[None]:
 
 def _processor_of(model: nn.Module) -> Processor:
     from forgetless.data.modality import modality_of
+    from forgetless.models.state import source_of
 
-    modality = modality_of(model)
-    source = getattr(getattr(model, "config", None), "_name_or_path", "")
+    modality, source = modality_of(model), source_of(model)
     if not source:
         name = modality.processor_name
         raise UserError(

@@ -20,6 +20,7 @@ from forgetless.core.errors import UserError
 from forgetless.core.processes import Processes
 from forgetless.data.examples import ChatTemplate
 from forgetless.data.modality import Processor, modality_of
+from forgetless.models.state import source_of
 from forgetless.tasks.base import whole_number
 from forgetless.tasks.journal import sharing
 from forgetless.training.forgetting_budget import Action, Exceeded, ForgettingBudget
@@ -401,7 +402,7 @@ def _processor_of(model: Any, processing: Any) -> Processor:
     ):  # one may hold another
         if isinstance(found, modality.processor_type):
             return found
-    source, name = getattr(model.config, "_name_or_path", ""), modality.processor_name
+    source, name = source_of(model), modality.processor_name
     if not source:
         raise UserError(
             f"the probes read data, and neither the trainer nor the model says by which {name}; "
