@@ -580,7 +580,7 @@ def test_mistakes_show_before_any_training(old: Path) -> None:
 
 
 def test_a_model_without_a_tokenizer_is_named(base: Any, tiny_files: Path, old: Path) -> None:
-    base.config._name_or_path = ""
+    base.name_or_path = ""
     with pytest.raises(UserError, match=r"by which tokenizer; pass processor= \(the tokenizer\)"):
         plain_trainer(lora(base), tiny_files, tiny_files, ForgettingCallback(old)).train()
 

@@ -167,17 +167,26 @@ def _told_apart(name: str, base: nn.Module) -> str:
     return f"model.{name}" if any(other.endswith(name) for other in others) else name
 
 
-def _given_embeddings(model: PeftModel) -> dict[str, Tensor]:
-    """The embeddings of a base that has other tokens than it was loaded with, by PEFT's names."""
+def _given_tokens(model: PeftModel) -> tuple[int, int] | None:
+    """How many tokens the base has and had when it was loaded, where the two differ."""
     base: Any = base_of(model)
     stored = stored_config(base) if isinstance(base, PreTrainedModel) else None
     if stored is None:
-        return {}
+        return None
     rows, known = (
-        getattr(config.get_text_config(), "vocab_size", None) for config in (base.config, stored)
+        getattr(config.get_text_config(), "vocab_size", 0)  # of what reads no words
+        for config in (base.config, stored)
     )
-    if rows == known:  # or it reads no words
+    return None if rows == known else (rows, known)
+
+
+def _given_embeddings(model: PeftModel) -> dict[str, Tensor]:
+    """The embeddings of a base that has other tokens than it was loaded with, by PEFT's names."""
+    base: Any = base_of(model)
+    numbers = _given_tokens(model)
+    if numbers is None:
         return {}
+    rows, known = numbers
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     warnings.warn(
         f"the base has {rows} tokens, and {known} where it was loaded from: the export holds its "
@@ -340,7 +349,12 @@ def save(
         how the adapter started.
     """
     config = lora_config(model, adapter_name)
-    state = get_peft_model_state_dict(model, state_dict=weights, adapter_name=adapter_name)
+    state = get_peft_model_state_dict(
+        model,
+        state_dict=weights,
+        adapter_name=adapter_name,
+        save_embedding_layers=_given_tokens(model) is not None,
+    )
     state = _apart({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()})
     with _replaced(Path(folder)) as new:
         start = config.start if isinstance(config, StartConfig) else None

@@ -13,7 +13,7 @@ def stored_config(model: Any) -> PretrainedConfig | None:
     try:
         content, _ = type(config).get_config_dict(
             config._name_or_path,
-            revision=getattr(config, "_commit_hash", None),
+            revision=getattr(model, "hub_revision", None),
             local_files_only=True,
         )
     except OSError:

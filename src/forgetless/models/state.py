@@ -41,8 +41,7 @@ def source_of(model: nn.Module) -> str:
     The name holds the revision that `load_model` was given, which transformers forgets.
     """
     base = base_of(model)
-    name = getattr(getattr(base, "config", None), "_name_or_path", "")
-    revision = getattr(base, "hub_revision", None)
+    name, revision = getattr(base, "name_or_path", ""), getattr(base, "hub_revision", None)
     return f"{name}@{revision}" if name and revision else name
 
 
