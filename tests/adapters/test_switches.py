@@ -47,12 +47,10 @@ def attached(
     return attach(
         FAMILIES[family].model(dtype),
         method,
-        rank=4,
-        alpha=6,
         stats=statistics(family),
         task_stats=statistics(family, first=20),
         gradients=gradients(family),
-        **switches,
+        **{"rank": 4, "alpha": 6, **switches},
     )
 
 
@@ -145,6 +143,26 @@ def test_a_pattern_decides_by_name_ending_or_expression_and_the_first_one_counts
     assert ranks["0.mlp.up_proj"] == (5, 2)
     assert ranks["0.self_attn.k_proj"] == (2, 3)
     assert ranks["1.self_attn.k_proj"] == (4, 1.5)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "lora_null_v2"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_layer_that_is_narrower_than_the_rank_gets_what_it_can_hold_at_the_same_scaling(
+    method: str, use_rslora: bool, tmp_path: Path
+) -> None:
+    base: Any = FAMILIES["llama"].model()
+    narrow = min(base.model.layers[0].self_attn.k_proj.weight.shape)
+    with pytest.warns(UserWarning, match=rf"4 layers are narrower than rank .* has {narrow}"):
+        model = attached(method, rank=narrow + 3, use_rslora=use_rslora)
+    layers = adapted_layers(model)
+    ranks = {name.rpartition(".")[2]: m.r["default"] for name, m in layers.items()}
+    assert {ranks["k_proj"], ranks["v_proj"]} == {narrow}
+    assert set(ranks.values()) == {narrow, narrow + 3}
+    assert len({round(m.scaling["default"], 12) for m in layers.values()}) == 1
+    train(model, "llama", steps=2)
+    export(model, tmp_path)
+    plain = PeftModel.from_pretrained(FAMILIES["llama"].model(), tmp_path)
+    torch.testing.assert_close(logits(plain, "llama"), logits(model, "llama"))
 
 
 def test_a_layer_whose_name_ends_in_an_exceptions_keeps_its_own_rank() -> None:

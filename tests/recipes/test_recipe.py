@@ -286,8 +286,8 @@ CONTENT_MISTAKES: list[tuple[dict[str, Any], str]] = [
         "adapter.options: position must be",
     ),
     (
-        {"adapter.rank": 17},
-        "rank must be in 1..16 for layer 'model.layers.0.self_attn.k_proj' (16, 32), got 17 "
+        {"adapter.rank": 33},
+        "rank must be in 1..16 for layer 'model.layers.0.self_attn.k_proj' (16, 32), got 33 "
         "(and 3 more of this shape)",
     ),
     ({"adapter.target_modules": ["nope"]}, "adapter.target_modules: target_modules ['nope']"),

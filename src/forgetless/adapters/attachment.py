@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.layer import Start, StartConfig, adapted_layers, at_step_zero, install
-from forgetless.adapters.ranks import LayerRank, layer_ranks, patterns
+from forgetless.adapters.ranks import LayerRank, layer_ranks, narrowed, patterns
 from forgetless.adapters.tuner import add_adapter, check_addable, take_off
 from forgetless.core.cache import shared_inputs
 from forgetless.core.errors import UserError, first_few
@@ -90,7 +90,7 @@ def attach(
             `forgetless.models.heads.add_head` or one that transformers drew because what the model
             was loaded from has none, is the adapter's and trained beside it.
         method: how the adapter starts: a name of METHODS other than `full`, or a `Method`.
-        rank: r, in 1..min(out, in) of every target layer.
+        rank: r. A layer whose shorter side is less gets that, at the same scaling.
         alpha: scaling = alpha / rank, or alpha / √rank with `use_rslora`.
         target_modules: "all-linear" (see `models.target_layers`), a list of name
             endings, or one regular expression, as in PEFT; or "attention" or "mlp", of all linear
@@ -129,7 +129,9 @@ def attach(
     find_new_head(model)
     targets = find_targets(model, target_modules)
     layers = targets.layers
-    ranks = layer_ranks(layers, rank, alpha, rank_pattern, alpha_pattern, use_rslora)
+    asked = layer_ranks(layers, rank, alpha, rank_pattern, alpha_pattern, use_rslora)
+    limits = {name: min(weight_shape(layer)) for name, layer in layers.items()}
+    ranks = narrowed(asked, limits, rank_pattern)
     if keep is not None and "second_moment" in method.needs:
         if stats is not None:
             raise UserError("give stats= or keep=, not both: both say what is to be kept")
@@ -138,6 +140,13 @@ def attach(
     _check_layers(method, layers, ranks, sources, options, use_dora)
     _warn_of_the_rest(model, targets)
     given = {"rank_pattern": dict(rank_pattern or {}), "alpha_pattern": dict(alpha_pattern or {})}
+    if narrow := [name for name in ranks if ranks[name] != asked[name]]:
+        warnings.warn(
+            f"{len(narrow)} layers are narrower than rank {rank} and get the rank of their shorter "
+            f"side: {narrow[0]!r} has {ranks[narrow[0]].rank}",
+            stacklevel=2,
+        )
+        given = patterns(ranks, rank, alpha)
     names = targets.given
     if method.share_ranks is not None and options.get("rho", 1) > 1:
         ranks = _shared_out(method, layers, ranks, sources, options["rho"])

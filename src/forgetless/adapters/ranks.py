@@ -85,6 +85,23 @@ def layer_ranks(
     }
 
 
+def narrowed(
+    ranks: Mapping[str, LayerRank], limits: Mapping[str, int], pattern: Mapping[str, int] | None
+) -> dict[str, LayerRank]:
+    """The ranks, of which none exceeds its layer's: an update has no more than the shorter side.
+
+    The scaling of every layer stays. A rank that `pattern` gives is left, and so are all where no
+    layer holds its own, since then it is a mistake.
+    """
+    kept = dict(pattern or {})
+    narrow = {
+        name: ranks[name].resized(limit)
+        for name, limit in limits.items()
+        if limit < ranks[name].rank and get_pattern_key(kept, name) not in kept
+    }
+    return {**ranks, **narrow} if len(narrow) < len(ranks) else dict(ranks)
+
+
 def patterns(ranks: Mapping[str, LayerRank], rank: int, alpha: float) -> dict[str, Any]:
     """`rank_pattern` and `alpha_pattern` by which PEFT gives every layer its own.
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from forgetless.adapters.foreign import require_within
-from forgetless.adapters.ranks import layer_ranks
+from forgetless.adapters.ranks import layer_ranks, narrowed
 from forgetless.adapters.settings import AdapterSettings, OPLoRA, Ties
 from forgetless.core.errors import RecipeError, UserError, first_line
 from forgetless.core.files import load_yaml
@@ -422,6 +422,8 @@ def _rank_problems(model: Any, settings: AdapterSettings) -> Iterator[str]:
     except ValueError as problem:
         yield f"adapter.{problem}"
         return
+    limits = {name: min(weight_shape(layer)) for name, layer in layers.items()}
+    ranks = narrowed(ranks, limits, settings.rank_pattern)
     alike: dict[tuple[int, tuple[int, int]], list[str]] = {}
     for name, layer in layers.items():
         alike.setdefault((ranks[name].rank, weight_shape(layer)), []).append(name)
