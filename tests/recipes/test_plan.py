@@ -15,7 +15,14 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+    PretrainedConfig,
+)
 
 from forgetless.cli import main
 from forgetless.core.errors import UserError
@@ -258,6 +265,37 @@ def test_without_a_word_all_is_measured_and_repaired(made: Any, tmp_path: Path) 
     done = run(recipe, tmp_path / "runs", threads=1)
     assert {row["task"] for row in done.scores} == {"validation", "drift"}
     assert "aftercare" in done.record["seconds"]
+
+
+CANNOT_PACK: dict[str, PretrainedConfig] = {
+    "opt": OPTConfig(hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2),
+    "bloom": BloomConfig(hidden_size=16, n_layer=1, n_head=2),
+    "mamba": MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [("opt", "short.jsonl"), *((kind, "texts.jsonl") for kind in CANNOT_PACK)],
+)
+def test_nothing_is_packed_where_the_base_would_mix_what_a_row_holds(
+    kind: str, data: str, tmp_path: Path
+) -> None:
+    words, config = tokenizer(), CANNOT_PACK[kind]
+    config.vocab_size = len(words)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    rows: dict[str, list[dict[str, str]]] = {
+        "texts.jsonl": [{"text": "a text " * n} for n in range(1, 9)],
+        "short.jsonl": [{"prompt": "a" * n, "completion": "b" * n} for n in 3 * [1, 2, 3, 40]],
+    }
+    for name, content in rows.items():
+        (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in content))
+    keep = str(tmp_path / "texts.jsonl")
+    found = plan(str(tmp_path), str(tmp_path / data), Wishes(keep=keep, rank=2))
+    assert advised(found, "data.pack") is False
+    assert run(found.recipe, tmp_path / "runs", evaluate=False, threads=1).status == "done"
 
 
 def test_few_examples_are_not_shared_out(made: Any) -> None:

@@ -131,14 +131,16 @@ class Rows:
 
         most = min(base.positions or LONGEST_ROW, LONGEST_ROW)
         whole, _ = read(base.positions or 2**30, False)
+        can_pack = _takes_masks(base.model)
         if examples.kind == "text":
-            length, padding, pack = max(2, min(most, sum(whole))), 0.0, True
+            length = max(2, min(most, sum(whole) if can_pack else max(whole)))
+            padding, pack = 0.0, can_pack
         else:
             covering = sorted(whole)[math.ceil(COVERED * len(whole)) - 1]
             step = 64 if covering > 64 else 8
             length = min(most, step * math.ceil(covering / step))
             padding = _padding([min(n, length) for n in whole])
-            pack = padding > TOO_MUCH_PADDING
+            pack = can_pack and padding > TOO_MUCH_PADDING
         lengths, several = read(length, pack)
         return cls(examples.kind, len(examples), length, pack, padding, lengths, several)
 
@@ -164,6 +166,24 @@ class Rows:
             lengths,
             rows.several,
         )
+
+
+def _takes_masks(model: Any) -> bool:
+    """Whether the attention of a model without weights takes a mask of tokens by tokens.
+
+    Packed sequences need one. Where the shapes alone do not tell, a run does, which asks the model.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+
+    def runs(**more: Any) -> bool:
+        try:
+            model(input_ids=tokens, use_cache=False, **more)
+        except Exception:  # whatever a model raises over shapes that it does not know
+            return False
+        return True
+
+    with torch.no_grad():
+        return runs(attention_mask=tokens.new_ones(1, 1, 2, 2, dtype=torch.bool)) or not runs()
 
 
 def _padding(lengths: Sequence[int]) -> float:
@@ -447,9 +467,11 @@ def _rows(base: Base, rows: Rows) -> list[Advice]:
     if rows.is_text:
         most = f"the model's positions, at most {LONGEST_ROW}; the paper's rows had 4096"
         fills = "raw text fills whole rows; no document sees another"
+        if not rows.pack:
+            fills = "a document a row: this model does not keep the documents of a row apart"
         return [
             Advice("data.max_length", rows.max_length, most, RULE),
-            Advice("data.pack", True, fills, "this package"),
+            Advice("data.pack", rows.pack, fills, "this package"),
         ]
     length = "holds 99 % of the examples whole"
     if rows.max_length in (LONGEST_ROW, base.positions):

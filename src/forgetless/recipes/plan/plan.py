@@ -244,7 +244,7 @@ def _step(recipe: Recipe, base: Base, rows: Rows, replayed: bool = False) -> Ste
         recipe.adapter,
         recipe.training,
         length=rows.max_length if replayed else max(rows.lengths),
-        masked=rows.several or replayed,
+        masked=rows.several or (replayed and recipe.data.pack is True),
         quantise=recipe.quantise,
     )
 
