@@ -211,6 +211,19 @@ def test_a_weight_that_is_not_read_is_not_copied(name: str) -> None:
     assert torch.equal(unread.B, read.B)
 
 
+@pytest.mark.parametrize("name", [n for n in ADAPTERS if not METHODS[n].copies_weight])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_only_multiplied_starts_as_its_copy_does(
+    name: str, dtype: torch.dtype
+) -> None:
+    given = inputs((2100, 9), seed=0)  # of more rows than are converted at once
+    W, C = given["W"].to(dtype), given["second_moment"]
+    plain, copied = METHODS[name], replace(METHODS[name], copies_weight=True)
+    ours, theirs = (m.decompose(W, 3, second_moment=C) for m in (plain, copied))
+    for part in ("A", "B"):
+        torch.testing.assert_close(getattr(ours, part), getattr(theirs, part))
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_the_seed_matters_to_random_methods_alone(name: str) -> None:
     given = inputs((8, 7), 4)

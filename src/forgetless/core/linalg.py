@@ -76,14 +76,29 @@ def projected_svd(W: Tensor, N: Tensor) -> Triples:
     W N = P diag(D) Rᵀ is the thin SVD of an (out, r) matrix; the triples are P, D and (N R)ᵀ.
 
     Args:
-        W: (out, in).
-        N: orthonormal columns, (in, r) with r <= out.
+        W: (out, in), in any precision.
+        N: orthonormal columns, (in, r) with r <= out, float64.
 
     Returns:
         r triples.
     """
-    P, D, Rh = torch.linalg.svd(W.double() @ N, full_matrices=False)
+    P, D, Rh = torch.linalg.svd(_product(W, N), full_matrices=False)
     return _orient(P, D, Rh @ N.mT)
+
+
+def _product(W: Tensor, N: Tensor) -> Tensor:
+    """W N in float64; rows of W are converted a few at a time, since fresh memory is slow."""
+    if W.dtype == torch.float64:
+        return W @ N
+    product = N.new_empty(W.shape[0], N.shape[1])
+    rows = N.new_empty(min(_ROWS, W.shape[0]), W.shape[1])
+    for start in range(0, W.shape[0], _ROWS):
+        some = W[start : start + _ROWS]
+        torch.mm(rows[: len(some)].copy_(some), N, out=product[start : start + _ROWS])
+    return product
+
+
+_ROWS = 1024
 
 
 class Spectrum(Protocol):

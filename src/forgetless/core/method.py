@@ -91,15 +91,18 @@ class Method:
         paper: authors, title and arXiv id, or "—".
         trains: the matrices that training moves: "A" and "B", one of them, or "W".
         factors: ``(W, rank, scaling, *, needs…, generator, options…) -> Factors``; None when there
-            is no adapter. W comes in float64. A keyword of `NEEDS` is a need, ``generator`` is a
-            seeded `torch.Generator`, and every other keyword with a default is an option. Needs
-            come in float32 or float64, as they were given. A method that is random with some of its
-            options only gives ``generator`` the default None; it is passed all the same.
+            is no adapter. W comes in float64, but see `copies_weight`. A keyword of `NEEDS` is a
+            need, ``generator`` is a seeded `torch.Generator`, and every other keyword with a
+            default is an option. Needs come in float32 or float64, as they were given. A method
+            that is random with some of its options only gives ``generator`` the default None; it is
+            passed all the same.
         share_ranks: ``(eigenvalues, ranks, rho) -> ranks`` of a method whose option ``rho`` moves
             ranks between layers, by the eigenvalues of its task moments; see
             `forgetless.methods.eva.redistribute_ranks`.
         reads_weight: whether `factors` looks at the entries of W. Where it does not, it is given
             zeros of W's shape that take no memory, in place of a float64 copy of every weight.
+        copies_weight: whether `factors` is given that copy. One that only multiplies W, by
+            `forgetless.core.linalg.projected_svd`, takes it as it is, in float32 or float64.
     """
 
     name: str
@@ -109,6 +112,7 @@ class Method:
     factors: Callable[..., Factors] | None
     share_ranks: Callable[..., dict[str, int]] | None = None
     reads_weight: bool = True
+    copies_weight: bool = True
 
     @cached_property
     def _keywords(self) -> dict[str, Any]:
@@ -202,9 +206,10 @@ class Method:
             _check_matrix(name, value, tuple(W.shape) if name == "gradient" else (in_features,) * 2)
             inputs[name] = _as_input(name, value, W.device)
         W = _at_least_float32(W)
-        unread = W.new_zeros((), dtype=torch.float64).expand_as(W)
-        exact = W.double() if self.reads_weight else unread
-        factors = self._call(exact, rank, scaling, inputs, seed, options)
+        given_W = W.double() if self.reads_weight and self.copies_weight else W
+        if not self.reads_weight:
+            given_W = W.new_zeros((), dtype=torch.float64).expand_as(W)
+        factors = self._call(given_W, rank, scaling, inputs, seed, options)
         return Decomposition(
             W=W,
             A=factors.A.to(W).contiguous(),

@@ -47,4 +47,5 @@ METHOD = Method(
     paper="—",
     trains=("A", "B"),
     factors=activation_slice,
+    copies_weight=False,
 )

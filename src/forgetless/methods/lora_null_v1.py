@@ -42,4 +42,5 @@ METHOD = Method(
     "Models, arXiv:2503.02659",
     trains=("A", "B"),
     factors=lora_null_v1,
+    copies_weight=False,
 )

@@ -20,4 +20,5 @@ METHOD = Method(
     "Models, arXiv:2503.02659",
     trains=("B",),
     factors=lora_null_v1,
+    copies_weight=False,
 )
