@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlparse
+from urllib.parse import unquote, urlparse
 
 import pytest
 
@@ -66,7 +66,7 @@ class _Answer(BaseHTTPRequestHandler):
             case []:
                 self._send(b"")
             case ["api", kind, owner, name, *rest]:
-                self._tell(f"{kind}/{owner}/{name}", rest, parse_qs(asked.query))
+                self._tell(f"{kind}/{owner}/{name}", rest)
             case ["datasets" as kind, owner, name, "resolve", revision, *path]:
                 self._give(f"{kind}/{owner}/{name}", revision, path)
             case [owner, name, "resolve", revision, *path]:
@@ -74,7 +74,7 @@ class _Answer(BaseHTTPRequestHandler):
             case _:
                 self._refuse("EntryNotFound")
 
-    def _tell(self, name: str, rest: list[str], query: dict[str, list[str]]) -> None:
+    def _tell(self, name: str, rest: list[str]) -> None:
         if not any(known == name for known, _ in self.server.revisions):
             return self._refuse("RepoNotFound", HTTPStatus.UNAUTHORIZED)
         folder = self.server.revisions.get((name, rest[1] if rest else "main"))

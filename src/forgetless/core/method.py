@@ -206,10 +206,11 @@ class Method:
             _check_matrix(name, value, tuple(W.shape) if name == "gradient" else (in_features,) * 2)
             inputs[name] = _as_input(name, value, W.device)
         W = _at_least_float32(W)
-        given_W = W.double() if self.reads_weight and self.copies_weight else W
         if not self.reads_weight:
-            given_W = W.new_zeros((), dtype=torch.float64).expand_as(W)
-        factors = self._call(given_W, rank, scaling, inputs, seed, options)
+            read = W.new_zeros((), dtype=torch.float64).expand_as(W)
+        else:
+            read = W.double() if self.copies_weight else W
+        factors = self._call(read, rank, scaling, inputs, seed, options)
         return Decomposition(
             W=W,
             A=factors.A.to(W).contiguous(),
