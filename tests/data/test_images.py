@@ -55,6 +55,8 @@ def test_some_classes_of_a_source_are_read_alone(folder: Path) -> None:
 def test_classes_come_in_turn_and_a_limit_has_all_of_them(folder: Path) -> None:
     (folder / "bars" / "notes.txt").write_text("no image")
     (folder / ".hidden").mkdir()
+    for place in (folder, folder / "bars"):
+        (place / "._00.png").write_bytes(b"\0\5\x16\7 of macOS, no image")
     labels = [record["label"] for record in load_examples(folder)]
     assert labels == ["bars", "dots", "wedge"] * 2 + ["bars", "wedge", "wedge"]
     few = load_examples(folder, limit=3)

@@ -160,11 +160,18 @@ def require_file(file: Path, name: str) -> None:
 def class_folders(path: Path) -> dict[str, list[Path]]:
     """The images in each folder of a folder, by the folder's name; nothing where there are none.
 
+    Hidden ones are passed over: macOS puts a ``._name.png`` that is none beside each image.
+
     Raises:
         UserError: everything that is no class folder with images among others that are.
     """
+
+    def images(files: Iterable[Path]) -> list[Path]:
+        shown = (x for x in files if not x.name.startswith("."))
+        return sorted(x for x in shown if x.suffix.lower() in IMAGES)
+
     folders = [f for f in sorted(path.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-    found = {f.name: sorted(x for x in f.rglob("*") if x.suffix.lower() in IMAGES) for f in folders}
+    found = {f.name: images(f.rglob("*")) for f in folders}
     if not any(found.values()):
         return {}
     problems = []
@@ -184,9 +191,8 @@ def class_folders(path: Path) -> dict[str, list[Path]]:
                 "them, or take them away"
             )
         problems += _no_files([folder, *found[folder.name]], path)
-    loose = next((x for x in sorted(path.iterdir()) if x.suffix.lower() in IMAGES), None)
-    if loose is not None:
-        problems.append(f"{loose.name}: lies beside the class folders, and so has no class")
+    if loose := images(path.iterdir()):
+        problems.append(f"{loose[0].name}: lies beside the class folders, and so has no class")
     if problems:
         few = first_few(problems) if len(problems) > 1 else problems[0]
         raise UserError(f"{path}, {few}")
