@@ -74,13 +74,17 @@ def test_all_files_are_of_one_commit_though_somebody_uploads_in_between(
     ]
 
 
-def test_a_hub_that_does_not_answer_leaves_the_cache_and_is_asked_once(two: Hub) -> None:
+@pytest.mark.parametrize("by_commit", [False, True])
+def test_a_hub_that_does_not_answer_leaves_the_cache_and_is_asked_once(
+    two: Hub, by_commit: bool
+) -> None:
     online = logits(load_model("acme/base"))
+    name = f"acme/base@{commit_of(HubName('acme/base'))}" if by_commit else "acme/base"
     ask_again()
     two.asked.clear()
     two.is_silent = True
     with pytest.warns(UserWarning, match="hub does not answer"):
-        model = load_model("acme/base")
+        model = load_model(name)
     assert torch.equal(logits(model), online)
     with pytest.raises(UserError, match=r"'acme/none' is no folder, and no model.*does not answer"):
         load_model("acme/none")

@@ -130,8 +130,7 @@ def attach(
     targets = find_targets(model, target_modules)
     layers = targets.layers
     asked = layer_ranks(layers, rank, alpha, rank_pattern, alpha_pattern, use_rslora)
-    limits = {name: min(weight_shape(layer)) for name, layer in layers.items()}
-    ranks = narrowed(asked, limits, rank_pattern)
+    ranks = narrowed(asked, layers, rank_pattern)
     if keep is not None and "second_moment" in method.needs:
         if stats is not None:
             raise UserError("give stats= or keep=, not both: both say what is to be kept")

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft.utils.other import get_pattern_key
+from torch import nn
 
 from forgetless.core.errors import UserError
+from forgetless.models.weights import weight_shape
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ def layer_ranks(
 
 
 def narrowed(
-    ranks: Mapping[str, LayerRank], limits: Mapping[str, int], pattern: Mapping[str, int] | None
+    ranks: Mapping[str, LayerRank],
+    layers: Mapping[str, nn.Module],
+    pattern: Mapping[str, int] | None,
 ) -> dict[str, LayerRank]:
     """The ranks, of which none exceeds its layer's: an update has no more than the shorter side.
 
@@ -94,6 +98,7 @@ def narrowed(
     layer holds its own, since then it is a mistake.
     """
     kept = dict(pattern or {})
+    limits = {name: min(weight_shape(layer)) for name, layer in layers.items()}
     narrow = {
         name: ranks[name].resized(limit)
         for name, limit in limits.items()

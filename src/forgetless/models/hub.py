@@ -83,9 +83,9 @@ def commit_of(hub: HubName) -> str:
         UserError: there is no such repository or revision, it may not be read, it holds no model,
             or the hub does not answer and the local cache has no copy.
     """
+    go_offline_if_unreachable()
     if hub.revision is not None and _COMMIT.fullmatch(hub.revision):
         return hub.revision
-    go_offline_if_unreachable()
     missing: EntryNotFoundError | None = None
     try:
         for file in ("config.json", "adapter_config.json"):

@@ -99,7 +99,7 @@ _WEIGHTS = (
 
 
 def resolve_base(base: str, *, weights: bool = True) -> str:
-    """The folder or the name on the hub that `base` stands for; no file is downloaded.
+    """The folder or the name on the hub that `base` stands for; no weights are downloaded.
 
     Args:
         base: "pocket" or "pocket-vision" for a shipped model, a folder with config.json and

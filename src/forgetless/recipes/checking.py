@@ -422,8 +422,7 @@ def _rank_problems(model: Any, settings: AdapterSettings) -> Iterator[str]:
     except ValueError as problem:
         yield f"adapter.{problem}"
         return
-    limits = {name: min(weight_shape(layer)) for name, layer in layers.items()}
-    ranks = narrowed(ranks, limits, settings.rank_pattern)
+    ranks = narrowed(ranks, layers, settings.rank_pattern)
     alike: dict[tuple[int, tuple[int, int]], list[str]] = {}
     for name, layer in layers.items():
         alike.setdefault((ranks[name].rank, weight_shape(layer)), []).append(name)

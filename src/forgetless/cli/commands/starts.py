@@ -39,9 +39,8 @@ def collect_statistics(
     An interrupted call goes on from the folder ``unfinished``, where other settings have another
     place; the statistics may read from it until they are saved.
     """
-    target_layers(
-        meta_model(base, bare=adapter is not None), target_modules
-    )  # a name that matches nothing shows here
+    # A name that matches nothing shows here.
+    target_layers(meta_model(base, bare=adapter is not None), target_modules)
     asked = AdapterSettings(target_modules=target_modules)
     collecting = Collecting(asked, settings, seed=seed)
     collecting.check_texts({"second_moment"})
