@@ -137,6 +137,7 @@ def test_a_head_that_gives_no_class_is_refused(
         load_processor(str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:1 of 2 sentences have more than")
 def test_a_sentence_beyond_the_positions_is_named_or_cut(base: str, tmp_path: Path) -> None:
     rows = [{"sentence": "long " * 40, "label": 0}, {"sentence": "short", "label": 1}]
     file = write_rows(tmp_path / "rows.jsonl", rows)
@@ -144,7 +145,8 @@ def test_a_sentence_beyond_the_positions_is_named_or_cut(base: str, tmp_path: Pa
     most = 63 if model.config.model_type == "roberta" else 64
     with pytest.raises(UserError, match=f"model has {most} positions; .* set max_length to {most}"):
         modality.rows(load_examples(file), reader, max_length=512).require_fitting(model)
-    cut = modality.rows(load_examples(file), reader, max_length=most)
+    with pytest.warns(UserWarning, match=f"1 of 2 sentences have more than {most} tokens; their "):
+        cut = modality.rows(load_examples(file), reader, max_length=most)
     cut.require_fitting(model)
     model(**cut.join([cut[0]]))
     (learned,) = training_batches(str(file), model, reader, max_length=512)

@@ -182,3 +182,22 @@ def test_a_comparison_says_what_each_class_is_taken_for(world: Path) -> None:
     assert row.classes == by_class(row.changes)
     assert row.to_json()["classes"][0]["taken_for"] == {"dots": 5}
     assert "calibration error 0." in sentence(row)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("kind", ["sentence_accuracy", "class_kl", "neighbours"])
+def test_sentences_longer_than_the_model_are_cut_off(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    base = str(save_text_classifier(tmp_path / "base", family))
+    model = fl.attach(load_model(base), "random_slice", 2, 2)
+    rows = sentences(("sport", "trade"), 3, "sentence")
+    found: list[Any] = []
+    for tail in (" goal" * 40, " sold" * 40):
+        longer = [{**row, "sentence": f"{row['sentence']:<64}{tail}"} for row in rows]
+        file = write_rows(tmp_path / f"{len(found)}.jsonl", longer)
+        with pytest.warns(UserWarning, match="6 of 6 sentences have more than 6[34] tokens; their"):
+            found.append(fl.evaluate(model, {"kind": kind, "name": "t", "path": file})["t"])
+    one, other = found
+    assert one.value == other.value
+    assert [item.answer for item in one.items] == [item.answer for item in other.items]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -137,26 +138,34 @@ class SentenceRows(torch.utils.data.Dataset[Sample]):
         examples: of kind ``sentence``; a class that the head does not have is IGNORED.
         reader: of the base.
         max_length: tokens of the longest; of a pair, the longer sentence is cut first.
+
+    Attributes:
+        cut: how many have more.
     """
 
     several = False
 
     def __init__(self, examples: Examples, reader: SentenceReader, max_length: int | None) -> None:
         self.reader = reader
-        pairs = [record["pair"] for record in examples if "pair" in record]
-        found = reader.processor(
-            [record["sentence"] for record in examples],
-            pairs or None,
-            truncation=max_length is not None,
-            max_length=max_length,
-            padding=False,
-            return_token_type_ids=reader.type_ids,
-            verbose=False,
-        )
+        found = self._read(examples, None)
+        self.cut = sum(len(ids) > max_length for ids in found["input_ids"]) if max_length else 0
+        if self.cut:
+            found = self._read(examples, max_length)
         names = ("input_ids", "token_type_ids") if reader.type_ids else ("input_ids",)
         self.columns = {name: [torch.tensor(ids) for ids in found[name]] for name in names}
         numbers = [None if r["label"] is None else reader.number(r["label"]) for r in examples]
         self.labels = torch.tensor([IGNORED if n is None else n for n in numbers])
+
+    def _read(self, examples: Examples, max_length: int | None) -> Any:
+        return self.reader.processor(
+            [record["sentence"] for record in examples],
+            [record["pair"] for record in examples if "pair" in record] or None,
+            truncation=max_length is not None,
+            max_length=max_length,
+            padding=False,
+            return_token_type_ids=self.reader.type_ids,
+            verbose=False,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -231,7 +240,14 @@ def _rows(
 ) -> SentenceRows:
     require_reader(reader, SentenceReader, "a tokenizer", pack)
     reader = reader.reading(_labels(examples), examples.source)
-    return SentenceRows(reader.labelled(examples), reader, max_length)
+    rows = SentenceRows(reader.labelled(examples), reader, max_length)
+    if rows.cut:
+        warnings.warn(
+            f"{rows.cut} of {len(rows)} sentences have more than {max_length} tokens; their ends "
+            "are cut off",
+            stacklevel=2,
+        )
+    return rows
 
 
 def _batches(

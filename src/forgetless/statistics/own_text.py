@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from forgetless.core.linalg import eigen_tail
 from forgetless.data.settings import CalibrationSettings
-from forgetless.data.texts import self_text
+from forgetless.data.texts import sampled_together, self_text
 from forgetless.models.sampling import as_writer
 from forgetless.models.state import as_base
 from forgetless.models.targets import target_layers
@@ -52,7 +52,10 @@ RANK = 32
 """Directions that are looked at, whatever the rank of an adapter: arms share one text."""
 
 FIRST, MOST = 32, 1024
-"""Sequences of the first round, and of all."""
+"""Sequences of the first round at the least, and of all at the most."""
+
+ENOUGH = 28
+"""Tokens for each direction of the widest input, which are seldom too few: 21 to 24 were needed."""
 
 GROWTH = 1.25, 4.0
 """Times the sequences so far that are wanted after another round, the least and the most."""
@@ -81,7 +84,7 @@ def settled_text(
         said: list[list[int]] = []
         layers = spread(target_layers(writer, target_modules))
         halves = _Halves.of(writer, layers, settings.skip_first)
-        wanted = FIRST
+        wanted = _first_round(writer, halves.layers.values(), settings.max_length)
         while len(said) < wanted:
             asked = wanted - len(said), settings.max_length, seed, len(said)
             with halves.listening():
@@ -94,6 +97,16 @@ def settled_text(
                 growth = min(max((excess / enough) ** 1.5, GROWTH[0]), GROWTH[1])
                 wanted = min(2 * math.ceil(len(said) * growth / 2), MOST)
         return said
+
+
+def _first_round(base: nn.Module, layers: Iterable[nn.Module], max_length: int) -> int:
+    """Sequences that are likely to be enough, if as many are written together.
+
+    A round takes `max_length` forwards, however many it writes; those of a base that has little
+    room for keys and values are no dearer in small rounds.
+    """
+    asked = ENOUGH * max(weight_shape(layer)[1] for layer in layers) / max_length
+    return max(FIRST, min(2 * math.ceil(asked / 2), sampled_together(base, max_length), MOST))
 
 
 def spread(layers: Mapping[str, nn.Module], most: int = 8) -> dict[str, nn.Module]:

@@ -19,7 +19,7 @@ from forgetless.tasks.base import Item, Task, TaskResult, whole_number
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from forgetless.data.modality import Batch, Modality, Rows
+    from forgetless.data.modality import Batch, Rows
     from forgetless.tasks.base import Model
 
 
@@ -139,14 +139,28 @@ def batch_by_batch(
     return [range(s, min(s + size, len(rows))) for s in range(0, len(rows), size)], batch_of
 
 
-def any_class(modality: Modality, examples: Examples, reader: Any) -> Rows:
-    """The examples as the model reads them, of whatever classes or none."""
+def fitting_rows(model: Model, examples: Examples, reader: Any) -> Rows:
+    """The examples as the model reads them, sentences as far as it has positions.
+
+    Raises:
+        UserError: a token, or an image, is of another model.
+    """
+    from forgetless.data.modality import modality_of
+    from forgetless.models.text import positions_of
+
+    rows = modality_of(model).rows(examples, reader, max_length=positions_of(model))
+    rows.require_fitting(model)
+    return rows
+
+
+def of_any_class(model: Model, examples: Examples, reader: Any) -> Rows:
+    """The same of examples of whatever classes or none."""
     count, one = len(examples), "any"
     records = [{**record, "label": one} for record in examples]
     beside = [one] * count if examples.kind == "text" else ()
     alike = replace(examples, records=records, labels=beside)
     any_reader = replace(reader, new={}).with_new([one]).under("new")
-    return modality.rows(alike, any_reader, max_length=None)
+    return fitting_rows(model, alike, any_reader)
 
 
 def unit_vectors(
@@ -165,9 +179,7 @@ def unit_vectors(
     from forgetless.models.state import evaluating
     from forgetless.tasks.inference import require_numbers
 
-    modality = modality_of(model)
-    rows = any_class(modality, examples, modality.reader(processor, model.config))
-    rows.require_fitting(model)
+    rows = of_any_class(model, examples, modality_of(model).reader(processor, model.config))
     parts, batch_of = batch_by_batch(model, rows, batch_size)
     found = []
     with evaluating(model):
@@ -228,8 +240,7 @@ class HeadAccuracy(ClassTask):
         reader = modality.reader(processor, model.config).reading(
             modality.labels(self.examples), self.examples.source, self.head
         )
-        rows = modality.rows(self.examples, reader, max_length=None)
-        rows.require_fitting(model)
+        rows = fitting_rows(model, self.examples, reader)
         names = {number: name for name, number in reader.classes.items()}
         asked_of = torch.tensor(sorted(names))
         labels = [reader.number(label) for label in modality.labels(self.examples)]

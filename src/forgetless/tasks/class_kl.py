@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgetless.core.errors import UserError
 from forgetless.core.metrics import mean_stderr
-from forgetless.tasks.accuracy import ClassTask, any_class, batch_by_batch
+from forgetless.tasks.accuracy import ClassTask, batch_by_batch, of_any_class
 from forgetless.tasks.base import Item, TaskResult
 
 if TYPE_CHECKING:
@@ -71,17 +71,15 @@ class ClassKL(ClassTask):
         from forgetless.tasks.inference import require_numbers
         from forgetless.tasks.journal import in_batches
 
-        modality = modality_of(model)
         if reference is None and not isinstance(model, PeftModel):
             raise UserError(
                 f"task {self.name!r} needs the base to compare with: pass reference=base, or a "
                 "PeftModel"
             )
-        reader = modality.reader(processor, model.config)
+        reader = modality_of(model).reader(processor, model.config)
         self.require_known(reader, ())
         own = {number: name for name, number in reader.under("own").classes.items()}
-        rows = any_class(modality, self.examples, reader)
-        rows.require_fitting(model)
+        rows = of_any_class(model, self.examples, reader)
         parts, batch_of = batch_by_batch(model, rows, batch_size)
 
         def logits_of(one: Any, places: Sequence[int]) -> Tensor:
