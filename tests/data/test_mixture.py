@@ -75,16 +75,17 @@ def test_of_a_buffer_the_same_rows_come_every_time() -> None:
     assert epoch(buffered(0, 90), 3) == epoch(plain, 3)
 
 
-@pytest.mark.parametrize(
-    ("shares", "message"),
-    [
-        ([1.0, 0.0, 1.0], "must be positive"),
-        ([1.0, 1.0, 0.001], "source 3 of the training data has so small a weight"),
-    ],
-)
-def test_shares_that_cannot_be(shares: list[float], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Mixture([source(1, 90), source(2, 7), source(3, 50)], shares, 0)
+def test_shares_are_positive() -> None:
+    with pytest.raises(UserError, match="must be positive"):
+        Mixture([source(1, 90), source(2, 7), source(3, 50)], [1.0, 0.0, 1.0], 0)
+
+
+@pytest.mark.parametrize(("rows", "share"), [(2, 1 / 9), (90, 0.001)])
+def test_a_source_has_a_row_in_every_epoch_however_few_there_are(rows: int, share: float) -> None:
+    with pytest.warns(UserWarning, match=f"source 3 .* has one row in an epoch of {rows}, which"):
+        mixture = Mixture([source(1, rows), source(2, 7), source(3, 4)], [1.0, 1.0, share], 0)
+    drawn = [row for number in range(4) for row in epoch(mixture, number) if row[0] == 3]
+    assert len(set(drawn)) == len(drawn) == 4
 
 
 class Seen(Mixture):

@@ -298,6 +298,19 @@ def test_nothing_is_packed_where_the_base_would_mix_what_a_row_holds(
     assert run(found.recipe, tmp_path / "runs", evaluate=False, threads=1).status == "done"
 
 
+@pytest.mark.filterwarnings("ignore:source 2 of the training data has one row in an epoch")
+@pytest.mark.filterwarnings("ignore:.*fewer tokens than they have inputs")
+@pytest.mark.parametrize("examples", [1, 4, 5])
+def test_a_plan_for_a_handful_of_examples_runs(made: Any, examples: int, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(examples)]
+    data, keep = tmp_path / "sums.jsonl", tmp_path / "keep.txt"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keep.write_text("The fox runs over the hill. " * 40)
+    recipe = made(data=str(data), keep=str(keep)).recipe
+    assert (recipe.repair is None) == (examples < 5)
+    assert run(recipe, tmp_path / "runs", threads=1).status == "done"
+
+
 def test_few_examples_are_not_shared_out(made: Any) -> None:
     told = made()
     assert told.recipe.data.validation is None

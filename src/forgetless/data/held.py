@@ -50,15 +50,26 @@ def hold_out(
     if max(map(len, parts)) < EVERY:  # of many classes with few examples, some have none held out
         parts = [rows]
     held = _in_turn([part[EVERY - 1 :: EVERY] for part in parts])
-    if not held:
-        raise UserError(
-            f"{source} has {len(rows)} examples, too few to hold some out: give at least {EVERY}"
-        )
+    _require_enough(source, len(rows))
     rest = _in_turn([[row for n, row in enumerate(part, 1) if n % EVERY] for part in parts])
     found = HeldOut(folder / "rest.jsonl", folder / "held.jsonl")
     for path, part in zip(found, (rest, held), strict=True):
         write_jsonl(path, part)
     return found
+
+
+def require_two_parts(source: str | Path, limit: int | None = None) -> None:
+    """Raise what `hold_out` would, as far as that shows without sharing the examples out."""
+    examples = read_examples(source, limit)
+    if examples.kind != "text":
+        _require_enough(source, len(examples))
+
+
+def _require_enough(source: str | Path, examples: int) -> None:
+    if examples < EVERY:
+        raise UserError(
+            f"{source} has {examples} examples, too few to hold some out: give at least {EVERY}"
+        )
 
 
 def _rows(examples: Examples) -> Iterator[Record]:

@@ -1,6 +1,7 @@
 """Replay: training data made of several sources with exact shares."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ class Mixture(torch.utils.data.Dataset[Sample]):
     """An epoch of several sources, each with its share of the rows.
 
     Every row of the first source, the new task, is in every epoch once. Of source i with share s_i
-    there are the nearest whole number to s_i / s_1 times as many rows. They come from an endless
-    shuffled walk through that source: no row comes again before all others have come, also across
-    epochs.
+    there are the nearest whole number to s_i / s_1 times as many rows, and one at the least. They
+    come from an endless shuffled walk through that source: no row comes again before all others
+    have come, also across epochs.
 
     Args:
         parts: the sources; a share is one of rows, which for packed data are of equal length.
@@ -25,7 +26,7 @@ class Mixture(torch.utils.data.Dataset[Sample]):
         buffers: for each source how many of its rows are ever seen, drawn once; None for all.
 
     Raises:
-        UserError: a share is not positive, or so small that an epoch has no row of its source.
+        UserError: a share is not positive.
     """
 
     def __init__(
@@ -117,8 +118,9 @@ def _counts(lengths: Sequence[int], shares: Sequence[float]) -> list[int]:
     counts[0] = lengths[0]
     for number, count in enumerate(counts, start=1):
         if count == 0:
-            raise UserError(
-                f"source {number} of the training data has so small a weight that an epoch of "
-                f"{lengths[0]} rows has none of it; give it at least {shares[0] / lengths[0]:.2g}"
+            warnings.warn(
+                f"source {number} of the training data has one row in an epoch of {lengths[0]}, "
+                "which is more than its weight asks for",
+                stacklevel=3,
             )
-    return counts
+    return [max(count, 1) for count in counts]

@@ -14,9 +14,10 @@ from forgetless.core.errors import RecipeError, UserError, first_line
 from forgetless.core.files import load_yaml
 from forgetless.core.settings import with_overrides
 from forgetless.data.examples import ChatTemplate, as_kind, load_examples, require_kind
+from forgetless.data.held import require_two_parts
 from forgetless.data.modality import load_processor, modality_of, new_classes
 from forgetless.data.settings import DATA
-from forgetless.data.texts import SELF, fingerprint, read_examples
+from forgetless.data.texts import SELF, read_examples
 from forgetless.methods import find, known
 from forgetless.models.heads import add_head, new_modules
 from forgetless.models.load import config_of, device_of, head_of, is_stored_packed, meta_model
@@ -293,14 +294,19 @@ class Checker:
             return
         yield from self._comparators(recipe)
         try:
-            if not is_statistics(recipe.text_to_keep):
-                yield from self._problem("repair.keep", fingerprint, recipe.text_to_keep)
+            kept = recipe.text_to_keep
+            if kept != SELF and not is_statistics(kept):
+                yield from self._problem("repair.keep", require_two_parts, kept)
         except UserError as problem:
             yield f"repair.keep: {problem}"
+        task = DATA if wanted is None else wanted.task
+        if task == DATA and (wanted is not None or recipe.dial):
+            trained = recipe.data.sources[0][0], recipe.data.limit
+            yield from self._problem("data.train", require_two_parts, *trained)
         if wanted is None:
             return
-        if wanted.task not in (None, DATA) and not is_statistics(str(wanted.task)):
-            yield from self._problem("repair.task", load_examples, wanted.task)
+        if task not in (None, DATA) and not is_statistics(str(task)):
+            yield from self._problem("repair.task", require_two_parts, str(task))
         if recipe.adapter.use_dora and recipe.adapter.method != "full":
             yield "repair: a DoRA adapter has no A to repair; leave use_dora or the repair out"
 

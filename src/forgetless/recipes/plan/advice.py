@@ -16,6 +16,7 @@ import torch
 
 from forgetless.core.errors import UserError
 from forgetless.data.examples import load_examples
+from forgetless.data.held import EVERY
 from forgetless.data.modality import modality_of
 from forgetless.data.texts import SELF
 from forgetless.models.load import head_of, meta_model
@@ -295,7 +296,7 @@ def advise(base: Base, rows: Rows, wishes: Wishes) -> list[Advice]:
         *_duration(rows, wishes),
         _weight_decay(method.value, wishes),
         _replay(wishes),
-        *_repair(base, method.value, wishes),
+        *_repair(base, method.value, rows, wishes),
         *_rows(base, rows),
         *_number_formats(base, method.value, wishes.quantise),
     ]
@@ -423,8 +424,10 @@ def _weight_decay(method: str, wishes: Wishes) -> Advice:
     return Advice(key, 0.3, reason, f"{REPLICATION}; {CURVES}")
 
 
-def _repair(base: Base, method: str, wishes: Wishes) -> list[Advice]:
+def _repair(base: Base, method: str, rows: Rows, wishes: Wishes) -> list[Advice]:
     """The repair after the training, and how much text it looks at."""
+    if not rows.is_text and rows.examples < EVERY:  # none could be held out to choose a strength
+        return []
     if wishes.goal == "learn" or method in ("full", "lora_null_v2"):
         return []
     reason = (
