@@ -437,6 +437,21 @@ def test_arms_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> No
     assert [arm.label for arm in gather(read(folder))] == ["lora, rank 16", "lora, rank 64"]
 
 
+def test_arms_that_differ_in_the_seed_alone_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    """As a study leaves them whose definition changed between two calls."""
+    sheets = two_sheets({"lora": 0.8}, {"lora": 0.45})
+    folder = make_study(tmp_path / "s", sheets, ["lora"], seeds=(0, 1))
+    earlier = folder / "lora-earlier"
+    write_recipe(earlier, sheets, "lora", 1e-3, 0, rank=64)
+    write_scores(earlier, sheets[0], 0.8, random.Random(0))
+    for run, name in {"lora-00": "plain", "lora-01": "other", "lora-earlier": "plain"}.items():
+        recipe = folder / run / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("name: null", f"name: {name}"))
+    labels = ["plain: lora, rank 16", "other: lora, rank 16", "lora, rank 64"]
+    assert [arm.label for arm in gather(read(folder))] == labels
+    assert report(folder).exists()
+
+
 def test_names_that_read_like_lists_are_set_apart(tmp_path: Path) -> None:
     kept = {"full": 0.63, "lora": 0.63, "pissa": 0.63, "milora": 0.2}
     sheets = two_sheets(dict.fromkeys(kept, 0.8), kept)

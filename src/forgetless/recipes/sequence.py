@@ -169,6 +169,7 @@ class SequenceRecipe(Definition):
 
         Sequences that begin alike share the runs of their beginning. What is learned jointly or
         separately has no order, so that of several with the same tasks the first stands for all.
+        A seed or an order that an arm has twice counts once.
 
         Args:
             checker: as of `Gathered`.
@@ -193,7 +194,7 @@ class SequenceRecipe(Definition):
                             overrides["sequence.after"] = runs[-1] or "unknown"
                         runs.append(gathered.add(arm, self.recipe, overrides))
                     found.append(Chain(arm, order, seed, names, tuple(map(str, runs)), bound))
-        return found, gathered.recipes()
+        return list({(chain.arm, chain.runs): chain for chain in reversed(found)}.values())[::-1], gathered.recipes()
 
     def _orders(self, bound: Bound | None) -> dict[str, tuple[str, ...]]:
         """The orders of a sequence; of what has no order, one of those with the same tasks."""

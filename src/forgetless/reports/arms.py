@@ -225,6 +225,8 @@ def _labels(groups: Mapping[str, Sequence[RunFiles]], study: str) -> dict[str, s
     else:
         firsts = [runs[0] for runs in groups.values()]
         labels = {key: _described(runs[0], firsts) for key, runs in groups.items()}
+        for key in [key for key in labels if list(labels.values()).count(labels[key]) > 1]:
+            labels[key] = ": ".join([*filter(None, named[key]), labels[key]])
     # Labels stand between backticks in one line of text.
     return {key: " ".join(label.replace("`", "'").split()) for key, label in labels.items()}
 
