@@ -68,6 +68,13 @@ def test_arms_have_axes_of_their_own(tiny_recipe: dict[str, Any]) -> None:
     ]
 
 
+def test_an_arm_without_a_run_of_its_own_is_told(tiny_recipe: dict[str, Any]) -> None:
+    arms = [{"name": "plain"}, {"name": "repaired", "repair": {"strength": [0.3]}}]
+    definition = {"name": "s", "recipe": tiny_recipe, "arms": arms, "axes": {"seed": [0, 1]}}
+    with pytest.warns(UserWarning, match="arm 'repaired' trains the same weights as 'plain'"):
+        assert len(StudyRecipe.parse(definition).recipes()) == 2
+
+
 def test_combinations_of_the_same_weights_are_one_run(tiny_recipe: dict[str, Any]) -> None:
     axes = {"adapter.method": ["full", "lora"], "adapter.rank": [1, 2]}
     definition = {"name": "s", "recipe": tiny_recipe, "axes": axes}

@@ -9,6 +9,7 @@ arms:                                         # one run each, times the axes
 """
 
 import itertools
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -158,19 +159,38 @@ class StudyRecipe(Definition):
             RecipeError: the problems of all combinations, each said once.
         """
         gathered = Gathered(self.name, checker)
-        for arm, overrides in self.combinations():
-            gathered.add(arm, self.recipe, {**overrides, "name": arm})
-        return gathered.recipes()
+        owners: dict[str | None, str] = {}
+        lost: dict[str, str] = {}
+        for arm in self.arms or [{}]:
+            runs = {
+                gathered.add(name, self.recipe, {**overrides, "name": name}): name
+                for name, overrides in self._combinations_of(arm)
+            }
+            if runs.keys() <= owners.keys():
+                lost |= {name: owners[run] for run, name in runs.items()}
+            owners = runs | owners
+        recipes = gathered.recipes()
+        for name, owner in lost.items():
+            warnings.warn(
+                f"{self.name}: arm {name!r} trains the same weights as {owner!r} and is no run of "
+                "its own; what follows a training (export, repair, dial, tasks) belongs in the "
+                "recipe",
+                stacklevel=2,
+            )
+        return recipes
 
     def combinations(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The name of the arm and the overrides of every run, in order."""
         for arm in self.arms or [{}]:
-            fixed = {key: value for key, value in arm.items() if key not in ("name", "axes")}
-            axes = {**self.axes, **arm.get("axes", {})}
-            for values in itertools.product(*axes.values()):
-                varied = dict(zip(axes, values, strict=True))
-                named = [arm["name"], *labels(varied)] if "name" in arm else labels(fixed | varied)
-                yield " ".join(named) or self.name, fixed | varied
+            yield from self._combinations_of(arm)
+
+    def _combinations_of(self, arm: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        fixed = {key: value for key, value in arm.items() if key not in ("name", "axes")}
+        axes = {**self.axes, **arm.get("axes", {})}
+        for values in itertools.product(*axes.values()):
+            varied = dict(zip(axes, values, strict=True))
+            named = [arm["name"], *labels(varied)] if "name" in arm else labels(fixed | varied)
+            yield " ".join(named) or self.name, fixed | varied
 
 
 def labels(overrides: Mapping[str, Any]) -> Iterator[str]:
