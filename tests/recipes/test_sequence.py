@@ -53,6 +53,21 @@ def test_sequences_that_begin_alike_share_runs(definition: dict[str, Any]) -> No
     ]
 
 
+def test_a_seed_or_an_order_that_is_given_twice_counts_once(definition: dict[str, Any]) -> None:
+    orders = {"there": ["two", "four"], "as well": ["two", "four"]}
+    definition |= {"orders": orders, "seeds": [0, 0, 7]}
+    chains, recipes = SequenceRecipe.parse(definition).chains()
+    assert [(chain.order, chain.seed) for chain in chains] == [("there", 0), ("there", 7)]
+    assert len(recipes) == 4
+
+
+def test_arms_of_one_name_are_refused(definition: dict[str, Any]) -> None:
+    definition["arms"] = [{"name": "a", "between": "stack"}, {"name": "a", "between": "merge"}]
+    with pytest.raises(RecipeError) as refused:
+        SequenceRecipe.parse(definition)
+    assert refused.value.problems == ["two arms are named 'a'; give each a 'name' of its own"]
+
+
 def test_an_earlier_task_decides_all_later_runs(definition: dict[str, Any]) -> None:
     (before,), _ = SequenceRecipe.parse(definition).chains()
     definition["tasks"][1]["training.learning_rate"] = 1e-4

@@ -54,12 +54,21 @@ def with_overrides(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def validated(model: type[Model], values: Mapping[str, Any], source: str) -> Model:
-    """The model of values that a user gave; raises ``RecipeError`` with all problems."""
+def validated(
+    model: type[Model], values: Mapping[str, Any], source: str, key: str | None = None
+) -> Model:
+    """The model of values that a user gave; raises ``RecipeError`` with all problems.
+
+    Args:
+        model: of them.
+        values: as they were given.
+        source: what they are from, for messages.
+        key: under which they stand there.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [_in_words(model, detail) for detail in error.errors()]
+        problems = [_in_words(model, detail, key) for detail in error.errors()]
         raise RecipeError(source, problems) from None
 
 
@@ -78,9 +87,10 @@ _EXPECTED = {
 }
 
 
-def _in_words(model: type[BaseModel], error: ErrorDetails) -> str:
+def _in_words(model: type[BaseModel], error: ErrorDetails, key: str | None) -> str:
     """One pydantic error as ``where: what is wrong, what is allowed, what was given``."""
-    where = ".".join(str(part) for part in error["loc"])
+    place = ".".join(str(part) for part in (key, *error["loc"]) if part is not None)
+    where = f"{place}: " if place else ""  # a check on a whole recipe has none
     kind, given = error["type"], error["input"]
     shown = "nothing" if given is None else repr(given)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
@@ -88,14 +98,14 @@ def _in_words(model: type[BaseModel], error: ErrorDetails) -> str:
         known = _keys(model, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{where}: unknown key; {hint}"
+        return f"{where}unknown key; {hint}"
     if kind == "missing":
-        return f"{where}: missing; every recipe needs it"
+        return f"{where}missing; every recipe needs it"
     if kind == "value_error":  # our own checks say of lists and mappings what was in them
         got = "" if isinstance(given, list | dict) else f", got {shown}"
-        return f"{where}: {error['ctx']['error']}{got}"
+        return f"{where}{error['ctx']['error']}{got}"
     expected = f"must be {_EXPECTED[kind]}" if kind in _EXPECTED else error["msg"]
-    return f"{where}: {expected.replace('Input should be', 'must be')}, got {shown}"
+    return f"{where}{expected.replace('Input should be', 'must be')}, got {shown}"
 
 
 def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:

@@ -321,11 +321,7 @@ def arm_name(content: Mapping[str, Any]) -> Any:
 def _among(key: str, among: Any) -> Range | tuple[Any, ...]:
     """The range or the choices of a setting; raises ``RecipeError`` where it is neither."""
     if isinstance(among, Mapping):
-        try:
-            return validated(Range, among, key)
-        except RecipeError as error:
-            said = [f"{key}{'' if p.startswith(':') else '.'}{p}" for p in error.problems]
-            raise RecipeError(key, said) from None
+        return validated(Range, among, key, key)
     if isinstance(among, list) and among:
         if len({repr(_plain(choice)) for choice in among}) < len(among):
             raise RecipeError(key, [f"{key}: a choice stands twice, got {among}"])

@@ -111,6 +111,13 @@ class SequenceRecipe(Definition):
         return tasks
 
     @model_validator(mode="after")
+    def _arms_apart(self) -> Self:
+        names = [name for name, _ in self.arm_changes()]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(f"two arms are named {twice[0]!r}; give each a 'name' of its own")
+        return self
+
+    @model_validator(mode="after")
     def _orders_of_tasks(self) -> Self:
         if (self.tasks is None) == (self.split is None):
             raise ValueError("give either tasks, or a split of one data set into them")
@@ -194,7 +201,8 @@ class SequenceRecipe(Definition):
                             overrides["sequence.after"] = runs[-1] or "unknown"
                         runs.append(gathered.add(arm, self.recipe, overrides))
                     found.append(Chain(arm, order, seed, names, tuple(map(str, runs)), bound))
-        return list({(chain.arm, chain.runs): chain for chain in reversed(found)}.values())[::-1], gathered.recipes()
+        apart = {(chain.arm, chain.runs): chain for chain in reversed(found)}
+        return list(reversed(apart.values())), gathered.recipes()
 
     def _orders(self, bound: Bound | None) -> dict[str, tuple[str, ...]]:
         """The orders of a sequence; of what has no order, one of those with the same tasks."""
