@@ -299,8 +299,8 @@ CONTENT_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"data.format": "messages"}, "train.jsonl is 'prompt_completion'"),
     *(
-        ({"data.limit": 4, "calibration.source": "self", **wanted}, "has 4 examples, too few to")
-        for wanted in ({"repair": {"strength": 1.0}}, {"dial": {}})
+        ({"data.limit": 4, "calibration.source": "self", wanted: {}}, "has 4 examples, too few to")
+        for wanted in ("repair", "dial")
     ),
     (
         {"adapter.method": "lora_null_v1", "calibration.source": "absent.txt"},
