@@ -280,6 +280,26 @@ def test_a_comparison_reads_well_in_any_terminal(width: int) -> None:
     assert "facts: gained (1)" in lines
 
 
+@pytest.mark.parametrize(
+    ("width", "head"),
+    [
+        (62, "task before after change 95 % interval kept"),
+        (56, "task before after change 95 % interval"),
+        (44, "task change 95 % interval"),
+    ],
+)
+def test_a_narrow_terminal_has_fewer_columns_and_cuts_off_none(width: int, head: str) -> None:
+    changed = both()
+    named = [replace(row, task=f"{row.task}_about_countries") for row in changed]
+    text = as_text(replace(changed, rows=tuple(named)), items=0, width=width)
+    words = [" ".join(line.split()) for line in text.splitlines()]
+    assert words[0] == head
+    assert "facts_abou" in words[1]
+    assert "-0.200 -0.5" in words[1]
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+
+
 def test_as_many_items_are_shown_as_asked_for() -> None:
     text = as_text(both(), items=2, width=100)
     assert "facts: lost (2 of 3)" in text

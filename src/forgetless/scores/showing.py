@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 ITEMS = 10
 """Lost and gained items of a task that are shown unless more are asked for."""
 
-_WIDE = 116
+_SPARED = (("",), ("p", "n", "metric"), ("lost", "gained"), ("kept",), ("before", "after"))
+"""Columns that a narrow terminal does without, those first that are said elsewhere too."""
+_NAME = 10
+"""Characters of the longest line of a task's name in a narrow terminal."""
 _STYLES = {"worse": "red", "better": "green", "noise": "", "unknown": ""}
 _LONGEST = 240
 
@@ -39,10 +42,9 @@ def as_text(comparison: Comparison, items: int = ITEMS, width: int | None = None
 def render(comparison: Comparison, items: int = ITEMS, width: int = 80) -> RenderableType:
     """The table, a sentence a task, the papers' averages, and the first lost and gained items.
 
-    Of a task so many lost and as many gained items are shown; more columns of the table fit in a
-    wide terminal.
+    Of a task so many lost and as many gained items are shown; the table has as many columns as fit.
     """
-    parts: list[RenderableType] = [_table(comparison, wide=width >= _WIDE), Text()]
+    parts: list[RenderableType] = [_table(comparison, width), Text()]
     for row in comparison:
         said = (sentence(row), _STYLES[row.verdict])
         parts.append(Text.assemble((f"{row.task}: ", "bold"), said))
@@ -61,26 +63,40 @@ def render(comparison: Comparison, items: int = ITEMS, width: int = 80) -> Rende
     return Group(*parts)
 
 
-def _table(comparison: Comparison, *, wide: bool) -> Table:
-    """One row a task; numbers that stand elsewhere too only in a wide terminal."""
-    heads = ["before", "after", "change", f"{100 * comparison.level:g} % interval"]
-    heads += ["kept", "lost", "gained"]
-    table = _plain_table("task", *(["metric", "n", *heads, "p", ""] if wide else heads))
+def _table(comparison: Comparison, width: int) -> Table:
+    """One row a task; without some of the numbers where the terminal is narrow."""
+    interval = f"{100 * comparison.level:g} % interval"
+    heads = ["task", "metric", "n", "before", "after", "change", interval]
+    heads += ["kept", "lost", "gained", "p", ""]
+    columns: dict[str, list[str]] = {head: [] for head in heads}
     for row in comparison:
         low, high = (_signed(row, end) for end in row.interval)
+        p = "–" if row.p_value is None else _p_value(row.p_value).removeprefix("= ")
         cells = [
+            row.task,
+            row.metric.partition(",")[0],
+            str(row.n),
             *(_score(row, score) for score in (row.base, row.score)),
             _signed(row, row.difference),
             "unknown" if math.isnan(row.interval.low) else f"{low} to {high}",
             "–" if math.isnan(row.retention) else _percent(row.retention),
             str(len(row.lost)) if row.counted else "–",
             str(len(row.gained)) if row.counted else "–",
+            p.replace("< ", "<"),
+            row.verdict,
         ]
-        if wide:
-            p = "–" if row.p_value is None else _p_value(row.p_value).removeprefix("= ")
-            metric = row.metric.partition(",")[0]
-            cells = [metric, str(row.n), *cells, p.replace("< ", "<"), row.verdict]
-        table.add_row(row.task, *cells, style=_STYLES[row.verdict])
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    for spared in _SPARED:
+        widths = {head: max(map(len, [head, *cells])) for head, cells in columns.items()}
+        if sum(widths.values()) - max(widths["task"] - _NAME, 0) + 2 * len(widths) - 2 <= width:
+            break
+        for head in spared:
+            del columns[head]
+    table = _plain_table(*columns)
+    for number, row in enumerate(comparison):
+        shown = (cells[number] for cells in columns.values())
+        table.add_row(*shown, style=_STYLES[row.verdict])
     return table
 
 
