@@ -267,6 +267,20 @@ def test_the_default_folder_is_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert default_folder() == tmp_path / "forgetless" / "scores"
 
 
+def test_a_default_folder_that_cannot_be_written_stops_nothing(
+    tiny_base: Path, tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "file"))
+    specs = [{"kind": "perplexity", "path": str(tiny_files / "old.txt")}]
+    with pytest.warns(
+        UserWarning, match="file is a file, not a folder, so the scores are not kept"
+    ):
+        found = measure(str(tiny_base), specs)
+    kept = measure(str(tiny_base), specs, cache=tmp_path / "cache")
+    assert [without_time(r) for r in results(found)] == [without_time(r) for r in results(kept)]
+
+
 def test_a_run_goes_on_in_the_middle_of_a_task(
     tiny_base: Path, tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

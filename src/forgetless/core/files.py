@@ -44,6 +44,17 @@ _PATIENCE_SECONDS = 1
 # ---- writing -------------------------------------------------------------------------------------
 
 
+def require_place(path: str | Path) -> None:
+    """Raise ``UserError`` where nothing can be written at ``path``: before the work, not after."""
+    place = Path(os.path.realpath(path)).parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{path} cannot be written: {place} is a file, not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: {place} may not be written to")
+
+
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
     """A temporary name beside ``path``; what is written to it is ``path`` when the block ends well.

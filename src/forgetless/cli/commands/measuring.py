@@ -1,15 +1,18 @@
 """Scores of a base, and beside them those of what was trained on it."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from forgetless.adapters.folders import classes_for, load
 from forgetless.cli.commands.folders import Trained
 from forgetless.core.errors import UserError
-from forgetless.core.files import write_json
+from forgetless.core.files import require_place, write_json
 from forgetless.data.modality import load_processor
 from forgetless.models.hashes import base_hash, weights_hash
 from forgetless.models.load import load_model
@@ -101,8 +104,8 @@ def measure(
 
     Scores that were measured before are in `cache`, by the content of model and task (None for
     `forgetless.scores.cache.default_folder`): where all are there no model is loaded, and an
-    evaluation that was interrupted goes on where it was. `listen` is told, in words, what comes
-    next.
+    evaluation that was interrupted goes on where it was. Where that default cannot be written, they
+    are kept as long as this call. `listen` is told, in words, what comes next.
     """
     tasks = make_tasks(specs)
     if not tasks:
@@ -111,18 +114,38 @@ def measure(
         raise UserError(problem)
     trained = None if adapter is None else Trained.find(adapter)
     models = _Models(base, trained, dtype, batch_size, listen)
-    scores = ScoreCache(cache or default_folder())
-    key: tuple[str, ...] = (base_hash(base, models.new_classes), dtype)
-    before = Scores(
-        scores.result(task, *key, measure=partial(models.score_base, task)) for task in tasks
-    )
-    if trained is None:
-        return Measurement(before)
-    key = (*key, weights_hash(trained.folder))
-    after = Scores(
-        scores.result(task, *key, measure=partial(models.score_adapted, task)) for task in tasks
-    )
-    return Measurement(before, after)
+    with _folder_of_scores(cache) as folder:
+        scores = ScoreCache(folder)
+        key: tuple[str, ...] = (base_hash(base, models.new_classes), dtype)
+        before = Scores(
+            scores.result(task, *key, measure=partial(models.score_base, task)) for task in tasks
+        )
+        if trained is None:
+            return Measurement(before)
+        key = (*key, weights_hash(trained.folder))
+        after = Scores(
+            scores.result(task, *key, measure=partial(models.score_adapted, task)) for task in tasks
+        )
+        return Measurement(before, after)
+
+
+@contextmanager
+def _folder_of_scores(cache: str | Path | None) -> Iterator[Path]:
+    """The cache, or a folder for the time being where the user's cannot be written."""
+    folder = Path(cache or default_folder())
+    try:
+        require_place(folder / "scores.json")
+    except UserError as problem:
+        if cache is not None:
+            raise
+        warnings.warn(
+            f"{problem}, so the scores are not kept for the next time; give a folder by --cache",
+            stacklevel=4,
+        )
+        with TemporaryDirectory(prefix="forgetless-scores-") as place:
+            yield Path(place)
+        return
+    yield folder
 
 
 def write_scores(found: Measurement, path: Path) -> None:
