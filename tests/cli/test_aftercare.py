@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +236,34 @@ def test_spectra_by_module_and_by_layer(
         (["dial", "ADAPTER", "--base", "BASE", "--keep", "nowhere.txt"], "nowhere.txt"),
         (["spectra", "ADAPTER", "--base", "BASE", "--out", "s.txt"], "a .json or .csv file"),
         (["spectra", "BASE"], "does not say which base"),
+        (["spectra", "ADAPTER", "--out", "BASE/config.json/x.json"], "config.json is a file"),
+        (["eval", "BASE", "--tasks", "kl:self", "--out", "BASE"], "is a folder; give a file"),
+        (
+            [
+                "eval",
+                "BASE",
+                "--tasks",
+                "kl:self",
+                "--adapter",
+                "X",
+                "--report",
+                "BASE/config.json/p",
+            ],
+            "config.json is a file",
+        ),
+        (
+            [
+                "repair",
+                "ADAPTER",
+                "--base",
+                "BASE",
+                "--keep",
+                "self",
+                "--out",
+                "BASE/config.json/x",
+            ],
+            "config.json is a file",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -243,7 +274,42 @@ def test_mistakes_are_told_in_one_line(
     adapter: Path,
 ) -> None:
     real = {"ADAPTER": str(adapter), "BASE": str(tiny_base)}
-    done = forgetless(*(real.get(word, word) for word in arguments))
+    done = forgetless(*(re.sub("ADAPTER|BASE", lambda m: real[m[0]], word) for word in arguments))
     assert done.code == 2
     assert said in done.err
     assert done.err.startswith("error: ")
+
+
+def test_a_base_that_is_named_from_another_folder_is_asked_for(
+    forgetless: Any,  # noqa: F811
+    adapter: Path,
+    tmp_path: Path,
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(adapter, moved)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "models/my/base"
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    for verb in (["dial", "--keep", "self"], ["chat", "hi"], ["export", "--out", tmp_path / "x"]):
+        done = forgetless(verb[0], moved, *verb[1:])
+        assert "base 'models/my/base' does not exist" in done.err
+        assert f"{moved} names its base so" in done.err
+        assert "give --base" in done.err
+
+
+def test_a_place_that_may_not_be_written_is_told_before_the_work(
+    forgetless: Any,  # noqa: F811
+    tiny_base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr("forgetless.cli.commands.aftercare.load_base", None)
+    asked = ("--base", tiny_base, "--keep", "self", "--out", tmp_path / "new")
+    done = forgetless("repair", adapter, *asked)
+    assert (done.code, done.out) == (2, "")
+    assert (
+        done.err == f"error: {tmp_path / 'new'} cannot be written: {tmp_path} may not be "
+        "written to\n"
+    )

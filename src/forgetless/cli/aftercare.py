@@ -190,9 +190,12 @@ def spectra(
 ) -> None:
     """Show what an update is: its rank, where it points, and what of the base it turned."""
     from forgetless.cli.commands.aftercare import look_into, write_spectra
+    from forgetless.cli.commands.folders import require_file
 
     if out is not None and Path(out).suffix not in (".json", ".csv"):
         raise UserError(f"--out takes a .json or .csv file, got {out!r}")
+    if out is not None:
+        require_file(Path(out))
     begin()
     found = look_into(
         source,

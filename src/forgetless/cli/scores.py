@@ -67,8 +67,14 @@ def eval_(
     dtype: Dtype = "auto",
 ) -> None:
     """Score a base, and an adapter on it, on tasks."""
+    from forgetless.cli.commands.folders import require_file
     from forgetless.cli.commands.measuring import measure, write_scores
+    from forgetless.core.files import require_place
 
+    if out is not None:
+        require_file(Path(out))
+    if page is not None:
+        require_place(Path(page) / "index.html")
     if page is not None and adapter is None:
         raise UserError("--report shows an adapter against its base; give --adapter too")
     if learning and page is None:

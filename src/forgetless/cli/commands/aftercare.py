@@ -228,7 +228,7 @@ def look_into(
 def _found(asked: Asked) -> tuple[Trained, str]:
     """What was trained, and the name of its base."""
     trained = Trained.find(asked.source)
-    return trained, known_base(asked.base or trained.base, asked.source)
+    return trained, known_base(asked.base, trained, asked.source)
 
 
 def _read(reading: Reading, asked: Asked, place: Path) -> tuple[Read, Read]:

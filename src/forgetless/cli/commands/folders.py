@@ -11,19 +11,27 @@ from transformers import PreTrainedModel
 
 from forgetless.adapters.folders import CONFIG_FILE, classes_for, recorded_base
 from forgetless.core.errors import UserError
-from forgetless.core.files import read_json
+from forgetless.core.files import read_json, require_place
 from forgetless.models.hub import folder_of
-from forgetless.models.load import load_model
+from forgetless.models.load import load_model, resolve_base
 from forgetless.recipes.recipe import Recipe
 from forgetless.studies.folder import RunFolder
 
 
 def require_new(path: Path) -> None:
-    """Raise ``UserError`` where something lies at ``path`` that would be replaced."""
+    """Raise ``UserError`` where a folder would replace something, or cannot be written."""
     if path.is_file():
         raise UserError(f"{path} is a file; give a new folder")
     if path.exists() and any(path.iterdir()):
         raise UserError(f"{path} is not empty; give a new folder")
+    require_place(path)
+
+
+def require_file(path: Path) -> None:
+    """Raise ``UserError`` where no file can be written; one that is there is replaced."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file")
+    require_place(path)
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,20 @@ def load_base(
     return load_model(name, dtype=dtype, new_classes=classes, **loading)
 
 
-def known_base(base: str | None, source: str | Path) -> str:
-    """The base's name, or ``UserError`` where none is known."""
-    if base is None:
+def known_base(base: str | None, trained: Trained, source: str | Path) -> str:
+    """The base that was asked for, or the recorded one; ``UserError`` where that is not here."""
+    if base is not None:
+        return base
+    if trained.base is None:
         raise UserError(f"{source} does not say which base it is for; give --base")
-    return base
+    try:
+        resolve_base(trained.base, weights=False)
+    except UserError as problem:
+        raise UserError(
+            f"{problem}. {source} names its base so, as from the folder of its training; give "
+            "--base where it lies elsewhere"
+        ) from problem
+    return trained.base
 
 
 def adapter_and_base(source: str | Path, base: str | None) -> tuple[Trained, str]:
@@ -84,4 +101,4 @@ def adapter_and_base(source: str | Path, base: str | None) -> tuple[Trained, str
     trained = Trained.find(source)
     if not trained.is_adapter:
         raise UserError(f"{source} is a whole model, not an adapter; use it as it is")
-    return trained, known_base(base or trained.base, source)
+    return trained, known_base(base, trained, source)

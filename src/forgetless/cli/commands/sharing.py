@@ -216,7 +216,7 @@ class Pair:
             UserError: no language model, or as `merge_adapter`.
         """
         trained = Trained.find(source)
-        name = known_base(base or trained.base, source)
+        name = known_base(base, trained, source)
         if modality_of(name).own_texts is None:
             raise UserError(f"base {name!r} is a classifier, which gives no answers; see 'eval'")
         model, tokenizer = load_model(name, dtype=dtype), load_processor(name)
