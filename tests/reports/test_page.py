@@ -647,6 +647,21 @@ def test_the_summary_ends_with_facts_lost_and_kept(demo: Path) -> None:
     assert shown.index("Kept by") > shown.index("Lost by") > shown.index("pocket_problems")
 
 
+@pytest.mark.parametrize("width", [50, 90, 160])
+def test_no_number_is_cut_off_however_narrow_the_terminal(tmp_path: Path, width: int) -> None:
+    folder = make_study(tmp_path / "s", three_tasks(40, 20), ["full", "lora_null_v1"])
+    wide, console = (
+        Console(width=columns, record=True, file=io.StringIO()) for columns in (400, width)
+    )
+    wide.print(summary(folder))
+    console.print(summary(folder))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    (table,) = re.findall(r"^front .*?(?=^•)", wide.export_text(), re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"[\w.,–%-]+", table)) <= set(re.findall(r"[\w.,–%-]+", shown))
+
+
 def test_answers_cannot_colour_the_terminal(tmp_path: Path) -> None:
     sheet = three_tasks(40, 20)
     folder = make_study(tmp_path / "s", sheet, ["full", "lora_null_v1"])

@@ -1,8 +1,10 @@
 """The report in a terminal: the answer, one table, and some facts lost and kept."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -13,8 +15,12 @@ from forgetless.reports.evidence import TaskInfo
 from forgetless.reports.findings import Findings
 from forgetless.reports.numbers import NOT_MEASURED, amount, arm_words, interval_words
 from forgetless.reports.standing import Standing
+from forgetless.scores.seeds import Estimate
 
 NUM_EXAMPLES = 4
+
+_NAME = 16
+"""Characters of an arm's name on one line, where there is room for no more."""
 
 
 def render(found: Findings) -> RenderableType:
@@ -23,7 +29,7 @@ def render(found: Findings) -> RenderableType:
     parts: list[RenderableType] = [prose(words.title, "bold"), Text("")]
     parts += [prose(sentence) for sentence in words.sentences]
     if found.arms:
-        parts += [Text(""), _table(found.evidence.tasks, found.arms, found.place)]
+        parts += [Text(""), _Scores(found.evidence.tasks, found.arms, found.place)]
     parts += [prose(f"• {caveat}", "dim") for caveat in words.caveats]
     forgotten = [c for c in found.changes if c.counted and c.task.kind == "forgetting"]
     if forgotten:
@@ -39,33 +45,90 @@ def prose(sentence: str, style: str = "") -> Text:
     return line
 
 
-def _table(tasks: Sequence[TaskInfo], arms: Sequence[Arm], place: Standing) -> Table:
-    """One row an arm and rate: every score with its interval, and the share kept."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    with_rates = any(len(arm.settings) > 1 for arm in arms)
-    table.add_column("front")
-    table.add_column("arm")
-    if with_rates:
-        table.add_column("rate", justify="right")
-    for task in tasks:
-        bases = [base for arm in arms if (base := arm.best.measured[task.name].base)]
+class _Column(NamedTuple):
+    head: str
+    cells: list[Text]
+    is_number: bool = True
+
+    @property
+    def width(self) -> int:
+        """Of its longest line, with the blanks behind it."""
+        lines = [
+            *self.head.splitlines(),
+            *(line for c in self.cells for line in c.plain.splitlines()),
+        ]
+        widest = max(map(len, lines), default=0)
+        return (widest if self.is_number else min(widest, _NAME)) + 2
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One row an arm and rate: every score with its interval, and the share kept.
+
+    Where not all tasks fit beside each other intervals stand below their scores, and the tasks in
+    several tables.
+    """
+
+    tasks: Sequence[TaskInfo]
+    arms: Sequence[Arm]
+    place: Standing
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names, room = self._names(), options.max_width - sum(c.width for c in self._names())
+        for between in ("  ", "\n"):
+            blocks = [self._scores(task, between) for task in self.tasks]
+            if sum(column.width for block in blocks for column in block) <= room:
+                break
+        shown: list[_Column] = []
+        for block in blocks:
+            if shown and sum(column.width for column in [*shown, *block]) > room:
+                yield _table([*names, *shown])
+                yield Text()
+                shown = []
+            shown += block
+        yield _table([*names, *shown])
+
+    def _names(self) -> list[_Column]:
+        """What tells the rows apart."""
+        rows = [(arm, setting) for arm in self.arms for setting in arm.settings]
+        front = self.place.front_settings
+        columns = [
+            _Column(
+                "front", [Text("●" if s in front else "", style="cyan") for _, s in rows], False
+            ),
+            _Column("arm", [Text(arm.label, style="bold") for arm, _ in rows], False),
+        ]
+        if any(len(arm.settings) > 1 for arm in self.arms):
+            rates = [f"{s.learning_rate:g}" if s.learning_rate else "" for _, s in rows]
+            columns.append(_Column("rate", list(map(Text, rates))))
+        return columns
+
+    def _scores(self, task: TaskInfo, between: str) -> list[_Column]:
+        """A task's scores and what was kept of it, with something between score and interval."""
+
+        def cell(estimate: Estimate | None) -> Text:
+            if estimate is None:
+                return Text(NOT_MEASURED, style="dim")
+            ends = f"{between}{interval_words(estimate, task)}"
+            return Text.assemble(amount(task, estimate.value), (ends, "dim"))
+
+        settings = [setting for arm in self.arms for setting in arm.settings]
+        bases = [base for arm in self.arms if (base := arm.best.measured[task.name].base)]
         shown = amount(task, bases[0].value) if bases else NOT_MEASURED
-        table.add_column(f"{task.name}\n{task.metric}, base {shown}", justify="right")
+        head = f"{task.name}\n{task.metric}, base {shown}"
+        columns = [_Column(head, [cell(setting.final(task)) for setting in settings])]
         if task.has_retention:
-            table.add_column("\nkept", justify="right")
-    for arm, setting in [(a, setting) for a in arms for setting in a.settings]:
-        cells = [Text("●" if setting in place.front_settings else "", style="cyan")]
-        cells.append(Text(arm.label, style="bold"))
-        if with_rates:
-            cells.append(Text(f"{setting.learning_rate:g}" if setting.learning_rate else ""))
-        for task in tasks:
-            for estimate in [setting.final(task), *[setting.kept(task)] * task.has_retention]:
-                if estimate is None:
-                    cells.append(Text(NOT_MEASURED, style="dim"))
-                else:
-                    ends = (f"  {interval_words(estimate, task)}", "dim")
-                    cells.append(Text.assemble(amount(task, estimate.value), ends))
-        table.add_row(*cells)
+            columns.append(_Column("\nkept", [cell(setting.kept(task)) for setting in settings]))
+        return columns
+
+
+def _table(columns: Sequence[_Column]) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for head, _, is_number in columns:
+        justify: Any = "right" if is_number else "left"
+        table.add_column(head, justify=justify, no_wrap=is_number, overflow="fold")
+    for row in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*row)
     return table
 
 
