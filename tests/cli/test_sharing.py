@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import warnings
@@ -248,6 +249,7 @@ def test_base_and_adapter_answer_the_same_question(
     forgetless: Any,  # noqa: F811
     trained: Path,
     tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = ["chat", run_of(trained), "1+1=", "--max-new-tokens", 8]
     base, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
@@ -256,6 +258,9 @@ def test_base_and_adapter_answer_the_same_question(
     (after,) = generate(model, tokenizer, ["1+1="], max_new_tokens=8, stop=())
     told = {"prompt": "1+1=", "base": alone.strip(), "adapter": after.strip()}
     assert json.loads(forgetless(*asked, "--json").out) == told
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+1=\n1+1=\n"))
+    lines = forgetless(*asked[:2], *asked[3:], "--json").out.splitlines()
+    assert [json.loads(line) for line in lines] == [told, told]
     assert "needs a chat template" in forgetless(*asked, "--system", "Be brief.").err
     assert "unknown template" in forgetless(*asked, "--template", "of").err
 

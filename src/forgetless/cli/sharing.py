@@ -83,14 +83,15 @@ def chat(
     begin()
     pair = Pair.load(source, base, dtype)
     asked = [prompt] if prompt is not None else map(str.strip, sys.stdin)
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and sys.stdin.isatty() and not as_json:
         print_text("One question a line; an empty line ends.")
     for question in asked:
         if not question:
             break
         before, after = pair.answers(question, max_new_tokens, template, system)
         if as_json:
-            print_json({"prompt": question, "base": before, "adapter": after})
+            answer = {"prompt": question, "base": before, "adapter": after}
+            print_json(answer, indent=None if prompt is None else 2)  # of many each is a line
         else:
             print_table(["base", "adapter"], [[before, after]])
 

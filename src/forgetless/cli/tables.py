@@ -50,9 +50,9 @@ def print_text(text: str) -> None:
     console().print(text, markup=False, highlight=False)
 
 
-def print_json(value: Any) -> None:
-    """Print a value for other programs."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Print a value for other programs; without an indent on one line, of which several follow."""
+    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
 
 
 def print_shown(found: Sequence[Shown]) -> None:
