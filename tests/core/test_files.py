@@ -35,6 +35,7 @@ from forgetless.core.files import (
     read_jsonl,
     remove,
     remove_temporaries,
+    temporary_name,
     write_json,
     write_jsonl,
 )
@@ -280,6 +281,10 @@ def test_what_two_writers_keep_is_taken_over_whole(tmp_path: Path, exchanges: bo
     if exchanges:  # else a writer may come between two renames, when nothing bears the name
         assert kept == {name: name for name in map(str, range(20))}
         assert len(list((made / "images").iterdir())) == 20
+
+
+def test_no_two_writers_of_a_process_have_the_same_temporary_name(tmp_path: Path) -> None:
+    assert len({temporary_name(tmp_path / "made") for _ in range(2000)}) == 2000
 
 
 def test_a_folder_that_is_emptied_while_it_is_listed_is_listed_again(

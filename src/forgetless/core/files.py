@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ from forgetless.core.hashing import CHECKSUM, checksum, known_checksum
 _log = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp-"
+_numbers = count(uuid.uuid4().int % 2**16)
+"""Of temporary names, so that no two threads have the same. The first is random: a killed process
+of the same id, as in a container, may have left some."""
 _PATIENCE_SECONDS = 1
 """How long a lock is waited for without a word."""
 
@@ -112,7 +116,7 @@ def new_folder(
 
 def temporary_name(path: Path) -> Path:
     """A new name beside ``path`` that says which process of which machine uses it."""
-    writer = f"{_machine()}{os.getpid():06x}{uuid.uuid4().hex[:4]}"
+    writer = f"{_machine()}{os.getpid():06x}{next(_numbers) % 2**16:04x}"
     return path.with_name(f"{_TEMPORARY}{writer}-{path.name}")
 
 
