@@ -290,11 +290,10 @@ def test_the_classes_of_one_data_set_are_learned_in_several_orders(
     definition["orders"] = {"a": NEW, "b": [*NEW[:2], "zebra", "rings"], "c": [*NEW[1:], NEW[0]]}
     done = sequence(definition, tmp_path)
     assert not [run.record["reason"] for run in done.failed]
-    assert len(done.runs) == 4  # "a" and "b" are the same
-    first, second, third = done.matrices["sequences"]
+    assert len(done.runs) == 4
+    first, second = done.matrices["sequences"]  # "b" has the tasks of "a", and counts once
     assert first["tasks"] == ["lines, waves", "rings, zebra"]
-    assert first["R"] == second["R"]
-    assert third["tasks"] == ["rings, waves", "lines, zebra"]
+    assert second["tasks"] == ["rings, waves", "lines, zebra"]
     assert done.matrices["classes"]["rings, waves"] == ["rings", "waves"]
     by_task = done.matrices["task_incremental"]["sequences"]
     for found in (*done.matrices["sequences"], *by_task):
@@ -302,7 +301,7 @@ def test_the_classes_of_one_data_set_are_learned_in_several_orders(
         assert found["metrics"]["ACC"] == sum(found["R"][-1][1:]) / 2
     page = report(done.folder)
     assert '<th scope="col">lines, zebra</th>' in page.read_text()
-    assert "3 sequences · 2 tasks" in page.read_text()
+    assert "2 sequences · 2 tasks" in page.read_text()
     assert "lines-zebra" in (page.parent / "results.csv").read_text()
 
 
