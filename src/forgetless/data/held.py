@@ -44,13 +44,13 @@ def hold_out(
     examples = read_examples(source, limit)
     require_kind(examples, kinds)
     rows, by_class = list(_rows(examples)), defaultdict(list)
+    _require_enough(source, len(rows))
     for row in rows:
         by_class[str(row.get("label"))].append(row)
     parts = list(by_class.values())
     if max(map(len, parts)) < EVERY:  # of many classes with few examples, some have none held out
         parts = [rows]
     held = _in_turn([part[EVERY - 1 :: EVERY] for part in parts])
-    _require_enough(source, len(rows))
     rest = _in_turn([[row for n, row in enumerate(part, 1) if n % EVERY] for part in parts])
     found = HeldOut(folder / "rest.jsonl", folder / "held.jsonl")
     for path, part in zip(found, (rest, held), strict=True):

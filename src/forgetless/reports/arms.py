@@ -1,6 +1,7 @@
 """Runs grouped into arms: one arm is one recipe, whatever its seed and learning rate."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -225,8 +226,10 @@ def _labels(groups: Mapping[str, Sequence[RunFiles]], study: str) -> dict[str, s
     else:
         firsts = [runs[0] for runs in groups.values()]
         labels = {key: _described(runs[0], firsts) for key, runs in groups.items()}
-        for key in [key for key in labels if list(labels.values()).count(labels[key]) > 1]:
-            labels[key] = ": ".join([*filter(None, named[key]), labels[key]])
+        arms_of = Counter(labels.values())
+        for key, label in labels.items():
+            if arms_of[label] > 1:
+                labels[key] = ": ".join([*sorted(filter(None, named[key])), label])
     # Labels stand between backticks in one line of text.
     return {key: " ".join(label.replace("`", "'").split()) for key, label in labels.items()}
 

@@ -74,14 +74,15 @@ class _Scores:
     place: Standing
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        names, room = self._names(), options.max_width - sum(c.width for c in self._names())
+        names = self._names()
+        room = options.max_width - _width(names)
         for between in ("  ", "\n"):
             blocks = [self._scores(task, between) for task in self.tasks]
-            if sum(column.width for block in blocks for column in block) <= room:
+            if sum(map(_width, blocks)) <= room:
                 break
         shown: list[_Column] = []
         for block in blocks:
-            if shown and sum(column.width for column in [*shown, *block]) > room:
+            if shown and _width([*shown, *block]) > room:
                 yield _table([*names, *shown])
                 yield Text()
                 shown = []
@@ -120,6 +121,10 @@ class _Scores:
         if task.has_retention:
             columns.append(_Column("\nkept", [cell(setting.kept(task)) for setting in settings]))
         return columns
+
+
+def _width(columns: Sequence[_Column]) -> int:
+    return sum(column.width for column in columns)
 
 
 def _table(columns: Sequence[_Column]) -> Table:

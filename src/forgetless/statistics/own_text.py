@@ -106,7 +106,7 @@ def _first_round(base: nn.Module, layers: Iterable[nn.Module], max_length: int) 
     room for keys and values are no dearer in small rounds.
     """
     asked = ENOUGH * max(weight_shape(layer)[1] for layer in layers) / max_length
-    return max(FIRST, min(2 * math.ceil(asked / 2), sampled_together(base, max_length), MOST))
+    return max(FIRST, min(2 * math.ceil(asked / 2), sampled_together(base, max_length)))
 
 
 def spread(layers: Mapping[str, nn.Module], most: int = 8) -> dict[str, nn.Module]:
