@@ -29,6 +29,7 @@ SPECTRA = {
 @pytest.fixture(autouse=True)
 def _small_matrices_count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subspace, "SMALLEST_SIZE", 64)
+    monkeypatch.setattr(subspace, "_COLUMNS", 100)
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:
@@ -53,6 +54,24 @@ def energy(C: Tensor, N: Tensor) -> float:
 def orthonormal(columns: Tensor) -> None:
     eye = torch.eye(columns.shape[1], dtype=torch.float64)
     torch.testing.assert_close(columns.mT @ columns, eye, atol=1e-12, rtol=0)
+
+
+def test_a_cholesky_factor_by_blocks_is_that_of_the_shifted_matrix() -> None:
+    C = moment(SPECTRA["k^-1.6"])
+    lower = subspace._cholesky(C, 0.5)
+    assert lower is not None
+    expected = torch.linalg.cholesky(C + 0.5 * torch.eye(SIZE))
+    torch.testing.assert_close(lower.tril(), expected, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("position", [0, 99, 100, SIZE - 1])
+def test_an_indefinite_matrix_has_no_cholesky_factor_whichever_block_shows_it(
+    position: int,
+) -> None:
+    C = torch.eye(SIZE, dtype=torch.float64)
+    C[position, position] = -1
+    assert subspace._cholesky(C, 0.5) is None
+    assert subspace._cholesky(C, 1.5) is not None
 
 
 @pytest.mark.parametrize("name", SPECTRA)
