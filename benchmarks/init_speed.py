@@ -15,6 +15,7 @@ import argparse
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens
 from torch import Tensor, nn
 
@@ -50,6 +51,10 @@ BARS = {
     "corda_ipm": ("corda, peft", 2.0),
     "pissa": ("pissa, peft", 1.0),
     "pissa niter=16": ("pissa_niter_16, peft", 1.2),
+    "lora": ("lora, peft", 1.0),
+    "olora": ("olora, peft", 1.0),
+    "mica": ("mica, peft", 1.0),
+    "lora_ga": ("lora_ga, peft", 1.0),
     "slice, first and kept": ("svd, float32", None),
     "slice, from the cache": ("svd, float32", 50.0),
 }
@@ -63,6 +68,7 @@ class Setting:
     Attributes:
         weights: layer -> W.
         moments: input -> second moment, float64.
+        gradients: layer -> a gradient of W, which is errors times inputs.
         least: input -> the least leak of any space of that rank.
         spaces: side -> layer -> rows that span its N, (rank, in).
         folder: of the cached spectra.
@@ -74,6 +80,7 @@ class Setting:
     device: str
     weights: dict[str, Tensor] = field(default_factory=dict)
     moments: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
     least: dict[str, float] = field(default_factory=dict)
     spaces: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="init-speed-")))
@@ -87,6 +94,8 @@ class Setting:
             out = self.inner if layer in ("gate_proj", "up_proj") else self.hidden
             W = torch.randn(out, len(self.moments[name]), generator=generator)
             self.weights[layer] = (W / W.shape[1] ** 0.5).to(self.device)
+            errors = torch.randn(out, len(self.moments[name]), generator=generator).to(self.device)
+            self.gradients[layer] = errors @ self.moments[name].float()
 
     def block(self) -> nn.Module:
         """A block with these weights; nothing that is done to it changes them."""
@@ -151,6 +160,7 @@ def ours(setting: Setting, rank: int, method: str, **options: Any) -> None:
         target_modules=list(INPUTS),
         stats=setting.statistics(),
         task_stats=setting.statistics(),
+        gradients=setting.gradients,
         **options,
     )
     if method == "lora_null_v1":
@@ -158,7 +168,7 @@ def ours(setting: Setting, rank: int, method: str, **options: Any) -> None:
         setting.spaces[method] = {n: m.lora_anchor["default"].anchor_A for n, m in modules}
 
 
-def peft(setting: Setting, rank: int, init: str) -> None:
+def peft(setting: Setting, rank: int, init: bool | str) -> None:
     """A start of PEFT's."""
     config = LoraConfig(
         r=rank,
@@ -166,8 +176,14 @@ def peft(setting: Setting, rank: int, init: str) -> None:
         target_modules=list(INPUTS),
         init_lora_weights=init,
         corda_config=CordaConfig(corda_method="kpm") if init == "corda" else None,
+        lora_ga_config=LoraGAConfig() if init == "lora_ga" else None,
     )
     block = setting.block()
+    if init == "olora":
+        block = deepcopy(block)  # it is subtracted from in place
+    if init == "lora_ga":
+        for layer, linear in block.named_children():
+            linear._peft_loraga_grad = setting.gradients[layer]  # what `preprocess_loraga` leaves
     if init == "corda":
         for layer, linear in block.named_children():
             C = setting.moments[INPUTS[layer]]
@@ -199,6 +215,14 @@ def sides(setting: Setting) -> dict[str, Callable[[], object]]:
         "pissa": partial(ours, setting, rank, "pissa"),
         "pissa_niter_16, peft": partial(peft, setting, rank, "pissa_niter_16"),
         "pissa niter=16": partial(ours, setting, rank, "pissa", niter=16),
+        "lora, peft": partial(peft, setting, rank, True),
+        "lora": partial(ours, setting, rank, "lora"),
+        "olora, peft": partial(peft, setting, rank, "olora"),
+        "olora": partial(ours, setting, rank, "olora"),
+        "mica, peft": partial(peft, setting, rank, "mica"),
+        "mica": partial(ours, setting, rank, "mica"),
+        "lora_ga, peft": partial(peft, setting, rank, "lora_ga"),
+        "lora_ga": partial(ours, setting, rank, "lora_ga"),
         "svd, float32": lambda: torch.linalg.svd(W, full_matrices=False),
         "slice, first and kept": partial(one_slice, setting, rank),
         "slice, from the cache": partial(one_slice, setting, rank),

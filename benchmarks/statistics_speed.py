@@ -6,8 +6,10 @@ Llama models with random weights, a vocabulary of 32000 and all seven linear lay
 on the same tokens, a text a batch since PEFT's hook takes no more. `forward` is the model as it is
 called, `body` the same without the output head, and `in a tenth` ours under a budget of a tenth of
 all matrices. `peft sums` is the collecting part of `preprocess_corda`, `peft` the whole of it,
-inverses and SVDs included (run once). A float64 product takes twice the time of a float32 one, so
-of a float32 body alone the ratio tends to 1.9 as the model grows.
+inverses and SVDs included (run once). `eva over ours` is PEFT's EVA, which reads until its
+principal components have settled, over `collect` and `attach` of ours (run once). A float64 product
+takes twice the time of a float32 one, so of a float32 body alone the ratio tends to 1.9 as the
+model grows.
 
 The second table is memory: the matrices of Llama-2-7B, computed, and what the peak of a process
 grows by while it collects, measured, each in a process of its own.
@@ -16,6 +18,7 @@ grows by while it collects, measured, each in a process of its own.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import resource
 import subprocess
@@ -27,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import calib_cov_distribution, preprocess_corda
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from forgetless import attach
 from forgetless.statistics.collection import collect
 from forgetless.statistics.passes import matrix_bytes
 from timing import interleaved, medians, ratio, report, timed
@@ -125,13 +129,33 @@ def compare(hidden: int, options: argparse.Namespace) -> dict[str, Any]:
         "tenth over forward": ratio(times, "in a tenth", "forward"),
         "peft sums over ours": ratio(times, "peft sums", "ours"),
         "peft over ours": None,
+        "eva over ours": None,
     }
     forget_sums(model)
     if not options.no_peft:
         run = partial(forward, model, batches)
         whole = timed(lambda: preprocess_corda(model, corda_config(), run), options.device)
         row["peft over ours"] = whole / medians(times)["ours"]
+        forget_sums(model)
+        theirs = timed(lambda: peft_eva(model, batches), options.device)
+        row["eva over ours"] = theirs / timed(lambda: our_eva(model, batches), options.device)
     return row
+
+
+def peft_eva(model: LlamaForCausalLM, batches: Batches) -> None:
+    """An adapter with PEFT's EVA on a copy of the model."""
+    config = LoraConfig(
+        r=16, target_modules=TARGETS, init_lora_weights="eva", eva_config=EvaConfig()
+    )
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
+
+
+def our_eva(model: LlamaForCausalLM, batches: Batches) -> None:
+    """An adapter with our EVA on a copy of the model."""
+    copied = copy.deepcopy(model)
+    moments = collect(copied, batches, target_modules=TARGETS)
+    attach(copied, "eva", rank=16, alpha=16, target_modules=TARGETS, task_stats=moments, rho=2)
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -234,6 +234,22 @@ def test_spectra_by_module_and_by_layer(
         (["repair", "ADAPTER", "--base", "BASE", "--keep", "self", "--max-drop", "x=1"], "none of"),
         (["dial", "ADAPTER", "--base", "BASE"], "give --keep, --task or --tasks"),
         (["dial", "ADAPTER", "--base", "BASE", "--keep", "nowhere.txt"], "nowhere.txt"),
+        (["dial", "ADAPTER", "--base", "BASE", "--task", "nowhere.txt"], "nowhere.txt"),
+        (["dial", "ADAPTER", "--base", "BASE", "--keep", "x.safetensors"], "holds statistics"),
+        (["repair", "ADAPTER", "--base", "BASE", "--keep", "nowhere.txt"], "nowhere.txt"),
+        (
+            ["repair", "ADAPTER", "--base", "BASE", "--keep", "self", "--task", "FEW"],
+            "few.jsonl has 1 examples, too few",
+        ),
+        (
+            ["repair", "ADAPTER", "--base", "BASE", "--keep", "x.safetensors", "--max-kl", "1"],
+            "give the text itself as --keep",
+        ),
+        (
+            ["dial", "ADAPTER", "--base", "BASE", "--task", "FEW", "--max-kl", "1"],
+            "give the text itself as --keep",
+        ),
+        (["spectra", "ADAPTER", "--base", "BASE", "--keep", "nowhere.txt"], "nowhere.txt"),
         (["spectra", "ADAPTER", "--base", "BASE", "--out", "s.txt"], "a .json or .csv file"),
         (["spectra", "BASE"], "does not say which base"),
         (["spectra", "ADAPTER", "--out", "BASE/config.json/x.json"], "config.json is a file"),
@@ -266,15 +282,22 @@ def test_spectra_by_module_and_by_layer(
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_are_told_in_one_line_before_a_weight_is_loaded(
     forgetless: Any,  # noqa: F811
     arguments: list[str],
     said: str,
     tiny_base: Path,
     adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = {"ADAPTER": str(adapter), "BASE": str(tiny_base)}
-    done = forgetless(*(re.sub("ADAPTER|BASE", lambda m: real[m[0]], word) for word in arguments))
+    monkeypatch.setattr("forgetless.cli.commands.aftercare.load_base", None)
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"prompt": "a", "completion": "b"}\n')
+    real = {"ADAPTER": str(adapter), "BASE": str(tiny_base), "FEW": str(few)}
+    done = forgetless(
+        *(re.sub("ADAPTER|BASE|FEW", lambda m: real[m[0]], word) for word in arguments)
+    )
     assert done.code == 2
     assert said in done.err
     assert done.err.startswith("error: ")

@@ -217,9 +217,10 @@ def test_a_weight_that_is_only_multiplied_starts_as_its_copy_does(
     name: str, dtype: torch.dtype
 ) -> None:
     given = inputs((2100, 9), seed=0)  # of more rows than are converted at once
-    W, C = given["W"].to(dtype), given["second_moment"]
-    plain, copied = METHODS[name], replace(METHODS[name], copies_weight=True)
-    ours, theirs = (m.decompose(W, 3, second_moment=C) for m in (plain, copied))
+    W, plain = given["W"].to(dtype), METHODS[name]
+    needs: dict[str, Any] = {need: given[need] for need in plain.needs}
+    copied = replace(plain, copies_weight=True)
+    ours, theirs = (m.decompose(W, 3, **needs) for m in (plain, copied))
     for part in ("A", "B"):
         torch.testing.assert_close(getattr(ours, part), getattr(theirs, part))
 

@@ -70,6 +70,7 @@ def eval_(
     from forgetless.cli.commands.folders import require_file
     from forgetless.cli.commands.measuring import measure, write_scores
     from forgetless.core.files import require_place
+    from forgetless.tasks import make_tasks
 
     if out is not None:
         require_file(Path(out))
@@ -90,10 +91,11 @@ def eval_(
         data_dir=data_dir,
         allow_code_execution=allow_code_execution or None,
     )
-    learned = learned_among(specs, learning)
+    asked = make_tasks(specs)
+    learned = learned_among(asked, learning)
     found = measure(
         base,
-        specs,
+        asked,
         adapter=adapter,
         dtype=dtype,
         batch_size=batch_size,

@@ -12,6 +12,7 @@ from forgetless.core.errors import UserError
 
 if TYPE_CHECKING:
     from forgetless.data.settings import CalibrationSettings
+    from forgetless.tasks import Task
 
 
 def rates_of(text: str) -> list[float]:
@@ -111,15 +112,13 @@ def task_specs(names: str, **options: Any) -> list[dict[str, Any]]:
     return specs
 
 
-def learned_among(specs: Sequence[Any], names: str) -> list[str]:
-    """The tasks of ``specs`` that ``names``, written as for `task_specs`, mean; by their own names.
+def learned_among(tasks: Sequence[Task], names: str) -> list[str]:
+    """Those of the tasks that ``names``, written as for `task_specs`, mean; by their own names.
 
     Raises:
         UserError: a name that is none of them.
     """
-    from forgetless.tasks import make_tasks
-
-    known = [task.name for task in make_tasks(specs)]
+    known = [task.name for task in tasks]
     learned = []
     for name in filter(None, names.split(",")):
         own = [name] if name in known else _names_of(name)

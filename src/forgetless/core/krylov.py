@@ -145,33 +145,29 @@ def largest_eigenpairs(C: Tensor, rank: int) -> Pairs | None:
     return _krylov(lambda block: C @ block, lambda block: C @ block, C, rank, "largest")
 
 
-def singular_basis(M: Tensor, rank: int, end: End) -> Tensor | None:
-    """Orthonormal columns near the singular vectors of one end, on M's shorter side.
+def smallest_singular_basis(M: Tensor, rank: int) -> Tensor | None:
+    """Orthonormal columns near the smallest singular vectors of M, on its shorter side.
 
     The factor R of a QR factorisation stands for M, so that no Gram matrix squares the condition.
 
     Args:
         M: (out, in), float64.
         rank: how many columns.
-        end: which singular values.
 
     Returns:
         (min(out, in), rank), right singular vectors if out >= in, else left ones; or None: M is
-        singular where the smallest are asked for, or the iteration did not converge.
+        singular, or the iteration did not converge.
     """
     R = torch.linalg.qr(M if M.shape[0] >= M.shape[1] else M.mT, mode="r").R
     diagonal = R.diagonal().abs()
-
-    def gram(block: Tensor) -> Tensor:
-        return torch.mm(R.mT, R @ block)
+    if diagonal.min() <= len(R) * _EPSILON * diagonal.max():
+        return None
 
     def inverse(block: Tensor) -> Tensor:
         half = _solve(R.mT, block, upper=False)
         return _solve(R, half, upper=True, out=half)
 
-    if end == "smallest" and diagonal.min() <= len(R) * _EPSILON * diagonal.max():
-        return None
-    found = _krylov(gram if end == "largest" else inverse, gram, R, rank, end)
+    found = _krylov(inverse, lambda block: torch.mm(R.mT, R @ block), R, rank, "smallest")
     return None if found is None else found.vectors
 
 
@@ -313,13 +309,13 @@ def _converged(history: list[Tensor], end: End, floor: float) -> bool:
     rest of a geometric series. The largest are followed one by one.
     """
     last = history[-1]
-    if len(history) < 3:
-        return False
-    if end == "smallest" and last[-1] <= floor:
-        return True
-    if end == "largest":
+    if end == "largest" and len(history) > 1:
         noise = len(last) * _EPSILON * last.abs().max()
         return bool(((last - history[-2]).abs() <= 1e-8 * last.abs() + noise).all())
+    if len(history) < 3:
+        return False
+    if last[-1] <= floor:
+        return True
     before, previous, now = (float(values.sum()) for values in history[-3:])
     gained, earlier = previous - now, before - previous
     rate = min(max(gained / earlier, 0.5), 0.9) if earlier > 0 else 0.5

@@ -236,9 +236,24 @@ def gram_spectrum(W: Tensor) -> GramSpectrum:
         ValueError: W is no matrix, or holds NaN or infinity.
     """
     W = _finite(W).double()
-    tall = W.shape[0] >= W.shape[1]
-    energy, vectors = torch.linalg.eigh(W.mT @ W if tall else W @ W.mT)
+    energy, vectors = torch.linalg.eigh(_smaller_gram(W))
     return GramSpectrum(W=W, S=energy.clamp(min=0).sqrt().flip(0), vectors=vectors.flip(1))
+
+
+def _smaller_gram(W: Tensor) -> Tensor:
+    """Wᵀ W or W Wᵀ, (min(out, in), min(out, in)); what mirrors a strip is not multiplied again."""
+    tall = W if W.shape[0] >= W.shape[1] else W.mT
+    size = tall.shape[1]
+    gram = tall.new_empty(size, size)
+    width = -(-size // _STRIPS)
+    for start in range(0, size, width):
+        strip = slice(start, start + width)
+        gram[strip, start:] = tall[:, strip].mT @ tall[:, start:]
+        gram[start + width :, strip] = gram[strip, start + width :].mT
+    return gram
+
+
+_STRIPS = 4
 
 
 def complete_spectrum(W: Tensor) -> Spectrum:
@@ -288,7 +303,11 @@ def svd_end(W: Tensor, rank: int, end: subspace.End) -> Triples:
     the smallest with at most 1.01 times their ‖S‖.
     """
     if subspace.pays(min(W.shape), rank):
-        basis = subspace.singular_basis(W, rank, end)
+        if end == "smallest":
+            basis = subspace.smallest_singular_basis(W, rank)
+        else:
+            found = subspace.largest_eigenpairs(_smaller_gram(W), rank)
+            basis = None if found is None else found.vectors
         if basis is not None:
             return projected_slice(W, basis)
     start = 0 if end == "largest" else min(W.shape) - rank

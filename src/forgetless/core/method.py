@@ -102,7 +102,8 @@ class Method:
         reads_weight: whether `factors` looks at the entries of W. Where it does not, it is given
             zeros of W's shape that take no memory, in place of a float64 copy of every weight.
         copies_weight: whether `factors` is given that copy. One that only multiplies W, by
-            `forgetless.core.linalg.projected_svd`, takes it as it is, in float32 or float64.
+            `forgetless.core.linalg.projected_svd`, or seldom looks at it, takes it as it is, in
+            float32 or float64.
     """
 
     name: str

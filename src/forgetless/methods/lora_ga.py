@@ -74,7 +74,7 @@ def lora_ga(
     if scale == "peft":
         return Factors(A, c * B)
     if scale == "weight_svd" and S[b[0]] > 0:
-        B = B * (svd_end(W, 1, "largest").S[0] / S[b[0]])
+        B = B * (svd_end(W.double(), 1, "largest").S[0] / S[b[0]])
     return Factors(A, B)
 
 
@@ -94,4 +94,5 @@ METHOD = Method(
     "arXiv:2407.05000",
     trains=("A", "B"),
     factors=lora_ga,
+    copies_weight=False,
 )

@@ -27,9 +27,9 @@ def olora(W: Tensor, rank: int, scaling: float) -> Factors:
         Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models",
         arXiv:2406.01775.
     """
-    Q, R = torch.linalg.qr(W)
-    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(W)[:rank]
-    return Factors(A=R[:rank] * signs[:, None], B=Q[:, :rank] * signs)
+    Q, R = torch.linalg.qr(W[:, :rank])  # the first columns of Q depend on no others of W
+    B = Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(W)
+    return Factors(A=B.mT @ W, B=B)
 
 
 METHOD = Method(

@@ -415,6 +415,12 @@ _AS_READ: dict[str, Any] = {"limit": None, "columns": {}, "validation": None}
 """How the rows are read that `hold_out` wrote."""
 
 
+def require_text(source: str) -> None:
+    """Raise ``UserError`` where a text to measure on is saved statistics."""
+    if is_statistics(source):
+        raise UserError(f"{source} holds statistics; give the text itself to measure on")
+
+
 @dataclass(frozen=True)
 class Reading:
     """How texts are read: on which layers of which base, and how much of them.
@@ -453,8 +459,7 @@ class Reading:
 
     def measured(self, source: str, folder: Path) -> Read:
         """A text that nothing is learned from: all of it is there to measure on."""
-        if is_statistics(source):
-            raise UserError(f"{source} holds statistics; give the text itself to measure on")
+        require_text(source)
         return Read(None, self._parts(source, folder).held if source == SELF else Path(source))
 
     def whole(self, source: str, folder: Path) -> Statistics:

@@ -74,11 +74,12 @@ def continuation_logps(
 
         def tried(_: Sequence[int]) -> list[bool]:
             nonlocal known
-            known = _kept_apart(model, batches[0], inputs, scores)
+            known = _kept_apart(model, forking[0], inputs, scores)
             return [known is not None]
 
         asked = [list(row) for row in rows]
-        if any(tree.forks for trees in batches for tree in trees):
+        forking = [trees for trees in batches if any(tree.forks for tree in trees)]
+        if forking:
             (shares,) = in_batches("beginnings", [asked], [[0]], tried)
             if not shares:
                 batches = cut(_trees(inputs, range(len(rows)), 0))
@@ -151,10 +152,15 @@ def _kept_apart(
     rows: Sequence[Ids],
     scores: Callable[[Sequence[_Tree]], dict[int, Score]],
 ) -> dict[int, Score] | None:
-    """The scores of a batch of trees; None if the largest's rows alone have not the same ones."""
-    config, largest = text_config(base_of(model)), trees[0]
+    """The scores of a batch of trees; None where rows alone have not the same ones.
+
+    These are the longest of the trees that fork, and the longest with tokens of another row before
+    its own: mostly one and the same.
+    """
+    config, forks = text_config(base_of(model)), [tree for tree in trees if tree.forks]
     windows = [getattr(config, name, None) for name in _WINDOWS]
-    sees_all = not any(isinstance(seen, int) and seen < len(largest.ids) for seen in windows)
+    largest = max(len(tree.ids) for tree in forks)
+    sees_all = not any(isinstance(seen, int) and seen < largest for seen in windows)
     takes_mask = getattr(config, "_attn_implementation", None) in _TAKES_MASK
     if not (sees_all and takes_mask and accepts(model, "position_ids") and has_a_head(model)):
         return None
@@ -162,7 +168,9 @@ def _kept_apart(
         together = scores(trees)
     except (ValueError, TypeError, RuntimeError, IndexError):  # its code expects another mask
         return None
-    ends = {min(largest.paths), max(largest.paths)}
+    paths = {place: path for tree in forks for place, path in tree.paths.items()}
+    lengths = [(len(path), path[-1] >= len(path), place) for place, path in paths.items()]
+    ends = {max(lengths)[-1], max(row for row in lengths if row[1])[-1]}
     near = math.sqrt(torch.finfo(_dtype(model)).eps)
     alone = scores(_trees(rows, sorted(ends), 0))
     same = (abs(together[i][0] - alone[i][0]) <= near * (1 + abs(alone[i][0])) for i in ends)

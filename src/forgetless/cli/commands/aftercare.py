@@ -1,7 +1,7 @@
 """A trained adapter used in part, repaired, and looked into."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from forgetless.adapters.spectra import Spectra, spectra
 from forgetless.cli.commands.folders import Trained, known_base, load_base, require_new
 from forgetless.core.errors import UserError
 from forgetless.core.files import new_folder, read_json, write_json
+from forgetless.data.held import EVERY, require_two_parts
 from forgetless.data.modality import load_processor
 from forgetless.data.settings import CalibrationSettings, DataSettings
+from forgetless.data.texts import SELF, read_examples
 from forgetless.models.load import load_tuned, meta_model
 from forgetless.scores.gates import Limit, parse_limits
 from forgetless.statistics.moments import Statistics, is_statistics
@@ -29,6 +31,7 @@ from forgetless.studies.aftercare import (
     Reading,
     Setting,
     choose,
+    require_text,
 )
 from forgetless.studies.folder import write_csv
 from forgetless.tasks import make_tasks
@@ -112,6 +115,7 @@ def adjust(asked: Asked, out: str | Path | None = None) -> Adjusted:
     unknown = [limit.task for limit in limits if limit.task not in (None, *(t.name for t in tasks))]
     if unknown:
         raise UserError(f"--max-drop names {unknown[0]!r}, which is none of --tasks")
+    _require_texts(asked, base)
     model, processor = load_base(base, trained.folder, asked.dtype), load_processor(base)
     layers: Any = "all-linear"
     if trained.is_adapter:
@@ -209,6 +213,9 @@ def look_into(
     """The spectra of a trained adapter, a run or a tuned model."""
     asked = Asked(source, base, keep, calibration=calibration, dtype=dtype, seed=seed)
     trained, name = _found(asked)
+    for text in (keep, task):
+        if text is not None:
+            _require_readable(text, read_examples)
     model = load_base(name, trained.folder, dtype)
     adapter: Any = load(model, trained.folder) if trained.is_adapter else str(trained.folder)
     stats = of_task = None
@@ -231,14 +238,34 @@ def _found(asked: Asked) -> tuple[Trained, str]:
     return trained, known_base(asked.base, trained, asked.source)
 
 
+def _require_texts(asked: Asked, base: str) -> None:
+    """Raise what is wrong with the texts, as far as their first examples show it."""
+    texts = [source for source in (asked.keep, asked.task) if source is not None]
+    if asked.strengths and asked.keep is None:
+        raise UserError("a repair needs the text to keep: give --keep FILE, or --keep self")
+    if asked.max_kl is not None and (asked.keep is None or is_statistics(asked.keep)):
+        raise UserError("--max-kl needs held-out text to keep: give the text itself as --keep")
+    for source in texts:
+        if asked.strengths:
+            _require_readable(source, require_two_parts)
+        else:
+            require_text(source)
+            _require_readable(source, read_examples)
+
+
+def _require_readable(source: str, read: Callable[[str, int], object]) -> None:
+    """Read the first examples of a file; what the base says and saved statistics are none."""
+    if source != SELF and not is_statistics(source):
+        read(source, EVERY)
+
+
 def _read(reading: Reading, asked: Asked, place: Path) -> tuple[Read, Read]:
     """The two texts; without a repair they are measured on, and nothing is collected."""
     nothing = Read(None, None)
     if not asked.strengths:
         keep = nothing if asked.keep is None else reading.measured(asked.keep, place / "keep")
         return keep, nothing if asked.task is None else reading.measured(asked.task, place)
-    if asked.keep is None:
-        raise UserError("a repair needs the text to keep: give --keep FILE, or --keep self")
+    assert asked.keep is not None
     keep = reading.keep(asked.keep, place / "keep")
     return keep, nothing if asked.task is None else reading.task(asked.task, place / "task")
 
