@@ -152,6 +152,9 @@ MISTAKES: list[tuple[str, str]] = [
     ("study {here}/study.yaml --workers 0", "Invalid value for '--workers'"),
     ("eval {base}", "Missing option '--tasks' (see 'forgetless eval --help')"),
     ("--nonsense", "(see 'forgetless --help')"),
+    ("run {here}/recipe.yaml --check --out {here}/empty.yaml", "empty.yaml is a file, not a"),
+    ("study {here}/study.yaml --check --out {here}/empty.yaml", "empty.yaml is a file, not a"),
+    ("study {here}/study.yaml --out {here}/empty.yaml/runs", "empty.yaml is a file, not a"),
     # the recipe's file
     ("run {here}/absent.yaml", "no such file: {here}/absent.yaml"),
     ("run {here}/nothing", "is a folder; give the YAML file itself"),
@@ -163,7 +166,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("run {here}/study.yaml", "this is a study; run it with 'forgetless study'"),
     ("study {here}/recipe.yaml", "is a recipe, not a study"),
     ("run {here}/recipe.yaml --set training.steps", "--set takes key=value"),
-    ("run {here}/recipe.yaml --out {here}/list.yaml", "error: Not a directory: {here}/list.yaml"),
+    ("run {here}/recipe.yaml --out {here}/list.yaml", "{here}/list.yaml is a file, not a folder"),
     # keys and values
     ("run {here}/recipe.yaml --set training.learning_rat=1", "did you mean 'learning_rate'?"),
     ("run {here}/recipe.yaml --set lora.rank=1", "lora: unknown key"),

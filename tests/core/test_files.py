@@ -30,6 +30,7 @@ from forgetless.core.files import (
     lock,
     new_file,
     new_folder,
+    not_there,
     parse_yaml,
     read_json,
     read_jsonl,
@@ -544,3 +545,15 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         load_yaml(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match="is a folder"):
         load_yaml(tmp_path)
+
+
+def test_where_a_relative_file_was_looked_for_is_said(tmp_path: Path) -> None:
+    assert not_there("gone.txt") == f"no such file: gone.txt (looked in {Path.cwd()})"
+    assert not_there("a/gone.txt") == f"no such file: a/gone.txt (looked in {Path.cwd() / 'a'})"
+    assert not_there(tmp_path / "gone.txt") == f"no such file: {tmp_path / 'gone.txt'}"
+
+
+def test_a_lock_in_a_place_that_is_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file, not a folder"), lock(tmp_path / "file/x"):
+        pass

@@ -245,6 +245,7 @@ FORM_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"training": None}, "training: must be a mapping of keys to values, got nothing"),
     ({"adapter": "lora"}, "adapter: must be a mapping of keys to values, got 'lora'"),
+    ({"tasks": ["kl:self"]}, "got ['kl:self']; its keys are learning, forgetting"),
     ({"adapter.rank": 0}, "adapter.rank: must be greater than or equal to 1, got 0"),
     ({"adapter.dropout": 1.0}, "adapter.dropout: must be less than 1, got 1.0"),
     ({"adapter.target_modules": 5}, "adapter.target_modules: must be 'all-linear', 'attention'"),

@@ -530,7 +530,7 @@ def test_what_is_wrong_with_probes_is_among_the_problems_of_a_recipe(
     tiny_recipe: dict[str, Any],
 ) -> None:
     recipe = fl.Recipe.parse({**tiny_recipe, "probes": {"forgetting": ["gone.txt"]}})
-    assert check(recipe) == ["probes: task 'kl': no such file: gone.txt"]
+    assert check(recipe) == [f"probes: task 'kl': no such file: gone.txt (looked in {Path.cwd()})"]
     recipe = fl.Recipe.parse({**tiny_recipe, "probes": {"max_kl": 0.1}})
     assert [problem[:24] for problem in check(recipe)] == ["probes: no probe given; "]
 

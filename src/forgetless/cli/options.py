@@ -1,5 +1,6 @@
 """The options that several verbs have."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -9,7 +10,18 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, as training.steps=10."),
 ]
-Out = Annotated[str, typer.Option("--out", help="Folder that holds the studies.")]
+
+
+def _writable(out: str) -> str:
+    from forgetless.core.files import require_place
+
+    require_place(Path(out) / "study")
+    return out
+
+
+Out = Annotated[
+    str, typer.Option("--out", help="Folder that holds the studies.", callback=_writable)
+]
 StudyName = Annotated[str | None, typer.Option(help="Folder of the run; the recipe's name.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Runs at a time; one, or all that a cluster has room for.")

@@ -398,8 +398,9 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     it, which the log says where somebody has to wait.
 
     Raises:
-        UserError: the file is a link.
+        UserError: the file is a link, or nothing can be written there.
     """
+    require_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
         raise UserError(f"the lock {path} is a link, which may lead anywhere; delete it")
@@ -573,6 +574,15 @@ def _check_keys(node: yaml.MappingNode) -> None:
 _KINDS = {yaml.SequenceNode: "a list", yaml.MappingNode: "keys and values"}
 
 
+def not_there(path: str | Path) -> str:
+    """What is said of a file that does not exist; of a relative one, where it was looked for too.
+
+    Paths in a recipe are from the working directory, not from the recipe.
+    """
+    looked = "" if Path(path).is_absolute() else f" (looked in {Path(path).absolute().parent})"
+    return f"no such file: {path}{looked}"
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -584,7 +594,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the YAML file itself")
     if not path.exists():
-        raise FileNotFoundError(f"no such file: {path} (looked in {path.absolute().parent})")
+        raise FileNotFoundError(not_there(path))
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

@@ -105,7 +105,9 @@ def _in_words(model: type[BaseModel], error: ErrorDetails, key: str | None) -> s
         got = "" if isinstance(given, list | dict) else f", got {shown}"
         return f"{where}{error['ctx']['error']}{got}"
     expected = f"must be {_EXPECTED[kind]}" if kind in _EXPECTED else error["msg"]
-    return f"{where}{expected.replace('Input should be', 'must be')}, got {shown}"
+    known = _keys(model, error["loc"]) if kind.startswith("model_") else []
+    hint = f"; its keys are {', '.join(known)}" if known else ""
+    return f"{where}{expected.replace('Input should be', 'must be')}, got {shown}{hint}"
 
 
 def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError, first_few
+from forgetless.core.files import not_there
 from forgetless.data.image_rows import (
     Picture,
     arrow_rows,
@@ -66,7 +67,7 @@ def _reader(path: Path) -> Callable[[Path], Iterator[tuple[str, Any]]]:
         f"'{POCKET}problems'"
     )
     if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}; give a file of type {allowed}")
+        raise FileNotFoundError(f"{not_there(path)}; give a file of type {allowed}")
     if path.suffix.lower() not in _READERS:
         raise UserError(f"{path}: unknown file type {path.suffix!r}; give {allowed}")
     if not path.is_file():

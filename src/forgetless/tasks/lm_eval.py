@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forgetless.core.errors import UserError, unknown
+from forgetless.core.files import not_there
 from forgetless.tasks.asking import Asking
 from forgetless.tasks.base import TaskResult, whole_number
 from forgetless.tasks.harness.index import find, is_installed
@@ -91,7 +92,7 @@ class LMEval(Asking):
         if not is_installed():
             yield f"{self.task!r} needs the lm-evaluation-harness: pip install 'forgetless[eval]'"
         elif self._is_file and not Path(self.task).is_file():
-            yield f"no such file: {self.task}"
+            yield not_there(self.task)
         elif self.has_own_code and self.allow_code_execution is not True:
             yield (
                 f"{self.task} would run code of its own: {'; '.join(self._own_code)}. Read it, "

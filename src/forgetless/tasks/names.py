@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError, unknown
-from forgetless.core.files import folder_name, load_yaml
+from forgetless.core.files import folder_name, load_yaml, not_there
 from forgetless.core.plugins import is_named
 from forgetless.data.sources import Source
 from forgetless.tasks.harness.index import find, is_installed
@@ -80,7 +80,7 @@ def _own_task(path: Path) -> Settings | None:
     lm-eval's files have no 'kind', and tags that are its own.
     """
     if not path.is_file():
-        raise UserError(f"no such file: {path}")
+        raise UserError(not_there(path))
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     theirs = any(line.startswith(("task:", "include:", "group:")) for line in lines)
     if theirs and not any(line.startswith("kind:") for line in lines):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.core.errors import UserError
+from forgetless.core.files import not_there
 from forgetless.data.files import Row
 from forgetless.data.sources import Source, read_rows
 
@@ -18,7 +19,7 @@ def file_problem(path: object) -> str | None:
     """Why a file of questions cannot be read, as far as that shows without reading it."""
     if not isinstance(path, str | Path) or not str(path):
         return f"path must be a file, got {path!r}"
-    return None if Source.of(path).is_here else f"no such file: {path}"
+    return None if Source.of(path).is_here else not_there(path)
 
 
 def prompt_problem(prompt: object) -> str | None:

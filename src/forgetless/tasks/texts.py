@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from forgetless.core.errors import unknown
+from forgetless.core.files import not_there
 from forgetless.core.metrics import mean_stderr
 from forgetless.data.examples import Examples, require_kind
 from forgetless.data.forms import TEXTS
@@ -55,7 +56,7 @@ class TextTask(Asking):
             if name not in POCKET_TEXTS:
                 yield str(unknown("pocket text", str(self.path), POCKET_TEXTS))
         elif not Source.of(self.path).is_here:
-            yield f"no such file: {self.path}"
+            yield not_there(self.path)
         yield whole_number("limit", self.limit, optional=True)
         yield from super().problems()
 
