@@ -33,11 +33,12 @@ def test_times_come_from_the_committed_result(
     assert spec.loader is not None
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    rows = [{"method": "pissa", "block s": 12.345}]
+    rows = [{"method": "pissa", "block s": 12.345}, {"method": "olora", "block s": 144.8}]
     (tmp_path / "start.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(make, "TIMES", tmp_path / "start.json")
     page = as_markdown(make.seconds())
     assert re.search(r"^\| `pissa` .* \| 12 s \|$", page, flags=re.MULTILINE)
+    assert re.search(r"^\| `olora` .* \| 140 s \|$", page, flags=re.MULTILINE)
     assert re.search(r"^\| `milora` .* \| – \|$", page, flags=re.MULTILINE)
     monkeypatch.setattr(make, "TIMES", tmp_path / "missing.json")
     assert make.seconds() == {}

@@ -143,5 +143,5 @@ def _row(entry: Entry, seconds: Mapping[str, float]) -> tuple[str, ...]:
         ", ".join(entry.trains),
         entry.on_quantised,
         entry.export_rank,
-        "–" if took is None else f"{took:.2g} s",
+        "–" if took is None else f"{float(f'{took:.2g}'):g} s",
     )
