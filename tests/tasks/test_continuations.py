@@ -107,9 +107,22 @@ def test_it_is_tried_on_rows_that_share_whatever_else_is_read(
     """
     monkeypatch.setattr(continuations, "_WINDOWS", ())
     monkeypatch.setattr("forgetless.tasks.logits._TOKENS", {"cpu": tokens, "gpu": tokens})
-    model, rows = READ_ROW_BY_ROW[base](), [[*range(20, 80)], *ROWS]
-    found = continuation_logps(model, rows, [3, *COUNTS])
-    for (value, _), row, count in zip(found[1:], ROWS, COUNTS, strict=True):
+    same_as_alone(READ_ROW_BY_ROW[base](), [[*range(20, 80)], *ROWS], [3, *COUNTS])
+
+
+@pytest.mark.parametrize("windows", [("sliding_window",), ()])
+def test_a_row_that_shares_nothing_is_read_in_its_window_too(
+    windows: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a batch of trees that fit into the window."""
+    monkeypatch.setattr(continuations, "_WINDOWS", windows)
+    model = built(MistralConfig(**{**TEXT, "sliding_window": 20}))
+    same_as_alone(model, [*ROWS, [*range(20, 80)]], [*COUNTS, 3])
+
+
+def same_as_alone(model: nn.Module, rows: list[list[int]], counts: list[int]) -> None:
+    found = continuation_logps(model, rows, counts)
+    for (value, _), row, count in zip(found, rows, counts, strict=True):
         assert value == pytest.approx(alone(model, row, count)[0], abs=1e-4)
 
 

@@ -154,12 +154,11 @@ def _kept_apart(
 ) -> dict[int, Score] | None:
     """The scores of a batch of trees; None where rows alone have not the same ones.
 
-    These are the longest of the trees that fork, and the longest with tokens of another row before
-    its own: mostly one and the same.
+    These are the longest of all, which are told alike what they see, and the longest with tokens of
+    another row before its own: mostly one and the same.
     """
-    config, forks = text_config(base_of(model)), [tree for tree in trees if tree.forks]
+    config, largest = text_config(base_of(model)), max(len(tree.ids) for tree in trees)
     windows = [getattr(config, name, None) for name in _WINDOWS]
-    largest = max(len(tree.ids) for tree in forks)
     sees_all = not any(isinstance(seen, int) and seen < largest for seen in windows)
     takes_mask = getattr(config, "_attn_implementation", None) in _TAKES_MASK
     if not (sees_all and takes_mask and accepts(model, "position_ids") and has_a_head(model)):
@@ -168,7 +167,7 @@ def _kept_apart(
         together = scores(trees)
     except (ValueError, TypeError, RuntimeError, IndexError):  # its code expects another mask
         return None
-    paths = {place: path for tree in forks for place, path in tree.paths.items()}
+    paths = {place: path for tree in trees for place, path in tree.paths.items()}
     lengths = [(len(path), path[-1] >= len(path), place) for place, path in paths.items()]
     ends = {max(lengths)[-1], max(row for row in lengths if row[1])[-1]}
     near = math.sqrt(torch.finfo(_dtype(model)).eps)
