@@ -6,7 +6,9 @@ The block is Llama-2-7B's a quarter as wide, at rank 32; with --full its true si
 which the usual ways take an hour on two cores (leave them out by --only). Every side of ours goes
 through `attach`, which also puts the adapter on the block; so do PEFT's. The straightforward
 LoRA-Null is the arithmetic alone: for each layer the float32 SVD of its second moment and the SVD
-of W N Nᵀ. `leak` is ‖X N‖ over the least possible, largest over the layers.
+of W N Nᵀ. `leak` is ‖X N‖ over the least possible, largest over the layers. `of products` is what a
+start's operations, counted by their leading terms, would take as one float64 matrix product of the
+same run, over what the start took.
 """
 
 from __future__ import annotations
@@ -59,6 +61,10 @@ BARS = {
     "slice, from the cache": ("svd, float32", 50.0),
 }
 """Side -> what it is compared with, and how many times faster it is to be."""
+
+
+PRODUCT = "product, float64"
+"""The side whose speed the counts of operations are held against."""
 
 
 @dataclass
@@ -223,15 +229,45 @@ def sides(setting: Setting) -> dict[str, Callable[[], object]]:
         "mica": partial(ours, setting, rank, "mica"),
         "lora_ga, peft": partial(peft, setting, rank, "lora_ga"),
         "lora_ga": partial(ours, setting, rank, "lora_ga"),
+        PRODUCT: partial(product, setting),
         "svd, float32": lambda: torch.linalg.svd(W, full_matrices=False),
         "slice, first and kept": partial(one_slice, setting, rank),
         "slice, from the cache": partial(one_slice, setting, rank),
     }
 
 
+def operations(setting: Setting) -> dict[str, float]:
+    """Additions and multiplications of our starts, by their leading terms.
+
+    A symmetric eigendecomposition counts 9 n³, a Cholesky factor n³ / 3, a triangular solve of w
+    columns n² w. LoRA-Null applies an inverse nine times to blocks of w = rank + 4 columns, and
+    makes each orthogonal to the eight before it.
+    """
+    r, w = setting.rank, setting.rank + 4
+    inputs = [len(C) for C in setting.moments.values()]
+    shapes = [(min(W.shape), max(W.shape)) for W in setting.weights.values()]
+    applied = sum(2 * short * long * r for short, long in shapes)
+    decomposed = sum(long * short**2 + 9 * short**3 for short, long in shapes)
+    return {
+        "lora_null_v1": sum(n**3 / 3 + 20 * n**2 * w + 280 * n * w**2 for n in inputs) + applied,
+        "pissa": decomposed + applied,
+        "pissa niter=16": sum(24 * short * long * w for short, long in shapes) + applied,
+        "olora": sum(4 * W.shape[0] * r**2 for W in setting.weights.values()) + applied,
+        "mica": decomposed + sum(2 * long * short**2 for short, long in shapes),
+    }
+
+
+def product(setting: Setting) -> None:
+    """A float64 matrix product of the hidden size."""
+    C = setting.moments["hidden"]
+    torch.mm(C, C)
+
+
 def rows(setting: Setting, seconds: Mapping[str, float]) -> list[dict[str, Any]]:
     """One row a side: seconds, how many times faster than its reference, the bar, the leak."""
     table = []
+    counted = operations(setting)
+    speed = 2 * setting.hidden**3 / seconds[PRODUCT] if PRODUCT in seconds else None
     for name, taken in seconds.items():
         reference, bar = BARS.get(name, (None, None))
         against = seconds.get(reference) if reference else None
@@ -242,6 +278,7 @@ def rows(setting: Setting, seconds: Mapping[str, float]) -> list[dict[str, Any]]
                 "times faster than": reference,
                 "times": against / taken if against else None,
                 "at least": bar,
+                "of products": counted[name] / speed / taken if speed and name in counted else None,
                 "leak": setting.leak(name),
             }
         )
@@ -267,7 +304,11 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     setting = Setting(options.hidden, options.inner, options.rank, options.device)
-    chosen = {n: s for n, s in sides(setting).items() if any(part in n for part in options.only)}
+    chosen = {
+        name: side
+        for name, side in sides(setting).items()
+        if name == PRODUCT or any(part in name for part in options.only)
+    }
     try:
         seconds = measure(setting, chosen, options)
     finally:
