@@ -557,3 +557,16 @@ def test_a_lock_in_a_place_that_is_a_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is a file, not a folder"), lock(tmp_path / "file/x"):
         pass
+
+
+def test_a_lock_that_is_there_needs_no_place_for_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder that its owner has closed to new files."""
+    with lock(tmp_path / "there"):
+        pass
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with lock(tmp_path / "there") as taken:
+        assert taken
+    with pytest.raises(UserError, match="may not be written to"), lock(tmp_path / "new"):
+        pass

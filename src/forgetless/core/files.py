@@ -400,7 +400,8 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     Raises:
         UserError: the file is a link, or nothing can be written there.
     """
-    require_place(path)
+    if not path.exists():
+        require_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
         raise UserError(f"the lock {path} is a link, which may lead anywhere; delete it")
