@@ -15,7 +15,8 @@ Set = Annotated[
 def _writable(out: str) -> str:
     from forgetless.core.files import require_place
 
-    require_place(Path(out) / "study")
+    if not Path(out).is_dir():
+        require_place(Path(out) / "study")
     return out
 
 
