@@ -27,7 +27,7 @@ pytest_plugins = ["tests.tiny_fixtures"]
 
 
 @pytest.fixture
-def adapter(tiny_base: Path, tmp_path: Path) -> Path:
+def adapter(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """A LoRA that PEFT wrote, with no word of where its base lies now."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -37,6 +37,7 @@ def adapter(tiny_base: Path, tmp_path: Path) -> Path:
             if weight.requires_grad:
                 weight.add_(0.1 * torch.randn(weight.shape))
     model.save_pretrained(str(tmp_path / "theirs"))
+    capsys.readouterr()  # a bar, which only the first model that a process loads has
     return tmp_path / "theirs"
 
 
@@ -241,6 +242,7 @@ def test_spectra_by_module_and_by_layer(
             ["repair", "ADAPTER", "--base", "BASE", "--keep", "self", "--task", "FEW"],
             "few.jsonl has 1 examples, too few",
         ),
+        (["repair", "ADAPTER", "--base", "BASE", "--keep", "SHORT"], "short.txt has 2 examples"),
         (
             ["repair", "ADAPTER", "--base", "BASE", "--keep", "x.safetensors", "--max-kl", "1"],
             "give the text itself as --keep",
@@ -294,9 +296,16 @@ def test_mistakes_are_told_in_one_line_before_a_weight_is_loaded(
     monkeypatch.setattr("forgetless.cli.commands.aftercare.load_base", None)
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": "a", "completion": "b"}\n')
-    real = {"ADAPTER": str(adapter), "BASE": str(tiny_base), "FEW": str(few)}
+    short = tmp_path / "short.txt"
+    short.write_text("hi there")
+    real = {
+        "ADAPTER": str(adapter),
+        "BASE": str(tiny_base),
+        "FEW": str(few),
+        "SHORT": str(short),
+    }
     done = forgetless(
-        *(re.sub("ADAPTER|BASE|FEW", lambda m: real[m[0]], word) for word in arguments)
+        *(re.sub("ADAPTER|BASE|FEW|SHORT", lambda m: real[m[0]], word) for word in arguments)
     )
     assert done.code == 2
     assert said in done.err

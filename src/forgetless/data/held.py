@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,14 +61,15 @@ def hold_out(
 def require_two_parts(source: str | Path, limit: int | None = None) -> None:
     """Raise what `hold_out` would, as far as that shows without sharing the examples out."""
     examples = read_examples(source, limit)
-    if examples.kind != "text":
-        _require_enough(source, len(examples))
+    rows = _rows(examples) if examples.kind == "text" else iter(examples)
+    _require_enough(source, sum(1 for _ in islice(rows, EVERY)))
 
 
 def _require_enough(source: str | Path, examples: int) -> None:
     if examples < EVERY:
         raise UserError(
-            f"{source} has {examples} examples, too few to hold some out: give at least {EVERY}"
+            f"{source} has {examples} examples, too few to hold some out: give at least {EVERY}, "
+            "or more of a text"
         )
 
 
