@@ -78,6 +78,7 @@ class Setting:
         least: input -> the least leak of any space of that rank.
         spaces: side -> layer -> rows that span its N, (rank, in).
         folder: of the cached spectra.
+        copied: the last copy of the block.
     """
 
     hidden: int
@@ -90,6 +91,7 @@ class Setting:
     least: dict[str, float] = field(default_factory=dict)
     spaces: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="init-speed-")))
+    copied: nn.Module = field(default_factory=nn.Module)
 
     def __post_init__(self) -> None:
         sizes = {"hidden": self.hidden, "heads": self.hidden, "normed": self.hidden}
@@ -112,6 +114,10 @@ class Setting:
             linear.weight = nn.Parameter(W, requires_grad=False)
             setattr(block, layer, linear)
         return block
+
+    def copy(self) -> None:
+        """Copy the block for a start that subtracts from its weights in place."""
+        self.copied = deepcopy(self.block())
 
     def statistics(self) -> Statistics:
         """The second moments as `collect` gives them."""
@@ -184,9 +190,7 @@ def peft(setting: Setting, rank: int, init: bool | str) -> None:
         corda_config=CordaConfig(corda_method="kpm") if init == "corda" else None,
         lora_ga_config=LoraGAConfig() if init == "lora_ga" else None,
     )
-    block = setting.block()
-    if init == "olora":
-        block = deepcopy(block)  # it is subtracted from in place
+    block = setting.copied if init == "olora" else setting.block()
     if init == "lora_ga":
         for layer, linear in block.named_children():
             linear._peft_loraga_grad = setting.gradients[layer]  # what `preprocess_loraga` leaves
@@ -333,7 +337,10 @@ def measure(
             chosen,
             options.repeats,
             warmups=0 if full else 1,
-            prepare={"slice, first and kept": partial(empty, setting.folder)},
+            prepare={
+                "slice, first and kept": partial(empty, setting.folder),
+                "olora, peft": setting.copy,
+            },
             device=options.device,
         )
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -75,13 +76,8 @@ def smallest_eigenpairs(C: Tensor, rank: int) -> Pairs | None:
     if factor is None:
         return None
     lower, shift = factor
-
-    def inverse(block: Tensor) -> Tensor:
-        half = _solve(lower, block, upper=False)
-        return _solve(lower.mT, half, upper=True, out=half)
-
     found = _krylov(
-        inverse,
+        partial(_solved, lower),
         lambda block: C @ block,
         C,
         rank,
@@ -110,9 +106,11 @@ def _cholesky(C: Tensor, shift: float) -> Tensor | None:
     its time. By blocks of columns, most of the work is one matrix product for each of them.
     """
     if not C.is_cpu:
-        shifted = C.clone()
-        shifted.diagonal().add_(shift)
-        lower, failed = torch.linalg.cholesky_ex(shifted)
+        # Columns in memory, as the factorisation has them: it overwrites them and copies nothing.
+        lower = C.clone(memory_format=torch.contiguous_format).mT
+        lower.diagonal().add_(shift)
+        failed = torch.empty((), dtype=torch.int32, device=C.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         return None if failed else lower
     size = len(C)
     lower = torch.empty_like(C, memory_format=torch.contiguous_format)
@@ -162,17 +160,16 @@ def smallest_singular_basis(M: Tensor, rank: int) -> Tensor | None:
     diagonal = R.diagonal().abs()
     if diagonal.min() <= len(R) * _EPSILON * diagonal.max():
         return None
-
-    def inverse(block: Tensor) -> Tensor:
-        half = _solve(R.mT, block, upper=False)
-        return _solve(R, half, upper=True, out=half)
-
-    found = _krylov(inverse, lambda block: torch.mm(R.mT, R @ block), R, rank, "smallest")
+    found = _krylov(
+        partial(_solved, R.mT), lambda block: torch.mm(R.mT, R @ block), R, rank, "smallest"
+    )
     return None if found is None else found.vectors
 
 
-def _solve(triangle: Tensor, block: Tensor, upper: bool, out: Tensor | None = None) -> Tensor:
-    solution: Tensor = torch.linalg.solve_triangular(triangle, block, upper=upper, out=out)
+def _solved(lower: Tensor, block: Tensor) -> Tensor:
+    """(L Lᵀ)⁻¹ applied to a block of columns, for a lower triangle L."""
+    solution: Tensor = torch.linalg.solve_triangular(lower, block, upper=False)
+    torch.linalg.solve_triangular(lower.mT, solution, upper=True, out=solution)
     return solution
 
 

@@ -61,8 +61,10 @@ def hold_out(
 def require_two_parts(source: str | Path, limit: int | None = None) -> None:
     """Raise what `hold_out` would, as far as that shows without sharing the examples out."""
     examples = read_examples(source, limit)
-    rows = _rows(examples) if examples.kind == "text" else iter(examples)
-    _require_enough(source, sum(1 for _ in islice(rows, EVERY)))
+    count = len(examples)
+    if examples.kind == "text":  # which is cut into pieces
+        count = sum(1 for _ in islice(_rows(examples), EVERY))
+    _require_enough(source, count)
 
 
 def _require_enough(source: str | Path, examples: int) -> None:

@@ -167,8 +167,8 @@ def _kept_apart(
         together = scores(trees)
     except (ValueError, TypeError, RuntimeError, IndexError):  # its code expects another mask
         return None
-    paths = {place: path for tree in trees for place, path in tree.paths.items()}
-    lengths = [(len(path), path[-1] >= len(path), place) for place, path in paths.items()]
+    paths = [entry for tree in trees for entry in tree.paths.items()]
+    lengths = [(len(path), path[-1] >= len(path), place) for place, path in paths]
     ends = {max(lengths)[-1], max(row for row in lengths if row[1])[-1]}
     near = math.sqrt(torch.finfo(_dtype(model)).eps)
     alone = scores(_trees(rows, sorted(ends), 0))

@@ -115,7 +115,7 @@ def adjust(asked: Asked, out: str | Path | None = None) -> Adjusted:
     unknown = [limit.task for limit in limits if limit.task not in (None, *(t.name for t in tasks))]
     if unknown:
         raise UserError(f"--max-drop names {unknown[0]!r}, which is none of --tasks")
-    _require_texts(asked, base)
+    _require_texts(asked)
     model, processor = load_base(base, trained.folder, asked.dtype), load_processor(base)
     layers: Any = "all-linear"
     if trained.is_adapter:
@@ -238,7 +238,7 @@ def _found(asked: Asked) -> tuple[Trained, str]:
     return trained, known_base(asked.base, trained, asked.source)
 
 
-def _require_texts(asked: Asked, base: str) -> None:
+def _require_texts(asked: Asked) -> None:
     """Raise what is wrong with the texts, as far as their first examples show it."""
     texts = [source for source in (asked.keep, asked.task) if source is not None]
     if asked.strengths and asked.keep is None:
